@@ -1,0 +1,181 @@
+"""Every setting of a run, as frozen dataclasses, one per section of the YAML file.
+
+The defaults are the embedded task (reading handwritten digits), so that
+`torchrun pretrain_dattn.py` works with no file at all. Real models live in `configs/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LlmConfig:
+    """The language model (Mistral- or Gemma-2-like)."""
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    ffn_hidden_size: int = 352
+    num_attention_heads: int = 4
+    num_query_groups: int = 4  # key/value heads; a multiple of parallel.tp
+    head_dim: int = 32
+    vocab_size: int = 320  # rows that carry meaning; padded up to a multiple of vocab_pad_multiple
+    vocab_pad_multiple: int = 128  # independent of tp, so that a checkpoint fits every layout
+    norm_eps: float = 1e-5
+    rotary_base: float = 10000.0
+    activation: str = "silu"  # silu (SwiGLU) | gelu_tanh (GeGLU)
+    zero_centered_gamma: bool = False  # Gemma: norms scale by 1 + weight
+    post_norms: bool = False  # Gemma 2: norm each branch again before the residual
+    attention_softcap: float | None = None  # Gemma 2: 50.0
+    final_softcap: float | None = None  # Gemma 2: 30.0
+    query_scale: float | None = None  # softmax scale is query_scale ** -0.5; None: head_dim
+    sliding_window: int | None = None  # keys visible to a query, itself included
+    sliding_window_every: int = 1  # windowed layers: 0, n, 2n, ... (Gemma 2: 2)
+    scale_embeddings: bool = False  # Gemma: embeddings times sqrt(hidden_size)
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower (SigLIP- or CLIP-like)."""
+
+    kind: str = "siglip"  # siglip | clip
+    image_size: int = 56
+    patch_size: int = 14
+    num_layers: int = 4
+    hidden_size: int = 128
+    ffn_hidden_size: int = 256
+    num_attention_heads: int = 4
+    norm_eps: float = 1e-6
+    activation: str = "gelu_tanh"  # siglip: gelu_tanh; clip: quick_gelu
+    select_layer: int = -1  # -1: all layers and the final norm; -2: without the last layer, no norm
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Two-layer MLP from tower features to LLM rows, row and column positions, final norm."""
+
+    ffn_hidden_size: int = 128
+    output_norm_init: float = 1.0  # start of the final norm's weight (Gemma 2: 0.028976)
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    family: str = "mistral"  # mistral | gemma2: which Hugging Face text model it exports to
+    visual_positions: bool = True  # False removes the tower's and the projector's positions
+    llm: LlmConfig = field(default_factory=LlmConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How the causal self-attention over `[visual; text]` is decomposed (arXiv 2502.01906)."""
+
+    v2v: str = "diagonal"  # diagonal (D-Attn) | causal (baseline)
+    t2v_position: str = "none"  # none (debiased) | rope (baseline)
+    merge: str = "alpha"  # alpha (exact weighting) | sum (weight 1 for each part)
+    backend: str = "auto"  # auto | reference | sdpa
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is split over processes. Data parallel size is what is left."""
+
+    tp: int = 1  # tensor parallel
+    pp: int = 1  # pipeline parallel
+    vpp: int = 1  # model chunks per pipeline stage (interleaved schedule when > 1)
+    cp: int = 1  # context parallel; only 1 is implemented
+    sp: bool = False  # sequence parallel norms and residuals, over the tp group
+    timeout_minutes: float = 10.0  # a collective that waits longer ends the run
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how samples become packed micro-batches."""
+
+    annotations: str = "data/digits/pretrain.json"  # LLaVA JSON
+    image_folder: str = "data/digits/images"
+    template: str = "plain"  # plain | mistral | gemma
+    tokenizer: str = "data/digits/tokenizer.model"  # SentencePiece file or Hugging Face folder
+    prepare: str = "digits"  # digits: make the embedded data set if it is absent | none
+    text_budget: int = 512  # text rows of one packed micro-batch
+    visual_budget: int = 512  # visual rows of one packed micro-batch
+    over_budget: str = "skip"  # skip | truncate | error: a sample that fits no micro-batch
+    pad_multiple: int = 8  # row counts are padded up to a multiple of this (and of tp)
+    image_backend: str = "auto"  # auto | dali | pillow
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_policy: str = "stretch"  # stretch | pad | crop: how an image becomes a square
+    max_image_pixels: int = 100_000_000  # larger images are refused before they are decoded
+    decode_threads: int = 2
+    prefetch: int = 2  # global batches prepared ahead of the step
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with cosine decay after a linear warm-up."""
+
+    lr: float = 1e-3
+    lr_projector: float | None = None  # None: lr
+    lr_vision: float | None = None  # None: lr
+    min_lr_ratio: float = 0.0  # learning rate at the end, relative to its peak
+    warmup_ratio: float = 0.03  # share of the steps
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is trained in this stage, and for how long."""
+
+    stage: str = "pretrain"  # align | pretrain | instruct: names the run
+    trains: tuple[str, ...] = ("vision", "projector", "llm")
+    global_batch_size: int = 64  # samples per optimizer step
+    steps: int | None = 500  # optimizer steps; None: from epochs
+    epochs: float = 1.0  # used where steps is None
+    precision: str = "fp32"  # fp32 | bf16
+    recompute: str = "none"  # none | selective | full
+    seed: int = 1234
+    device: str = "auto"  # auto | cpu | gpu
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where weights come from and go to."""
+
+    init_from: str | None = None  # run folder or checkpoint whose weights start this run
+    save_interval: int = 200  # steps; the last step is always saved
+    keep: int = 2  # newest whole checkpoints that stay on disk
+    resume: bool = True  # go on from the newest whole checkpoint of the run folder
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is reported, and where."""
+
+    run_dir: str = "runs/digits_pretrain"
+    interval: int = 10  # steps between lines
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)

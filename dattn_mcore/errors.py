@@ -1,0 +1,21 @@
+"""The errors a user can cause. Each message is one line: field or file, value, rule, way out.
+
+Entry points print the message without a traceback and exit with status 2. Anything else that
+is raised is a defect of this project and keeps its traceback.
+"""
+
+
+class DattnError(Exception):
+    """A mistake the user can mend."""
+
+
+class ConfigError(DattnError):
+    """A configuration value, or a combination of values, that cannot run."""
+
+
+class DataError(DattnError):
+    """An annotation, image or tokenizer that is missing or malformed."""
+
+
+class CheckpointError(DattnError):
+    """A checkpoint that is missing, damaged, or belongs to another model."""

@@ -1,0 +1,1 @@
+"""The decomposed self-attention and the Megatron-Core layer spec that carries it."""

@@ -1,0 +1,414 @@
+"""Decomposed attention on PyTorch's flash kernels (CPU and GPU), linear memory in the visual rows.
+
+The parts over visual and over text keys are computed apart and merged by their log-sum-exps into
+one exact softmax. The backward pass hands each part's flash backward the *merged* output and the
+*merged* log-sum-exp, as ring attention does; the kernels then produce the exact joint gradients,
+and no gradient through a log-sum-exp is ever needed.
+
+Samples of a pack are batched: text rows causally, padded to the longest of a bucket; text-to-visual
+as dense blocks, grouped by their number of visual rows, with the query heads of a group folded
+into the query rows. So no mask and no score matrix of text by visual rows exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dattn_mcore.layers.attention.options import AttentionOptions
+from dattn_mcore.layers.attention.rotary import Rotary, rotate
+from dattn_mcore.layers.layout import DecomposedSeqParams
+
+_NEVER = 1e30  # log-sum-exp of padding queries: exp(logit - _NEVER) is zero, without infinities
+_aten = torch.ops.aten
+
+
+def sdpa_refuses(options: AttentionOptions, device_type: str, dtype: torch.dtype) -> str | None:
+    """What of these options the flash kernels cannot compute; None if they can."""
+    if options.softcap is not None:
+        return "attention soft-caps (model.llm.attention_softcap)"
+    if options.window is not None and not options.debiased and not options.is_baseline:
+        return "a sliding window between text and visual rows in this mixed mode"
+    if device_type != "cpu":
+        if options.window is not None:
+            return "sliding windows on a GPU"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"{dtype} on a GPU (only 16-bit)"
+    return None
+
+
+def sdpa_attention(
+    q: torch.Tensor,
+    k_text: torch.Tensor,
+    v_text: torch.Tensor,
+    k_visual: torch.Tensor,
+    v_visual: torch.Tensor,
+    q_visual: torch.Tensor | None,
+    rotary: Rotary,
+    params: DecomposedSeqParams,
+    options: AttentionOptions,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `layers.attention` for shapes."""
+    q_rotated, k_text_rotated = rotate(q, rotary.text), rotate(k_text, rotary.text)
+    if q_visual is not None:
+        q_visual_rotated = rotate(q_visual, rotary.visual)
+        k_visual_rotated = rotate(k_visual, rotary.visual)
+        if not options.debiased:
+            rows = _in_reading_order(
+                torch.cat([q_visual_rotated, q_rotated]),
+                torch.cat([k_visual_rotated, k_text_rotated]),
+                torch.cat([v_visual, v_text]),
+                params,
+                options,
+            )
+            visual = rows[: params.num_visual]
+            if options.is_baseline:
+                return rows[params.num_visual :], visual
+        else:
+            visual_batches = _causal_batches(params, "visual", params.visual_lengths, q.device)
+            visual = _CausalAttention.apply(
+                q_visual_rotated,
+                k_visual_rotated,
+                v_visual,
+                visual_batches,
+                options.scale,
+                options.window,
+            )
+    else:
+        visual = None
+    if options.debiased:
+        q_to_visual, k_for_text = q, k_visual
+    else:
+        q_to_visual, k_for_text = q_rotated, rotate(k_visual, rotary.visual)
+    text = _JointAttention.apply(
+        q_to_visual,
+        q_rotated,
+        k_for_text,
+        v_visual,
+        k_text_rotated,
+        v_text,
+        _block_batches(params, q.device),
+        _causal_batches(params, "text", params.text_lengths, q.device),
+        options,
+    )
+    return text, visual
+
+
+def _in_reading_order(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    params: DecomposedSeqParams,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Stock causal attention over `[visual; text]` rows, put in reading order and back."""
+    order = params.reading_order
+    lengths = tuple(
+        a + b for a, b in zip(params.visual_lengths, params.text_lengths, strict=True)
+    )
+    batches = _causal_batches(params, "reading", lengths, q.device)
+    out = _CausalAttention.apply(
+        q[order], k[order], v[order], batches, options.scale, options.window
+    )
+    return torch.zeros_like(q).index_copy(0, order, out)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches: which rows of the pack form one call of a dense kernel.
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of one kernel call.
+
+    Attributes:
+        q_index: int64 [batch, q_rows], row of each query; 0 where padded.
+        k_index: int64 [batch, k_rows].
+        valid: bool [batch, q_rows], None where nothing is padded.
+        q_rows: int64 [valid queries], q_index without padding.
+    """
+
+    q_index: torch.Tensor
+    k_index: torch.Tensor
+    valid: torch.Tensor | None
+    q_rows: torch.Tensor
+
+
+def _make_batch(spans: list[tuple[int, int, int, int]], device: torch.device) -> _Batch:
+    """A batch from (q_start, q_length, k_start, k_length) spans of equal k_length."""
+    longest = max(length for _, length, _, _ in spans)
+    q_index = np.zeros((len(spans), longest), dtype=np.int64)
+    valid = np.zeros((len(spans), longest), dtype=bool)
+    for row, (start, length, _, _) in enumerate(spans):
+        q_index[row, :length] = np.arange(start, start + length)
+        valid[row, :length] = True
+    k_index = np.stack([np.arange(start, start + length) for _, _, start, length in spans])
+    return _Batch(
+        q_index=torch.from_numpy(q_index).to(device),
+        k_index=torch.from_numpy(k_index).to(device),
+        valid=None if valid.all() else torch.from_numpy(valid).to(device),
+        q_rows=torch.from_numpy(q_index[valid]).to(device),
+    )
+
+
+def _causal_batches(
+    params: DecomposedSeqParams, name: str, lengths: tuple[int, ...], device: torch.device
+) -> list[_Batch]:
+    """Samples bucketed by length (powers of two), so that padding at most doubles the rows."""
+    if name not in params.cache:
+        buckets: dict[int, list[tuple[int, int]]] = {}
+        start = 0
+        for length in lengths:
+            if length:
+                buckets.setdefault(max(16, 1 << (length - 1).bit_length()), []).append(
+                    (start, length)
+                )
+            start += length
+        batches = []
+        for spans in buckets.values():
+            batch = _make_batch([(start, length, 0, 0) for start, length in spans], device)
+            batches.append(_Batch(batch.q_index, batch.q_index, batch.valid, batch.q_rows))
+        params.cache[name] = batches
+    return params.cache[name]
+
+
+def _block_batches(params: DecomposedSeqParams, device: torch.device) -> list[_Batch]:
+    """Text-to-visual blocks, grouped by their number of visual rows."""
+    if "blocks" not in params.cache:
+        groups: dict[int, list[tuple[int, int, int, int]]] = {}
+        for block in params.blocks:
+            k_length = block.visual_stop - block.visual_start
+            span = (
+                block.text_start,
+                block.text_stop - block.text_start,
+                block.visual_start,
+                k_length,
+            )
+            groups.setdefault(k_length, []).append(span)
+        params.cache["blocks"] = [_make_batch(spans, device) for spans in groups.values()]
+    return params.cache["blocks"]
+
+
+# ---------------------------------------------------------------------------------------------
+# One part: forward over batches, and backward with an output and log-sum-exp from outside.
+
+
+def _flash_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Flash attention of [batch, heads, rows, head_dim]; output, lse [batch, heads, rows], state."""
+    if q.device.type == "cpu":
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        return out, lse, None
+    out, lse, _, _, max_q, max_k, seed, offset, _ = _aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, causal, False, scale=scale
+    )
+    return out, lse, (max_q, max_k, seed, offset)
+
+
+def _flash_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float,
+    mask: torch.Tensor | None,
+    state: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if q.device.type == "cpu":
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+        )
+    max_q, max_k, seed, offset = state
+    return _aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, None, None, max_q, max_k, 0.0, causal, seed, offset, scale=scale
+    )
+
+
+def _window_mask(rows: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+    """Additive causal mask [rows, rows] where a window cuts something off; None elsewhere."""
+    if window is None or rows <= window:
+        return None
+    position = torch.arange(rows, device=like.device)
+    distance = position[:, None] - position[None, :]
+    mask = torch.zeros((rows, rows), dtype=like.dtype, device=like.device)
+    return mask.masked_fill((distance < 0) | (distance >= window), -torch.inf)
+
+
+class _Part:
+    """One set of keys: gathers the rows of a batch, runs the kernel, scatters the results."""
+
+    def __init__(self, batches: list[_Batch], causal: bool, scale: float, window: int | None):
+        self.batches, self.causal, self.scale, self.window = batches, causal, scale, window
+
+    def _queries(self, rows: torch.Tensor, batch: _Batch, groups: int) -> torch.Tensor:
+        """[rows, heads, d] -> [batch, heads, q, d]; dense parts fold a group's heads into q."""
+        x = rows[batch.q_index]  # [b, q, heads, d]
+        if self.causal:
+            return x.transpose(1, 2)
+        b, n, heads, d = x.shape
+        x = x.view(b, n, groups, heads // groups, d).permute(0, 2, 3, 1, 4)
+        return x.reshape(b, groups, heads // groups * n, d)
+
+    def _rows(self, x: torch.Tensor, batch: _Batch, heads: int) -> torch.Tensor:
+        """Inverse of `_queries` without padding: [valid rows, heads, d]."""
+        if not self.causal:
+            b, groups, folded, d = x.shape
+            x = x.view(b, groups, heads // groups, folded * groups // heads, d)
+            x = x.reshape(b, heads, -1, d)
+        x = x.transpose(1, 2)
+        return x.reshape(-1, *x.shape[2:]) if batch.valid is None else x[batch.valid]
+
+    def _keys(self, rows: torch.Tensor, batch: _Batch, heads: int) -> torch.Tensor:
+        x = rows[batch.k_index].transpose(1, 2)
+        if self.causal and heads != x.shape[1]:
+            x = x.repeat_interleave(heads // x.shape[1], dim=1)
+        return x
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
+        """Output [rows, heads, d], lse [rows, heads] (minus infinity where nothing is seen)."""
+        heads, groups = q.shape[1], k.shape[1]
+        out = torch.zeros_like(q)
+        lse = torch.full(
+            q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)
+        ).to(q.device)
+        states = []
+        for batch in self.batches:
+            mask = _window_mask(batch.q_index.shape[1], self.window, q) if self.causal else None
+            queries = self._queries(q, batch, groups)
+            o, s, state = _flash_forward(
+                queries,
+                self._keys(k, batch, heads),
+                self._keys(v, batch, heads),
+                self.causal and mask is None,
+                self.scale,
+                mask,
+            )
+            out[batch.q_rows] = self._rows(o, batch, heads)
+            lse[batch.q_rows] = self._rows(s[..., None], batch, heads)[..., 0].to(lse.dtype)
+            states.append(state)
+        return out, lse, states
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        states: list[Any],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of q, k, v for a given (merged) output and log-sum-exp."""
+        heads, groups = q.shape[1], k.shape[1]
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for batch, state in zip(self.batches, states, strict=True):
+            mask = _window_mask(batch.q_index.shape[1], self.window, q) if self.causal else None
+            g, s = grad, lse
+            d_out = self._queries(g, batch, groups)
+            logsum = self._queries(s[..., None], batch, groups)[..., 0]
+            if batch.valid is not None:
+                valid = batch.valid[:, :, None, None].expand(-1, -1, heads, 1)
+                valid = self._fold_valid(valid, groups)
+                d_out = d_out.masked_fill(~valid, 0.0)
+                logsum = logsum.masked_fill(~valid[..., 0], _NEVER)
+            dqb, dkb, dvb = _flash_backward(
+                d_out.contiguous(),
+                self._queries(q, batch, groups),
+                self._keys(k, batch, heads),
+                self._keys(v, batch, heads),
+                self._queries(out, batch, groups),
+                logsum.contiguous(),
+                self.causal and mask is None,
+                self.scale,
+                mask,
+                state,
+            )
+            dq[batch.q_rows] = self._rows(dqb, batch, heads)
+            dk.index_add_(0, batch.k_index.flatten(), self._key_rows(dkb, groups))
+            dv.index_add_(0, batch.k_index.flatten(), self._key_rows(dvb, groups))
+        return dq, dk, dv
+
+    def _fold_valid(self, valid: torch.Tensor, groups: int) -> torch.Tensor:
+        """[b, q, heads, 1] -> the layout of `_queries`."""
+        if self.causal:
+            return valid.transpose(1, 2)
+        b, n, heads, _ = valid.shape
+        valid = valid.reshape(b, n, groups, heads // groups, 1).permute(0, 2, 3, 1, 4)
+        return valid.reshape(b, groups, heads // groups * n, 1)
+
+    def _key_rows(self, x: torch.Tensor, groups: int) -> torch.Tensor:
+        """[b, heads, k, d] -> [b * k, groups, d], summed over the heads of a group."""
+        b, heads, n, d = x.shape
+        if heads != groups:
+            x = x.view(b, groups, heads // groups, n, d).sum(2)
+        return x.transpose(1, 2).reshape(b * n, groups, d)
+
+
+# ---------------------------------------------------------------------------------------------
+# Autograd.
+
+
+class _CausalAttention(torch.autograd.Function):
+    """Causal attention within each sample of packed rows."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, batches, scale, window):  # type: ignore[no-untyped-def]
+        part = _Part(batches, True, scale, window)
+        out, lse, ctx.states = part.forward(q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.part = part
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        q, k, v, out, lse = ctx.saved_tensors
+        return *ctx.part.backward(grad, q, k, v, out, lse, ctx.states), None, None, None
+
+
+class _JointAttention(torch.autograd.Function):
+    """Text rows over visual and over text keys, merged."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, q_v, q_t, k_v, v_v, k_t, v_t, blocks, causal, options
+    ):
+        over_visual = _Part(blocks, False, options.scale, None)
+        over_text = _Part(causal, True, options.scale, options.window)
+        out_v, lse_v, states_v = over_visual.forward(q_v, k_v, v_v)
+        out_t, lse_t, states_t = over_text.forward(q_t, k_t, v_t)
+        ctx.parts, ctx.states = (over_visual, over_text), (states_v, states_t)
+        if options.merge == "sum":
+            ctx.save_for_backward(q_v, q_t, k_v, v_v, k_t, v_t, out_v, lse_v, out_t, lse_t)
+            return out_v + out_t
+        lse = torch.logaddexp(lse_v, lse_t)
+        # Padding rows see nothing on either side: keep their weights finite, their output is zero.
+        lse = lse.masked_fill(lse.isinf(), 0.0)
+        out = (lse_v - lse).exp()[..., None] * out_v + (lse_t - lse).exp()[..., None] * out_t
+        out = out.to(q_v.dtype)
+        ctx.save_for_backward(q_v, q_t, k_v, v_v, k_t, v_t, out, lse, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        q_v, q_t, k_v, v_v, k_t, v_t, out_v, lse_v, out_t, lse_t = ctx.saved_tensors
+        over_visual, over_text = ctx.parts
+        states_v, states_t = ctx.states
+        dq_v, dk_v, dv_v = over_visual.backward(grad, q_v, k_v, v_v, out_v, lse_v, states_v)
+        dq_t, dk_t, dv_t = over_text.backward(grad, q_t, k_t, v_t, out_t, lse_t, states_t)
+        return dq_v, dq_t, dk_v, dv_v, dk_t, dv_t, None, None, None

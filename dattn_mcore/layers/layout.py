@@ -1,0 +1,156 @@
+"""Which row of a packed `[visual; text]` sequence is what, and which rows see each other.
+
+A sample in reading order is a sequence of runs, each of visual or of text rows. A pack of samples
+is stored with all visual rows first (in the order of samples, then of images), then all text
+rows. Everything the attention needs follows from the runs; it is worked out here once per
+micro-batch, on the host, and travels through Megatron-Core in `packed_seq_params`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+Layout = tuple[tuple[bool, int], ...]  # ((is_visual, rows), ...) of one sample, in reading order
+
+
+@dataclass(frozen=True)
+class Block:
+    """Text rows [text_start, text_stop) that see exactly visual rows [visual_start, visual_stop)."""
+
+    text_start: int
+    text_stop: int
+    visual_start: int
+    visual_stop: int
+
+
+@dataclass
+class DecomposedSeqParams(PackedSeqParams):
+    """One packed micro-batch, as the attention sees it. All ranks of a replica hold the same.
+
+    Row indices are those of the whole pack (before sequence parallel sharding). Padding rows
+    stand at the end of the visual and of the text rows; they belong to no sample, see nothing
+    and are seen by nobody.
+
+    Attributes:
+        num_visual: visual rows V, padding included.
+        num_text: text rows T, padding included.
+        text_lengths, visual_lengths: rows per sample, without padding.
+        blocks: what each run of text rows sees of the visual rows; runs that see none are absent.
+        reading_order: int64 [real rows]; row indices into `[visual; text]` (text rows offset by
+            num_visual), sample after sample in reading order.
+        text_positions, visual_positions: int64 [T], [V]; RoPE positions in the mode for which
+            this was built, zero on padding.
+        sample_of_row: int64 [V + T], sample index of a row, -1 on padding.
+        reading_positions: int64 [V + T]: index of a row in its sample's reading order.
+    """
+
+    num_visual: int = 0
+    num_text: int = 0
+    text_lengths: tuple[int, ...] = ()
+    visual_lengths: tuple[int, ...] = ()
+    blocks: tuple[Block, ...] = ()
+    reading_order: torch.Tensor = field(default=None)  # type: ignore[assignment]
+    text_positions: torch.Tensor = field(default=None)  # type: ignore[assignment]
+    visual_positions: torch.Tensor = field(default=None)  # type: ignore[assignment]
+    sample_of_row: torch.Tensor = field(default=None)  # type: ignore[assignment]
+    reading_positions: torch.Tensor = field(default=None)  # type: ignore[assignment]
+    cache: dict = field(default_factory=dict)  # index tensors a backend derives once per pack
+
+    @property
+    def text_offsets(self) -> list[int]:
+        """Start of each sample's text rows, and the end of the last."""
+        return [0, *itertools.accumulate(self.text_lengths)]
+
+    @property
+    def visual_offsets(self) -> list[int]:
+        """Start of each sample's visual rows, and the end of the last."""
+        return [0, *itertools.accumulate(self.visual_lengths)]
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not less than value."""
+    return -(-value // multiple) * multiple
+
+
+def padded_rows(layouts: Sequence[Layout], multiple: int) -> tuple[int, int]:
+    """Visual and text rows of a pack, each padded up to a multiple.
+
+    A pack always has at least one padded group of text rows, so that no rank ever sends an
+    empty tensor; a pack of text-only samples has no visual rows at all.
+    """
+    visual = sum(rows for layout in layouts for is_visual, rows in layout if is_visual)
+    text = sum(rows for layout in layouts for is_visual, rows in layout if not is_visual)
+    return round_up(visual, multiple), max(round_up(text, multiple), multiple)
+
+
+def build_seq_params(
+    layouts: Sequence[Layout],
+    *,
+    t2v_position: str,
+    multiple: int = 1,
+    device: torch.device | str = "cpu",
+) -> DecomposedSeqParams:
+    """Works out rows, visibility and positions of a pack.
+
+    Args:
+        layouts: runs of each sample, in reading order.
+        t2v_position: `none` (text positions count text rows only, visual positions visual rows
+            only) or `rope` (both count all rows of the sample in reading order).
+        multiple: row counts are padded up to this; a multiple of the tensor parallel size where
+            sequence parallelism is on.
+        device: where the index tensors live.
+
+    Returns:
+        The metadata that travels in Megatron-Core's `packed_seq_params`.
+    """
+    num_visual, num_text = padded_rows(layouts, multiple)
+    sample_of_row = np.full(num_visual + num_text, -1, dtype=np.int64)
+    reading = np.zeros(num_visual + num_text, dtype=np.int64)
+    own_kind = np.zeros(num_visual + num_text, dtype=np.int64)
+    order: list[np.ndarray] = []
+    blocks: list[Block] = []
+    text_lengths, visual_lengths = [], []
+    v = t = 0
+    for index, layout in enumerate(layouts):
+        v_first, t_first, position = v, t, 0
+        for is_visual, rows in layout:
+            start = v if is_visual else num_visual + t
+            span = np.arange(start, start + rows)
+            sample_of_row[span] = index
+            reading[span] = np.arange(position, position + rows)
+            first = v - v_first if is_visual else t - t_first
+            own_kind[span] = np.arange(first, first + rows)
+            order.append(span)
+            position += rows
+            if is_visual:
+                v += rows
+            else:
+                if v > v_first:
+                    blocks.append(Block(t, t + rows, v_first, v))
+                t += rows
+        text_lengths.append(t - t_first)
+        visual_lengths.append(v - v_first)
+    positions = reading if t2v_position == "rope" else own_kind
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    return DecomposedSeqParams(
+        qkv_format="thd",
+        num_visual=num_visual,
+        num_text=num_text,
+        text_lengths=tuple(text_lengths),
+        visual_lengths=tuple(visual_lengths),
+        blocks=tuple(blocks),
+        reading_order=tensor(np.concatenate(order) if order else np.zeros(0, dtype=np.int64)),
+        text_positions=tensor(positions[num_visual:]),
+        visual_positions=tensor(positions[:num_visual]),
+        sample_of_row=tensor(sample_of_row),
+        reading_positions=tensor(reading),
+    )

@@ -1,0 +1,83 @@
+"""Process groups: torch.distributed and Megatron-Core's model parallel state, set up and torn down."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from dattn_mcore.config.schema import ParallelConfig
+from dattn_mcore.parallel import platform, torch_adam
+
+
+def initialize_distributed(device: str, timeout_minutes: float = 10.0) -> None:
+    """Joins the processes that torchrun started (rank and world size from the environment)."""
+    dist.init_process_group(
+        platform.backend(device), timeout=datetime.timedelta(minutes=timeout_minutes)
+    )
+
+
+def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
+    """Creates Megatron-Core's groups for a layout, and seeds its RNG tracker.
+
+    Args:
+        parallel: sizes; the world size must be a multiple of tp * pp * cp.
+        seed: seed of the run; each pipeline stage and tensor rank derives its own.
+
+    Returns:
+        The groups, to be passed to whoever communicates.
+    """
+    torch_adam.install()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+    )
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy_model_parallel() -> None:
+    """Forgets Megatron-Core's groups; torch.distributed stays."""
+    parallel_state.destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def single_process(device: str = "cpu") -> Iterator[ProcessGroupCollection]:
+    """A world of one process, for tools that need Megatron-Core without torchrun."""
+    platform.install(device)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    store = dist.TCPStore("127.0.0.1", port, 1, is_master=True)
+    dist.init_process_group(platform.backend(device), store=store, rank=0, world_size=1)
+    try:
+        yield initialize_model_parallel(ParallelConfig(), seed=1)
+    finally:
+        destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def is_logging_rank() -> bool:
+    """Whether this process speaks for the run (rank 0)."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def world_size_from_environment() -> int:
+    """Processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def all_ranks_max(value: torch.Tensor) -> torch.Tensor:
+    """Element-wise maximum over all processes of the run."""
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value

@@ -1,0 +1,185 @@
+"""The only file of the project that knows the device: GPU with NCCL, or CPU with gloo.
+
+`install("cpu")` makes the real Megatron-Core 0.16 run on CPU processes. Megatron-Core names CUDA
+in its schedules, optimizer, RNG tracker and checkpoint writer; nothing of that is written again
+here. Instead, the few names it uses are pointed at their CPU counterparts. `install` is called
+once by the entry points and test fixtures, never at import, and changes nothing for a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from dattn_mcore.errors import ConfigError
+
+_CPU = torch.device("cpu")
+_installed: str | None = None
+
+
+def gpu_available() -> bool:
+    """Whether this machine has a GPU that PyTorch can use."""
+    return torch.cuda.device_count() > 0 and torch.cuda.is_available()
+
+
+def gpu_count() -> int:
+    """Number of GPUs of this machine."""
+    return torch.cuda.device_count() if gpu_available() else 0
+
+
+def resolve_device(requested: str) -> str:
+    """Turns `train.device` (auto, cpu or gpu) into cpu or gpu.
+
+    Raises:
+        ConfigError: gpu was asked for and there is none.
+    """
+    if requested == "auto":
+        return "gpu" if gpu_available() else "cpu"
+    if requested == "gpu" and not gpu_available():
+        raise ConfigError(
+            "train.device=gpu needs a GPU that PyTorch can see, and this machine has none; "
+            "use train.device=cpu or install a GPU build of PyTorch"
+        )
+    return requested
+
+
+def backend(device: str) -> str:
+    """The torch.distributed backend for a device (cpu or gpu)."""
+    return "nccl" if device == "gpu" else "gloo"
+
+
+def install(device: str, local_rank: int = 0) -> torch.device:
+    """Makes this process ready to run Megatron-Core on a device.
+
+    Args:
+        device: cpu or gpu.
+        local_rank: index of this process on its machine; selects the GPU.
+
+    Returns:
+        The torch device on which parameters and activations live.
+
+    Raises:
+        RuntimeError: the other device was installed in this process before.
+    """
+    global _installed
+    if _installed not in (None, device):
+        raise RuntimeError(f"platform {_installed} is installed already; {device} needs a new process")
+    if device == "gpu":
+        torch.cuda.set_device(local_rank)
+        _installed = device
+        return torch.device("cuda", local_rank)
+    if _installed is None:
+        _install_cpu()
+        _installed = device
+    return _CPU
+
+
+def current_device() -> torch.device:
+    """The device that `install` chose; CPU before it was called."""
+    return torch.device("cuda", torch.cuda.current_device()) if _installed == "gpu" else _CPU
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process so far: GPU allocations, or resident memory on a CPU."""
+    if _installed == "gpu":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _is_gpu_device(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    return isinstance(value, torch.device) and value.type == "cuda"
+
+
+class _GpuNamesMeanCpu(TorchFunctionMode):
+    """Maps `device="cuda"` arguments, and `.to("cuda")`, to the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if kwargs and _is_gpu_device(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.to and len(args) > 1 and _is_gpu_device(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+class _InertStream:
+    """Stands where a CUDA stream or event is expected: CPU work is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = _CPU
+
+    def __enter__(self) -> _InertStream:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+class _DropRngWarning(logging.Filter):
+    """On a CPU the model-parallel RNG *is* the CPU's, so this warning of the tracker is void."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+def _install_cpu() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+
+    tensor_type = torch.Tensor.type
+
+    def type_as_on_gpu(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # Gradient clipping and the distributed optimizer compare these strings.
+        if dtype is None:
+            name = tensor_type(self)  # PyTorch may call back here by name: do not prefix twice
+            return name if ".cuda." in name else name.replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.", 1)
+        return tensor_type(self, dtype, *args, **kwargs)
+
+    torch.Tensor.type = type_as_on_gpu  # type: ignore[method-assign, assignment]
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    stream = _InertStream()
+    replacements: dict[str, Any] = {
+        "current_device": lambda: _CPU,
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "reset_peak_memory_stats": nothing,
+        "memory_allocated": lambda *a: 0,
+        "max_memory_allocated": lambda *a: 0,
+        "memory_reserved": lambda *a: 0,
+        "max_memory_reserved": lambda *a: 0,
+        "memory_stats": lambda *a: {},
+        "Stream": _InertStream,
+        "Event": _InertStream,
+        "current_stream": lambda *a: stream,
+        "default_stream": lambda *a: stream,
+        "stream": lambda *a: contextlib.nullcontext(),
+        "is_current_stream_capturing": lambda: False,
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),
+        "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+    }
+    for name, value in replacements.items():
+        setattr(torch.cuda, name, value)
+    torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()  # type: ignore[assignment]
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    logging.getLogger(megatron_random.__name__).addFilter(_DropRngWarning())
+    _GpuNamesMeanCpu().__enter__()
