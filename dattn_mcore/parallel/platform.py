@@ -149,16 +149,13 @@ def _install_cpu() -> None:
 
     torch.Tensor.type = type_as_on_gpu  # type: ignore[method-assign, assignment]
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
-
     stream = _InertStream()
     replacements: dict[str, Any] = {
         "current_device": lambda: _CPU,
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
-        "reset_peak_memory_stats": nothing,
+        "set_device": lambda *a, **k: None,
+        "synchronize": lambda *a, **k: None,
+        "empty_cache": lambda *a, **k: None,
+        "reset_peak_memory_stats": lambda *a, **k: None,
         "memory_allocated": lambda *a: 0,
         "max_memory_allocated": lambda *a: 0,
         "memory_reserved": lambda *a: 0,
@@ -177,6 +174,12 @@ def _install_cpu() -> None:
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
     torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()  # type: ignore[assignment]
+
+    from megatron.core import jit
+
+    # Megatron-Core would compile small fused functions at their first call: on a CPU that costs
+    # more than it gains, and needs a C++ compiler.
+    jit.disable_jit_fuser()
 
     from megatron.core.tensor_parallel import random as megatron_random
 

@@ -1,0 +1,205 @@
+"""D-Attn's self-attention as a Megatron-Core submodule.
+
+The hidden state is `[V; T]`: visual rows, then text rows, in one tensor [rows, 1, hidden]. Only
+text rows ask (`linear_q`), all rows answer (`linear_kv`, one GEMM), all rows are projected
+(`linear_proj`). Under sequence parallelism a rank holds `[V_shard; T_shard]`.
+
+Source: arXiv 2502.01906, section 3 (V2V diagonalisation, T2V debiasing, alpha weighting).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_size
+
+from dattn_mcore.layers.attention import BACKENDS, AttentionOptions, Rotary, choose_backend
+from dattn_mcore.layers.layout import DecomposedSeqParams
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DecomposedSelfAttentionSubmodules:
+    """The projections; column, column and row parallel."""
+
+    linear_q: ModuleSpec | type
+    linear_kv: ModuleSpec | type
+    linear_proj: ModuleSpec | type
+
+
+class DecomposedSelfAttention(MegatronModule):
+    """Self-attention over `[V; T]` in which visual rows are linear in cost.
+
+    Parameters, per tensor parallel rank: `linear_q` [heads/tp * head_dim, hidden]; `linear_kv`
+    [groups/tp * 2 * head_dim, hidden], each group's key rows before its value rows; `linear_proj`
+    [hidden, heads/tp * head_dim].
+
+    Args:
+        config: Megatron-Core's layer configuration.
+        submodules: the projections.
+        layer_number: 1-based number in the whole model.
+        options: attention mode, scale, soft-cap; `window` is that of windowed layers.
+        window_every: windowed layers are 1, 1 + n, 1 + 2n, ... (Gemma 2: n = 2).
+        backend: name of the attention backend, or auto.
+        pg_collection: process groups; `tp` is used.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: DecomposedSelfAttentionSubmodules,
+        layer_number: int,
+        options: AttentionOptions,
+        window_every: int = 1,
+        backend: str = "auto",
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        tp_size = get_pg_size(self.tp_group)
+        self.head_dim = config.kv_channels
+        self.heads = config.num_attention_heads // tp_size
+        self.groups = config.num_query_groups // tp_size
+        self.options = options
+        if (layer_number - 1) % window_every:
+            self.options = replace(options, window=None)
+        self.sequence_shards = tp_size if config.sequence_parallel else 1
+        self.recompute_core = (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
+        self._requested_backend, self._backend = backend, ""
+        column = dict(
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_group=self.tp_group,
+        )
+        query_size = config.num_attention_heads * self.head_dim
+        kv_size = 2 * config.num_query_groups * self.head_dim
+        self.linear_q = build_module(submodules.linear_q, config.hidden_size, query_size, **column)
+        self.linear_kv = build_module(submodules.linear_kv, config.hidden_size, kv_size, **column)
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            query_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_group=self.tp_group,
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        rotary_pos_emb: torch.Tensor,
+        packed_seq_params: DecomposedSeqParams,
+        **unused: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attends.
+
+        Args:
+            hidden_states: [(V + T) / sequence shards, 1, hidden], `[V; T]` on every shard.
+            attention_mask: unused; visibility is in `packed_seq_params`.
+            rotary_pos_emb: angles [V + T, 1, 1, head_dim] of all rows of the pack.
+            packed_seq_params: rows of the pack and what they see.
+            **unused: what Megatron-Core passes for inference.
+
+        Returns:
+            The projected output, shaped as the input, and no bias.
+        """
+        params = packed_seq_params
+        visual_here = params.num_visual // self.sequence_shards
+        # Visual rows never pay for a query, unless the baseline wants one.
+        causal_visual = self.options.v2v == "causal"
+        asking = hidden_states if causal_visual else hidden_states[visual_here:]
+        q, _ = self.linear_q(asking)
+        kv, _ = self.linear_kv(hidden_states)
+        kv = self._gathered_order(kv, params)
+        k, v = kv.view(kv.shape[0], self.groups, 2, self.head_dim).unbind(2)
+        q_visual = None
+        if causal_visual:
+            q = self._gathered_order(q, params)
+            q_visual = q[: params.num_visual].view(-1, self.heads, self.head_dim)
+            q = q[params.num_visual :]
+        q = q.view(-1, self.heads, self.head_dim)
+
+        text, visual = self._attend(q, k, v, q_visual, rotary_pos_emb, params)
+        if visual is None:
+            # V2V diagonal: softmax over the one own key is 1, the output is the own value.
+            own = v[: params.num_visual]
+            visual = own.repeat_interleave(self.heads // self.groups, dim=1)
+        rows = torch.cat([visual, text]).view(-1, 1, self.heads * self.head_dim)
+        output, _ = self.linear_proj(self._scattered_order(rows, params))
+        return output, None
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_visual: torch.Tensor | None,
+        angles: torch.Tensor,
+        params: DecomposedSeqParams,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        n = params.num_visual
+        attend = BACKENDS[self._choose_backend(q)]
+
+        def core(q, k, v, q_visual, angles):  # type: ignore[no-untyped-def]
+            rotary = Rotary(text=angles[n:], visual=angles[:n])
+            return attend(
+                q, k[n:], v[n:], k[:n], v[:n], q_visual, rotary, params, self.options
+            )
+
+        if self.recompute_core and self.training:
+            return tensor_parallel.checkpoint(core, False, q, k, v, q_visual, angles)
+        return core(q, k, v, q_visual, angles)
+
+    def _choose_backend(self, q: torch.Tensor) -> str:
+        if not self._backend:
+            choice = choose_backend(self._requested_backend, self.options, q.device.type, q.dtype)
+            self._backend = choice.name
+            if self.layer_number == 1:
+                logger.info("attention backend: %s (%s)", choice.name, choice.reason)
+        return self._backend
+
+    def _gathered_order(self, rows: torch.Tensor, params: DecomposedSeqParams) -> torch.Tensor:
+        """From the shards' order [V_0; T_0; V_1; T_1; ...] to `[V; T]`."""
+        shards = self.sequence_shards
+        if shards == 1 or params.num_visual == 0:
+            return rows
+        width = rows.shape[-1]
+        split = rows.view(shards, -1, width)
+        here = params.num_visual // shards
+        parts = split[:, :here].reshape(-1, width), split[:, here:].reshape(-1, width)
+        return torch.cat(parts)[:, None]
+
+    def _scattered_order(self, rows: torch.Tensor, params: DecomposedSeqParams) -> torch.Tensor:
+        """Inverse of `_gathered_order`."""
+        shards = self.sequence_shards
+        if shards == 1 or params.num_visual == 0:
+            return rows
+        width = rows.shape[-1]
+        visual = rows[: params.num_visual].view(shards, -1, width)
+        text = rows[params.num_visual :].view(shards, -1, width)
+        return torch.cat([visual, text], dim=1).view(-1, 1, width)

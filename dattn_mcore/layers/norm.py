@@ -1,0 +1,45 @@
+"""RMSNorm and LayerNorm that know sequence parallelism and zero-centred gammas.
+
+Megatron-Core's `WrappedTorchNorm` refuses both; Transformer Engine's norm needs a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+
+class Norm(nn.Module):
+    """Normalises the last dimension in float32 and scales it; the result has the input's dtype.
+
+    Args:
+        config: `normalization` is RMSNorm or LayerNorm; `layernorm_zero_centered_gamma` scales
+            by 1 + weight, with weights that start at 0 (Gemma); with `sequence_parallel` the
+            gradients are summed over the tensor parallel group by Megatron-Core.
+        hidden_size: size of the last dimension.
+        eps: added to the variance.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.hidden_size, self.eps = hidden_size, eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        start = torch.zeros if self.zero_centered else torch.ones
+        self.weight = nn.Parameter(start(hidden_size, dtype=config.params_dtype))
+        self.bias = None
+        if config.normalization == "LayerNorm":
+            self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Args: x [..., hidden_size]. Returns the same shape and dtype."""
+        weight = self.weight.float()
+        if self.zero_centered:
+            weight = 1.0 + weight
+        if self.bias is None:
+            return F.rms_norm(x.float(), (self.hidden_size,), weight, self.eps).to(x.dtype)
+        bias = self.bias.float()
+        return F.layer_norm(x.float(), (self.hidden_size,), weight, bias, self.eps).to(x.dtype)

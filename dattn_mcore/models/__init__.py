@@ -1,0 +1,1 @@
+"""The model, assembled by pipeline stage: vision tower, projector, language model."""

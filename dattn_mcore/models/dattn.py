@@ -1,0 +1,230 @@
+"""The D-Attn vision-language model, one pipeline stage (or model chunk) at a time.
+
+The first stage holds the vision tower, the projector and the text embedding; the last one the
+final norm and the output layer. Between them travels one tensor, `[V; T]` [rows, 1, hidden].
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_rank
+
+from dattn_mcore.config.schema import Config, LlmConfig
+from dattn_mcore.layers.attention.rotary import rotary_angles
+from dattn_mcore.layers.layout import DecomposedSeqParams, round_up
+from dattn_mcore.layers.spec import block_submodules, decoder_layer_spec
+from dattn_mcore.models.projector import Projector
+from dattn_mcore.models.vision import VisionTower, normalize_pixels
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class ModelInputs:
+    """One packed micro-batch on the device.
+
+    Attributes:
+        params: rows of the pack and what they see.
+        text_ids: int64 [T], padded; the same on every tensor parallel rank.
+        labels: int64 [T], the id each row must predict, -100 where there is no loss.
+        tiles: uint8 [tiles, 3, size, size]; None off the first stage or without images.
+    """
+
+    params: DecomposedSeqParams
+    text_ids: torch.Tensor
+    labels: torch.Tensor
+    tiles: torch.Tensor | None
+
+
+def padded_vocab_size(llm: LlmConfig) -> int:
+    """Rows of the embedding; independent of the layout, so that a checkpoint fits every one."""
+    return round_up(llm.vocab_size, llm.vocab_pad_multiple)
+
+
+class DattnModel(LanguageModule):
+    """Vision tower, projector and decomposed-attention language model.
+
+    Args:
+        config: the run's configuration.
+        transformer_config: Megatron-Core's configuration of the language model.
+        pg_collection: process groups.
+        pre_process: this chunk embeds (first stage).
+        post_process: this chunk computes logits (last stage).
+        vp_stage: number of this chunk in the interleaved schedule; None without it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        transformer_config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=transformer_config, pg_collection=pg_collection)
+        self.run_config, llm = config, config.model.llm
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = llm.tie_embeddings
+        self.sequence_parallel = transformer_config.sequence_parallel
+        self.vocab_size, self.final_softcap = llm.vocab_size, llm.final_softcap
+        padded_vocab = padded_vocab_size(llm)
+        if pre_process:
+            self.vision = VisionTower(config, pg_collection)
+            self.projector = Projector(config, pg_collection)
+            self.embedding = LanguageModelEmbedding(
+                config=transformer_config,
+                vocab_size=padded_vocab,
+                max_sequence_length=0,
+                position_embedding_type="rope",
+                tp_group=self.tp_group,
+            )
+        num_layers = get_num_layers_to_build(
+            transformer_config, vp_stage, get_pg_rank(pg_collection.pp)
+        )
+        self.decoder = TransformerBlock(
+            config=transformer_config,
+            spec=block_submodules(decoder_layer_spec(config), num_layers),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            # The rows that carry a label are gathered before the output layer, so this one
+            # layer works on whole rows even under sequence parallelism.
+            output_config = copy.copy(transformer_config)
+            output_config.sequence_parallel = False
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                llm.hidden_size,
+                padded_vocab,
+                config=output_config,
+                init_method=transformer_config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and llm.tie_embeddings,
+                tp_group=self.tp_group,
+            )
+        exponent = torch.arange(0, llm.head_dim, 2, dtype=torch.float32) / llm.head_dim
+        self.register_buffer("inv_freq", llm.rotary_base**-exponent, persistent=False)
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """Receives the hidden state of the stage before; called by the pipeline schedule."""
+        if isinstance(input_tensor, list):
+            input_tensor = input_tensor[0]
+        self.decoder.set_input_tensor(input_tensor)
+
+    def forward(self, inputs: ModelInputs, return_logits: bool = False) -> torch.Tensor:
+        """Runs this chunk.
+
+        Args:
+            inputs: the micro-batch.
+            return_logits: on the last stage, return logits instead of losses.
+
+        Returns:
+            Between stages the hidden state [(V + T) / tp with sp, 1, hidden]. On the last stage
+            float32 losses [labelled rows] (never empty; a pack without labels gives one zero),
+            or logits [T, padded vocabulary / tp] of all text rows.
+        """
+        params = inputs.params
+        positions = torch.cat([params.visual_positions, params.text_positions])
+        hidden = self.decoder(
+            hidden_states=self._embed(inputs) if self.pre_process else None,
+            attention_mask=None,
+            rotary_pos_emb=rotary_angles(positions, self.inv_freq),
+            packed_seq_params=params,
+        )
+        if not self.post_process:
+            return hidden
+        text = self._text_rows(hidden, params)
+        if return_logits:
+            return self._logits(text)[:, 0]
+        return self._losses(text, inputs.labels)
+
+    def _embed(self, inputs: ModelInputs) -> torch.Tensor:
+        """`[V; T]` of this sequence parallel shard."""
+        text = self.embedding(inputs.text_ids[None], None)
+        if inputs.params.num_visual == 0:
+            return self._scale(text)
+        assert inputs.tiles is not None
+        data, dtype = self.run_config.data, text.dtype
+        tower_learns = any(p.requires_grad for p in self.vision.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
+            pixels = normalize_pixels(inputs.tiles, data.image_mean, data.image_std, dtype)
+            features = self.vision(pixels)
+        visual = self.projector(features)[:, None]
+        padding = inputs.params.num_visual - visual.shape[0]
+        if padding:
+            visual = torch.cat([visual, visual.new_zeros(padding, *visual.shape[1:])])
+        if self.sequence_parallel:
+            visual = tensor_parallel.scatter_to_sequence_parallel_region(
+                visual, group=self.tp_group
+            )
+        return self._scale(torch.cat([visual, text]))
+
+    def _scale(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not self.run_config.model.llm.scale_embeddings:
+            return hidden
+        # Gemma rounds the factor to the dtype first: 59.75 in bf16 for hidden size 3584.
+        return hidden * torch.tensor(self.config.hidden_size**0.5, dtype=hidden.dtype).item()
+
+    def _text_rows(self, hidden: torch.Tensor, params: DecomposedSeqParams) -> torch.Tensor:
+        """[T, 1, hidden] on every tensor parallel rank."""
+        if not self.sequence_parallel:
+            return hidden[params.num_visual :]
+        visual_here = params.num_visual // self.tp_group.size()
+        return tensor_parallel.gather_from_sequence_parallel_region(
+            hidden[visual_here:], tensor_parallel_output_grad=False, group=self.tp_group
+        )
+
+    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """float32 logits [rows, 1, padded vocabulary / tp]; padded entries are minus infinity."""
+        weight = self.shared_embedding_or_output_weight() if self.pre_process else None
+        shared = weight if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(rows, weight=shared)
+        logits = logits.float()
+        if self.final_softcap is not None:
+            logits = self.final_softcap * torch.tanh(logits / self.final_softcap)
+        first = get_pg_rank(self.tp_group) * logits.shape[-1]
+        if first + logits.shape[-1] > self.vocab_size:
+            entries = torch.arange(first, first + logits.shape[-1], device=logits.device)
+            logits = logits.masked_fill(entries >= self.vocab_size, -torch.inf)
+        return logits
+
+    def _losses(self, text: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows = (labels != IGNORED_LABEL).nonzero()[:, 0]
+        if rows.numel() == 0:
+            return text[:1].float().sum() * torch.zeros(1, device=text.device)
+        losses = tensor_parallel.vocab_parallel_cross_entropy(
+            self._logits(text[rows]), labels[rows, None]
+        )
+        return losses[:, 0]
+
+
+def freeze_all_but(model: DattnModel, trains: tuple[str, ...]) -> None:
+    """Leaves gradients to the named parts only: vision, projector, llm."""
+    parts = {
+        "vision": ("vision.",),
+        "projector": ("projector.",),
+        "llm": ("embedding.", "decoder.", "output_layer."),
+    }
+    learning = tuple(prefix for part in trains for prefix in parts[part])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(learning))

@@ -1,0 +1,89 @@
+"""The vision tower (SigLIP or CLIP) on a Megatron-Core TransformerBlock."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import nn
+
+from dattn_mcore.config.schema import Config, VisionConfig
+from dattn_mcore.layers.norm import Norm
+from dattn_mcore.layers.spec import block_submodules, vision_layer_spec
+from dattn_mcore.models.transformer_configs import vision_transformer_config
+
+
+def grid_size(vision: VisionConfig) -> int:
+    """Patches along one side of a tile (a remainder of pixels is not used: 384 / 14 is 27)."""
+    return vision.image_size // vision.patch_size
+
+
+class VisionTower(MegatronModule):
+    """Pixels to patch features. Whole on the first pipeline stage, tensor parallel.
+
+    Args:
+        config: the run's configuration.
+        pg_collection: process groups; `tp` is used.
+
+    Parameters beside the block's: `patch_embedding` (bias for SigLIP only), `class_embedding` and
+    `pre_layernorm` (CLIP), `position_embedding` (unless `model.visual_positions` is false).
+    """
+
+    def __init__(self, config: Config, pg_collection: ProcessGroupCollection) -> None:
+        transformer_config = vision_transformer_config(config)
+        super().__init__(config=transformer_config)
+        vision = self.vision = config.model.vision
+        self.tp_group = pg_collection.tp
+        clip = vision.kind == "clip"
+        dtype, hidden = transformer_config.params_dtype, vision.hidden_size
+        self.patch_embedding = nn.Conv2d(
+            3, hidden, vision.patch_size, vision.patch_size, bias=not clip, dtype=dtype
+        )
+        patches = grid_size(vision) ** 2
+        self.class_embedding = nn.Parameter(torch.zeros(hidden, dtype=dtype)) if clip else None
+        self.position_embedding = None
+        if config.model.visual_positions:
+            self.position_embedding = nn.Embedding(patches + clip, hidden, dtype=dtype)
+        self.pre_layernorm = (
+            Norm(transformer_config, hidden, vision.norm_eps) if clip else None
+        )
+        self.decoder = TransformerBlock(
+            config=transformer_config,
+            spec=block_submodules(vision_layer_spec(), transformer_config.num_layers),
+            post_layer_norm=not clip and vision.select_layer == -1,
+            pg_collection=pg_collection,
+        )
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encodes tiles.
+
+        Args:
+            pixels: [tiles, 3, image_size, image_size], normalised, in the parameters' dtype;
+                the same on every tensor parallel rank.
+
+        Returns:
+            [tiles, patches, hidden], patches row by row, class token dropped.
+        """
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight
+        if self.pre_layernorm is not None:
+            x = self.pre_layernorm(x)
+        x = self.decoder(x.transpose(0, 1).contiguous(), attention_mask=None).transpose(0, 1)
+        return x[:, 1:] if self.class_embedding is not None else x
+
+
+def normalize_pixels(
+    tiles: torch.Tensor,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """uint8 tiles [n, 3, size, size] to (x / 255 - mean) / std, computed in float32."""
+    shift = torch.tensor(mean, device=tiles.device).view(1, 3, 1, 1)
+    scale = torch.tensor(std, device=tiles.device).view(1, 3, 1, 1)
+    return ((tiles.float() / 255.0 - shift) / scale).to(dtype)
+
