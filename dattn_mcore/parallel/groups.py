@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import socket
 from collections.abc import Iterator
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -51,33 +49,22 @@ def destroy_model_parallel() -> None:
     parallel_state.destroy_model_parallel()
 
 
-@contextlib.contextmanager
-def single_process(device: str = "cpu") -> Iterator[ProcessGroupCollection]:
-    """A world of one process, for tools that need Megatron-Core without torchrun."""
-    platform.install(device)
+def initialize_alone(device: str) -> None:
+    """A world of this one process, without torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     store = dist.TCPStore("127.0.0.1", port, 1, is_master=True)
     dist.init_process_group(platform.backend(device), store=store, rank=0, world_size=1)
+
+
+@contextlib.contextmanager
+def single_process(device: str = "cpu") -> Iterator[ProcessGroupCollection]:
+    """A world of one process, for tools that need Megatron-Core without torchrun."""
+    platform.install(device)
+    initialize_alone(device)
     try:
         yield initialize_model_parallel(ParallelConfig(), seed=1)
     finally:
         destroy_model_parallel()
         dist.destroy_process_group()
-
-
-def is_logging_rank() -> bool:
-    """Whether this process speaks for the run (rank 0)."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def world_size_from_environment() -> int:
-    """Processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def all_ranks_max(value: torch.Tensor) -> torch.Tensor:
-    """Element-wise maximum over all processes of the run."""
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value

@@ -1,0 +1,1 @@
+"""Whole, verified, re-shardable checkpoints in Megatron-Core's distributed format."""

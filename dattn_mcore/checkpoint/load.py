@@ -1,0 +1,190 @@
+"""Finds the newest whole checkpoint, verifies it on all ranks together, and loads it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from dattn_mcore.checkpoint import folders, state
+from dattn_mcore.config.load import to_dict
+from dattn_mcore.config.schema import Config
+from dattn_mcore.errors import CheckpointError
+from dattn_mcore.models.dattn import DattnModel
+
+logger = logging.getLogger(__name__)
+
+# Settings of the model that shape no parameter and may differ from the checkpoint's.
+_FREE = {
+    "llm": {"init_std"},
+    "vision": {"init_std"},
+    "projector": {"output_norm_init"},
+}
+
+
+def choose_checkpoint(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint behind a path; all ranks get the same answer.
+
+    Rank 0 lists the candidates; every rank verifies a share of the files. A damaged checkpoint is
+    reported and the one before is tried.
+
+    Returns:
+        Folder and manifest, or None where no checkpoint was ever finished.
+
+    Raises:
+        CheckpointError: there are checkpoints, but all are damaged.
+    """
+    candidates: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            candidates = [folders.find_checkpoints(path)]
+        except CheckpointError:
+            candidates = [[]]
+    dist.broadcast_object_list(candidates, src=0)
+    for folder in candidates[0]:
+        problem = _verify(folder)
+        if problem is None:
+            return folder, folders.read_manifest(folder)
+        if dist.get_rank() == 0:
+            logger.warning("checkpoint %s cannot be read: %s", folder, problem)
+    if candidates[0]:
+        raise CheckpointError(
+            f"no checkpoint in {path} is readable (see the warnings above); restore one, or "
+            "start in another log.run_dir"
+        )
+    return None
+
+
+def _verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank; each hashes a share of the files."""
+    problem = None
+    try:
+        files = folders.read_manifest(folder)["files"]
+        names = sorted(files)[dist.get_rank() :: dist.get_world_size()]
+        problem = folders.damage(folder, names, files)
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((item for item in problems if item is not None), None)
+
+
+def check_same_model(config: Config, manifest: dict[str, Any], folder: Path) -> None:
+    """Refuses a checkpoint whose model differs from the configured one.
+
+    Raises:
+        CheckpointError: names the first setting that differs.
+    """
+    ours, theirs = to_dict(config)["model"], manifest["config"]["model"]
+    for section, value in ours.items():
+        pairs = value.items() if isinstance(value, dict) else [(None, value)]
+        for key, want in pairs:
+            have = theirs.get(section)
+            have = have.get(key) if key is not None and isinstance(have, dict) else have
+            if have != want and key not in _FREE.get(section, ()):
+                name = ".".join(part for part in ("model", section, key) if part)
+                raise CheckpointError(
+                    f"{folder} holds another model: {name} is {have!r} there and {want!r} here; "
+                    "use its own configuration or another checkpoint"
+                )
+
+
+def load_weights(
+    path: Path, config: Config, chunks: list[DattnModel], pg_collection: ProcessGroupCollection
+) -> Path:
+    """Loads the weights of a run or checkpoint, and nothing else (`checkpoint.init_from`).
+
+    Raises:
+        CheckpointError: none there, all damaged, or another model's.
+    """
+    found = choose_checkpoint(path)
+    if found is None:
+        raise CheckpointError(
+            f"checkpoint.init_from={path} holds no finished checkpoint; name a run folder or a "
+            "folder step_... in it"
+        )
+    folder, manifest = found
+    check_same_model(config, manifest, folder)
+    content = _load(folder, state.model_state(chunks, pg_collection))
+    _put_weights(content, chunks)
+    return folder
+
+
+def resume(
+    root: Path,
+    config: Config,
+    chunks: list[DattnModel],
+    optimizer: MegatronOptimizer,
+    pg_collection: ProcessGroupCollection,
+    data_fingerprint: str,
+) -> int:
+    """Goes on from the newest whole checkpoint of a run, in any layout.
+
+    Returns:
+        Optimizer steps that were done; 0 where there is no checkpoint.
+
+    Raises:
+        CheckpointError: all damaged, another model's, or of another data set.
+    """
+    found = choose_checkpoint(root)
+    if found is None:
+        return 0
+    folder, manifest = found
+    check_same_model(config, manifest, folder)
+    if manifest["data_fingerprint"] != data_fingerprint:
+        raise CheckpointError(
+            f"{folder} was trained on other data (annotations, tokenizer or template changed), so "
+            "its position means nothing here; restore them, or start in another log.run_dir with "
+            "checkpoint.init_from"
+        )
+    trained = manifest["config"]["train"]["trains"]
+    if sorted(trained) != sorted(config.train.trains):
+        raise CheckpointError(
+            f"{folder} trains {trained} and this run {list(config.train.trains)} (train.trains); "
+            "start the new stage in another log.run_dir with checkpoint.init_from"
+        )
+    model = state.model_state(chunks, pg_collection)
+    content: dict[str, Any] = {
+        **model,
+        "optimizer": state.optimizer_state(optimizer, model, pg_collection, is_loading=True),
+    }
+    layout = state.layout_of(pg_collection)
+    same_layout = tuple(manifest["layout"]) == layout
+    if same_layout:
+        content["rng"] = state.rng_state(pg_collection, layout)
+    loaded = _load(folder, content)
+    _put_weights(loaded, chunks)
+    optimizer.load_state_dict(loaded["optimizer"])
+    if same_layout:
+        state.set_rng_state(loaded["rng"])
+    return int(manifest["step"])
+
+
+def _load(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(
+            content, str(folder), strict=StrictHandling.RAISE_UNEXPECTED
+        )
+    except Exception as error:
+        # The files are as they were written (verified), so this is a mismatch of content.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder} does not fit this run ({reason})") from error
+
+
+def _put_weights(content: dict[str, Any], chunks: list[DattnModel]) -> None:
+    for index, chunk in enumerate(chunks):
+        missing, unexpected = chunk.load_state_dict(content[f"model{index}"], strict=False)
+        missing = [name for name in missing if not name.endswith("_extra_state")]
+        if missing or unexpected:
+            raise CheckpointError(
+                f"checkpoint lacks {missing or 'nothing'} and has {unexpected or 'nothing'} more"
+            )
+    if torch.distributed.is_initialized():
+        dist.barrier()

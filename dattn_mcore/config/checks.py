@@ -1,0 +1,184 @@
+"""Rules that settings must keep, each a small function that returns one line per breach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.errors import ConfigError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.family": ("mistral", "gemma2"),
+    "model.vision.kind": ("siglip", "clip"),
+    "model.llm.activation": ("silu", "gelu_tanh"),
+    "model.vision.activation": ("gelu_tanh", "gelu", "quick_gelu"),
+    "attention.v2v": ("diagonal", "causal"),
+    "attention.t2v_position": ("none", "rope"),
+    "attention.merge": ("alpha", "sum"),
+    "attention.backend": ("auto", "reference", "sdpa"),
+    "data.template": ("plain", "mistral", "gemma"),
+    "data.prepare": ("none", "digits"),
+    "data.over_budget": ("skip", "truncate", "error"),
+    "data.image_backend": ("auto", "dali", "pillow"),
+    "data.image_policy": ("stretch", "pad", "crop"),
+    "train.stage": ("align", "pretrain", "instruct"),
+    "train.precision": ("fp32", "bf16"),
+    "train.recompute": ("none", "selective", "full"),
+    "train.device": ("auto", "cpu", "gpu"),
+}
+PARTS = ("vision", "projector", "llm")
+
+
+def check_config(config: Config) -> None:
+    """Checks everything that does not depend on the number of processes.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    for check in (_choices, _positive, _heads, _layers, _vocabulary, _vision, _training, _unbuilt):
+        for message in check(config):
+            raise ConfigError(message)
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Data parallel replicas of a world; the rest of the processes share one model.
+
+    Raises:
+        ConfigError: the world is no multiple of tp x pp x cp.
+    """
+    parallel = config.parallel
+    one_model = processes_per_replica(config)
+    if world_size % one_model:
+        product = f"tp ({parallel.tp}) x pp ({parallel.pp})"
+        if parallel.cp > 1:
+            product += f" x cp ({parallel.cp})"
+        raise ConfigError(
+            f"{product} needs a multiple of {one_model} processes, got {world_size}; "
+            f"run torchrun --nproc-per-node {one_model} pretrain_dattn.py ..."
+        )
+    return world_size // one_model
+
+
+def processes_per_replica(config: Config) -> int:
+    """Processes that hold one copy of the model."""
+    return config.parallel.tp * config.parallel.pp * config.parallel.cp
+
+
+def value_of(config: Config, name: str) -> Any:
+    """The value of a dotted field name."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _choices(config: Config) -> Iterator[str]:
+    for name, allowed in CHOICES.items():
+        if value_of(config, name) not in allowed:
+            yield f"{name}={value_of(config, name)!r} is unknown; use one of {', '.join(allowed)}"
+
+
+def _positive(config: Config) -> Iterator[str]:
+    for name in (
+        *("parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp", "parallel.timeout_minutes"),
+        *("model.llm.num_layers", "model.llm.hidden_size", "model.vision.num_layers"),
+        *("data.text_budget", "data.visual_budget", "data.pad_multiple", "data.decode_threads"),
+        *("data.prefetch", "train.global_batch_size", "train.epochs", "optim.lr"),
+        *("checkpoint.save_interval", "checkpoint.keep", "log.interval"),
+    ):
+        if value_of(config, name) <= 0:
+            yield f"{name}={value_of(config, name)} must be greater than 0"
+    if config.train.steps is not None and config.train.steps <= 0:
+        yield f"train.steps={config.train.steps} must be greater than 0, or null to use train.epochs"
+    for name in ("optim.warmup_ratio", "optim.min_lr_ratio"):
+        if not 0 <= value_of(config, name) <= 1:
+            yield f"{name}={value_of(config, name)} must lie between 0 and 1"
+
+
+def _heads(config: Config) -> Iterator[str]:
+    llm, vision, tp = config.model.llm, config.model.vision, config.parallel.tp
+    if llm.num_attention_heads % llm.num_query_groups:
+        yield (
+            f"model.llm.num_attention_heads={llm.num_attention_heads} must be a multiple of "
+            f"model.llm.num_query_groups={llm.num_query_groups}; change one of them"
+        )
+    for name, value in (
+        ("model.llm.num_query_groups", llm.num_query_groups),
+        ("model.llm.num_attention_heads", llm.num_attention_heads),
+        ("model.llm.ffn_hidden_size", llm.ffn_hidden_size),
+        ("model.vision.num_attention_heads", vision.num_attention_heads),
+        ("model.vision.ffn_hidden_size", vision.ffn_hidden_size),
+        ("model.projector.ffn_hidden_size", config.model.projector.ffn_hidden_size),
+    ):
+        if value % tp:
+            yield f"{name}={value} must be a multiple of parallel.tp={tp}; choose another --tp"
+    if vision.hidden_size % vision.num_attention_heads:
+        yield (
+            f"model.vision.hidden_size={vision.hidden_size} must be a multiple of "
+            f"model.vision.num_attention_heads={vision.num_attention_heads}"
+        )
+    if llm.head_dim % 2 or llm.hidden_size % 2:
+        yield (
+            f"model.llm.head_dim={llm.head_dim} and model.llm.hidden_size={llm.hidden_size} "
+            "must be even (rotary and sinusoidal positions come in pairs)"
+        )
+
+
+def _layers(config: Config) -> Iterator[str]:
+    layers, pp, vpp = config.model.llm.num_layers, config.parallel.pp, config.parallel.vpp
+    if layers % (pp * vpp):
+        yield (
+            f"model.llm.num_layers={layers} must be a multiple of pp ({pp}) x vpp ({vpp}); "
+            "choose another --pp or parallel.vpp"
+        )
+    if vpp > 1 and pp == 1:
+        yield f"parallel.vpp={vpp} needs --pp of at least 2; use parallel.vpp=1"
+    if config.parallel.sp and config.parallel.tp == 1:
+        yield "parallel.sp=true needs --tp of at least 2; use parallel.sp=false"
+    if config.parallel.sp and config.data.pad_multiple % config.parallel.tp:
+        yield (
+            f"data.pad_multiple={config.data.pad_multiple} must be a multiple of "
+            f"parallel.tp={config.parallel.tp} with parallel.sp=true"
+        )
+
+
+def _vocabulary(config: Config) -> Iterator[str]:
+    llm, tp = config.model.llm, config.parallel.tp
+    if llm.vocab_pad_multiple % tp:
+        yield (
+            f"model.llm.vocab_pad_multiple={llm.vocab_pad_multiple} must be a multiple of "
+            f"parallel.tp={tp}"
+        )
+
+
+def _vision(config: Config) -> Iterator[str]:
+    vision = config.model.vision
+    if not -vision.num_layers <= vision.select_layer <= -1:
+        yield (
+            f"model.vision.select_layer={vision.select_layer} must lie between "
+            f"-{vision.num_layers} and -1 (-2: without the last layer)"
+        )
+    if vision.patch_size > vision.image_size:
+        yield (
+            f"model.vision.patch_size={vision.patch_size} must not exceed "
+            f"model.vision.image_size={vision.image_size}"
+        )
+    rows = (vision.image_size // vision.patch_size) ** 2
+    if rows > config.data.visual_budget:
+        yield (
+            f"data.visual_budget={config.data.visual_budget} must hold at least one image "
+            f"({rows} rows)"
+        )
+
+
+def _training(config: Config) -> Iterator[str]:
+    trains = config.train.trains
+    unknown = [part for part in trains if part not in PARTS]
+    if unknown or not trains:
+        yield f"train.trains={list(trains)} must name one or more of {', '.join(PARTS)}"
+
+
+def _unbuilt(config: Config) -> Iterator[str]:
+    if config.parallel.cp > 1:
+        yield f"parallel.cp={config.parallel.cp}: only cp 1 is implemented; use tp, pp and dp"

@@ -1,0 +1,62 @@
+"""From the data pipeline's micro-batches to tensors on this rank's device."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_pg_rank, get_pg_src_rank
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.data.batch import MicroBatch
+from dattn_mcore.layers.layout import build_seq_params
+from dattn_mcore.models.dattn import IGNORED_LABEL, ModelInputs
+
+
+def needs_pixels(pg_collection: ProcessGroupCollection) -> bool:
+    """Whether this rank decodes images: the first tensor rank of a replica's first stage."""
+    return get_pg_rank(pg_collection.pp) == 0 and get_pg_rank(pg_collection.tp) == 0
+
+
+def to_model_inputs(
+    micro_batch: MicroBatch,
+    config: Config,
+    pg_collection: ProcessGroupCollection,
+    device: torch.device,
+) -> ModelInputs:
+    """Pads rows, works out visibility, and shares pixels within the tensor parallel group.
+
+    uint8 tiles are broadcast (a quarter of the bytes of float32) and normalised by the model.
+
+    Args:
+        micro_batch: one pack; its `tiles` are present on the first tensor rank of stage 0 only.
+        config: the run's configuration.
+        pg_collection: process groups; every rank of a replica must call this in the same order.
+        device: where the tensors go.
+    """
+    params = build_seq_params(
+        micro_batch.layouts,
+        t2v_position=config.attention.t2v_position,
+        multiple=config.data.pad_multiple,
+        device=device,
+    )
+    padding = (0, params.num_text - micro_batch.text_ids.shape[0])
+    tiles = None
+    if get_pg_rank(pg_collection.pp) == 0 and micro_batch.num_tiles:
+        size = config.model.vision.image_size
+        tiles = micro_batch.tiles
+        if tiles is None:
+            tiles = torch.empty((micro_batch.num_tiles, 3, size, size), dtype=torch.uint8)
+        tiles = tiles.to(device, non_blocking=True)
+        if pg_collection.tp.size() > 1:
+            source = get_pg_src_rank(pg_collection.tp)
+            dist.broadcast(tiles, src=source, group=pg_collection.tp)
+    return ModelInputs(
+        params=params,
+        text_ids=F.pad(micro_batch.text_ids, padding).to(device, non_blocking=True),
+        labels=F.pad(micro_batch.labels, padding, value=IGNORED_LABEL).to(
+            device, non_blocking=True
+        ),
+        tiles=tiles,
+    )

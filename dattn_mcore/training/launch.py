@@ -1,0 +1,48 @@
+"""Restarts a run that was started as one process under as many local processes as it needs."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from dattn_mcore.errors import ConfigError
+
+# What torchrun told this process about its place; a new torchrun must not inherit it.
+_TORCHRUN_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RUN_ID"),
+    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE", "OMP_NUM_THREADS"),
+)
+
+
+def restart_under_torchrun(processes: int, device: str, arguments: list[str]) -> int:
+    """Replaces this process by torchrun with the given number of local processes.
+
+    Args:
+        processes: how many the layout needs.
+        device: `train.device`; on GPUs each process needs one of its own.
+        arguments: command line after the script's name.
+
+    Raises:
+        ConfigError: the machine has too few GPUs.
+    """
+    from dattn_mcore.parallel import platform
+
+    if platform.resolve_device(device) == "gpu" and platform.gpu_count() < processes:
+        raise ConfigError(
+            f"tp x pp x cp needs {processes} processes with a GPU each, and this machine has "
+            f"{platform.gpu_count()} GPUs; start torchrun on more nodes, choose a smaller --tp or "
+            "--pp, or use --device cpu"
+        )
+    sys.stdout.write(
+        f"one process started and {processes} needed: restarting as "
+        f"torchrun --nproc-per-node {processes} {sys.argv[0]} {' '.join(arguments)}\n"
+    )
+    sys.stdout.flush()
+    environment = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES}
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(processes), sys.argv[0], *arguments),
+    ]
+    os.execve(sys.executable, command, environment)

@@ -1,0 +1,173 @@
+"""A whole run: set up, go on from where it stood, step, report, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_pg_rank
+
+from dattn_mcore.checkpoint.load import load_weights, resume
+from dattn_mcore.checkpoint.save import save_checkpoint
+from dattn_mcore.config.load import to_yaml
+from dattn_mcore.config.schema import Config
+from dattn_mcore.data.pipeline import DataPipeline, GlobalBatch
+from dattn_mcore.data.tokenizer import load_tokenizer
+from dattn_mcore.errors import DattnError
+from dattn_mcore.models.build import build_model
+from dattn_mcore.training.agreement import agree
+from dattn_mcore.training.inputs import needs_pixels, to_model_inputs
+from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from dattn_mcore.training.report import Reporter
+from dattn_mcore.training.signals import StopRequest
+from dattn_mcore.training.step import train_step
+
+logger = logging.getLogger(__name__)
+
+
+def total_steps(config: Config, num_samples: int) -> int:
+    """Optimizer steps of the run: `train.steps`, or as many as `train.epochs` takes."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return max(1, math.ceil(num_samples * config.train.epochs / config.train.global_batch_size))
+
+
+def open_data(
+    config: Config, pg_collection: ProcessGroupCollection, device: torch.device
+) -> DataPipeline:
+    """This rank's data pipeline."""
+    return DataPipeline(
+        config,
+        load_tokenizer(config.data.tokenizer),
+        dp_rank=get_pg_rank(pg_collection.dp),
+        dp_size=pg_collection.dp.size(),
+        microbatch_multiple=config.parallel.pp if config.parallel.vpp > 1 else 1,
+        needs_pixels=needs_pixels(pg_collection),
+        image_device="cpu" if device.type == "cpu" else "gpu",
+        image_device_id=device.index,
+    )
+
+
+def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.device) -> bool:
+    """Trains until the last step or a stopping signal; called by all ranks.
+
+    Args:
+        config: a checked configuration.
+        pg_collection: process groups of its layout.
+        device: of this process.
+
+    Returns:
+        True if the run is complete, False if a signal stopped it.
+
+    Raises:
+        DattnError: a user's mistake, the same on every rank.
+    """
+    run_dir = Path(config.log.run_dir)
+    speaks = dist.get_rank() == 0
+    data, problem = None, None
+    try:
+        data = open_data(config, pg_collection, device)
+        if speaks:
+            run_dir.mkdir(parents=True, exist_ok=True)
+    except DattnError as error:
+        problem = error
+    except OSError as error:
+        problem = DattnError(f"log.run_dir={run_dir} cannot be made ({error.strerror})")
+    agree(problem, False, device)
+    assert data is not None
+
+    resumable = config.checkpoint.resume and any(run_dir.glob("checkpoints/step_*"))
+    fresh = config.checkpoint.init_from is None and not resumable
+    chunks = build_model(config, pg_collection, device, initialize=fresh)
+    if config.checkpoint.init_from is not None and not resumable:
+        source = load_weights(Path(config.checkpoint.init_from), config, chunks, pg_collection)
+        logger.info("weights from %s", source)
+    model = wrap_ddp(chunks, config, pg_collection)
+    optimizer = build_optimizer(config, model)
+    last = total_steps(config, data.num_samples)
+    scheduler = build_scheduler(config, optimizer, last)
+    first = 0
+    if resumable:
+        first = resume(
+            run_dir / "checkpoints", config, chunks, optimizer, pg_collection, data.fingerprint
+        )
+        scheduler.step(first)
+        logger.info("resumed at step %d of %d", first, last)
+    reporter = None
+    if speaks:
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        reporter = Reporter(config, run_dir, first, last)
+    stop = StopRequest()
+    step = first
+    try:
+        while step < last:
+            batch, problem = None, None
+            try:
+                batch = data.global_batch(step)
+            except DattnError as error:
+                problem = error
+            if agree(problem, stop.received is not None, device):
+                break
+            assert batch is not None
+            inputs = [
+                to_model_inputs(item, config, pg_collection, device) for item in batch.microbatches
+            ]
+            counts = _real_tokens(batch, pg_collection, device)
+            result = train_step(model, optimizer, scheduler, inputs, pg_collection)
+            step += 1
+            if reporter is not None:
+                reporter.step(
+                    step,
+                    result,
+                    get_canonical_lr_for_logging(optimizer.param_groups) or 0.0,
+                    batch.sample_ids,
+                    batch.skipped,
+                    batch.truncated,
+                    *counts,
+                )
+            if step % config.checkpoint.save_interval == 0 and step < last:
+                _save(config, step, chunks, optimizer, pg_collection, data, reporter)
+        if step > first:
+            _save(config, step, chunks, optimizer, pg_collection, data, reporter)
+    finally:
+        stop.restore()
+        data.close()
+    if reporter is not None:
+        reporter.close(step)
+    if step < last:
+        logger.info("stopped by a signal at step %d of %d; start again to go on", step, last)
+    return step == last
+
+
+def _save(config, step, chunks, optimizer, pg_collection, data, reporter):  # type: ignore[no-untyped-def]
+    folder = save_checkpoint(
+        Path(config.log.run_dir) / "checkpoints",
+        step,
+        config,
+        chunks,
+        optimizer,
+        pg_collection,
+        data.fingerprint,
+    )
+    logger.info("saved %s", folder)
+    if reporter is not None:
+        reporter.restart_clock(step)
+
+
+def _real_tokens(
+    batch: GlobalBatch, pg_collection: ProcessGroupCollection, device: torch.device
+) -> tuple[int, int]:
+    """Unpadded text and visual rows of the global batch, summed over replicas."""
+    text = visual = 0
+    for micro_batch in batch.microbatches:
+        for layout in micro_batch.layouts:
+            visual += sum(rows for is_visual, rows in layout if is_visual)
+            text += sum(rows for is_visual, rows in layout if not is_visual)
+    counts = torch.tensor([text, visual], device=device)
+    dist.all_reduce(counts, group=pg_collection.dp)
+    return int(counts[0]), int(counts[1])

@@ -1,0 +1,137 @@
+"""The command line of `pretrain_dattn.py`: settings, processes, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from dattn_mcore.config.checks import check_config, data_parallel_size, processes_per_replica
+from dattn_mcore.config.load import load_config
+from dattn_mcore.config.schema import Config
+from dattn_mcore.errors import DattnError
+from dattn_mcore.training.launch import restart_under_torchrun
+
+SHORT_FLAGS = {
+    "tp": "parallel.tp",
+    "pp": "parallel.pp",
+    "cp": "parallel.cp",
+    "device": "train.device",
+}
+logger = logging.getLogger("dattn_mcore")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, bool]:
+    """Reads the command line into a checked configuration and the dry-run flag."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain_dattn.py",
+        description="Train a D-Attn vision-language model with Megatron-Core.",
+        epilog="Any setting can follow as section.key=value, for example optim.lr=1e-4.",
+    )
+    parser.add_argument("--config", help="YAML file (default: the embedded digits task)")
+    parser.add_argument("--tp", help="tensor parallel size")
+    parser.add_argument("--pp", help="pipeline parallel size")
+    parser.add_argument("--cp", help="context parallel size")
+    parser.add_argument("--device", help="auto, cpu or gpu")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print configuration, layout and sizes, and stop"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    chosen = parser.parse_intermixed_args(arguments)
+    flags = [
+        f"{name}={getattr(chosen, flag)}"
+        for flag, name in SHORT_FLAGS.items()
+        if getattr(chosen, flag) is not None
+    ]
+    config = load_config(chosen.config, [*chosen.overrides, *flags])
+    check_config(config)
+    return config, chosen.dry_run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status (2 for a user's mistake)."""
+    rank = int(os.environ.get("RANK", "0"))
+    _set_up_logging(rank)
+    try:
+        config, dry_run = parse_arguments(arguments)
+        if dry_run:
+            from dattn_mcore.training.plan import describe
+
+            if rank == 0:
+                sys.stdout.write(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
+            return 0
+        return _run(config, sys.argv[1:] if arguments is None else arguments)
+    except DattnError as error:
+        if rank == 0:  # all ranks have the same mistake; one says so
+            sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _run(config: Config, arguments: list[str]) -> int:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    needed = processes_per_replica(config)
+    if world_size == 1 and needed > 1:
+        return restart_under_torchrun(needed, config.train.device, arguments)
+    data_parallel_size(config, world_size)
+    # Importing PyTorch and Megatron-Core takes seconds; mistakes above are told at once.
+    import torch.distributed as dist
+
+    from dattn_mcore.parallel import groups, platform
+    from dattn_mcore.training.loop import train
+
+    device_kind = platform.resolve_device(config.train.device)
+    device = platform.install(device_kind, int(os.environ.get("LOCAL_RANK", "0")))
+    if "WORLD_SIZE" in os.environ:
+        groups.initialize_distributed(device_kind, config.parallel.timeout_minutes)
+    else:
+        groups.initialize_alone(device_kind)
+    try:
+        pg_collection = groups.initialize_model_parallel(config.parallel, config.train.seed)
+        logger.info(
+            "%s: %s on %d %s process%s, tp %d x pp %d x dp %d%s",
+            *(Path(config.log.run_dir).name, config.train.stage, dist.get_world_size()),
+            *(device_kind.upper(), "" if dist.get_world_size() == 1 else "es"),
+            *(config.parallel.tp, config.parallel.pp, pg_collection.dp.size()),
+            ", sequence parallel" if config.parallel.sp else "",
+        )
+        _prepare_data(config, device)
+        train(config, pg_collection, device)
+        groups.destroy_model_parallel()
+        return 0
+    finally:
+        dist.destroy_process_group()
+
+
+def _prepare_data(config: Config, device) -> None:  # type: ignore[no-untyped-def]
+    """Makes the embedded data set where it is absent; rank 0 does, the others wait."""
+    import torch.distributed as dist
+
+    from dattn_mcore.training.agreement import agree
+
+    problem = None
+    if config.data.prepare == "digits" and dist.get_rank() == 0:
+        from dattn_mcore.data.digits import prepare_digits
+
+        folder = Path(config.data.annotations).parent
+        try:
+            if not Path(config.data.annotations).exists():
+                logger.info("preparing handwritten digits in %s", folder)
+                prepare_digits(folder)
+        except DattnError as error:
+            problem = error
+    agree(problem, False, device)
+
+
+def _set_up_logging(rank: int) -> None:
+    # What Megatron-Core says about packages that a CPU-only machine cannot have.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor")
+    level = logging.INFO if rank == 0 else logging.ERROR
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False

@@ -1,0 +1,93 @@
+"""Megatron-Core's DDP, distributed optimizer and schedule, from the run's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.models.dattn import DattnModel
+
+
+def wrap_ddp(
+    chunks: list[DattnModel], config: Config, pg_collection: ProcessGroupCollection
+) -> list[DistributedDataParallel]:
+    """Gives each chunk its gradient buffers, reduced over data parallel ranks in float32."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=True,
+        check_for_nan_in_grad=False,  # the step itself stops on a loss that is not finite
+    )
+    return [
+        DistributedDataParallel(
+            config=chunk.config, ddp_config=ddp_config, module=chunk, pg_collection=pg_collection
+        )
+        for chunk in chunks
+    ]
+
+
+def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """AdamW, sharded over data parallel ranks, with a peak learning rate per part."""
+    optim = config.optim
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.lr * optim.min_lr_ratio,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=config.train.precision == "bf16",
+        params_dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=True,
+    )
+    overrides: dict[Any, Any] = {
+        ParamKey(name=("*.bias", "*norm.weight", "*class_embedding")): {"wd_mult": 0.0},
+    }
+    for part, peak in (("projector", optim.lr_projector), ("vision", optim.lr_vision)):
+        if peak is not None and peak != optim.lr:
+            overrides[ParamKey(name=f"*{part}.*")] = {
+                "max_lr": peak,
+                "min_lr": peak * optim.min_lr_ratio,
+                # Not used as a factor, but Megatron-Core tells groups apart by it on a resume.
+                "lr_mult": peak / optim.lr,
+            }
+    optimizer = get_megatron_optimizer(optimizer_config, model, config_overrides=overrides)
+    chunk_config = model[0].config
+    chunk_config.finalize_model_grads_func = finalize_model_grads
+    chunk_config.grad_scale_func = optimizer.scale_loss
+    chunk_config.no_sync_func = [chunk.no_sync for chunk in model]
+    if len(model) == 1:
+        chunk_config.no_sync_func = model[0].no_sync
+    return optimizer
+
+
+def build_scheduler(
+    config: Config, optimizer: MegatronOptimizer, total_steps: int
+) -> OptimizerParamScheduler:
+    """Cosine decay to `min_lr_ratio` after a linear warm-up, counted in optimizer steps."""
+    optim = config.optim
+    warmup = min(round(optim.warmup_ratio * total_steps), total_steps - 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.lr * optim.min_lr_ratio,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(total_steps, 1),
+        lr_decay_style="cosine",
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,171 @@
+"""One line per interval for people, the same as JSON lines and TensorBoard for programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.training.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+
+def duration(seconds: float) -> str:
+    """1h 02m, 3m 05s or 7s."""
+    seconds = max(0, round(seconds))
+    if seconds >= 3600:
+        return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def rate(value: float) -> str:
+    """Three significant digits, thousands as k: 87.2, 4.1k, 1.2M."""
+    for limit, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{unit}"
+    return f"{value:.1f}"
+
+
+class Reporter:
+    """Counts what the run did and reports it. Exists on rank 0 only.
+
+    Args:
+        config: the run's configuration.
+        run_dir: where metrics.jsonl and tensorboard/ go.
+        first_step: step the run starts or resumes at.
+        total_steps: step it ends at.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, first_step: int, total_steps: int) -> None:
+        self.config, self.total_steps = config, total_steps
+        self.started = self.interval_started = time.perf_counter()
+        self.first_step = self.interval_first_step = first_step
+        self.counts: Counter[str] = Counter()
+        self.interval: Counter[str] = Counter()
+        self.seen_over_budget: set[str] = set()
+        _drop_after(run_dir / "metrics.jsonl", first_step)
+        _drop_after(run_dir / "samples.jsonl", first_step)
+        self.metrics = open(run_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
+        self.samples = open(run_dir / "samples.jsonl", "a", encoding="utf-8", buffering=1)
+        self.tensorboard: Any = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(
+                str(run_dir / "tensorboard"), purge_step=first_step + 1
+            )
+
+    def step(
+        self,
+        step: int,
+        result: StepResult,
+        learning_rate: float,
+        sample_ids: tuple[str, ...],
+        skipped: tuple[str, ...],
+        truncated: tuple[str, ...],
+        text_tokens: int,
+        visual_tokens: int,
+    ) -> None:
+        """Notes a finished step; prints at the end of an interval.
+
+        Args:
+            step: 1-based number of the step.
+            result: what it did.
+            learning_rate: of the parts without a rate of their own.
+            sample_ids: samples of the global batch, in order.
+            skipped, truncated: those over budget.
+            text_tokens, visual_tokens: real (unpadded) rows of the global batch.
+        """
+        self._note_over_budget(skipped, truncated)
+        self.interval.update(
+            samples=len(sample_ids) - len(skipped), text=text_tokens, visual=visual_tokens
+        )
+        json.dump({"step": step, "ids": sample_ids, "skipped": skipped}, self.samples)
+        self.samples.write("\n")
+        if step % self.config.log.interval and step != self.total_steps:
+            return
+        now = time.perf_counter()
+        seconds = now - self.interval_started
+        remaining = (self.total_steps - step) * seconds / (step - self.interval_first_step)
+        row = {
+            "step": step,
+            "loss": result.loss,
+            "lr": learning_rate,
+            "grad_norm": result.grad_norm,
+            "samples_per_second": self.interval["samples"] / seconds,
+            "text_tokens_per_second": self.interval["text"] / seconds,
+            "visual_tokens_per_second": self.interval["visual"] / seconds,
+            "supervised_tokens": result.supervised_tokens,
+            "skipped": self.counts["skipped"],
+            "truncated": self.counts["truncated"],
+            "eta_seconds": remaining,
+        }
+        json.dump(row, self.metrics)
+        self.metrics.write("\n")
+        if self.tensorboard is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self.tensorboard.add_scalar(f"train/{name}", value, step)
+        width = len(str(self.total_steps))
+        logger.info(
+            "step %*d/%d  loss %.4f  lr %.2e  grad %.2f  %s samples/s  "
+            "%s text + %s visual tokens/s  ETA %s",
+            *(width, step, self.total_steps, result.loss, learning_rate, result.grad_norm),
+            *(rate(row["samples_per_second"]), rate(row["text_tokens_per_second"])),
+            *(rate(row["visual_tokens_per_second"]), duration(remaining)),
+        )
+        self.interval.clear()
+        self.interval_started, self.interval_first_step = now, step
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves the time of a save out of the rates: the next interval starts here."""
+        self.interval_started, self.interval_first_step = time.perf_counter(), step
+        self.interval.clear()
+
+    def close(self, step: int) -> None:
+        """Says how long it took and what was left out; closes the files."""
+        logger.info(
+            "%d steps in %s", step - self.first_step, duration(time.perf_counter() - self.started)
+        )
+        for outcome in ("skipped", "truncated"):
+            if self.counts[outcome]:
+                logger.warning(
+                    "%d samples over budget were %s; see samples.jsonl or raise data.text_budget",
+                    *(self.counts[outcome], outcome),
+                )
+        self.metrics.close()
+        self.samples.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def _note_over_budget(self, skipped: tuple[str, ...], truncated: tuple[str, ...]) -> None:
+        for outcome, ids in (("skipped", skipped), ("truncated", truncated)):
+            self.counts[outcome] += len(ids)
+            for sample_id in ids:
+                if sample_id not in self.seen_over_budget and len(self.seen_over_budget) < 10:
+                    self.seen_over_budget.add(sample_id)
+                    logger.warning(
+                        "sample %r is longer than data.text_budget=%d or data.visual_budget=%d "
+                        "and was %s (data.over_budget=%s)",
+                        *(sample_id, self.config.data.text_budget, self.config.data.visual_budget),
+                        *(outcome, self.config.data.over_budget),
+                    )
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Removes lines of steps that a resumed run will do again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
+            continue
+    path.write_text("".join(kept), encoding="utf-8")

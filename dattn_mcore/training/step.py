@@ -1,0 +1,121 @@
+"""One optimizer step: Megatron-Core's forward-backward schedule, then the optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.utils import is_pp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_pg_rank
+
+from dattn_mcore.errors import DattnError
+from dattn_mcore.models.dattn import IGNORED_LABEL, ModelInputs
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Attributes:
+        loss: mean over the supervised tokens of the global batch.
+        grad_norm: L2 norm over all trained parameters before clipping.
+        supervised_tokens: tokens with a loss in the global batch.
+    """
+
+    loss: float
+    grad_norm: float
+    supervised_tokens: int
+
+
+def _loss_sum(
+    inputs: ModelInputs, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum and count, so that the mean does not depend on how samples are split into packs."""
+    count = (inputs.labels != IGNORED_LABEL).sum()
+    total = losses.sum()
+    report = torch.stack([total.detach().double(), count.double()])
+    return total, count.int(), {"sums": report}
+
+
+def forward_step(
+    inputs: Iterator[ModelInputs], model: torch.nn.Module
+) -> tuple[torch.Tensor, partial]:
+    """Megatron-Core's forward step: next micro-batch through one model chunk."""
+    micro_batch = next(inputs)
+    return model(micro_batch), partial(_loss_sum, micro_batch)
+
+
+def train_step(
+    model: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    micro_batches: list[ModelInputs],
+    pg_collection: ProcessGroupCollection,
+) -> StepResult:
+    """Runs one global batch through the pipeline and updates the weights.
+
+    Args:
+        model: this stage's chunks.
+        optimizer: Megatron-Core's optimizer.
+        scheduler: sets the learning rate; advanced by one.
+        micro_batches: this replica's packs.
+        pg_collection: process groups.
+
+    Raises:
+        DattnError: the loss is not finite; raised on every rank, before the update.
+    """
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    sums = run_schedule(model, micro_batches, pg_collection, forward_only=False)
+    loss = float(sums[0] / sums[1].clamp(min=1))
+    if not math.isfinite(loss):
+        raise DattnError(
+            f"the loss is {loss}; the weights were not updated. Lower optim.lr, raise "
+            "optim.warmup_ratio, or look at the samples of this step in samples.jsonl"
+        )
+    _, grad_norm, _ = optimizer.step()
+    scheduler.step(1)
+    return StepResult(loss, float(grad_norm or 0.0), int(sums[1]))
+
+
+def run_schedule(
+    model: list[DistributedDataParallel],
+    micro_batches: list[ModelInputs],
+    pg_collection: ProcessGroupCollection,
+    forward_only: bool,
+) -> torch.Tensor:
+    """Forward (and backward) over all micro-batches.
+
+    Returns:
+        float64 [2]: sum of losses and count of supervised tokens over the global batch, on every
+        rank of the run.
+    """
+    iterators: Any = [iter(micro_batches) for _ in model]
+    single = len(model) == 1
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators[0] if single else iterators,
+        model=model[0] if single else model,
+        num_microbatches=len(micro_batches),
+        # Shapes travel with the tensors (variable_seq_lengths), so these two are not used.
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    sums = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].labels.device)
+    if is_pp_last_stage(pg_collection.pp) and get_pg_rank(pg_collection.tp) == 0:
+        for report in reports:
+            sums += report["sums"]
+    dist.all_reduce(sums)
+    return sums
