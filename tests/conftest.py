@@ -15,3 +15,23 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session", autouse=True)
 def _platform():
     platform.install("cpu")
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Gloo workers, shared by all multi-process tests."""
+    from tests.distributed.pool import Pool
+
+    workers = Pool()
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A small digits data set: images, LLaVA annotations, tokenizer."""
+    from dattn_mcore.data.digits import DigitsPlan, prepare_digits
+
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    plan = DigitsPlan(align=64, pretrain=64, instruct=96, heldout=16)
+    return prepare_digits(folder, plan)

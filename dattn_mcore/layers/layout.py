@@ -94,6 +94,7 @@ def build_seq_params(
     *,
     t2v_position: str,
     multiple: int = 1,
+    at_least: tuple[int, int] = (0, 0),
     device: torch.device | str = "cpu",
 ) -> DecomposedSeqParams:
     """Works out rows, visibility and positions of a pack.
@@ -104,12 +105,14 @@ def build_seq_params(
             only) or `rope` (both count all rows of the sample in reading order).
         multiple: row counts are padded up to this; a multiple of the tensor parallel size where
             sequence parallelism is on.
+        at_least: visual and text rows to pad up to (multiples of `multiple`), so that all
+            micro-batches of a step have one shape in the pipeline.
         device: where the index tensors live.
 
     Returns:
         The metadata that travels in Megatron-Core's `packed_seq_params`.
     """
-    num_visual, num_text = padded_rows(layouts, multiple)
+    num_visual, num_text = map(max, padded_rows(layouts, multiple), at_least)
     sample_of_row = np.full(num_visual + num_text, -1, dtype=np.int64)
     reading = np.zeros(num_visual + num_text, dtype=np.int64)
     own_kind = np.zeros(num_visual + num_text, dtype=np.int64)

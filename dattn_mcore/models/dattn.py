@@ -161,23 +161,27 @@ class DattnModel(LanguageModule):
     def _embed(self, inputs: ModelInputs) -> torch.Tensor:
         """`[V; T]` of this sequence parallel shard."""
         text = self.embedding(inputs.text_ids[None], None)
-        if inputs.params.num_visual == 0:
+        num_visual = inputs.params.num_visual
+        if num_visual == 0:
             return self._scale(text)
-        assert inputs.tiles is not None
-        data, dtype = self.run_config.data, text.dtype
-        tower_learns = any(p.requires_grad for p in self.vision.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
-            pixels = normalize_pixels(inputs.tiles, data.image_mean, data.image_std, dtype)
-            features = self.vision(pixels)
-        visual = self.projector(features)[:, None]
-        padding = inputs.params.num_visual - visual.shape[0]
-        if padding:
-            visual = torch.cat([visual, visual.new_zeros(padding, *visual.shape[1:])])
+        visual = text.new_zeros(num_visual, 1, text.shape[-1])
+        if inputs.tiles is not None:
+            rows = self._visual_rows(inputs.tiles, text.dtype)
+            visual = torch.cat([rows, visual[rows.shape[0] :]])
         if self.sequence_parallel:
             visual = tensor_parallel.scatter_to_sequence_parallel_region(
                 visual, group=self.tp_group
             )
         return self._scale(torch.cat([visual, text]))
+
+    def _visual_rows(self, tiles: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[tiles * patches, 1, hidden] of uint8 tiles, the same on every tensor parallel rank."""
+        data = self.run_config.data
+        tower_learns = any(p.requires_grad for p in self.vision.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
+            pixels = normalize_pixels(tiles, data.image_mean, data.image_std, dtype)
+            features = self.vision(pixels)
+        return self.projector(features)[:, None]
 
     def _scale(self, hidden: torch.Tensor) -> torch.Tensor:
         if not self.run_config.model.llm.scale_embeddings:

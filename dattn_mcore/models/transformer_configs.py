@@ -26,6 +26,10 @@ def params_dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
+def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
 def _common(config: Config) -> dict[str, Any]:
     dtype = params_dtype(config)
     return dict(
@@ -34,8 +38,11 @@ def _common(config: Config) -> dict[str, Any]:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=config.parallel.tp,
-        use_cpu_initialization=True,
-        perform_initialization=False,  # models.initialize fills weights alike in every layout
+        # models.initialize fills weights alike in every layout. Megatron-Core must still "do" its
+        # own initialisation: it marks there which parameters are tensor parallel.
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        embedding_init_method=_leave_as_is,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -68,12 +75,14 @@ def llm_transformer_config(config: Config) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[llm.activation],
         add_bias_linear=False,
-        init_method_std=llm.init_std,
         sequence_parallel=parallel.sp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         pipeline_dtype=params_dtype(config),
-        variable_seq_lengths=parallel.pp > 1,
+        # With two stages, batched exchanges of the interleaved schedule would mix up what goes to
+        # the next and to the previous stage, which are the same process.
+        overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=parallel.vpp == 1,
         deallocate_pipeline_outputs=True,
         **recompute,
         **_common(config),

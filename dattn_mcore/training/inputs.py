@@ -10,7 +10,7 @@ from megatron.core.utils import get_pg_rank, get_pg_src_rank
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
-from dattn_mcore.layers.layout import build_seq_params
+from dattn_mcore.layers.layout import build_seq_params, padded_rows
 from dattn_mcore.models.dattn import IGNORED_LABEL, ModelInputs
 
 
@@ -19,11 +19,32 @@ def needs_pixels(pg_collection: ProcessGroupCollection) -> bool:
     return get_pg_rank(pg_collection.pp) == 0 and get_pg_rank(pg_collection.tp) == 0
 
 
+def all_model_inputs(
+    micro_batches: list[MicroBatch],
+    config: Config,
+    pg_collection: ProcessGroupCollection,
+    device: torch.device,
+) -> list[ModelInputs]:
+    """Prepares the packs of a step; see `to_model_inputs`.
+
+    With a pipeline all are padded to the rows of the largest, so that stages need not tell each
+    other shapes before each exchange. Packs are balanced, so the largest is not much larger.
+    """
+    at_least = (0, 0)
+    if config.parallel.pp > 1:
+        rows = [padded_rows(item.layouts, config.data.pad_multiple) for item in micro_batches]
+        at_least = (max(visual for visual, _ in rows), max(text for _, text in rows))
+    return [
+        to_model_inputs(item, config, pg_collection, device, at_least) for item in micro_batches
+    ]
+
+
 def to_model_inputs(
     micro_batch: MicroBatch,
     config: Config,
     pg_collection: ProcessGroupCollection,
     device: torch.device,
+    at_least: tuple[int, int] = (0, 0),
 ) -> ModelInputs:
     """Pads rows, works out visibility, and shares pixels within the tensor parallel group.
 
@@ -34,11 +55,13 @@ def to_model_inputs(
         config: the run's configuration.
         pg_collection: process groups; every rank of a replica must call this in the same order.
         device: where the tensors go.
+        at_least: visual and text rows to pad up to.
     """
     params = build_seq_params(
         micro_batch.layouts,
         t2v_position=config.attention.t2v_position,
         multiple=config.data.pad_multiple,
+        at_least=at_least,
         device=device,
     )
     padding = (0, params.num_text - micro_batch.text_ids.shape[0])

@@ -21,7 +21,7 @@ from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import DattnError
 from dattn_mcore.models.build import build_model
 from dattn_mcore.training.agreement import agree
-from dattn_mcore.training.inputs import needs_pixels, to_model_inputs
+from dattn_mcore.training.inputs import all_model_inputs, needs_pixels
 from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
 from dattn_mcore.training.report import Reporter
 from dattn_mcore.training.signals import StopRequest
@@ -114,9 +114,7 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
             if agree(problem, stop.received is not None, device):
                 break
             assert batch is not None
-            inputs = [
-                to_model_inputs(item, config, pg_collection, device) for item in batch.microbatches
-            ]
+            inputs = all_model_inputs(batch.microbatches, config, pg_collection, device)
             counts = _real_tokens(batch, pg_collection, device)
             result = train_step(model, optimizer, scheduler, inputs, pg_collection)
             step += 1

@@ -108,8 +108,8 @@ def run_schedule(
         data_iterator=iterators[0] if single else iterators,
         model=model[0] if single else model,
         num_microbatches=len(micro_batches),
-        # Shapes travel with the tensors (variable_seq_lengths), so these two are not used.
-        seq_length=1,
+        # Of the tensor between stages; the micro-batches of a step have one shape.
+        seq_length=micro_batches[0].params.num_visual + micro_batches[0].params.num_text,
         micro_batch_size=1,
         forward_only=forward_only,
     )

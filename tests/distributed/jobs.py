@@ -1,0 +1,94 @@
+"""What the pool's workers run: functions named by the tests, on every rank of a world."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dattn_mcore.config.checks import check_config, data_parallel_size
+from dattn_mcore.config.load import from_dict, merge
+from dattn_mcore.config.schema import Config
+from dattn_mcore.parallel.groups import initialize_model_parallel
+from dattn_mcore.training.loop import train
+
+SMALL_MODEL: dict[str, Any] = {
+    "llm": {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "head_dim": 16,
+        "init_std": 0.05,
+    },
+    "vision": {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 2,
+        "init_std": 0.05,
+    },
+    "projector": {"ffn_hidden_size": 48},
+}
+GEMMA: dict[str, Any] = {
+    "family": "gemma2",
+    "llm": {
+        "activation": "gelu_tanh",
+        "zero_centered_gamma": True,
+        "post_norms": True,
+        "attention_softcap": 5.0,
+        "final_softcap": 3.0,
+        "query_scale": 24.0,
+        "sliding_window": 6,
+        "sliding_window_every": 2,
+        "scale_embeddings": True,
+        "tie_embeddings": True,
+    },
+}
+
+
+def small_config(data_dir: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:
+    """A configuration tree for a tiny model on the digits data."""
+    tree: dict[str, Any] = {
+        "model": SMALL_MODEL,
+        "data": {
+            "annotations": str(data_dir / "instruct.json"),
+            "image_folder": str(data_dir / "images"),
+            "tokenizer": str(data_dir / "tokenizer.model"),
+            "template": "mistral",
+            "prepare": "none",
+            "text_budget": 128,
+            "visual_budget": 96,
+            "image_backend": "pillow",
+            "prefetch": 1,
+        },
+        "optim": {"lr": 3e-3, "warmup_ratio": 0.0},
+        "train": {"global_batch_size": 12, "steps": 3},
+        "log": {"run_dir": str(run_dir), "interval": 1, "tensorboard": False},
+        "checkpoint": {"save_interval": 1000},
+    }
+    return merge(tree, sections)
+
+
+def start(tree: dict[str, Any]) -> tuple[Config, Any]:
+    """Checks the configuration and creates its process groups."""
+    config = from_dict(tree)
+    check_config(config)
+    data_parallel_size(config, dist.get_world_size())
+    return config, initialize_model_parallel(config.parallel, config.train.seed)
+
+
+def run_training(tree: dict[str, Any]) -> bool:
+    """The whole training loop; True if it reached its last step."""
+    config, groups = start(tree)
+    return train(config, groups, torch.device("cpu"))
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl."""
+    text = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
