@@ -92,3 +92,63 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Rows of a run's metrics.jsonl."""
     text = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def train_until_killed(tree: dict[str, Any], step: int) -> bool:
+    """Trains, and sends this process a stopping signal when a step begins."""
+    import os
+    import signal
+
+    from dattn_mcore.training import loop
+
+    original = loop.train_step
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        counted.calls += 1  # type: ignore[attr-defined]
+        if counted.calls == step and dist.get_rank() == dist.get_world_size() - 1:  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    counted.calls = 0  # type: ignore[attr-defined]
+    loop.train_step = counted  # type: ignore[assignment]
+    try:
+        return run_training(tree)
+    finally:
+        loop.train_step = original
+
+
+def adam_steps_after_resume(tree: dict[str, Any]) -> list[float]:
+    """Resumes, does one step, and returns Adam's step count of every parameter."""
+    from dattn_mcore.training import loop
+
+    seen: list[float] = []
+    original = loop.train_step
+
+    def one_step(model, optimizer, *args):  # type: ignore[no-untyped-def]
+        result = original(model, optimizer, *args)
+        inner = optimizer.chained_optimizers[0].optimizer
+        if not seen:
+            seen.extend(float(state["step"]) for state in inner.state.values())
+        return result
+
+    loop.train_step = one_step  # type: ignore[assignment]
+    try:
+        run_training(tree)
+    finally:
+        loop.train_step = original
+    return seen
+
+
+def run_training_with_log(tree: dict[str, Any]) -> tuple[bool, str]:
+    """Like `run_training`; also returns what was logged."""
+    import io
+    import logging
+
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logger = logging.getLogger("dattn_mcore")
+    logger.addHandler(handler)
+    try:
+        return run_training(tree), stream.getvalue()
+    finally:
+        logger.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""One pool of gloo workers for the whole test session: a multi-process test is one call.
+"""One pool of CPU workers for the whole test session: a multi-process test is one call.
 
 The workers are forked from a server that has imported PyTorch and Megatron-Core once, so that a
 job costs the creation of its process groups and nothing more.
@@ -36,7 +36,9 @@ def _worker(connection: Any, rank: int) -> None:
         module, name, world_size, store_path, args = job
         try:
             store = dist.FileStore(store_path, world_size)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            dist.init_process_group(
+                platform.backend("cpu"), store=store, rank=rank, world_size=world_size
+            )
             try:
                 result = getattr(importlib.import_module(module), name)(*args)
                 connection.send((True, result))

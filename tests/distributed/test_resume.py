@@ -1,0 +1,195 @@
+"""A run that was stopped and goes on equals one that was not: losses, samples, weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.jobs import (
+    adam_steps_after_resume,
+    read_metrics,
+    run_training,
+    run_training_with_log,
+    small_config,
+    train_until_killed,
+)
+from tests.distributed.pool import WorkerError
+
+STEPS = {"train": {"steps": 6, "global_batch_size": 12}}
+
+
+def tree_for(digits, run_dir, **sections):
+    return small_config(digits, run_dir, **{**STEPS, **sections})
+
+
+def sample_ids(run_dir):
+    lines = (Path(run_dir) / "samples.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pool, digits, tmp_path_factory):
+    """Losses of six steps in one process, never stopped."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    pool.run(run_training, 1, tree_for(digits, run_dir))
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (2, {}), (4, {"pp": 2})],
+    ids=["one", "tp2-sp", "pp2", "dp2", "pp2-dp2"],
+)
+def test_stopped_and_resumed_is_bitwise_the_same(pool, digits, tmp_path, world_size, parallel):
+    """At the same layout, to the last bit; the signal reaches one rank only, in step 3."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pool.run(run_training, world_size, tree_for(digits, whole, parallel=parallel))
+    tree = tree_for(digits, parts, parallel=parallel)
+    assert pool.run(train_until_killed, world_size, tree, 3) == [False] * world_size
+    assert [row["step"] for row in read_metrics(parts)] == [1, 2, 3]
+    assert [p.name for p in (parts / "checkpoints").iterdir()] == ["step_00000003"]
+    assert all(pool.run(run_training, world_size, tree))
+    for row, want in zip(read_metrics(parts), read_metrics(whole), strict=True):
+        assert (row["loss"], row["grad_norm"], row["lr"]) == (
+            want["loss"],
+            want["grad_norm"],
+            want["lr"],
+        )
+    assert sample_ids(parts) == sample_ids(whole)
+
+
+def test_killed_without_warning(pool, digits, tmp_path, uninterrupted):
+    """Steps after the last save are done again, and leave one line each in the reports."""
+    tree = tree_for(digits, tmp_path, checkpoint={"save_interval": 2})
+    pool.run(train_until_killed, 1, tree, 5)
+    shutil.rmtree(tmp_path / "checkpoints/step_00000005")  # as if killed before the save
+    assert all(pool.run(run_training, 1, tree))
+    rows, expected = read_metrics(tmp_path), read_metrics(uninterrupted)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+    assert sample_ids(tmp_path) == sample_ids(uninterrupted)
+
+
+def test_resharded_twice(pool, digits, tmp_path, uninterrupted):
+    """tp 2 x pp 2, then pp 2, then one process: within 1e-6 of one process throughout."""
+    layouts = [(4, {"tp": 2, "pp": 2}, 2), (2, {"pp": 2}, 2), (1, {}, 0)]
+    for world_size, parallel, steps in layouts:
+        tree = tree_for(digits, tmp_path, parallel=parallel)
+        if steps:
+            pool.run(train_until_killed, world_size, tree, steps)
+        else:
+            assert all(pool.run(run_training, world_size, tree))
+    rows, expected = read_metrics(tmp_path), read_metrics(uninterrupted)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row, want in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(want["loss"], abs=1e-6)
+
+
+def test_frozen_last_stage_resumes(pool, digits, tmp_path):
+    """A rank without trainable parameters has no optimizer state to save or load."""
+    sections = {
+        "parallel": {"pp": 2},
+        "train": {"steps": 4, "global_batch_size": 12, "trains": ["projector"]},
+    }
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pool.run(run_training, 2, tree_for(digits, whole, **sections))
+    tree = tree_for(digits, parts, **sections)
+    pool.run(train_until_killed, 2, tree, 2)
+    pool.run(run_training, 2, tree)
+    assert [r["loss"] for r in read_metrics(parts)] == [r["loss"] for r in read_metrics(whole)]
+
+
+def test_learning_rate_per_part_survives_a_resume(pool, digits, tmp_path):
+    """Megatron-Core tells parameter groups apart by multipliers only."""
+    sections = {"optim": {"lr": 3e-3, "lr_vision": 1e-4, "lr_projector": 5e-3, "warmup_ratio": 0.0}}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pool.run(run_training, 1, tree_for(digits, whole, **sections))
+    tree = tree_for(digits, parts, **sections)
+    pool.run(train_until_killed, 1, tree, 3)
+    pool.run(run_training, 1, tree)
+    assert [r["loss"] for r in read_metrics(parts)] == [r["loss"] for r in read_metrics(whole)]
+
+
+@pytest.fixture
+def two_checkpoints(pool, digits, tmp_path):
+    """A run with whole checkpoints at steps 2 and 4 of 6."""
+    tree = tree_for(digits, tmp_path, checkpoint={"save_interval": 2, "keep": 5})
+    pool.run(train_until_killed, 1, tree, 4)
+    return tree, tmp_path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "manifest", "empty-common"])
+def test_damaged_checkpoint_falls_back_loudly(
+    pool, two_checkpoints, uninterrupted, damage
+):
+    tree, run_dir = two_checkpoints
+    newest = run_dir / "checkpoints/step_00000004"
+    shard = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    if damage == "truncated":
+        shard.write_bytes(content[: len(content) // 2])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    elif damage == "manifest":
+        (newest / "dattn.json").write_text("{")
+    else:
+        (newest / "common.pt").write_bytes(b"")
+    # A save that was killed on its way is never chosen, and is cleared away by the next save.
+    (run_dir / "checkpoints/step_00000005.tmp").mkdir()
+    ((done, log),) = pool.run(run_training_with_log, 1, tree)
+    assert done
+    assert f"{newest} cannot be read" in log
+    assert [r["loss"] for r in read_metrics(run_dir)] == [
+        r["loss"] for r in read_metrics(uninterrupted)
+    ]
+    assert not list((run_dir / "checkpoints").glob("*.tmp"))
+
+
+def test_all_damaged_is_an_error(pool, two_checkpoints):
+    tree, run_dir = two_checkpoints
+    for manifest in run_dir.glob("checkpoints/*/dattn.json"):
+        manifest.unlink()
+    with pytest.raises(WorkerError, match="CheckpointError: no checkpoint in .* is readable"):
+        pool.run(run_training, 1, tree)
+
+
+def test_another_model_is_refused(pool, digits, two_checkpoints, tmp_path_factory):
+    tree, run_dir = two_checkpoints
+    other = {**tree, "model": {**tree["model"], "projector": {"ffn_hidden_size": 64}}}
+    with pytest.raises(WorkerError, match="another model: model.projector.ffn_hidden_size is 48"):
+        pool.run(run_training, 1, other)
+    other["log"] = {**tree["log"], "run_dir": str(tmp_path_factory.mktemp("other"))}
+    other["checkpoint"] = {"init_from": str(run_dir)}
+    with pytest.raises(WorkerError, match="another model"):
+        pool.run(run_training, 1, other)
+
+
+def test_changed_data_is_refused(pool, digits, two_checkpoints):
+    tree, _ = two_checkpoints
+    other = {**tree, "data": {**tree["data"], "annotations": str(digits / "pretrain.json")}}
+    with pytest.raises(WorkerError, match="trained on other data"):
+        pool.run(run_training, 1, other)
+
+
+def test_init_from_takes_weights_only(pool, digits, two_checkpoints, tmp_path_factory):
+    """A new stage starts at step 0 with the weights of another run."""
+    tree, run_dir = two_checkpoints
+    new = tmp_path_factory.mktemp("new")
+    other = {**tree, "log": {**tree["log"], "run_dir": str(new)}}
+    other["checkpoint"] = {"init_from": str(run_dir)}
+    pool.run(run_training, 1, other)
+    first = read_metrics(new)[0]
+    assert first["step"] == 1
+    assert first["loss"] < read_metrics(run_dir)[0]["loss"] - 0.2  # it has learnt already
+
+
+def test_optimizer_steps_are_counted_once(pool, digits, two_checkpoints):
+    """After a resume each parameter has a step counter of its own (see parallel/torch_adam.py)."""
+    tree, _ = two_checkpoints
+    (steps,) = pool.run(adam_steps_after_resume, 1, tree)
+    assert set(steps) == {5.0}
+    assert len(steps) > 10
