@@ -19,7 +19,7 @@ def _platform():
 
 @pytest.fixture(scope="session")
 def pool():
-    """Gloo workers, shared by all multi-process tests."""
+    """CPU workers, shared by all multi-process tests."""
     from tests.distributed.pool import Pool
 
     workers = Pool()

@@ -152,3 +152,77 @@ def run_training_with_log(tree: dict[str, Any]) -> tuple[bool, str]:
         return run_training(tree), stream.getvalue()
     finally:
         logger.removeHandler(handler)
+
+
+def randomize_norms(model: torch.nn.Module) -> None:
+    """Norm weights of one would hide a misplaced norm; these are the same in every layout."""
+    for entry in model.sharded_state_dict().values():  # type: ignore[operator]
+        if "norm.weight" in entry.key:
+            layer = entry.global_offset[0] if entry.prepend_axis_num else 0
+            generator = torch.Generator().manual_seed(sum(entry.key.encode()) + 1000 * layer)
+            entry.data.data += 0.2 * torch.randn(entry.data.shape, generator=generator)
+
+
+def model_outputs(tree: dict[str, Any], layouts: Any, changed_tile: int | None = None):
+    """Logits of all text rows for random ids and tiles, and what an oracle needs to repeat them.
+
+    Works in any layout: the last stage gathers its vocabulary shards, and every rank returns the
+    same ids and visual rows.
+    """
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from dattn_mcore.layers.layout import build_seq_params
+    from dattn_mcore.models.build import build_model
+    from dattn_mcore.models.dattn import ModelInputs
+
+    config, groups = start(tree)
+    (model,) = build_model(config, groups, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(5)
+    randomize_norms(model)
+    params = build_seq_params(
+        layouts, t2v_position=config.attention.t2v_position, multiple=config.data.pad_multiple
+    )
+    rows = {
+        kind: sum(n for layout in layouts for is_visual, n in layout if is_visual == kind)
+        for kind in (True, False)
+    }
+    text_ids = torch.zeros(params.num_text, dtype=torch.int64)
+    text_ids[: rows[False]] = torch.randint(0, 320, (rows[False],), generator=generator)
+    size = config.model.vision.image_size
+    tiles = torch.randint(
+        0, 256, (rows[True] // 16, 3, size, size), generator=generator, dtype=torch.uint8
+    )
+    if changed_tile is not None:
+        tiles[changed_tile] = 255 - tiles[changed_tile]
+    inputs = ModelInputs(
+        params=params,
+        text_ids=text_ids,
+        labels=torch.full_like(text_ids, -100),
+        tiles=tiles if rows[True] else None,
+    )
+    model.eval()
+    result: dict[str, Any] = {"text_ids": text_ids, "visual_rows": torch.zeros(0, 64)}
+    with torch.no_grad():
+        if model.pre_process and rows[True]:
+            result["visual_rows"] = model._visual_rows(tiles, torch.float32)[:, 0]
+        if not model.pre_process:
+            shards = config.parallel.tp if config.parallel.sp else 1
+            hidden = torch.empty(
+                (params.num_visual + params.num_text) // shards, 1, config.model.llm.hidden_size
+            )
+            dist.recv(hidden, src=dist.get_global_rank(groups.pp, groups.pp.rank() - 1))
+            model.set_input_tensor(hidden)
+        output = model(inputs, return_logits=True)
+        if model.post_process:
+            logits = gather_from_tensor_model_parallel_region(output, group=groups.tp)
+            result["logits"] = logits[:, : config.model.llm.vocab_size]
+        else:
+            dist.send(output, dst=dist.get_global_rank(groups.pp, groups.pp.rank() + 1))
+    visual = [result["visual_rows"]]
+    dist.broadcast_object_list(visual, src=0)
+    result["visual_rows"] = visual[0]
+    if dist.get_world_size() == 1:
+        result["weights"] = {
+            name: tensor for name, tensor in model.state_dict().items() if tensor is not None
+        }
+    return result

@@ -1,0 +1,133 @@
+"""Bad data: every rank stops with the same line, none waits for another, and nothing is lost."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.distributed.jobs import read_metrics, run_training, run_training_with_log, small_config
+from tests.distributed.pool import WorkerError
+
+
+@pytest.fixture
+def data_dir(digits, tmp_path):
+    """A copy whose files may be spoilt."""
+    return shutil.copytree(digits, tmp_path / "digits")
+
+
+def fails(pool, tree, message, world_size=2, parallel=None):
+    """Both ranks must raise the same one line, and soon."""
+    tree["parallel"] = parallel or {"pp": 2}
+    with pytest.raises(WorkerError) as caught:
+        pool.run(run_training, world_size, tree, timeout=60)
+    assert caught.value.kind.__name__ == "DataError"
+    assert "\n" not in caught.value.message
+    for part in message:
+        assert part in caught.value.message
+
+
+def edit(data_dir, change):
+    path = data_dir / "instruct.json"
+    records = json.loads(path.read_text())
+    change(records)
+    path.write_text(json.dumps(records, indent=1))
+
+
+def first_image(data_dir):
+    return next(
+        r["image"]
+        for r in json.loads((data_dir / "instruct.json").read_text())
+        if isinstance(r.get("image"), str)
+    )
+
+
+def keep_only(data_dir, image):
+    """Leaves samples of one image, so that the first step meets it."""
+    edit(data_dir, lambda records: records.__setitem__(
+        slice(None), [r for r in records if r.get("image") == image] * 12
+    ))
+
+
+@pytest.mark.parametrize("parallel", [{"pp": 2}, {"tp": 2}, {}], ids=["pp2", "tp2", "dp2"])
+def test_truncated_image(pool, data_dir, tmp_path, parallel):
+    image = first_image(data_dir)
+    path = data_dir / "images" / image
+    path.write_bytes(path.read_bytes()[:-200])
+    keep_only(data_dir, image)
+    fails(pool, small_config(data_dir, tmp_path / "run"), [image, "truncated"], 2, parallel)
+
+
+@pytest.mark.parametrize("case", ["missing", "not-an-image", "folder", "outside", "symlink"])
+def test_unusable_image(pool, data_dir, tmp_path, case):
+    image = first_image(data_dir)
+    path = data_dir / "images" / image
+    expected = [image]
+    if case == "missing":
+        path.unlink()
+    elif case == "not-an-image":
+        path.write_text("<html>404</html>")
+    elif case == "folder":
+        path.unlink()
+        path.mkdir()
+    elif case == "symlink":
+        path.unlink()
+        path.symlink_to("/etc/hostname")
+    keep_only(data_dir, image)
+    if case == "outside":
+        edit(data_dir, lambda rs: [r.__setitem__("image", "../../secret.jpg") for r in rs])
+        expected = ["../../secret.jpg"]
+    fails(pool, small_config(data_dir, tmp_path / "run"), expected)
+
+
+def test_missing_annotations(pool, data_dir, tmp_path):
+    (data_dir / "instruct.json").unlink()
+    fails(pool, small_config(data_dir, tmp_path / "run"), ["data.annotations", "instruct.json"])
+
+
+def test_malformed_annotations_name_the_line(pool, data_dir, tmp_path):
+    path = data_dir / "instruct.json"
+    lines = json.dumps(json.loads(path.read_text()), indent=1).splitlines()
+    lines[7] += " }{"
+    path.write_text("\n".join(lines))
+    fails(pool, small_config(data_dir, tmp_path / "run"), ["instruct.json", "line 8"])
+
+
+def test_image_counts_differ(pool, data_dir, tmp_path):
+    def drop(records):
+        record = next(r for r in records if r.get("image"))
+        record["conversations"][0]["value"] = "no picture here"
+        record["id"] = "spoilt"
+
+    edit(data_dir, drop)
+    fails(pool, small_config(data_dir, tmp_path / "run"), ["spoilt", "<image>"])
+
+
+def lengthen(data_dir):
+    """Gives one sample more text than a pack holds."""
+    def change(records):
+        record = next(r for r in records if isinstance(r.get("image"), str))
+        record["id"] = "long"
+        record["conversations"][0]["value"] += " so" * 200
+        del records[12:]
+        if record not in records:
+            records[0] = record
+
+    edit(data_dir, change)
+
+
+@pytest.mark.parametrize("policy", ["skip", "truncate"])
+def test_over_budget_is_counted_and_reported(pool, data_dir, tmp_path, policy):
+    lengthen(data_dir)
+    tree = small_config(data_dir, tmp_path / "run")
+    tree["data"]["over_budget"] = policy
+    ((done, log),) = pool.run(run_training_with_log, 1, tree)
+    assert done and "'long'" in log and "data.over_budget" in log
+    # A question cut before its answer has nothing to learn from: skipped under both policies.
+    assert [row["skipped"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_over_budget_error(pool, data_dir, tmp_path):
+    lengthen(data_dir)
+    tree = small_config(data_dir, tmp_path / "run")
+    tree["data"]["over_budget"] = "error"
+    fails(pool, tree, ["'long'", "data.text_budget"])

@@ -1,0 +1,187 @@
+"""The whole Megatron-Core model against Hugging Face's own Mistral and Gemma 2.
+
+Baseline mode must be a stock causal language model over `[visual; text]` embeddings; text-only
+input must give the language model's logits in every mode. Random weights, written across by hand
+here, so that neither the converter nor the attention code is shared. Bound: 1e-4 in fp32.
+"""
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+
+from dattn_mcore.config.load import merge
+from tests.distributed.jobs import GEMMA, SMALL_MODEL, model_outputs
+
+MISTRAL = {"llm": {"sliding_window": None}}
+WINDOWED_MISTRAL = {"llm": {"sliding_window": 7}}
+BASELINE = {"v2v": "causal", "t2v_position": "rope"}
+VOCABULARY = 320
+
+
+def tree_of(model, attention):
+    return {"model": merge(SMALL_MODEL, model), "attention": attention}
+
+
+def hugging_face_model(model, weights):
+    llm = merge(SMALL_MODEL, model)["llm"]
+    common = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=llm["hidden_size"],
+        intermediate_size=llm["ffn_hidden_size"],
+        num_hidden_layers=llm["num_layers"],
+        num_attention_heads=llm["num_attention_heads"],
+        num_key_value_heads=llm["num_query_groups"],
+        head_dim=llm["head_dim"],
+        rms_norm_eps=1e-5,
+        attn_implementation="eager",
+        max_position_embeddings=512,
+    )
+    gemma = model.get("family") == "gemma2"
+    if gemma:
+        config = Gemma2Config(
+            **common,
+            attn_logit_softcapping=llm["attention_softcap"],
+            final_logit_softcapping=llm["final_softcap"],
+            query_pre_attn_scalar=int(llm["query_scale"]),
+            sliding_window=llm["sliding_window"],
+        )
+        hf = Gemma2ForCausalLM(config)
+    else:
+        hf = MistralForCausalLM(
+            MistralConfig(**common, sliding_window=llm["sliding_window"], rope_theta=10000.0)
+        )
+    hf.load_state_dict(translate(weights, llm, gemma), strict=True)
+    return hf.eval()
+
+
+def translate(weights, llm, gemma):
+    """Our parameter names and layouts to Hugging Face's, by hand."""
+    out = {"model.embed_tokens.weight": weights["embedding.word_embeddings.weight"][:VOCABULARY]}
+    head = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
+    out["lm_head.weight"] = head[:VOCABULARY]
+    out["model.norm.weight"] = weights["decoder.final_layernorm.weight"]
+    for i in range(llm["num_layers"]):
+        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
+        out[theirs + "self_attn.q_proj.weight"] = weights[ours + "self_attention.linear_q.weight"]
+        kv = weights[ours + "self_attention.linear_kv.weight"]
+        kv = kv.view(llm["num_query_groups"], 2, llm["head_dim"], -1)
+        out[theirs + "self_attn.k_proj.weight"] = kv[:, 0].flatten(0, 1)
+        out[theirs + "self_attn.v_proj.weight"] = kv[:, 1].flatten(0, 1)
+        out[theirs + "self_attn.o_proj.weight"] = weights[
+            ours + "self_attention.linear_proj.weight"
+        ]
+        gate, up = weights[ours + "mlp.linear_fc1.weight"].chunk(2)
+        out[theirs + "mlp.gate_proj.weight"], out[theirs + "mlp.up_proj.weight"] = gate, up
+        out[theirs + "mlp.down_proj.weight"] = weights[ours + "mlp.linear_fc2.weight"]
+        out[theirs + "input_layernorm.weight"] = weights[ours + "input_layernorm.weight"]
+        before_mlp = weights[ours + "pre_mlp_layernorm.weight"]
+        if gemma:
+            out[theirs + "pre_feedforward_layernorm.weight"] = before_mlp
+            out[theirs + "post_attention_layernorm.weight"] = weights[
+                ours + "self_attention.linear_proj.post_norm.weight"
+            ]
+            out[theirs + "post_feedforward_layernorm.weight"] = weights[
+                ours + "mlp.linear_fc2.post_norm.weight"
+            ]
+        else:
+            out[theirs + "post_attention_layernorm.weight"] = before_mlp
+    return out
+
+
+def hugging_face_logits(hf, layout, text_ids, visual, scale):
+    """Logits of the text rows of one sample, rows in reading order."""
+    text = hf.get_input_embeddings()(text_ids)
+    raw = hf.get_input_embeddings().weight[text_ids]
+    if not torch.equal(text, raw):  # this release scales inside the embedding
+        visual = visual * scale
+    rows, is_text, v, t = [], [], 0, 0
+    for is_visual, n in layout:
+        rows.append(visual[v : v + n] if is_visual else text[t : t + n])
+        is_text += [not is_visual] * n
+        v, t = v + n * is_visual, t + n * (not is_visual)
+    with torch.no_grad():
+        logits = hf(inputs_embeds=torch.cat(rows)[None]).logits[0]
+    return logits[torch.tensor(is_text)]
+
+
+def compare(pool, model, attention, layouts, world_size=1, parallel=None):
+    tree = tree_of(model, attention)
+    if parallel:
+        tree["parallel"] = parallel
+    *_, result = pool.run(model_outputs, world_size, tree, layouts)
+    weights = pool.run(model_outputs, 1, tree_of(model, attention), layouts)[0]["weights"]
+    hf = hugging_face_model(model, weights)
+    scale = merge(SMALL_MODEL, model)["llm"]["hidden_size"] ** 0.5
+    t = v = 0
+    spread = []
+    for layout in layouts:
+        texts = sum(n for is_visual, n in layout if not is_visual)
+        visuals = sum(n for is_visual, n in layout if is_visual)
+        expected = hugging_face_logits(
+            hf,
+            layout,
+            result["text_ids"][t : t + texts],
+            result["visual_rows"][v : v + visuals],
+            scale,
+        )
+        actual = result["logits"][t : t + texts, :VOCABULARY]
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+        spread.append(expected.std())
+        t, v = t + texts, v + visuals
+    assert min(spread) > 0.05  # logits that are all alike would prove nothing
+
+
+IMAGE_FIRST = (((True, 16), (False, 9)), ((True, 32), (False, 5)))
+INTERLEAVED = (((False, 4), (True, 16), (False, 6), (True, 16), (False, 3)),)
+TEXT_ONLY = (((False, 12),), ((False, 5),))
+
+
+@pytest.mark.parametrize("layouts", [IMAGE_FIRST, INTERLEAVED], ids=["first", "interleaved"])
+@pytest.mark.parametrize(
+    "model", [MISTRAL, WINDOWED_MISTRAL, GEMMA], ids=["mistral", "windowed", "gemma2"]
+)
+def test_baseline_equals_hugging_face(pool, model, layouts):
+    compare(pool, model, BASELINE, layouts)
+
+
+@pytest.mark.parametrize("attention", [{}, {"merge": "sum"}, BASELINE], ids=["dattn", "sum", "baseline"])
+@pytest.mark.parametrize("model", [MISTRAL, GEMMA], ids=["mistral", "gemma2"])
+def test_text_only_equals_hugging_face(pool, model, attention):
+    compare(pool, model, attention, TEXT_ONLY)
+
+
+@pytest.mark.parametrize("model", [MISTRAL, GEMMA], ids=["mistral", "gemma2"])
+def test_baseline_in_parallel_equals_hugging_face(pool, model):
+    compare(pool, model, BASELINE, IMAGE_FIRST, 4, {"tp": 2, "pp": 2, "sp": True})
+
+
+def test_dattn_differs_from_baseline(pool):
+    """The oracle tests would not see a mode switch that does nothing."""
+    results = [
+        pool.run(model_outputs, 1, tree_of(MISTRAL, attention), IMAGE_FIRST)[0]["logits"]
+        for attention in ({}, {"merge": "sum"}, {"v2v": "causal"}, BASELINE)
+    ]
+    for i, first in enumerate(results):
+        for second in results[i + 1 :]:
+            assert (first - second).abs().max() > 1e-3
+
+
+def test_an_image_does_not_change_text_before_it(pool):
+    layouts = INTERLEAVED
+    first, second = (
+        pool.run(model_outputs, 1, tree_of(MISTRAL, {}), layouts, changed_tile)[0]["logits"]
+        for changed_tile in (None, 1)
+    )
+    before = 4 + 6  # text rows before the second image
+    assert torch.equal(first[:before], second[:before])
+    assert (first[before:13] - second[before:13]).abs().max() > 1e-3
+
+
+def test_a_sample_does_not_change_its_neighbours(pool):
+    layouts = (*IMAGE_FIRST, *INTERLEAVED)
+    first, second = (
+        pool.run(model_outputs, 1, tree_of(MISTRAL, {}), layouts, changed_tile)[0]["logits"]
+        for changed_tile in (None, 0)
+    )
+    assert (first[:9] - second[:9]).abs().max() > 1e-3
+    assert torch.equal(first[9:], second[9:])

@@ -1,0 +1,114 @@
+"""Configuration: loading, overriding, and one clear line for every mistake."""
+
+import dataclasses
+
+import pytest
+
+from dattn_mcore.config.checks import check_config, data_parallel_size
+from dattn_mcore.config.load import from_dict, load_config, to_dict, to_yaml
+from dattn_mcore.config.schema import Config
+from dattn_mcore.errors import ConfigError
+
+
+def checked(*overrides):
+    config = load_config(None, overrides)
+    check_config(config)
+    return config
+
+
+def test_defaults_are_valid_for_tp4_pp2():
+    config = checked("parallel.tp=4", "parallel.pp=2")
+    assert data_parallel_size(config, 8) == 1
+    assert data_parallel_size(config, 16) == 2
+
+
+def test_round_trip_through_yaml(tmp_path):
+    config = checked("optim.lr=3e-4", "train.trains=[projector]", "model.llm.sliding_window=7")
+    assert from_dict(to_dict(config)) == config
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
+
+
+def test_base_files_and_overrides(tmp_path):
+    (tmp_path / "base.yaml").write_text("optim: {lr: 1e-3, beta1: 0.8}\ntrain: {steps: 7}\n")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\noptim: {lr: 2e-3}\n")
+    config = load_config(tmp_path / "run.yaml", ["train.steps=9"])
+    assert (config.optim.lr, config.optim.beta1, config.train.steps) == (2e-3, 0.8, 9)
+
+
+def test_numbers_in_any_notation():
+    config = load_config(None, ["optim.lr=1e-3", "optim.clip_grad=1", "train.trains=llm"])
+    assert (config.optim.lr, config.optim.clip_grad) == (1e-3, 1.0)
+    assert config.train.trains == ("llm",)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().train.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.weightdecay=1", r"unknown .* 'optim.weightdecay'; did you mean 'optim.weight_decay'"),
+        ("paralel.tp=2", "unknown configuration key 'paralel'; did you mean 'parallel'"),
+        ("lr=1", "write section.key=value"),
+        ("optim.lr=fast", "optim.lr='fast' must be of type float"),
+        ("train.seed=1.5", "train.seed=1.5 must be of type int"),
+        ("parallel.sp=1", "parallel.sp=1 must be of type bool"),
+        ("model.llm=3", "model.llm=3 must be a section"),
+        ("data.image_mean=[1, 2]", "must have 3 values"),
+        ("data.template=[", "not valid YAML"),
+        ("parallel.tp=3", r"num_query_groups=4 must be a multiple of parallel.tp=3"),
+        ("parallel.pp=3", r"num_layers=4 must be a multiple of pp \(3\) x vpp \(1\)"),
+        ("parallel.vpp=2", "needs --pp of at least 2"),
+        ("parallel.sp=true", "needs --tp of at least 2"),
+        ("parallel.cp=2", "only cp 1 is implemented"),
+        ("parallel.tp=0", "parallel.tp=0 must be greater than 0"),
+        ("model.llm.num_attention_heads=6", "must be a multiple of model.llm.num_query_groups=4"),
+        ("model.llm.head_dim=7", "must be even"),
+        ("model.vision.select_layer=0", "must lie between"),
+        ("model.vision.image_size=560", "visual_budget=512 must hold at least one image"),
+        ("attention.v2v=full", "attention.v2v='full' is unknown; use one of diagonal, causal"),
+        ("train.trains=[llm,tower]", "must name one or more of vision, projector, llm"),
+        ("train.steps=0", "train.steps=0 must be greater than 0"),
+        ("optim.warmup_ratio=2", "must lie between 0 and 1"),
+    ],
+)
+def test_one_clear_line(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        checked(override)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_process_count():
+    config = checked("parallel.tp=4", "parallel.pp=2")
+    with pytest.raises(ConfigError) as caught:
+        data_parallel_size(config, 6)
+    assert str(caught.value) == (
+        "tp (4) x pp (2) needs a multiple of 8 processes, got 6; "
+        "run torchrun --nproc-per-node 8 pretrain_dattn.py ..."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lr: 1}\noptim: {lr: 2}\n", r"bad.yaml:2: key 'optim' stands twice"),
+        ("optim: [\n", r"bad.yaml:2: "),
+        ("- a\n", "holds no sections"),
+        ("base: bad.yaml\n", "break the circle"),
+        ("!!python/object/apply:os.system ['true']\n", "mend the YAML"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read .*No such file"):
+        load_config(tmp_path / "none.yaml")
