@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
@@ -72,6 +74,10 @@ def save_checkpoint(
     strategy = get_default_save_sharded_strategy("torch_dist")
     if pg_collection.dp_cp.size() > 1:
         strategy = FullyParallelSaveStrategyWrapper(strategy, pg_collection.dp_cp)
+    # A synchronous save collects its results within this process. Megatron-Core would start a
+    # manager process for them on every rank, which imports everything again (seconds) and
+    # outlives a rank that is killed.
+    filesystem_async._results_queue = queue.Queue()
     try:
         dist_checkpointing.save(content, str(temporary), strategy)
     except Exception as error:  # noqa: BLE001 (disk full, permissions: reported on every rank)

@@ -6,6 +6,7 @@ job costs the creation of its process groups and nothing more.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing as mp
 import os
@@ -99,9 +100,12 @@ class Pool:
 
     def close(self) -> None:
         """Ends all workers."""
-        for process, connection in self.workers:
-            process.kill()
+        for _, connection in self.workers:
+            with contextlib.suppress(OSError):
+                connection.send(None)
             connection.close()
         for process, _ in self.workers:
+            process.join(5)
+            process.kill()
             process.join()
         self.workers = []
