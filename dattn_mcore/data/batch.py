@@ -1,0 +1,58 @@
+"""What the data path hands to the model: packed micro-batches and the global batch around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# (is_visual, rows) of each run of a sample, in reading order. The same alias as in
+# dattn_mcore.layers.layout; spelled again so that the data path imports no model code.
+Layout = tuple[tuple[bool, int], ...]
+
+
+@dataclass
+class MicroBatch:
+    """One packed micro-batch of one data-parallel rank. Nothing in it is padded.
+
+    Attributes:
+        layouts: One layout per sample. Visual rows of the pack stand in the order of samples,
+            then of images in the sample.
+        text_ids: int64 [T], text rows of all samples, concatenated, without image placeholders.
+        labels: int64 [T], already shifted inside each sample: the id that row i must predict,
+            -100 where there is no loss (always so on the last row of a sample).
+        num_tiles: Tiles of the pack, known on every rank. A tile has
+            (image_size // patch_size) ** 2 rows, row-major.
+        tiles: uint8 [num_tiles, 3, image_size, image_size] RGB, not normalised. None on ranks
+            that need no pixels, and where num_tiles is 0.
+        sample_ids: Annotation id of each sample.
+        num_samples: Number of samples; 0 for the empty packs that fill up a global batch.
+    """
+
+    layouts: tuple[Layout, ...]
+    text_ids: Tensor
+    labels: Tensor
+    num_tiles: int
+    tiles: Tensor | None
+    sample_ids: tuple[str, ...]
+    num_samples: int
+
+
+@dataclass
+class GlobalBatch:
+    """One optimizer step of data, as one data-parallel rank sees it.
+
+    Attributes:
+        step: 0-based optimizer step.
+        microbatches: This rank's packs. The same count on every rank, a multiple of the
+            pipeline's `microbatch_multiple`.
+        sample_ids: All samples of the step in order, skipped ones included; same on every rank.
+        skipped: Ids that fit no micro-batch and were left out; same on every rank.
+        truncated: Ids whose text was cut at the end to fit; same on every rank.
+    """
+
+    step: int
+    microbatches: list[MicroBatch]
+    sample_ids: tuple[str, ...]
+    skipped: tuple[str, ...]
+    truncated: tuple[str, ...]

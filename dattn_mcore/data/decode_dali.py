@@ -1,0 +1,160 @@
+"""Decoding with NVIDIA DALI: one pipeline, on the CPU or (device="gpu") on the GPU's decoder.
+
+DALI takes what training sets are made of and what it decodes bit for bit like Pillow; the rest
+goes to Pillow by the rule of `suits_dali`. DALI has no way to skip a bad image: if a batch fails,
+each image is tried alone, first here, then in Pillow, so that the fate of an image never depends
+on its neighbours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dattn_mcore.data.decode_pillow import PillowDecoder
+from dattn_mcore.data.image_files import ImageFile
+
+_LOG = logging.getLogger(__name__)
+_MODES = {
+    "JPEG": ("RGB", "L"),
+    "PNG": ("RGB", "L", "P", "1"),
+    "WEBP": ("RGB",),
+    "BMP": ("RGB",),
+}
+_MAX_BATCH = 64
+# Pixels of one DALI batch. DALI keeps the memory of its largest batch for good: 32 megapixels are
+# 96 MB. A larger image is decoded alone, by Pillow, which gives the memory back.
+_MAX_BATCH_PIXELS = 32_000_000
+
+
+def suits_dali(image: ImageFile) -> bool:
+    """Says whether DALI decodes this image; everything else goes to Pillow.
+
+    DALI takes single-frame JPEG (colour, grey), PNG, WebP and BMP of at most 8 bits a channel
+    without transparency, that end where their format says and have at most 32 megapixels. Pillow
+    takes GIF, AVIF, ICO, TIFF, JPEG 2000, PNM (refused by DALI, or rare), CMYK (DALI is off by
+    one), 16 bits a channel, transparency (DALI drops it, Hugging Face lays it over white),
+    animations, and files whose end is not where it should be (DALI fills the rest with grey).
+    """
+    return (
+        image.mode in _MODES.get(image.format, ())
+        and not image.transparent
+        and not image.animated
+        and not image.deep
+        and image.ends_whole
+        and image.width * image.height <= _MAX_BATCH_PIXELS
+    )
+
+
+class DaliDecoder:
+    """Decodes lists of images with one DALI pipeline, built on first use."""
+
+    name = "dali"
+
+    def __init__(self, threads: int, device: str = "cpu", device_id: int | None = None) -> None:
+        """Imports DALI.
+
+        Args:
+            threads: CPU threads of the pipeline.
+            device: `cpu`, or `gpu` for decoding on the GPU (tensors are returned there).
+            device_id: Index of that GPU; None: the first.
+
+        Raises:
+            ImportError: DALI is not installed, or has no build for this machine.
+        """
+        importlib.import_module("nvidia.dali")  # an extra, and slow to import
+        self._threads = max(threads, 1)
+        self._device = device
+        self._device_id = (device_id or 0) if device == "gpu" else None
+        self._pipeline: Any = None
+        self._pillow = PillowDecoder(threads)
+
+    def decode(self, images: Sequence[ImageFile]) -> list[Tensor]:
+        """Returns uint8 [3, height, width] RGB for each image, or raises DataError."""
+        decoded: list[Tensor | None] = [None] * len(images)
+        here = [index for index, image in enumerate(images) if suits_dali(image)]
+        for batch in _batches(here, images):
+            for index, tensor in zip(batch, self._decode_batch(images, batch), strict=True):
+                decoded[index] = tensor
+        rest = [index for index, tensor in enumerate(decoded) if tensor is None]
+        for index, tensor in zip(
+            rest, self._pillow.decode([images[index] for index in rest]), strict=True
+        ):
+            decoded[index] = tensor
+        return [tensor for tensor in decoded if tensor is not None]
+
+    def close(self) -> None:
+        """Gives the pipeline and its memory back."""
+        self._pipeline = None
+        self._pillow.close()
+
+    def _decode_batch(
+        self, images: Sequence[ImageFile], batch: Sequence[int]
+    ) -> list[Tensor | None]:
+        """Decodes a batch; None for each image that DALI cannot decode even alone."""
+        try:
+            return list(self._run([images[index].data for index in batch]))
+        except Exception as error:  # noqa: BLE001  (DALI raises classes of its own)
+            self._pipeline = None  # never trust a pipeline after a failed iteration
+            if len(batch) == 1:
+                _LOG.warning("%s: DALI refuses it, Pillow decides", images[batch[0]].who)
+                _LOG.debug("DALI said: %s", error)
+                return [None]
+        return [tensor for index in batch for tensor in self._decode_batch(images, [index])]
+
+    def _run(self, encoded: Sequence[bytes]) -> list[Tensor]:
+        if self._pipeline is None:
+            self._pipeline = _build_pipeline(self._threads, self._device, self._device_id)
+        self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
+        (output,) = self._pipeline.run()
+        # Copies: DALI may reuse its output buffers at the next iteration.
+        return [torch.from_dlpack(output[i]).clone().permute(2, 0, 1) for i in range(len(encoded))]
+
+
+def _batches(indexes: Sequence[int], images: Sequence[ImageFile]) -> Iterator[list[int]]:
+    """Cuts a list of images into batches bounded by count and by pixels."""
+    batch: list[int] = []
+    pixels = 0
+    for index in indexes:
+        size = images[index].width * images[index].height
+        if batch and (len(batch) == _MAX_BATCH or pixels + size > _MAX_BATCH_PIXELS):
+            yield batch
+            batch, pixels = [], 0
+        batch.append(index)
+        pixels += size
+    if batch:
+        yield batch
+
+
+def _build_pipeline(threads: int, device: str, device_id: int | None) -> Any:
+    """Builds the decode pipeline.
+
+    EXIF orientation is not applied (neither Hugging Face nor LLaVA applies it). On the GPU,
+    `jpeg_fancy_upsampling` keeps chroma as the CPU decoders make it.
+    """
+    dali: Any = importlib.import_module("nvidia.dali")
+    fn: Any = importlib.import_module("nvidia.dali.fn")
+    pipeline = dali.Pipeline(
+        batch_size=_MAX_BATCH, num_threads=threads, device_id=device_id, prefetch_queue_depth=1
+    )
+    with pipeline:
+        encoded = fn.external_source(name="encoded", dtype=dali.types.UINT8, ndim=1)
+        options = {"jpeg_fancy_upsampling": True} if device == "gpu" else {}
+        pipeline.set_outputs(
+            fn.decoders.image(
+                encoded,
+                device="mixed" if device == "gpu" else "cpu",
+                output_type=dali.types.RGB,
+                adjust_orientation=False,
+                use_fast_idct=False,
+                **options,
+            )
+        )
+    pipeline.build()
+    return pipeline

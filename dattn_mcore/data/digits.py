@@ -1,0 +1,352 @@
+"""The embedded data set: reading real handwriting, with nothing to download.
+
+scikit-learn ships 1,797 handwritten digits of 8 x 8 pixels (UCI "Optical Recognition of
+Handwritten Digits"). Four different digits make a mosaic of 2 x 2 cells of 28 x 28 pixels, saved
+as JPEG. Since the four differ, a model that sees which digits are there but not where guesses
+right in one case of four at best, whatever is asked. The first fifth of the file is held out: no
+digit of it is in a training mosaic, and, as digits of one writer stand together, hardly a writer.
+
+Written below the output folder:
+    images/{train,heldout}/NN/NNNNN.jpg     mosaics
+    align.json, pretrain.json               captions that read the four digits in order
+    instruct.json                           questions with one short answer
+    heldout_questions.jsonl                 {question_id, image, text, category, answer}
+    tokenizer.model                         SentencePiece, trained on the text above
+    prepared.json                           what made it; written last
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from dattn_mcore.data.tokenizer import train_tokenizer
+from dattn_mcore.errors import DataError
+
+_LOG = logging.getLogger(__name__)
+_VERSION = 1  # raise it when the same plan would write other files
+CELLS = ("top-left", "top-right", "bottom-left", "bottom-right")  # reading order
+CELL_PIXELS = 28
+_HELD_OUT_SHARE = 0.2
+_JPEG_QUALITY = 92
+_CELL_WORDINGS = ("Which digit is in the {cell} cell?", "Which digit is {cell}?")
+_LINE_WORDING = "Which digits are in the {line}?"
+_LINES = {"top row": (0, 1), "bottom row": (2, 3), "left column": (0, 2), "right column": (1, 3)}
+_BESIDE_WORDING = "Which digit is {place} the {cell} cell?"
+_BESIDE = tuple(  # (place, cell it is seen from, cell meant)
+    (place, cell, cell ^ flip)
+    for place, cells, flip in (
+        ("right of", (0, 2), 1),
+        ("left of", (1, 3), 1),
+        ("below", (0, 1), 2),
+        ("above", (2, 3), 2),
+    )
+    for cell in cells
+)
+_CATEGORIES = {  # share of the questions, best accuracy of one who sees the bag of digits only
+    "cell": (0.6, 1 / 4),
+    "beside": (0.15, 1 / 4),
+    "line": (0.25, 1 / 12),  # an ordered pair of four different digits
+}
+
+
+@dataclass(frozen=True)
+class DigitsPlan:
+    """What is made; the same plan gives the same files.
+
+    Attributes:
+        align: Captioned mosaics of the align stage.
+        pretrain: Captioned mosaics of the pre-training stage.
+        instruct: Conversations of the instruct stage.
+        heldout: Mosaics of held-out digits, one question each.
+        seed: Of every choice.
+        vocab_size: Most ids of the tokenizer.
+    """
+
+    align: int = 4000
+    pretrain: int = 12000
+    instruct: int = 12000
+    heldout: int = 400
+    seed: int = 20250
+    vocab_size: int = 320
+
+
+@dataclass(frozen=True)
+class Mosaic:
+    """A 2 x 2 mosaic: its file, relative to the image folder, and its digits in reading order."""
+
+    path: str
+    digits: tuple[int, int, int, int]
+
+
+def prepare_digits(output: str | Path, plan: DigitsPlan | None = None) -> Path:
+    """Writes the data set, unless it is there already.
+
+    It is written to a temporary folder beside `output` and renamed when whole, so that a killed
+    run leaves nothing half-made and processes that race do no harm.
+
+    Args:
+        output: Folder to make, for example `data/digits`.
+        plan: Sizes and seed; None: the defaults.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: The folder exists and holds something else, or cannot be written.
+    """
+    output, plan = Path(output), plan or DigitsPlan()
+    made_of = {"version": _VERSION, "plan": asdict(plan)}
+    if _is_prepared(output, made_of):
+        return output
+    foreign = output.exists() and not (output / "prepared.json").exists()
+    if foreign and not (output.is_dir() and not any(output.iterdir())):
+        raise DataError(
+            f"'{output}' exists and is no prepared digits folder; remove it, or give another folder"
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=output.parent, prefix=f".{output.name}.", ignore_cleanup_errors=True
+        ) as scratch:
+            made = Path(scratch) / "made"
+            _write(made, plan)
+            (made / "prepared.json").write_text(json.dumps(made_of) + "\n", encoding="utf-8")
+            _move_into_place(made, output, Path(scratch) / "old", made_of)
+    except OSError as error:
+        raise DataError(f"'{output}' cannot be written ({error.strerror or error})") from error
+    _LOG.info("prepared the digits data set in '%s'", output)
+    return output
+
+
+def bag_of_digits_ceiling(category: str) -> float:
+    """Returns the best accuracy without any sense of place, knowing the four digits exactly.
+
+    All arrangements of the four digits are equally likely, so one of four is right where one
+    digit is asked for, and one of twelve where two are asked for in order.
+    """
+    return _CATEGORIES[category][1]
+
+
+def _is_prepared(output: Path, made_of: dict[str, Any]) -> bool:
+    try:
+        return bool(json.loads((output / "prepared.json").read_text("utf-8")) == made_of)
+    except (OSError, ValueError):
+        return False
+
+
+def _move_into_place(made: Path, output: Path, old: Path, made_of: dict[str, Any]) -> None:
+    """Renames the finished folder; an older one goes first, an equal one of a rival stays."""
+    if _is_prepared(output, made_of):
+        return
+    try:
+        if output.exists():
+            output.rename(old)
+        made.rename(output)
+    except OSError:
+        if not _is_prepared(output, made_of):
+            raise
+
+
+def _write(folder: Path, plan: DigitsPlan) -> None:
+    """Makes `folder` with everything in it but the marker."""
+    folder.mkdir()
+    rng = np.random.Generator(np.random.PCG64(plan.seed))
+    images, labels = _load_digits()
+    held_out = round(len(labels) * _HELD_OUT_SHARE)
+    train_count = max(plan.align, plan.pretrain, plan.instruct)
+    train = _write_mosaics(
+        folder, "train", images[held_out:], labels[held_out:], train_count, rng, vary=True
+    )
+    heldout = _write_mosaics(
+        folder, "heldout", images[:held_out], labels[:held_out], plan.heldout, rng, vary=False
+    )
+    align = [_caption("align", i, train[i]) for i in range(plan.align)]
+    pretrain = [_caption("pretrain", i, train[i]) for i in range(plan.pretrain)]
+    instruct = [_conversation(i, train, rng) for i in range(plan.instruct)]
+    for name, records in (("align", align), ("pretrain", pretrain), ("instruct", instruct)):
+        (folder / f"{name}.json").write_text(
+            "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n", "utf-8"
+        )
+    questions = [_held_out_question(i, mosaic, rng) for i, mosaic in enumerate(heldout)]
+    (folder / "heldout_questions.jsonl").write_text(
+        "".join(json.dumps(question) + "\n" for question in questions), "utf-8"
+    )
+    train_tokenizer(_all_texts(), folder / "tokenizer.model", plan.vocab_size)
+
+
+def _load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns float32 [1797, 8, 8] in 0..1 (1: ink) and int labels [1797]."""
+    datasets: Any = importlib.import_module("sklearn.datasets")  # slow to import
+    images, labels = datasets.load_digits(return_X_y=True)
+    return (images.reshape(-1, 8, 8) / 16.0).astype(np.float32), labels.astype(int)
+
+
+def _write_mosaics(
+    folder: Path,
+    split: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    count: int,
+    rng: np.random.Generator,
+    vary: bool,
+) -> list[Mosaic]:
+    """Draws and saves `count` mosaics of four different digits each.
+
+    Args:
+        folder: Output folder.
+        split: Folder below `images`.
+        images: float32 [n, 8, 8] digits of the split.
+        labels: int [n].
+        count: Number of mosaics.
+        rng: Source of every choice.
+        vary: Also shift, scale and turn each digit a little (training only).
+    """
+    by_label = [np.flatnonzero(labels == digit) for digit in range(10)]
+    digits = np.stack([rng.permutation(10)[:4] for _ in range(count)])
+    draws = rng.random((count, 4))
+    chosen = np.array(
+        [
+            [by_label[d][int(u * len(by_label[d]))] for d, u in zip(row, draw, strict=True)]
+            for row, draw in zip(digits, draws, strict=True)
+        ]
+    )
+    cells = _draw_cells(images, chosen.reshape(-1), rng, vary)
+    cells = cells.reshape(count, 2, 2, CELL_PIXELS, CELL_PIXELS)
+    pixels = cells.transpose(0, 1, 3, 2, 4).reshape(count, 2 * CELL_PIXELS, 2 * CELL_PIXELS)
+    mosaics = []
+    for number, row in enumerate(digits):
+        path = f"{split}/{number // 1000:02d}/{number:05d}.jpg"
+        first, second, third, fourth = (int(digit) for digit in row)
+        mosaics.append(Mosaic(path, (first, second, third, fourth)))
+    for parent in sorted({Path(mosaic.path).parent for mosaic in mosaics}):
+        (folder / "images" / parent).mkdir(parents=True)
+
+    def save(number: int) -> None:
+        picture = Image.fromarray(pixels[number]).convert("RGB")
+        target = folder / "images" / mosaics[number].path
+        picture.save(target, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(save, range(count)))
+    return mosaics
+
+
+def _draw_cells(
+    images: np.ndarray, chosen: np.ndarray, rng: np.random.Generator, vary: bool
+) -> np.ndarray:
+    """Enlarges digits from 8 x 8 to cells of 28 x 28 pixels, light ink on dark.
+
+    Returns:
+        uint8 [len(chosen), 28, 28].
+    """
+    count = len(chosen)
+    amounts = rng.uniform(-1, 1, (count, 4)) if vary else np.zeros((count, 4))
+    turn = amounts[:, 0] * np.deg2rad(10)
+    zoom = 1.0 + 0.1 * amounts[:, 1]
+    matrices = np.zeros((count, 2, 3), np.float32)
+    matrices[:, 0, 0] = matrices[:, 1, 1] = np.cos(turn) * zoom
+    matrices[:, 0, 1], matrices[:, 1, 0] = -np.sin(turn) * zoom, np.sin(turn) * zoom
+    matrices[:, :, 2] = 0.12 * amounts[:, 2:]  # in half cells: up to 1.7 pixels
+    cells = np.empty((count, CELL_PIXELS, CELL_PIXELS), np.uint8)
+    shape = [1, CELL_PIXELS, CELL_PIXELS]
+    for start in range(0, count, 4096):
+        part = slice(start, start + 4096)
+        source = torch.from_numpy(images[chosen[part]])[:, None]
+        grid = functional.affine_grid(
+            torch.from_numpy(matrices[part]), [len(source), *shape], align_corners=False
+        )
+        drawn = functional.grid_sample(source, grid, mode="bicubic", align_corners=False)
+        cells[part] = (drawn[:, 0].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    return cells
+
+
+def _caption(stage: str, number: int, mosaic: Mosaic) -> dict[str, Any]:
+    """Makes an image-caption record; the caption reads the digits in order."""
+    caption = " ".join(str(digit) for digit in mosaic.digits)
+    return _record(f"{stage}-{number:05d}", mosaic.path, [("<image>\nRead the digits.", caption)])
+
+
+def _conversation(number: int, mosaics: Sequence[Mosaic], rng: np.random.Generator) -> dict:
+    """Makes an instruct record: mostly one image and one question; some of every other kind."""
+    name = f"instruct-{number:05d}"
+    mosaic = mosaics[number]
+    draw = rng.random()
+    if draw < 0.02:
+        digit = int(rng.integers(9))
+        return _record(name, None, [(f"Which digit is after {digit}?", str(digit + 1))])
+    if draw < 0.04:
+        # Two pictures of one mosaic: visual rows carry no order between images, so a question
+        # must have the same answer in both.
+        question, answer, _ = _question(mosaic, rng)
+        return _record(
+            name, [mosaic.path, mosaic.path], [(f"<image>\n<image>\n{question}", answer)]
+        )
+    turns = []
+    for turn in range(2 if draw < 0.2 else 1):
+        question, answer, _ = _question(mosaic, rng)
+        turns.append((f"<image>\n{question}" if turn == 0 else question, answer))
+    return _record(name, mosaic.path, turns)
+
+
+def _question(mosaic: Mosaic, rng: np.random.Generator) -> tuple[str, str, str]:
+    """Draws a question about a mosaic. Returns question, answer, category."""
+    category = str(rng.choice(list(_CATEGORIES), p=[share for share, _ in _CATEGORIES.values()]))
+    draw = rng.random()
+    if category == "line":
+        line = list(_LINES)[int(draw * len(_LINES))]
+        answer = " ".join(str(mosaic.digits[cell]) for cell in _LINES[line])
+        return _LINE_WORDING.format(line=line), answer, category
+    if category == "beside":
+        place, seen_from, cell = _BESIDE[int(draw * len(_BESIDE))]
+        text = _BESIDE_WORDING.format(place=place, cell=CELLS[seen_from])
+        return text, str(mosaic.digits[cell]), category
+    cell = int(draw * len(CELLS))
+    wording = _CELL_WORDINGS[int(rng.random() * len(_CELL_WORDINGS))]
+    return wording.format(cell=CELLS[cell]), str(mosaic.digits[cell]), category
+
+
+def _held_out_question(number: int, mosaic: Mosaic, rng: np.random.Generator) -> dict[str, Any]:
+    text, answer, category = _question(mosaic, rng)
+    return {
+        "question_id": f"heldout-{number:04d}",
+        "image": mosaic.path,
+        "text": text,
+        "category": category,
+        "answer": answer,
+    }
+
+
+def _record(name: str, image: str | list[str] | None, turns: list[tuple[str, str]]) -> dict:
+    record: dict[str, Any] = {"id": name}
+    if image is not None:
+        record["image"] = image
+    record["conversations"] = [
+        {"from": speaker, "value": value}
+        for question, answer in turns
+        for speaker, value in (("human", question), ("gpt", answer))
+    ]
+    return record
+
+
+def _all_texts() -> list[str]:
+    """Every wording, about as often as it is drawn, for the tokenizer.
+
+    So the tokenizer is the same for every size and seed of the data set.
+    """
+    texts = [text.format(cell=cell) for text in _CELL_WORDINGS for cell in CELLS] * 8
+    texts += [_LINE_WORDING.format(line=line) for line in _LINES] * 6
+    texts += [_BESIDE_WORDING.format(place=place, cell=CELLS[cell]) for place, cell, _ in _BESIDE]
+    return texts + [f"Which digit is after {digit}?" for digit in range(10)]

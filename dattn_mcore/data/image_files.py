@@ -1,0 +1,180 @@
+"""Image files, checked before anything decodes them.
+
+The order of checks: inside the folder (symbolic links resolved), a regular file, a size that
+cannot be a mistake, a known signature, a readable header, the pixel cap. What only decoding can
+show (a truncated or damaged scan) is left to the decoder, unless the end marker already tells.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from dattn_mcore.errors import DataError
+
+_SIGNATURES = (
+    b"\xff\xd8\xff",  # JPEG
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF87a",
+    b"GIF89a",
+    b"BM",
+    b"II*\0",  # TIFF
+    b"MM\0*",
+    b"\0\0\x01\0",  # ICO
+    b"\0\0\0\x0cjP  ",  # JPEG 2000
+    b"\xff\x4f\xff\x51",
+    *(b"P%d" % kind for kind in range(1, 7)),  # PNM
+)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file that passed the checks.
+
+    Attributes:
+        who: How messages name it: annotation id and path.
+        data: Its bytes.
+        format: Pillow's name of the format ("JPEG", "PNG", ...).
+        mode: Pillow's mode ("RGB", "L", ...).
+        deep: Whether it is a PNG of 16 bits a channel.
+        transparent: Whether it has an alpha channel or a transparent colour.
+        animated: Whether a PNG or WebP has several frames (the first one counts).
+        width: Pixels.
+        height: Pixels.
+        ends_whole: Whether its end is where its format says. If not, only a strict decoder can
+            tell a truncated file from one with bytes appended.
+    """
+
+    who: str
+    data: bytes
+    format: str
+    mode: str
+    deep: bool
+    transparent: bool
+    animated: bool
+    width: int
+    height: int
+    ends_whole: bool
+
+
+def check_folder(folder: str | Path, setting: str = "data.image_folder") -> Path:
+    """Returns the resolved image folder, or raises DataError if it is none."""
+    # Pillow warns about large images; the project's own cap decides about them.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    path = Path(folder)
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise DataError(f"{setting}: '{folder}' {what}; give the folder that image paths start in")
+    return path.resolve()
+
+
+def read_image_file(folder: Path, relative: str, sample_id: str, max_pixels: int) -> ImageFile:
+    """Reads and checks one image file.
+
+    Args:
+        folder: Image folder, resolved (`check_folder`).
+        relative: Path below it, from the annotation.
+        sample_id: Annotation id, for messages.
+        max_pixels: Most pixels (width x height) that will be decoded.
+
+    Raises:
+        DataError: One line that names annotation id and path.
+    """
+    who = f"annotation {sample_id!r}: image '{relative}'"
+    data = _read(folder, relative, who, max_bytes=8 * max_pixels + 2**20)
+    if not data:
+        raise DataError(f"{who} is an empty file")
+    if not _known_signature(data):
+        raise DataError(f"{who} is not an image (unknown signature {data[:4].hex(' ')})")
+    try:
+        with Image.open(io.BytesIO(data)) as header:
+            image_format = header.format or ""
+            image = ImageFile(
+                who=who,
+                data=data,
+                format=image_format,
+                mode=header.mode,
+                deep=image_format == "PNG" and data[24] > 8,
+                transparent="A" in header.getbands() or "transparency" in header.info,
+                animated=image_format in ("PNG", "WEBP") and getattr(header, "is_animated", False),
+                width=header.width,
+                height=header.height,
+                ends_whole=_ends_whole(data, image_format),
+            )
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{who} is too large ({error})") from None
+    except Exception as error:  # noqa: BLE001  (OSError, SyntaxError, struct.error, ...)
+        raise DataError(
+            f"{who} has a signature but no readable header; it is truncated or damaged "
+            f"({type(error).__name__})"
+        ) from None
+    if image.width * image.height > max_pixels:
+        raise DataError(
+            f"{who} is too large: {image.width} x {image.height} pixels, data.max_image_pixels is "
+            f"{max_pixels}"
+        )
+    return image
+
+
+def _read(folder: Path, relative: str, who: str, max_bytes: int) -> bytes:
+    """Reads a regular file below `folder`; never blocks on a FIFO."""
+    path = folder / relative
+    try:
+        resolved = path.resolve(strict=True)
+    except FileNotFoundError:
+        raise DataError(f"{who} does not exist below '{folder}' (data.image_folder)") from None
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{who} cannot be resolved ({error})") from None
+    if not resolved.is_relative_to(folder):
+        raise DataError(
+            f"{who} leads to '{resolved}', outside '{folder}' (data.image_folder); move or mount "
+            "it inside"
+        )
+    try:
+        handle = os.open(resolved, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise DataError(f"{who} cannot be opened ({error.strerror})") from None
+    try:
+        status = os.fstat(handle)
+        if stat.S_ISDIR(status.st_mode):
+            raise DataError(f"{who} is a folder, not a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{who} is not a regular file (a pipe, socket or device)")
+        if status.st_size > max_bytes:
+            raise DataError(
+                f"{who} is too large: {status.st_size} bytes cannot be an image within "
+                "data.max_image_pixels"
+            )
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(f"{who} cannot be read ({error.strerror})") from None
+    finally:
+        os.close(handle)
+
+
+def _known_signature(data: bytes) -> bool:
+    if data.startswith(_SIGNATURES):
+        return True
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return True
+    return data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1")
+
+
+def _ends_whole(data: bytes, image_format: str) -> bool:
+    """Says whether the file's end is where its format puts it (1 microsecond, no decoding)."""
+    if image_format == "JPEG":
+        return data.endswith(b"\xff\xd9")
+    if image_format == "PNG":
+        return data[-8:-4] == b"IEND"
+    if image_format == "WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 == len(data)
+    if image_format == "BMP":
+        return int.from_bytes(data[2:6], "little") == len(data)
+    return False

@@ -1,0 +1,232 @@
+"""The embedded data set: what is in it, that it repeats, and that it can only be made whole."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dattn_mcore.data import digits
+from dattn_mcore.data.__main__ import main
+from dattn_mcore.data.annotations import read_annotations
+from dattn_mcore.data.digits import CELLS, DigitsPlan, bag_of_digits_ceiling, prepare_digits
+from dattn_mcore.data.tokenizer import load_tokenizer
+from dattn_mcore.errors import DataError
+
+PLAN = DigitsPlan(align=40, pretrain=60, instruct=300, heldout=200)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set."""
+    return prepare_digits(tmp_path_factory.mktemp("digits") / "digits", PLAN)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_same_plan_same_bytes(prepared: Path, tmp_path: Path) -> None:
+    assert _contents(prepare_digits(tmp_path / "again", PLAN)) == _contents(prepared)
+
+
+def test_another_seed_another_set(prepared: Path, tmp_path: Path) -> None:
+    plan = DigitsPlan(align=40, pretrain=60, instruct=300, heldout=200, seed=1)
+    other = _contents(prepare_digits(tmp_path / "other", plan))
+    mine = _contents(prepared)
+    assert other["align.json"] != mine["align.json"]
+    assert other["tokenizer.model"] == mine["tokenizer.model"]
+
+
+def test_annotations_read_and_point_at_images(prepared: Path) -> None:
+    counts = {"align": 40, "pretrain": 60, "instruct": 300}
+    kinds: Counter[int] = Counter()
+    for name, count in counts.items():
+        samples = read_annotations(prepared / f"{name}.json").samples
+        assert len(samples) == count
+        for sample in samples:
+            kinds[len(sample.images)] += 1
+            for path in sample.images:
+                assert path.startswith("train/")
+                with Image.open(prepared / "images" / path) as image:
+                    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (56, 56))
+    assert kinds[0] > 0
+    assert kinds[2] > 0
+    assert kinds[1] > 0.9 * sum(kinds.values())
+
+
+def test_captions_and_answers_agree(prepared: Path) -> None:
+    truth = {
+        sample.images[0]: sample.turns[1].split()
+        for sample in read_annotations(prepared / "pretrain.json").samples
+    }
+    checked: Counter[str] = Counter()
+    for sample in read_annotations(prepared / "instruct.json").samples:
+        shown = truth.get(sample.images[0]) if sample.images else None
+        if shown is None:
+            continue
+        assert len(set(shown)) == 4
+        for asked, answer in zip(sample.turns[::2], sample.turns[1::2], strict=True):
+            checked[_check_answer(asked.replace("<image>", "").strip(), answer, shown)] += 1
+    assert set(checked) == {"cell", "beside", "line"}
+
+
+def _check_answer(question: str, answer: str, shown: list[str]) -> str:
+    """Works the answer out anew from the question's words; returns the kind of question."""
+    lines = {"top row": (0, 1), "bottom row": (2, 3), "left column": (0, 2), "right column": (1, 3)}
+    for line, cells in lines.items():
+        if line in question:
+            assert answer.split() == [shown[cell] for cell in cells]
+            return "line"
+    (named,) = (number for number, cell in enumerate(CELLS) if cell in question)
+    row, column = divmod(named, 2)
+    steps = {"right of": (0, 1), "left of": (0, -1), "below": (1, 0), "above": (-1, 0)}
+    for place, (down, right) in steps.items():
+        if place in question:
+            assert 0 <= row + down <= 1
+            assert 0 <= column + right <= 1
+            assert shown[2 * (row + down) + column + right] == answer
+            return "beside"
+    assert shown[named] == answer
+    return "cell"
+
+
+def test_held_out_questions(prepared: Path) -> None:
+    lines = (prepared / "heldout_questions.jsonl").read_text().splitlines()
+    questions = [json.loads(line) for line in lines]
+    assert len({question["question_id"] for question in questions}) == len(questions) == 200
+    for question in questions:
+        assert set(question) == {"question_id", "image", "text", "category", "answer"}
+        assert question["image"].startswith("heldout/")
+        assert (prepared / "images" / question["image"]).is_file()
+        assert "<image>" not in question["text"]
+        wanted = 2 if question["category"] == "line" else 1
+        assert len(set(question["answer"].split())) == wanted
+        assert set(question["answer"].split()) <= set("0123456789")
+    categories = Counter(question["category"] for question in questions)
+    assert set(categories) == {"cell", "beside", "line"}
+    # Who sees the digits but not their places stays far under one half.
+    guessed = sum(count * bag_of_digits_ceiling(name) for name, count in categories.items())
+    assert guessed / len(questions) <= 0.25
+    assert max(Counter(question["answer"] for question in questions).values()) <= 0.25 * 200
+
+
+def test_held_out_digits_are_in_no_training_mosaic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, labels = digits._load_digits()
+    held_out = round(len(labels) * digits._HELD_OUT_SHARE)
+    seen: dict[str, set[int]] = {}
+
+    def spy(folder, split, images, labels, count, rng, vary):  # type: ignore[no-untyped-def]
+        seen[split] = {hash(image.tobytes()) for image in images}
+        assert len(images) == len(labels)
+        return [digits.Mosaic(f"{split}/{i}.jpg", (1, 2, 3, 4)) for i in range(count)]
+
+    monkeypatch.setattr(digits, "_write_mosaics", spy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "train_tokenizer", lambda *args: None)
+        digits._write(tmp_path / "made", PLAN)
+    assert not seen["train"] & seen["heldout"]
+    assert len(seen["heldout"]) >= held_out - 5
+    assert set(np.unique(labels[:held_out])) == set(range(10))
+
+
+def test_mosaics_show_what_the_caption_says() -> None:
+    # A held-out cell, shrunk again, is the digit it was made from.
+    images, labels = digits._load_digits()
+    chosen = np.array([3, 100, 500])
+    cells = digits._draw_cells(images, chosen, np.random.default_rng(0), vary=False)
+    for cell, index in zip(cells, chosen, strict=True):
+        small = np.asarray(Image.fromarray(cell).resize((8, 8), Image.Resampling.BOX)) / 255
+        errors = np.abs(images - small).mean((1, 2))
+        assert labels[errors.argmin()] == labels[index]
+        assert errors[index] < 0.1
+
+
+def test_tokenizer_knows_every_word_in_few_ids(prepared: Path) -> None:
+    tokenizer = load_tokenizer(prepared / "tokenizer.model")
+    assert tokenizer.vocab_size <= 320
+    for sample in read_annotations(prepared / "instruct.json").samples:
+        for turn in sample.turns:
+            text = turn.replace("<image>", "")
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text
+            assert min(ids, default=8) >= 8
+            assert len(ids) <= 25
+
+
+def test_prepared_folder_is_left_alone(prepared: Path) -> None:
+    before = (prepared / "align.json").stat().st_mtime_ns
+    prepare_digits(prepared, PLAN)
+    assert (prepared / "align.json").stat().st_mtime_ns == before
+
+
+def test_an_older_version_is_replaced(tmp_path: Path) -> None:
+    small = DigitsPlan(align=2, pretrain=2, instruct=2, heldout=2)
+    folder = prepare_digits(tmp_path / "digits", small)
+    (folder / "prepared.json").write_text('{"version": 0}')
+    (folder / "stale.txt").write_text("old")
+    prepare_digits(folder, small)
+    assert not (folder / "stale.txt").exists()
+    assert json.loads((folder / "prepared.json").read_text())["version"] == digits._VERSION
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+
+def test_a_killed_run_leaves_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    small = DigitsPlan(align=2, pretrain=2, instruct=2, heldout=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(digits, "train_tokenizer", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_digits(tmp_path / "digits", small)
+    assert list(tmp_path.iterdir()) == []
+    assert (prepare_digits(tmp_path / "digits", small) / "prepared.json").exists()
+
+
+def test_a_rival_that_was_faster_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = DigitsPlan(align=2, pretrain=2, instruct=2, heldout=2)
+    write = digits._write
+
+    def slow(folder: Path, plan: DigitsPlan) -> None:
+        monkeypatch.setattr(digits, "_write", write)
+        prepare_digits(tmp_path / "digits", plan)
+        (tmp_path / "digits" / "first").write_text("x")
+        write(folder, plan)
+
+    monkeypatch.setattr(digits, "_write", slow)
+    prepare_digits(tmp_path / "digits", small)
+    assert (tmp_path / "digits" / "first").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+
+def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(DataError, match="exists and is no prepared digits folder"):
+        prepare_digits(tmp_path, PLAN)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    assert main(["prepare-digits", "--output", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    made = []
+    monkeypatch.setattr(
+        "dattn_mcore.data.__main__.prepare_digits",
+        lambda output, plan: made.append((output, plan)) or output,
+    )
+    assert main(["prepare-digits", "--output", "x", "--seed", "3"]) == 0
+    assert made == [("x", DigitsPlan(seed=3))]

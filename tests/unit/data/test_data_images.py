@@ -1,0 +1,434 @@
+"""Images: both decoders against Hugging Face's processors, and every bad file."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms, features
+from torch import Tensor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from dattn_mcore.data import decode_dali, images
+from dattn_mcore.data.decode_dali import DaliDecoder, suits_dali
+from dattn_mcore.data.decode_pillow import decode_with_pillow
+from dattn_mcore.data.image_files import read_image_file
+from dattn_mcore.data.images import ImageLoader, make_decoder, to_tile
+from dattn_mcore.errors import ConfigError, DataError
+
+HAS_DALI = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
+needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed (extra 'dali')")
+BACKENDS = ["pillow", pytest.param("dali", marks=needs_dali)]
+LIMIT = 100_000_000
+
+
+def _picture(width: int, height: int) -> Image.Image:
+    """Gradients, a hard edge and a patch of noise."""
+    rng = np.random.default_rng(width * 1000 + height)
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, (x * y) % 256], -1).astype(np.uint8)
+    pixels[height // 3 : height // 2, width // 4 : width // 2] = rng.integers(
+        0, 256, (height // 2 - height // 3, width // 2 - width // 4, 3)
+    )
+    pixels[height // 2 :, : width // 5] = 255
+    return Image.fromarray(pixels)
+
+
+def _deep_png(width: int, height: int) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow cannot write."""
+    rows = np.random.default_rng(0).integers(0, 65536, (height, width, 3)).astype(">u2")
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(raw))
+        + chunk(b"IEND", b"")
+    )
+
+
+def _golden(folder: Path) -> None:
+    """Writes the corpus of formats and colour modes. d_: DALI's part by rule, p_: Pillow's."""
+    rgb = _picture(131, 97)
+    grey = rgb.convert("L")
+    rgba = Image.merge("RGBA", (*rgb.split(), grey))
+    deep_grey = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a decoder that obeys it would turn the picture
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+    def save(name: str, image: Image.Image, **options: object) -> None:
+        image.save(folder / name, **options)
+
+    for subsampling in (0, 1, 2):
+        save(f"d_{subsampling}.jpg", rgb, quality=90, subsampling=subsampling)
+    save("d_progressive.jpg", rgb, progressive=True)
+    save("d_grey.jpg", grey)
+    save("d_exif.jpg", rgb, exif=exif)
+    save("d_icc.jpg", rgb, icc_profile=profile)
+    save("d_exif.png", rgb, exif=exif)
+    save("d_rgb.png", rgb, icc_profile=profile)
+    save("d_grey.png", grey)
+    save("d_palette.png", rgb.convert("P"))
+    save("d_palette4.png", rgb.quantize(16), bits=4)
+    save("d_onebit.png", grey.convert("1"))
+    save("d_lossless.webp", rgb, lossless=True)
+    save("d_lossy.webp", rgb, quality=80, exif=exif)
+    save("d_rgb.bmp", rgb)
+    save("p_cmyk.jpg", rgb.convert("CMYK"))
+    save("p_alpha.png", rgba)
+    save("p_greyalpha.png", Image.merge("LA", (grey, grey)))
+    save("p_transparent.png", rgb.convert("P"), transparency=3)
+    save("p_grey16.png", deep_grey)
+    (folder / "p_rgb16.png").write_bytes(_deep_png(40, 30))
+    save("p_animated.png", rgb, save_all=True, append_images=[rgb.rotate(180)])
+    save("p_alpha.webp", rgba, lossless=True)
+    save("p_animated.webp", rgb, save_all=True, append_images=[rgb.rotate(180)], lossless=True)
+    save("p_grey.bmp", grey)
+    save("p_plain.gif", rgb)
+    save("p_animated.gif", rgb, save_all=True, append_images=[rgb.rotate(180)])
+    save("p_lzw.tif", rgb, compression="tiff_lzw")
+    save("p_grey16.tif", deep_grey)
+    save("p_rgb.jp2", rgb)
+    save("p_rgb.ppm", rgb)
+    save("p_small.ico", rgb.resize((64, 64)))
+    if features.check("avif"):
+        save("p_rgb.avif", rgb)
+    padded = (folder / "d_0.jpg").read_bytes() + b"\0" * 40
+    (folder / "p_tail.jpg").write_bytes(padded)
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the corpus."""
+    folder = tmp_path_factory.mktemp("golden")
+    _golden(folder)
+    return folder.resolve()
+
+
+def _normalise(tiles: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    return (tiles.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
+        :, None, None
+    ]
+
+
+def _oracle(policy: str, size: int):  # type: ignore[no-untyped-def]
+    if policy == "crop":
+        return CLIPImageProcessorPil(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        )
+    return SiglipImageProcessorPil(size={"height": size, "width": size})
+
+
+def _padded(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
+    """LLaVA's expand2square, as its processor does it before CLIP's."""
+    if image.mode != "RGB":
+        return image
+    width, height = image.size
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), fill)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+@pytest.fixture
+def columns_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes Pillow resize along x, then along y, as all releases before 13 do, and torch.
+
+    Pillow 13 starts with y where that is less work; rounding between the passes then differs.
+    """
+    resize = Image.Image.resize
+
+    def in_two(self: Image.Image, size: tuple[int, int], *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
+        return resize(resize(self, (size[0], self.height), *args, **kwargs), size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", in_two)
+
+
+@pytest.mark.usefixtures("columns_first")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [56, 150])
+@pytest.mark.parametrize("policy", ["stretch", "crop"])
+def test_golden_corpus_equals_hugging_face(
+    golden: Path, policy: str, size: int, backend: str
+) -> None:
+    processor = _oracle(policy, size)
+    names = sorted(file.name for file in golden.iterdir())
+    loader = ImageLoader(golden, size=size, policy=policy, backend=backend)
+    tiles = loader.load([(name, name) for name in names])
+    loader.close()
+    assert tiles.dtype == torch.uint8
+    assert tiles.shape == (len(names), 3, size, size)
+    assert tiles.is_contiguous()
+    assert loader.backend == backend
+    mean, std = list(processor.image_mean), list(processor.image_std)
+    for name, tile in zip(names, tiles, strict=True):
+        with Image.open(golden / name) as image:
+            expected = processor(image, return_tensors="pt")["pixel_values"][0]
+        difference = (_normalise(tile, mean, std) - expected).abs()
+        # torch's resize rounds between its two passes like Pillow's, but not always to the same
+        # side: at most two grey levels, and hardly ever.
+        assert difference.max() <= 2.01 / 255 / min(std), name
+        assert difference.mean() <= 3e-4, name
+
+
+@pytest.mark.usefixtures("columns_first")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(640, 427), (333, 500), (57, 900), (1200, 801)])
+@pytest.mark.parametrize("policy", ["stretch", "pad", "crop"])
+def test_photo_sizes_equal_hugging_face(
+    tmp_path: Path, policy: str, shape: tuple[int, int], backend: str
+) -> None:
+    size = 336 if policy == "crop" else 384
+    _picture(*shape).save(tmp_path / "a.jpg", quality=88)
+    processor = _oracle(policy, size)
+    mean, std = list(processor.image_mean), list(processor.image_std)
+    loader = ImageLoader(tmp_path, size=size, policy=policy, backend=backend, mean=mean)
+    tile = loader.load([("a", "a.jpg")])[0]
+    loader.close()
+    with Image.open(tmp_path / "a.jpg") as image:
+        fill = tuple(int(channel * 255) for channel in mean)
+        shown = _padded(image, fill) if policy == "pad" else image  # type: ignore[arg-type]
+        expected = processor(shown, return_tensors="pt")["pixel_values"][0]
+    difference = (_normalise(tile, mean, std) - expected).abs()
+    assert difference.max() <= 2.01 / 255 / min(std)
+    assert difference.mean() <= 3e-4
+
+
+@pytest.mark.parametrize("shape", [(640, 427), (333, 500), (57, 900)])
+def test_close_to_the_installed_pillow_whatever_its_order_of_passes(
+    shape: tuple[int, int],
+) -> None:
+    # Measured with Pillow 13.0: up to 18 grey levels at the edge of noise, mean 0.2 levels.
+    image = _picture(*shape)
+    tile = to_tile(torch.from_numpy(np.array(image)).permute(2, 0, 1), 384, "stretch", (0, 0, 0))
+    there = np.array(image.resize((384, 384), Image.Resampling.BICUBIC))
+    difference = (tile.int() - torch.from_numpy(there).permute(2, 0, 1).int()).abs().float()
+    assert difference.max() <= 24
+    assert difference.mean() <= 0.3
+
+
+@needs_dali
+def test_dali_equals_pillow_bit_for_bit_where_the_rule_sends_it(golden: Path) -> None:
+    decoder = DaliDecoder(threads=1)
+    for file in sorted(golden.iterdir()):
+        checked = read_image_file(golden, file.name, "x", LIMIT)
+        assert suits_dali(checked) == file.name.startswith("d_"), file.name
+        if suits_dali(checked):
+            (there,) = decoder._run([checked.data])
+            assert torch.equal(there, decode_with_pillow(checked)), file.name
+    decoder.close()
+
+
+@needs_dali
+def test_tiles_do_not_depend_on_backend_or_neighbours(golden: Path) -> None:
+    names = sorted(file.name for file in golden.iterdir())
+    items = [(name, name) for name in names]
+    dali = ImageLoader(golden, size=70, backend="dali")
+    pillow = ImageLoader(golden, size=70, backend="pillow")
+    together = dali.load(items)
+    assert torch.equal(together, pillow.load(items))
+    assert torch.equal(together, torch.cat([dali.load([item]) for item in items]))
+    dali.close()
+    pillow.close()
+
+
+def test_transparency_lies_over_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    loader = ImageLoader(tmp_path, size=8, backend="pillow")
+    assert loader.load([("a", "clear.png")]).unique().tolist() == [255]
+    loader.close()
+
+
+def test_a_tile_of_the_right_size_is_copied_exactly() -> None:
+    image = torch.arange(3 * 56 * 56).reshape(3, 56, 56).to(torch.uint8)
+    for policy in ("stretch", "pad", "crop"):
+        assert torch.equal(to_tile(image, 56, policy, (0, 0, 0)), image)
+
+
+def test_no_images_is_an_empty_tensor(tmp_path: Path) -> None:
+    loader = ImageLoader(tmp_path, size=56, backend="pillow")
+    assert loader.load([]).shape == (0, 3, 56, 56)
+    loader.close()
+
+
+def _jpeg(size: tuple[int, int] = (131, 97), **options: object) -> bytes:
+    buffer = io.BytesIO()
+    _picture(*size).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def _png(size: tuple[int, int] = (131, 97)) -> bytes:
+    buffer = io.BytesIO()
+    _picture(*size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _huge_png() -> bytes:
+    """A PNG whose header claims 60000 x 60000 pixels (3.6 gigapixels)."""
+    body = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    crc = struct.pack(">I", zlib.crc32(b"IHDR" + body))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + body + crc + _png()[33:]
+
+
+def _write(make: Callable[[], bytes]) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(make()) and None  # type: ignore[func-returns-value]
+
+
+def _outside(path: Path) -> None:
+    (path.parent.parent / "outside.jpg").write_bytes(_jpeg())
+    path.symlink_to(path.parent.parent / "outside.jpg")
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: None, "does not exist below"),
+    "dangling link": (lambda path: path.symlink_to("nowhere"), "does not exist below"),
+    "link in a circle": (lambda path: path.symlink_to(path.name), "cannot be resolved"),
+    "outside through a link": (_outside, "outside '"),
+    "folder": (lambda path: path.mkdir(), "is a folder"),
+    "pipe": (lambda path: os.mkfifo(path), "is not a regular file"),
+    "empty": (_write(lambda: b""), "is an empty file"),
+    "text": (_write(lambda: b"<html>404</html>"), "is not an image (unknown signature"),
+    "other binary": (_write(lambda: b"PK\3\4" + b"\0" * 99), "is not an image"),
+    "signature only": (_write(lambda: _jpeg()[:3]), "no readable header"),
+    "cut header": (_write(lambda: _png()[:20]), "no readable header"),
+    "cut jpeg": (_write(lambda: _jpeg()[:2000]), "is truncated"),
+    "cut jpeg by 100 bytes": (_write(lambda: _jpeg()[:-100]), "is truncated"),
+    "cut progressive": (_write(lambda: _jpeg(progressive=True)[:-700]), "is truncated"),
+    "cut png": (_write(lambda: _png()[:-400]), "is truncated"),
+    "too many pixels": (_write(_huge_png), "is too large"),
+    "more pixels than configured": (
+        _write(lambda: _png((1100, 1000))),
+        "is too large: 1100 x 1000",
+    ),
+    "more bytes than pixels allow": (
+        _write(lambda: b"\xff\xd8\xff" + b"\0" * (9 * 2**20 + 8_000_000)),
+        "bytes cannot be an image",
+    ),
+    "damaged png": (
+        _write(lambda: _png()[:200] + b"\xff" * 400 + _png()[600:]),
+        "cannot be decoded",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_one_line_that_names_annotation_and_path(
+    tmp_path: Path, name: str, backend: str
+) -> None:
+    make, message = BAD_FILES[name]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for good in ("a.jpg", "z.jpg"):
+        (folder / good).write_bytes(_jpeg())
+    make(folder / "bad.jpg")
+    loader = ImageLoader(folder, size=56, backend=backend, max_pixels=1_000_000)
+    with pytest.raises(DataError) as raised:
+        loader.load([("one", "a.jpg"), ("two", "bad.jpg"), ("three", "z.jpg")])
+    said = str(raised.value)
+    assert said.startswith("annotation 'two': image 'bad.jpg'"), said
+    assert message in said, said
+    assert "\n" not in said
+    # The loader is good for the next batch.
+    assert loader.load([("one", "a.jpg"), ("three", "z.jpg")]).shape == (2, 3, 56, 56)
+    loader.close()
+
+
+def test_links_inside_the_folder_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.jpg").write_bytes(_jpeg())
+    (tmp_path / "link").symlink_to("real")
+    loader = ImageLoader(tmp_path, size=56, backend="pillow")
+    assert loader.load([("x", "link/a.jpg")]).shape == (1, 3, 56, 56)
+    loader.close()
+
+
+@needs_dali
+def test_an_image_that_only_dali_refuses_goes_to_pillow_alone(
+    golden: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Send everything to DALI, which refuses GIF and ICO: the rest must be as ever.
+    monkeypatch.setattr(decode_dali, "suits_dali", lambda image: True)
+    names = ["d_0.jpg", "p_plain.gif", "d_rgb.png", "p_small.ico", "d_grey.jpg"]
+    files = [read_image_file(golden, name, name, LIMIT) for name in names]
+    decoder = DaliDecoder(threads=1)
+    with caplog.at_level(logging.WARNING):
+        decoded = decoder.decode(files)
+    for file, tensor in zip(files, decoded, strict=True):
+        assert torch.equal(tensor, decode_with_pillow(file))
+    refused = [line for line in caplog.messages if "DALI refuses" in line]
+    assert len(refused) == 2
+    assert "p_plain.gif" in refused[0]
+    decoder.close()
+
+
+@needs_dali
+def test_large_batches_are_cut(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_dali, "_MAX_BATCH_PIXELS", 3 * 131 * 97)
+    files = [read_image_file(golden, "d_0.jpg", "x", LIMIT)] * 10
+    assert [len(b) for b in decode_dali._batches(range(10), files)] == [3, 3, 3, 1]
+    decoder = DaliDecoder(threads=1)
+    assert len(decoder.decode(files)) == 10
+    decoder.close()
+
+
+def test_auto_falls_back_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ImportError("No module named 'nvidia'")
+
+    monkeypatch.setattr(images, "DaliDecoder", refuse)
+    monkeypatch.setattr(images, "_said", set())
+    with caplog.at_level(logging.INFO, logger="dattn_mcore"):
+        for _ in range(2):
+            decoder = make_decoder("auto", 1)
+            assert decoder.name == "pillow"
+            decoder.close()
+    said = [line for line in caplog.messages if "decoded with" in line]
+    assert len(said) == 1
+    assert said[0].startswith("images are decoded with pillow (DALI is not installed or does not")
+    with pytest.raises(ConfigError, match="data.image_backend: 'dali' is not installed"):
+        make_decoder("dali", 1)
+
+
+def test_tiles_of_two_devices_end_on_the_decoders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(_png())
+    loader = ImageLoader(tmp_path, size=56, backend="pillow")
+    on_cpu = torch.zeros(3, 80, 60, dtype=torch.uint8)
+    # "meta" stands for a GPU: a device that is not the CPU.
+    monkeypatch.setattr(loader._decoder, "decode", lambda files: [on_cpu, on_cpu.to("meta")])
+    tiles = loader.load([("a", "a.png"), ("b", "a.png")])
+    assert (tiles.device.type, tiles.shape, tiles.dtype) == ("meta", (2, 3, 56, 56), torch.uint8)
+    loader.close()
+
+
+def test_wrong_settings(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="data.image_backend: 'gpu' is unknown"):
+        make_decoder("gpu", 1)
+    with pytest.raises(ConfigError, match="data.image_policy: 'squash' is unknown"):
+        ImageLoader(tmp_path, size=56, policy="squash")
+    with pytest.raises(DataError, match=r"data.image_folder: '.*nowhere' does not exist"):
+        ImageLoader(tmp_path / "nowhere", size=56)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="is not a folder"):
+        ImageLoader(tmp_path / "file", size=56)

@@ -1,0 +1,78 @@
+"""The plan of packs: properties that must hold for every global batch."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dattn_mcore.data.packing import plan_packs, split_over_ranks
+
+TEXT, VISUAL = 50, 64
+LENGTHS = st.lists(
+    st.tuples(st.integers(1, TEXT), st.sampled_from([0, 16, 32, 48, 64])), max_size=60
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=LENGTHS, dp_size=st.sampled_from([1, 2, 3, 4]), group=st.sampled_from([1, 2, 4]))
+def test_every_sample_once_within_both_budgets(
+    lengths: list[tuple[int, int]], dp_size: int, group: int
+) -> None:
+    multiple = dp_size * group
+    packs = plan_packs(lengths, TEXT, VISUAL, multiple)
+    assert len(packs) > 0
+    assert len(packs) % multiple == 0
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+    for pack in packs:
+        assert sum(lengths[i][0] for i in pack) <= TEXT
+        assert sum(lengths[i][1] for i in pack) <= VISUAL
+        assert list(pack) == sorted(pack)
+    assert plan_packs(list(lengths), TEXT, VISUAL, multiple) == packs
+    shares = split_over_ranks(packs, lengths, dp_size)
+    assert len(shares) == dp_size
+    assert {len(share) for share in shares} == {len(packs) // dp_size}
+    assert sorted(pack for share in shares for pack in share) == sorted(packs)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=LENGTHS)
+def test_few_packs(lengths: list[tuple[int, int]]) -> None:
+    # First-fit keeps all packs but one more than half full in one of the two budgets.
+    packs = plan_packs(lengths, TEXT, VISUAL, 1)
+    bound = sum(t for t, _ in lengths) / TEXT + sum(v for _, v in lengths) / VISUAL
+    assert len(packs) <= 2 * bound + 1
+
+
+def test_no_more_packs_than_needed_for_equal_samples() -> None:
+    assert len(plan_packs([(10, 16)] * 20, 50, 64, 1)) == 5
+    assert len(plan_packs([(10, 16)] * 20, 40, 64, 2)) == 6
+
+
+def test_loads_are_balanced() -> None:
+    rng = random.Random(1)
+    lengths = [(rng.randint(10, 60), 16) for _ in range(256)]
+    packs = plan_packs(lengths, 512, 512, 4)
+    rows = [sum(sum(lengths[i]) for i in pack) for pack in packs]
+    longest = max(sum(one) for one in lengths)
+    assert max(rows) - min(rows) <= longest
+    shares = split_over_ranks(packs, lengths, 4)
+    totals = [sum(sum(lengths[i]) for pack in share for i in pack) for share in shares]
+    assert max(totals) - min(totals) <= longest
+
+
+def test_fewer_samples_than_packs_leaves_empty_ones() -> None:
+    packs = plan_packs([(5, 16)], 50, 64, 4)
+    assert sorted(packs) == [(), (), (), (0,)]
+
+
+def test_a_sample_over_a_budget_is_a_mistake_of_the_caller() -> None:
+    with pytest.raises(ValueError, match="fits no pack"):
+        plan_packs([(51, 0)], 50, 64, 1)
+
+
+def test_packs_that_cannot_be_dealt() -> None:
+    with pytest.raises(ValueError, match="dealt"):
+        split_over_ranks([(0,), (1,), (2,)], [(1, 0)] * 3, 2)

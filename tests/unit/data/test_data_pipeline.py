@@ -1,0 +1,365 @@
+"""The pipeline: what the loop gets, that it depends on the step alone, and what goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dattn_mcore.config.schema import Config, LlmConfig
+from dattn_mcore.data.batch import GlobalBatch, MicroBatch
+from dattn_mcore.data.pipeline import DataPipeline
+from dattn_mcore.data.tokenizer import SentencePieceTokenizer
+from dattn_mcore.errors import ConfigError, DataError
+
+ROWS = 16  # visual rows of one image: (56 // 14) ** 2
+MakeConfig = Callable[..., Config]
+
+
+@contextmanager
+def opened(
+    config: Config, tokenizer: SentencePieceTokenizer, **where: Any
+) -> Iterator[DataPipeline]:
+    """A pipeline that is closed again; by default of a single rank that needs pixels."""
+    settings = {"dp_rank": 0, "dp_size": 1, "microbatch_multiple": 1, "needs_pixels": True}
+    pipeline = DataPipeline(config, tokenizer, **{**settings, **where})
+    try:
+        yield pipeline
+    finally:
+        pipeline.close()
+
+
+def by_sample(batch: GlobalBatch) -> dict[str, tuple[Any, ...]]:
+    """Takes packs apart again: what each sample looks like to the model."""
+    samples = {}
+    for micro in batch.microbatches:
+        row = tile = 0
+        for name, layout in zip(micro.sample_ids, micro.layouts, strict=True):
+            text = sum(rows for is_visual, rows in layout if not is_visual)
+            tiles = sum(rows for is_visual, rows in layout if is_visual) // ROWS
+            pixels = None if micro.tiles is None else micro.tiles[tile : tile + tiles].tolist()
+            samples[name] = (
+                layout,
+                micro.text_ids[row : row + text].tolist(),
+                micro.labels[row : row + text].tolist(),
+                pixels if tiles else None,
+            )
+            row, tile = row + text, tile + tiles
+        assert (row, tile) == (len(micro.text_ids), micro.num_tiles)
+    return samples
+
+
+def check_form(micro: MicroBatch, config: Config) -> None:
+    """The promises of MicroBatch."""
+    assert micro.text_ids.dtype == micro.labels.dtype == torch.int64
+    assert micro.text_ids.shape == micro.labels.shape
+    assert len(micro.layouts) == len(micro.sample_ids) == micro.num_samples
+    text = sum(rows for layout in micro.layouts for is_visual, rows in layout if not is_visual)
+    visual = sum(rows for layout in micro.layouts for is_visual, rows in layout if is_visual)
+    assert text == len(micro.text_ids) <= config.data.text_budget
+    assert visual == micro.num_tiles * ROWS <= config.data.visual_budget
+    assert all(rows > 0 for layout in micro.layouts for _, rows in layout)
+    if micro.tiles is not None:
+        assert micro.tiles.dtype == torch.uint8
+        assert micro.tiles.shape == (micro.num_tiles, 3, 56, 56)
+        assert micro.num_tiles > 0
+
+
+def test_a_step_holds_its_samples_once(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer
+) -> None:
+    config = make_config(global_batch_size=12)
+    with opened(config, toy_tokenizer) as pipeline:
+        assert pipeline.num_samples == 40
+        seen: list[str] = []
+        for step, batch in zip(range(10), pipeline, strict=False):
+            assert batch.step == step
+            assert len(batch.sample_ids) == 12
+            samples = by_sample(batch)
+            assert sorted(samples) == sorted(set(batch.sample_ids))
+            for micro in batch.microbatches:
+                check_form(micro, config)
+            seen += batch.sample_ids
+        for epoch in range(3):  # 120 samples are three whole epochs
+            assert sorted(seen[epoch * 40 : (epoch + 1) * 40]) == sorted(f"r{i}" for i in range(40))
+
+
+def test_images_belong_to_their_samples(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer
+) -> None:
+    with opened(make_config(), toy_tokenizer) as pipeline:
+        for step in range(4):
+            for name, (layout, _, _, pixels) in by_sample(pipeline.global_batch(step)).items():
+                number = int(name[1:])
+                first = [tile[0][0][0] for tile in pixels or []]
+                if number % 10 == 3:
+                    assert first == []
+                    assert len(layout) == 1
+                elif number % 10 == 7:
+                    assert first == [number, number - 1]
+                else:
+                    assert first == [number]
+
+
+@pytest.mark.parametrize("dp_size", [2, 3, 4])
+def test_ranks_share_one_plan(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, dp_size: int
+) -> None:
+    config = make_config()
+    with opened(config, toy_tokenizer) as alone:
+        whole = [alone.global_batch(step) for step in range(3)]
+    parts: list[list[GlobalBatch]] = []
+    for rank in range(dp_size):
+        where = {"dp_rank": rank, "dp_size": dp_size, "microbatch_multiple": 2}
+        with opened(config, toy_tokenizer, **where) as pipeline:
+            parts.append([pipeline.global_batch(step) for step in range(3)])
+    for step, expected in enumerate(whole):
+        batches = [part[step] for part in parts]
+        counts = {len(batch.microbatches) for batch in batches}
+        assert len(counts) == 1
+        assert counts.pop() % 2 == 0
+        union: dict[str, tuple[Any, ...]] = {}
+        for batch in batches:
+            assert batch.sample_ids == expected.sample_ids
+            mine = by_sample(batch)
+            assert not union.keys() & mine.keys()
+            union |= mine
+        assert union == by_sample(expected)
+
+
+def test_packing_does_not_change_samples(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer
+) -> None:
+    with opened(make_config(), toy_tokenizer) as pipeline:
+        small = pipeline.global_batch(1)
+    with opened(make_config(text_budget=2000, visual_budget=2000), toy_tokenizer) as pipeline:
+        large = pipeline.global_batch(1)
+    assert len(small.microbatches) > len(large.microbatches) == 1
+    assert by_sample(small) == by_sample(large)
+
+
+def test_ranks_without_pixels_open_no_image(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    with opened(make_config(), toy_tokenizer) as pipeline:
+        with_pixels = pipeline.global_batch(0)
+    config = make_config(image_folder=str(tmp_path / "nowhere"))
+    with opened(config, toy_tokenizer, needs_pixels=False) as pipeline:
+        batch = pipeline.global_batch(0)
+    assert all(micro.tiles is None for micro in batch.microbatches)
+    for mine, theirs in zip(batch.microbatches, with_pixels.microbatches, strict=True):
+        assert mine.num_tiles == theirs.num_tiles
+        assert mine.layouts == theirs.layouts
+        assert torch.equal(mine.text_ids, theirs.text_ids)
+
+
+def test_steps_may_jump_and_come_back(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer
+) -> None:
+    with opened(make_config(), toy_tokenizer) as pipeline:
+        straight = {step: by_sample(pipeline.global_batch(step)) for step in range(8)}
+    for depth in (0, 1, 5):
+        with opened(make_config(prefetch=depth), toy_tokenizer) as pipeline:
+            for step in (5, 6, 2, 3, 3, 7, 0):
+                batch = pipeline.global_batch(step)
+                assert batch.step == step
+                assert by_sample(batch) == straight[step]
+
+
+def test_prefetch_runs_ahead_but_not_further(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+    build = DataPipeline._build
+
+    def counted(self: DataPipeline, step: int) -> GlobalBatch:
+        assert threading.current_thread() is not threading.main_thread()
+        built.append(step)
+        return build(self, step)
+
+    monkeypatch.setattr(DataPipeline, "_build", counted)
+    with opened(make_config(prefetch=3), toy_tokenizer) as pipeline:
+        assert pipeline.global_batch(10).step == 10
+        deadline = time.monotonic() + 30
+        while len(built) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        # 10 is handed out, 11 to 13 are ready, 14 is made and waits for a place.
+        assert built == [10, 11, 12, 13, 14]
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def _spoil(config: Config, tmp_path: Path, path: str) -> Config:
+    """The toy annotations with one image path that does not exist."""
+    records = json.loads(Path(config.data.annotations).read_text())
+    records[11]["image"] = path
+    (tmp_path / "spoilt.json").write_text(json.dumps(records))
+    data = dataclasses.replace(config.data, annotations=str(tmp_path / "spoilt.json"))
+    return dataclasses.replace(config, data=data)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_bad_image_surfaces_at_its_step_only(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path, depth: int
+) -> None:
+    config = _spoil(make_config(prefetch=depth), tmp_path, "lost.png")
+    with opened(config, toy_tokenizer) as pipeline:
+        bad_step = None
+        for step in range(4):  # 48 samples: one whole epoch and a bit
+            try:
+                assert "r11" not in pipeline.global_batch(step).sample_ids
+            except DataError as error:
+                assert "annotation 'r11': image 'lost.png' does not exist" in str(error)
+                bad_step = step
+                break
+        assert bad_step is not None
+        with pytest.raises(DataError):  # asking again says so again
+            pipeline.global_batch(bad_step)
+        assert pipeline.global_batch(bad_step + 4).step == bad_step + 4
+
+
+def test_only_the_rank_that_meets_a_bad_image_fails(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    config = _spoil(make_config(global_batch_size=40), tmp_path, "lost.png")
+    failed = []
+    for rank in range(2):
+        with opened(config, toy_tokenizer, dp_rank=rank, dp_size=2) as pipeline:
+            try:
+                pipeline.global_batch(0)
+            except DataError:
+                failed.append(rank)
+    assert len(failed) == 1
+
+
+def _with_long_samples(
+    config: Config, tmp_path: Path, policy: str, record: Callable[..., dict[str, Any]]
+) -> Config:
+    """Adds a sample of long text (L), one of too many images (V), one of a long question (Q)."""
+    records = json.loads(Path(config.data.annotations).read_text())[:10]
+    records.append(record("L", ["00.png"], "<image>\nwhich?", "7 " * 300))
+    records.append(record("V", ["00.png"] * 5, "<image>" * 5, "7"))
+    records.append(record("Q", ["00.png"], "<image>" + "7 " * 300, "7"))
+    (tmp_path / "long.json").write_text(json.dumps(records))
+    data = dataclasses.replace(
+        config.data, annotations=str(tmp_path / "long.json"), over_budget=policy
+    )
+    return dataclasses.replace(config, data=data)
+
+
+def test_over_budget_skip(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    record: Callable[..., dict[str, Any]],
+) -> None:
+    config = _with_long_samples(make_config(global_batch_size=13), tmp_path, "skip", record)
+    with opened(config, toy_tokenizer) as pipeline:
+        batch = pipeline.global_batch(0)
+    assert set(batch.skipped) == {"L", "V", "Q"}
+    assert batch.truncated == ()
+    assert len(batch.sample_ids) == 13
+    assert set(by_sample(batch)) == set(batch.sample_ids) - {"L", "V", "Q"}
+
+
+def test_over_budget_truncate(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    record: Callable[..., dict[str, Any]],
+) -> None:
+    config = _with_long_samples(make_config(global_batch_size=13), tmp_path, "truncate", record)
+    with opened(config, toy_tokenizer) as pipeline:
+        batch = pipeline.global_batch(0)
+    # V stays too large without its text; nothing of Q's answer would be left.
+    assert set(batch.skipped) == {"V", "Q"}
+    assert batch.truncated == ("L",)
+    layout, ids, labels, _ = by_sample(batch)["L"]
+    assert len(ids) == config.data.text_budget
+    assert sum(rows for is_visual, rows in layout if is_visual) == ROWS
+    assert labels[-1] == -100
+    assert labels[-2] == ids[-1]
+
+
+def test_over_budget_error(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    record: Callable[..., dict[str, Any]],
+) -> None:
+    config = _with_long_samples(make_config(global_batch_size=13), tmp_path, "error", record)
+    message = r"annotation '[LVQ]' has \d+ text and \d+ visual rows"
+    with opened(config, toy_tokenizer) as pipeline, pytest.raises(DataError, match=message):
+        pipeline.global_batch(0)
+
+
+def test_a_step_of_nothing_but_skipped_samples_has_empty_packs(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer
+) -> None:
+    with opened(make_config(text_budget=1), toy_tokenizer, microbatch_multiple=2) as pipeline:
+        batch = pipeline.global_batch(0)
+    assert len(batch.skipped) == 12
+    assert [micro.num_samples for micro in batch.microbatches] == [0, 0]
+    for micro in batch.microbatches:
+        assert (micro.layouts, micro.num_tiles, micro.tiles) == ((), 0, None)
+        assert micro.text_ids.shape == micro.labels.shape == (0,)
+        assert micro.text_ids.dtype == torch.int64
+
+
+def test_the_fingerprint_knows_annotations_tokenizer_and_template(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    def fingerprint(config: Config) -> str:
+        with opened(config, toy_tokenizer, needs_pixels=False) as pipeline:
+            return pipeline.fingerprint
+
+    same = fingerprint(make_config())
+    assert fingerprint(make_config(text_budget=900, global_batch_size=3, seed=9)) == same
+    assert fingerprint(make_config(template="gemma")) != same
+    assert fingerprint(_spoil(make_config(), tmp_path, "x.png")) != same
+
+
+def test_settings_that_cannot_run(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    record: Callable[..., dict[str, Any]],
+) -> None:
+    def build(config: Config) -> None:
+        with opened(config, toy_tokenizer):
+            pass
+
+    with pytest.raises(ConfigError, match="data.over_budget: 'drop' is unknown"):
+        build(make_config(over_budget="drop"))
+    with pytest.raises(ConfigError, match="data.template: 'vicuna' is unknown"):
+        build(make_config(template="vicuna"))
+    with pytest.raises(ConfigError, match=r"data.visual_budget \(0\) must be at least 1"):
+        build(make_config(visual_budget=0))
+    small = make_config()
+    model = dataclasses.replace(small.model, llm=LlmConfig(vocab_size=100))
+    with pytest.raises(ConfigError, match=r"model.llm.vocab_size \(100\) is smaller"):
+        build(dataclasses.replace(small, model=model))
+    with pytest.raises(DataError, match="data.image_folder: .* does not exist"):
+        build(make_config(image_folder=str(tmp_path / "nowhere")))
+    talk = [record("t", [], "a", "b", "c", "d")]
+    (tmp_path / "talk.json").write_text(json.dumps(talk))
+    with pytest.raises(DataError, match=r"record 0 \(id 't'\) has 4 turns; data.template 'plain'"):
+        build(make_config(annotations=str(tmp_path / "talk.json"), template="plain"))
+
+
+def test_imports_no_megatron() -> None:
+    code = (
+        "import sys, dattn_mcore.data.pipeline, dattn_mcore.data.digits, dattn_mcore.data.tokenizer;"
+        "sys.exit(any(name.split('.')[0] == 'megatron' for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
