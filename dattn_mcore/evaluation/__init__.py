@@ -1,0 +1,1 @@
+"""Benchmarks over a Hugging Face model, in the LLaVA form; no Megatron."""

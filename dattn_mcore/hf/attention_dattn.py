@@ -1,0 +1,264 @@
+"""Decomposed causal self-attention over visual and text rows, and the decoder layer around it.
+
+Source: Kuo et al., "D-Attn: Decomposed Attention for Large Vision-and-Language Models"
+(arXiv 2502.01906). Text queries read text keys with rotary positions (T2T) and visual keys
+(T2V, without positions unless `t2v_position` is rope); a visual row's output is its own value
+(V2V diagonal) or, in the baseline, causal attention over what stands before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP, Gemma2RMSNorm
+from transformers.models.mistral.modeling_mistral import (
+    MistralMLP,
+    MistralRMSNorm,
+    apply_rotary_pos_emb,
+    repeat_kv,
+)
+
+from .configuration_dattn import DattnConfig
+from .layout_dattn import DattnCache, Layout
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, [batch, rows, head_dim]
+
+
+@dataclass
+class Part:
+    """A set of keys with the queries that read it.
+
+    Attributes:
+        query: [batch, heads, queries, head_dim].
+        key: [batch, kv heads, keys, head_dim]; value likewise.
+        visible: bool [batch, 1, queries, keys].
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+
+
+def attend(
+    parts: list[Part],
+    scale: float,
+    softcap: float | None,
+    merge: str,
+    implementation: str,
+) -> Tensor:
+    """Attention over all parts: one softmax over their union (`alpha`), or one each (`sum`).
+
+    The union's softmax is the exact merge a * XA + (1 - a) * SA with a = sigmoid(lse_V - lse_T);
+    a query that sees no key of a part gets nothing from it.
+
+    Args:
+        parts: key sets; parts without keys are skipped.
+        scale: factor of the logits.
+        softcap: logits become softcap * tanh(logits / softcap); None: not capped.
+        merge: `alpha` or `sum`.
+        implementation: `sdpa` uses PyTorch's kernels for prompts without soft-cap.
+
+    Returns:
+        [batch, queries, heads * head_dim].
+    """
+    parts = [part for part in parts if part.key.shape[2] > 0]
+    few = parts[0].query.shape[2] == 1  # a decoding step: its scores are small
+    kernel = _sdpa if implementation == "sdpa" and softcap is None and not few else _eager
+    if merge == "alpha" or len(parts) == 1:
+        output = kernel(parts, scale, softcap)
+    else:
+        outputs = [_zero_if_blind(part, scale, softcap, kernel) for part in parts]
+        output = torch.stack(outputs).sum(0)
+    batch, _, queries, _ = output.shape
+    return output.transpose(1, 2).reshape(batch, queries, -1)
+
+
+def _zero_if_blind(part: Part, scale: float, softcap: float | None, kernel) -> Tensor:
+    """One part's own softmax; zero for queries that see none of its keys."""
+    seeing = part.visible.any(-1, keepdim=True)
+    output = kernel(
+        [Part(part.query, part.key, part.value, part.visible | ~seeing)], scale, softcap
+    )
+    return torch.where(seeing, output, torch.zeros_like(output))
+
+
+def _eager(parts: list[Part], scale: float, softcap: float | None) -> Tensor:
+    """Plain attention with the scores in memory, softmax in at least float32; copies no keys."""
+    batch, heads, queries, _ = parts[0].query.shape
+    groups = parts[0].key.shape[1]
+
+    def by_group(x: Tensor) -> Tensor:  # the heads of a group become rows
+        return x.reshape(batch, groups, -1, x.shape[-1])
+
+    logits = torch.cat([by_group(p.query) @ p.key.transpose(2, 3) for p in parts], dim=-1) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    visible = torch.cat([p.visible for p in parts], dim=-1)
+    logits = logits.view(batch, heads, queries, -1)
+    logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    weights = by_group(torch.softmax(logits, dim=-1, dtype=wide).to(logits.dtype))
+    shares = weights.split([p.key.shape[2] for p in parts], dim=-1)
+    outputs = [share @ p.value for share, p in zip(shares, parts, strict=True)]
+    return torch.stack(outputs).sum(0).view(batch, heads, queries, -1)
+
+
+def _sdpa(parts: list[Part], scale: float, softcap: float | None) -> Tensor:
+    """The same through PyTorch's kernels.
+
+    Two parts with different queries (rotated for text, plain for visual keys) become one by
+    stacking features: [q_a, q_b] . [k_a, 0] = q_a . k_a and [q_a, q_b] . [0, k_b] = q_b . k_b.
+    """
+    query, keys = parts[0].query, [p.key for p in parts]
+    if any(p.query is not query for p in parts):
+        query = torch.cat([p.query for p in parts], dim=-1)
+        width = keys[0].shape[-1]
+        keys = [F.pad(key, (i * width, (len(parts) - 1 - i) * width)) for i, key in enumerate(keys)]
+    groups = query.shape[1] // keys[0].shape[1]
+    return F.scaled_dot_product_attention(
+        query,
+        repeat_kv(torch.cat(keys, dim=2), groups),
+        repeat_kv(torch.cat([p.value for p in parts], dim=2), groups),
+        attn_mask=torch.cat([p.visible for p in parts], dim=-1),
+        scale=scale,
+    )
+
+
+class DattnAttention(nn.Module):
+    """Self-attention of one layer over text columns and visual rows."""
+
+    def __init__(self, config: DattnConfig, layer: int) -> None:
+        super().__init__()
+        text = config.text_config
+        self.config, self.layer = config, layer
+        self.num_heads, self.num_kv_heads = (
+            text.num_attention_heads,
+            text.num_key_value_heads,
+        )
+        self.head_dim = text.head_dim
+        self.scale = (getattr(text, "query_pre_attn_scalar", None) or self.head_dim) ** -0.5
+        self.softcap = getattr(text, "attn_logit_softcapping", None)
+        bias = getattr(text, "attention_bias", False)
+        self.q_proj = nn.Linear(text.hidden_size, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(text.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(text.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, text.hidden_size, bias=bias)
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(
+        self,
+        text: Tensor,
+        visual: Tensor,
+        layout: Layout,
+        text_rotation: Rotation,
+        visual_rotation: Rotation,
+        cache: DattnCache | None,
+        visual_output: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends from the new rows to all rows.
+
+        Args:
+            text: normed new text columns [batch, new_text, hidden].
+            visual: normed new visual rows [batch, new_visual, hidden].
+            layout: who sees whom (already windowed for this layer).
+            text_rotation: rotary factors of the new text columns.
+            visual_rotation: rotary factors of all visual rows.
+            cache: earlier keys and values; extended in place.
+            visual_output: False in the last layer, where nobody reads the visual rows any more.
+
+        Returns:
+            Outputs of the new text columns, and of the new visual rows (None if not asked for).
+        """
+        rope = self.config.t2v_position == "rope"
+        causal = self.config.v2v == "causal"
+        new_visual = layout.new_visual
+        query = self._heads(self.q_proj(text))
+        text_key, text_value = (
+            self._heads(self.k_proj(text)),
+            self._heads(self.v_proj(text)),
+        )
+        visual_key = self._heads(self.k_proj(visual))
+        new_value = visual_value = self._heads(self.v_proj(visual))
+
+        rotated, text_key = apply_rotary_pos_emb(query, text_key, *text_rotation)
+        if rope and new_visual:
+            visual_key = _rotate(visual_key, visual_rotation)
+        if cache is not None:
+            text_key, text_value = cache.update(text_key, text_value, self.layer)
+            visual_key, visual_value = cache.update_visual(visual_key, visual_value, self.layer)
+
+        implementation = self.config._attn_implementation or "eager"
+        text_part = Part(rotated, text_key, text_value, layout.t2t)
+        parts = [
+            Part(rotated if rope else query, visual_key, visual_value, layout.t2v),
+            text_part,
+        ]
+        text_out = self.o_proj(
+            attend(parts, self.scale, self.softcap, self.config.merge, implementation)
+        )
+        if not visual_output or not new_visual:
+            return text_out, None
+        if not causal:
+            repeated = repeat_kv(new_value, self.num_heads // self.num_kv_heads)
+            return text_out, self.o_proj(repeated.transpose(1, 2).flatten(2))
+        assert layout.v2v is not None
+        reader = _rotate(self._heads(self.q_proj(visual)), visual_rotation)
+        if not rope:
+            visual_key = _rotate(visual_key, visual_rotation)
+        parts = [Part(reader, visual_key, visual_value, layout.v2v)]
+        if layout.v2t is not None:
+            parts.append(Part(reader, text_key, text_value, layout.v2t))
+        return text_out, self.o_proj(
+            attend(parts, self.scale, self.softcap, "alpha", implementation)
+        )
+
+
+def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotates [batch, heads, rows, head_dim] by the last `rows` entries of `rotation`."""
+    rows = x.shape[2]
+    cos, sin = (factor[:, -rows:] for factor in rotation)
+    return apply_rotary_pos_emb(x, x, cos, sin)[0]
+
+
+class DattnDecoderLayer(nn.Module):
+    """A Mistral or Gemma 2 decoder layer whose attention is decomposed."""
+
+    def __init__(self, config: DattnConfig, layer: int) -> None:
+        super().__init__()
+        text = config.text_config
+        self.gemma2 = text.model_type == "gemma2"
+        norm = Gemma2RMSNorm if self.gemma2 else MistralRMSNorm
+        self.self_attn = DattnAttention(config, layer)
+        self.mlp = Gemma2MLP(text) if self.gemma2 else MistralMLP(text)
+        self.input_layernorm = norm(text.hidden_size, eps=text.rms_norm_eps)
+        self.post_attention_layernorm = norm(text.hidden_size, eps=text.rms_norm_eps)
+        if self.gemma2:
+            self.pre_feedforward_layernorm = norm(text.hidden_size, eps=text.rms_norm_eps)
+            self.post_feedforward_layernorm = norm(text.hidden_size, eps=text.rms_norm_eps)
+
+    def forward(self, text: Tensor, visual: Tensor, **attention) -> tuple[Tensor, Tensor]:
+        """One layer over text columns and visual rows; visual rows come back empty if unread."""
+        text_out, visual_out = self.self_attn(
+            self.input_layernorm(text), self.input_layernorm(visual), **attention
+        )
+        text = self._finish(text, text_out)
+        if visual_out is None:
+            return text, visual[:, :0]
+        return text, self._finish(visual, visual_out)
+
+    def _finish(self, residual: Tensor, branch: Tensor) -> Tensor:
+        if self.gemma2:
+            hidden = residual + self.post_attention_layernorm(branch)
+            branch = self.mlp(self.pre_feedforward_layernorm(hidden))
+            return hidden + self.post_feedforward_layernorm(branch)
+        hidden = residual + branch
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+__all__ = ["DattnAttention", "DattnDecoderLayer", "Part", "attend"]

@@ -1,0 +1,221 @@
+"""Where text and visual rows stand, what each may see, and the cache that keeps both.
+
+`input_ids` holds one placeholder per image. Its column is a *dead* text row: it is no key, it
+counts for no position, and nobody reads its output. The image's visual rows live beside the text
+columns, so cache lengths and attention masks line up with `input_ids`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+# text_live, image_starts [batch, columns]; visual_live, visual_image [batch, visual rows]
+Rows = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class DattnCache(DynamicCache):
+    """Keys and values of text columns and of visual rows, each computed once.
+
+    Text keys are held by transformers' `DynamicLayer`s, one column per entry of `input_ids`.
+    Sliding-window layers keep all columns as well: placeholders and padding are columns too, so a
+    window counted in columns would drop keys that a window counted in positions still sees.
+
+    Attributes:
+        text_live: bool [batch, columns], True for real text rows.
+        image_starts: bool [batch, columns], True for image placeholders.
+        visual_live: bool [batch, visual rows], False for the padding of a batch.
+        visual_image: int64 [batch, visual rows], which image of its sample a row belongs to.
+        visual_keys: per layer [batch, kv heads, visual rows, head_dim]; rotated where
+            t2v_position is rope, plain otherwise.
+        visual_values: like `visual_keys`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_live: Tensor | None = None
+        self.image_starts: Tensor | None = None
+        self.visual_live: Tensor | None = None
+        self.visual_image: Tensor | None = None
+        self.visual_keys: dict[int, Tensor] = {}
+        self.visual_values: dict[int, Tensor] = {}
+
+    def extend_rows(self, rows: Rows) -> Rows:
+        """Appends (text_live, image_starts, visual_live, visual_image); returns all rows so far."""
+        names = ("text_live", "image_starts", "visual_live", "visual_image")
+        for name, new in zip(names, rows, strict=True):
+            old = getattr(self, name)
+            setattr(self, name, new if old is None else torch.cat([old, new], dim=1))
+        text_live, image_starts, visual_live, visual_image = (getattr(self, n) for n in names)
+        return text_live, image_starts, visual_live, visual_image
+
+    def update_visual(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Appends a layer's new visual keys and values; returns all of that layer."""
+        if layer in self.visual_keys:
+            if keys.shape[2] == 0:
+                return self.visual_keys[layer], self.visual_values[layer]
+            keys = torch.cat([self.visual_keys[layer], keys], dim=2)
+            values = torch.cat([self.visual_values[layer], values], dim=2)
+        self.visual_keys[layer], self.visual_values[layer] = keys, values
+        return keys, values
+
+    def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in ("text_live", "image_starts", "visual_live", "visual_image"):
+            if getattr(self, name) is not None:
+                setattr(self, name, change(getattr(self, name)))
+        for store in (self.visual_keys, self.visual_values):
+            for layer, tensor in store.items():
+                store[layer] = change(tensor)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders the samples for beam search."""
+        super().reorder_cache(beam_idx)
+        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sample `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the samples `indices`."""
+        super().batch_select_indices(indices)
+        self._map_batch(lambda x: x[indices, ...])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` text columns.
+
+        Raises:
+            ValueError: if an image's placeholder would be removed.
+        """
+        super().crop(tokens_to_remove)
+        if tokens_to_remove < 0 and self.text_live is not None and self.image_starts is not None:
+            if self.image_starts[:, tokens_to_remove:].any():
+                raise ValueError("cannot crop the cache across an image placeholder")
+            self.text_live = self.text_live[:, :tokens_to_remove]
+            self.image_starts = self.image_starts[:, :tokens_to_remove]
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        super().reset()
+        self.text_live = self.image_starts = self.visual_live = self.visual_image = None
+        self.visual_keys, self.visual_values = {}, {}
+
+
+@dataclass
+class Layout:
+    """Positions and visibility of one forward pass; `new` rows are queries, all rows are keys.
+
+    Attributes:
+        text_position: int64 [batch, columns], rotary position of every text column.
+        visual_position: int64 [batch, visual rows], rotary position of every visual row.
+        new_text: number of new text columns, the last ones.
+        new_visual: number of new visual rows, the last ones.
+        t2t, t2v, v2v, v2t: bool [batch, 1, new rows, all rows], True where a key is visible.
+            v2v and v2t are None where visual rows attend to themselves only (or to no text).
+    """
+
+    text_position: Tensor
+    visual_position: Tensor
+    new_text: int
+    new_visual: int
+    t2t: Tensor
+    t2v: Tensor
+    v2v: Tensor | None
+    v2t: Tensor | None
+
+    def windowed(self, window: int, shared_axis: bool) -> Layout:
+        """Returns this layout with keys hidden that are `window` or more positions back.
+
+        A window is a statement about positions, so it holds for pairs that are rotated on one
+        axis: text with text and visual with visual always, text with visual if `shared_axis`.
+        """
+        text, visual = (
+            self.text_position[:, None, None, :],
+            self.visual_position[:, None, None, :],
+        )
+        new_text = self.text_position[:, None, -self.new_text :, None]
+        new_visual = self.visual_position[:, None, visual.shape[-1] - self.new_visual :, None]
+        return Layout(
+            self.text_position,
+            self.visual_position,
+            self.new_text,
+            self.new_visual,
+            t2t=self.t2t & (new_text - text < window),
+            t2v=self.t2v & (new_text - visual < window) if shared_axis else self.t2v,
+            v2v=None if self.v2v is None else self.v2v & (new_visual - visual < window),
+            v2t=None if self.v2t is None else self.v2t & (new_visual - text < window),
+        )
+
+
+def build_layout(
+    rows: Rows,
+    new_text: int,
+    new_visual: int,
+    causal_v2v: bool,
+    shared_axis: bool,
+) -> Layout:
+    """Derives positions and visibility from what stands in each column.
+
+    Args:
+        rows: text_live bool [batch, columns], real text rows; image_starts bool [batch, columns],
+            image placeholders; visual_live bool [batch, visual rows], in order of images;
+            visual_image int64 [batch, visual rows], index of the image within its sample.
+        new_text: how many of the last columns are queries.
+        new_visual: how many of the last visual rows are queries.
+        causal_v2v: whether visual rows attend to each other causally.
+        shared_axis: whether visual and text rows share one axis of positions (reading order).
+    """
+    text_live, image_starts, visual_live, visual_image = rows
+    batch, columns = text_live.shape
+    device = text_live.device
+    text_index = text_live.long().cumsum(1) - text_live.long()  # text rows before a column
+    images_before = image_starts.long().cumsum(1) - image_starts.long()
+    visual_index = visual_live.long().cumsum(1) - visual_live.long()
+    num_images = int(image_starts.sum(1).max()) if columns else 0
+    text_position, visual_position = text_index, visual_index
+    if shared_axis and num_images:
+        # Visual rows before image i, and text rows before image i, per sample.
+        slots = torch.where(visual_live, visual_image, num_images)
+        height = torch.zeros(batch, num_images + 1, dtype=torch.long, device=device)
+        height.scatter_add_(1, slots, torch.ones_like(slots))
+        rows_before = height.cumsum(1) - height
+        start = torch.zeros(batch, num_images + 1, dtype=torch.long, device=device)
+        start.scatter_(1, torch.where(image_starts, images_before, num_images), text_index)
+        text_position = text_index + rows_before.gather(1, images_before)
+        visual_position = visual_index + start.gather(1, slots)
+
+    column = torch.arange(columns, device=device)
+    query = column[columns - new_text :, None]
+    itself = column == query  # dead rows see themselves, so that no softmax is over nothing
+    t2t = (text_live[:, None, :] & (column <= query)) | itself
+    t2v = visual_live[:, None, :] & (
+        visual_image[:, None, :] < images_before[:, columns - new_text :, None]
+    )
+    v2v = v2t = None
+    if causal_v2v:
+        visual_rows = visual_live.shape[1]
+        row = torch.arange(visual_rows, device=device)
+        new_row = row[visual_rows - new_visual :, None]
+        earlier = visual_index[:, None, :] <= visual_index[:, visual_rows - new_visual :, None]
+        v2v = ((visual_live[:, None, :] & earlier) | (row == new_row))[:, None]
+        if shared_axis:
+            reader = visual_position[:, visual_rows - new_visual :, None]
+            v2t = (text_live[:, None, :] & (text_position[:, None, :] < reader))[:, None]
+    return Layout(
+        text_position,
+        visual_position,
+        new_text,
+        new_visual,
+        t2t=t2t[:, None],
+        t2v=t2v[:, None],
+        v2v=v2v,
+        v2t=v2t,
+    )
+
+
+__all__ = ["DattnCache", "Layout", "build_layout"]

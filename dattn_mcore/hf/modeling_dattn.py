@@ -1,0 +1,367 @@
+"""The D-Attn vision-language model for transformers: text, images, `generate`.
+
+`input_ids` holds one `config.image_token_id` per image, `pixel_values` the images in the same
+order over the whole batch. A text row sees the images of its own sample that stand before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.gemma2.modeling_gemma2 import (
+    Gemma2RMSNorm,
+    Gemma2RotaryEmbedding,
+    Gemma2TextScaledWordEmbedding,
+)
+from transformers.models.mistral.modeling_mistral import (
+    MistralRMSNorm,
+    MistralRotaryEmbedding,
+)
+
+from .attention_dattn import DattnDecoderLayer
+from .configuration_dattn import DattnConfig
+from .layout_dattn import DattnCache, Layout, Rows, build_layout
+from .visual_dattn import DattnProjector, build_vision_tower, tower_features
+
+
+class DattnTextModel(nn.Module):
+    """The language model's stack over text columns and visual rows."""
+
+    def __init__(self, config: DattnConfig) -> None:
+        super().__init__()
+        self.config = config
+        text: Any = config.text_config
+        vocab, hidden, pad = text.vocab_size, text.hidden_size, text.pad_token_id
+        self.embed_tokens: nn.Module
+        self.norm: nn.Module
+        self.rotary_emb: nn.Module
+        if text.model_type == "gemma2":
+            self.embed_tokens = Gemma2TextScaledWordEmbedding(vocab, hidden, pad, hidden**0.5)
+            self.norm = Gemma2RMSNorm(hidden, eps=text.rms_norm_eps)
+            self.rotary_emb = Gemma2RotaryEmbedding(text)
+        else:
+            self.embed_tokens = nn.Embedding(vocab, hidden, pad)
+            self.norm = MistralRMSNorm(hidden, eps=text.rms_norm_eps)
+            self.rotary_emb = MistralRotaryEmbedding(text)
+        self.layers = nn.ModuleList(
+            DattnDecoderLayer(config, layer) for layer in range(text.num_hidden_layers)
+        )
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer, in positions, the query included; None: no window."""
+        text = self.config.text_config
+        types = getattr(text, "layer_types", None)
+        if types is not None and types[layer] != "sliding_attention":
+            return None
+        return text.sliding_window
+
+    def forward(
+        self,
+        text: Tensor,
+        visual: Tensor,
+        rows: Rows,
+        cache: DattnCache | None,
+    ) -> Tensor:
+        """Runs all layers.
+
+        Args:
+            text: embeddings of the new text columns [batch, columns, hidden].
+            visual: new visual rows [batch, visual rows, hidden].
+            rows: what stands in the new columns and rows: (text_live, image_starts, visual_live,
+                visual_image), see `DattnCache`.
+            cache: earlier rows, extended in place; None: there are none.
+
+        Returns:
+            Normed hidden states of the new text columns.
+        """
+        shared_axis = self.config.t2v_position == "rope"
+        layout = build_layout(
+            rows if cache is None else cache.extend_rows(rows),
+            new_text=text.shape[1],
+            new_visual=visual.shape[1],
+            causal_v2v=self.config.v2v == "causal",
+            shared_axis=shared_axis,
+        )
+        text_rotation = self.rotary_emb(text, layout.text_position[:, -text.shape[1] :])
+        visual_rotation = self.rotary_emb(text, layout.visual_position)
+        layouts: dict[int | None, Layout] = {None: layout}
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            window = self.window(number)
+            if window is not None and window not in layouts:
+                layouts[window] = layout.windowed(window, shared_axis)
+            text, visual = layer(
+                text,
+                visual,
+                layout=layouts[window],
+                text_rotation=text_rotation,
+                visual_rotation=visual_rotation,
+                cache=cache,
+                visual_output=number < last,
+            )
+        return self.norm(text)
+
+
+class DattnPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by the classes below."""
+
+    config_class = DattnConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    _no_split_modules = ["DattnDecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["row_position", "column_position"]
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Gemma2RMSNorm):
+            init.zeros_(module.weight)  # scales by 1 + weight
+        elif isinstance(module, Gemma2TextScaledWordEmbedding):
+            init.constant_(module.embed_scale, module.scalar_embed_scale)
+        elif isinstance(module, DattnProjector):
+            init.constant_(module.output_norm.weight, self.config.projector_output_norm_init)
+
+
+class DattnModel(DattnPreTrainedModel):
+    """Vision tower, projector and language model, without the output head."""
+
+    def __init__(self, config: DattnConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = build_vision_tower(config)
+        self.multi_modal_projector = DattnProjector(config)
+        self.language_model = DattnTextModel(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of text tokens."""
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding of text tokens."""
+        self.language_model.embed_tokens = value
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Visual rows [images, rows, hidden] of normalised pixels [images, 3, height, width]."""
+        return self.multi_modal_projector(tower_features(self.vision_tower, pixel_values))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: DattnCache | None = None,
+    ) -> Tensor:
+        """Hidden states of the columns of `input_ids`; see `DattnForConditionalGeneration`."""
+        text_live = (
+            torch.ones_like(input_ids, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask[:, -input_ids.shape[1] :].bool()
+        )
+        image_starts = (input_ids == self.config.image_token_id) & text_live
+        text_live = text_live & ~image_starts
+        embedded = self.get_input_embeddings()(input_ids.masked_fill(~text_live, 0))
+        images_before: Tensor | int = 0
+        if past_key_values is not None and past_key_values.image_starts is not None:
+            images_before = past_key_values.image_starts.long().sum(1)
+        visual, visual_live, visual_image = self._place_images(
+            pixel_values, image_starts.sum(1), images_before, embedded
+        )
+        rows = (text_live, image_starts, visual_live, visual_image)
+        return self.language_model(embedded, visual, rows, past_key_values)
+
+    def _place_images(
+        self,
+        pixel_values: Tensor | None,
+        counts: Tensor,
+        images_before: Tensor | int,
+        like: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Puts each image's visual rows into its sample, padded to the sample with most rows.
+
+        Args:
+            pixel_values: [images, 3, height, width] in order of samples, or None.
+            counts: int64 [batch], images that each sample's new columns name.
+            images_before: int64 [batch], images that each sample's cache holds.
+            like: tensor whose dtype and device the visual rows take.
+
+        Returns:
+            Visual rows [batch, rows, hidden]; which are real, bool [batch, rows]; and the image
+            each belongs to, int64 [batch, rows].
+        """
+        batch, device = counts.shape[0], like.device
+        images = 0 if pixel_values is None else pixel_values.shape[0]
+        if images != int(counts.sum()):
+            raise ValueError(
+                f"input_ids hold {int(counts.sum())} image placeholders (token "
+                f"{self.config.image_token_id}), but pixel_values hold {images} images; "
+                "pass one image per placeholder"
+            )
+        slots = int(counts.max()) if images else 0
+        number = torch.arange(slots, device=device)
+        present = number < counts[:, None]  # [batch, slots]
+        if pixel_values is None:
+            visual = like.new_zeros(batch, 0, like.shape[-1])
+            rows = 0
+        else:
+            features = self.get_image_features(pixel_values.to(like.dtype)).to(like.dtype)
+            rows = features.shape[1]
+            padded = features.new_zeros(batch, slots, rows, features.shape[-1])
+            padded[present] = features
+            visual = padded.flatten(1, 2)
+        image = number + (images_before[:, None] if isinstance(images_before, Tensor) else 0)
+        image = image.expand(batch, slots)
+        return (
+            visual,
+            present.repeat_interleave(rows, dim=1),
+            image.repeat_interleave(rows, dim=1),
+        )
+
+
+class DattnForConditionalGeneration(DattnPreTrainedModel, GenerationMixin):
+    """The model with its output head: logits, loss and `generate`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: DattnConfig) -> None:
+        super().__init__(config)
+        self.model = DattnModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+        if config.image_token_id < text.vocab_size:  # the model must not answer with an image
+            self.generation_config.suppress_tokens = [config.image_token_id]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of text tokens."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding of text tokens."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output head."""
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Visual rows [images, rows, hidden] of normalised pixels [images, 3, height, width]."""
+        return self.model.get_image_features(pixel_values)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: DattnCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Computes logits of the new columns.
+
+        Args:
+            input_ids: int64 [batch, columns]; with a cache, the new columns only.
+            pixel_values: normalised pixels [images, 3, height, width] of the new columns' images.
+            attention_mask: [batch, columns], 0 for padding (left or right); with a cache it may
+                cover the earlier columns too.
+            past_key_values: cache of the earlier columns, extended in place.
+            labels: int64 [batch, columns], tokens as in `input_ids` or -100; shifted here to the
+                next text row, so that an image between two text rows changes nothing.
+            use_cache: whether to make (or go on with) a cache.
+            logits_to_keep: compute the last n logits only; 0: all.
+            return_dict: False: a tuple instead of the output object.
+            **kwargs: what transformers passes to every model; not used.
+
+        Raises:
+            ValueError: if images and placeholders differ in number, or the cache is of another
+                kind.
+        """
+        if past_key_values is None and use_cache:
+            past_key_values = DattnCache()
+        if past_key_values is not None and not isinstance(past_key_values, DattnCache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; this model keeps visual "
+                "keys as well, so pass a DattnCache or nothing"
+            )
+        hidden = self.model(input_ids, pixel_values, attention_mask, past_key_values)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, keep])
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels, input_ids, attention_mask)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return output.to_tuple() if return_dict is False else output
+
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """Mean cross-entropy of each text row's next text row."""
+        live = input_ids != self.config.image_token_id
+        if attention_mask is not None:
+            live = live & attention_mask.bool()
+        rows = [(logits[i, row][:-1], labels[i, row][1:]) for i, row in enumerate(live)]
+        scores = torch.cat([row for row, _ in rows]).float()
+        return F.cross_entropy(scores, torch.cat([target for _, target in rows]))
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic", "hybrid"):
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r}; this model "
+                "keeps visual keys as well and has the dynamic cache only"
+            )
+        if generation_config.use_cache is not False:
+            model_kwargs.setdefault("past_key_values", None)
+            if model_kwargs["past_key_values"] is None:
+                model_kwargs["past_key_values"] = DattnCache()
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Any = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeats samples; images are repeated sample by sample, not one by one."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1 and input_ids is not None:
+            starts = input_ids == self.config.image_token_id
+            if (mask := model_kwargs.get("attention_mask")) is not None:
+                starts = starts & mask[:, -starts.shape[1] :].bool()
+            samples = pixel_values.split(starts.sum(1).tolist())
+            pixel_values = torch.cat([s for s in samples for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+
+__all__ = ["DattnForConditionalGeneration", "DattnModel", "DattnPreTrainedModel"]

@@ -1,0 +1,37 @@
+"""Processor: images of the tower's size, one `<image>` token per image, the chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import ProcessorMixin
+
+
+class DattnProcessor(ProcessorMixin):
+    """An image processor and a tokenizer in one.
+
+    The `<image>` token is not expanded: the model makes visual rows beside the text. A prompt's
+    special tokens stand in its text (the chat template writes them), so the tokenizer adds none.
+    Batches are padded on the left, as generation needs.
+    """
+
+    text_kwargs = {"add_special_tokens": False, "padding_side": "left"}
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        **kwargs: Any,
+    ) -> None:
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """One placeholder stays one placeholder."""
+        return self.image_token
+
+
+__all__ = ["DattnProcessor"]

@@ -1,0 +1,119 @@
+"""Small random checkpoints for the converter's tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dattn_mcore.config.schema import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    LlmConfig,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
+from dattn_mcore.data.tokenizer import train_tokenizer
+from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
+from tools.checkpoint_convert.mapping import Entry
+from tools.checkpoint_convert.tables import model_table
+
+TEXTS = (
+    "Which digit is in the top-left cell?",
+    "The top row reads 4 and 0, the bottom row reads 9 and 7.",
+    "Where is the 5? In the bottom-right cell.",
+)
+
+
+def small_config(
+    tokenizer: Path,
+    family: str = "mistral",
+    kind: str = "siglip",
+    template: str | None = None,
+    vocab_size: int = 330,
+    **model,
+) -> Config:
+    """Two layers, 4 heads in 2 groups, vocabulary padded from 330 to 384."""
+    gemma = family == "gemma2"
+    llm = LlmConfig(
+        num_layers=3,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        head_dim=8,
+        vocab_size=vocab_size,
+        tie_embeddings=gemma,
+    )
+    if gemma:
+        llm = replace(
+            llm,
+            activation="gelu_tanh",
+            zero_centered_gamma=True,
+            post_norms=True,
+            attention_softcap=50.0,
+            final_softcap=30.0,
+            query_scale=16.0,
+            sliding_window=6,
+            sliding_window_every=2,
+            scale_embeddings=True,
+        )
+    vision = VisionConfig(
+        kind=kind,
+        image_size=28,
+        patch_size=14,
+        num_layers=3,
+        hidden_size=24,
+        ffn_hidden_size=40,
+        num_attention_heads=2,
+        activation="quick_gelu" if kind == "clip" else "gelu_tanh",
+        select_layer=-2 if kind == "clip" else -1,
+    )
+    return Config(
+        model=ModelConfig(
+            family=family,
+            llm=llm,
+            vision=vision,
+            projector=ProjectorConfig(ffn_hidden_size=40),
+            **model,
+        ),
+        attention=AttentionConfig(),
+        data=DataConfig(
+            tokenizer=str(tokenizer), template=template or ("gemma" if gemma else "mistral")
+        ),
+    )
+
+
+def random_tensors(
+    table: list[Entry], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[tuple[str, int | None], torch.Tensor]:
+    """Random Megatron-Core tensors of a table; padded vocabulary rows are junk, not zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for entry in table:
+        if entry.key is None:
+            continue
+        for layer in entry.steps():
+            shape = entry.mcore_shape()[0 if layer is None else 1 :]
+            tensor = torch.randn(shape, generator=generator) * 0.2
+            wide = "_position.fc" in entry.key  # float32 in every model
+            tensors[entry.key, layer] = tensor if wide else tensor.to(dtype)
+    return tensors
+
+
+def make_checkpoint(path: Path, config: Config, dtype: torch.dtype = torch.float32) -> dict:
+    """Writes a random checkpoint and returns its tensors."""
+    table = model_table(config.model)
+    tensors = random_tensors(table, dtype)
+    write_checkpoint(path, table, tensors, config)
+    return tensors
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """A tiny SentencePiece model, as the digits task trains it."""
+    path = folder / "tokenizer.model"
+    train_tokenizer(TEXTS, path)
+    return path

@@ -1,0 +1,73 @@
+"""Run by a test in a bare process: loads an export as remote code and generates.
+
+Usage: python load_alone.py FOLDER. Prints one JSON object.
+"""
+
+import importlib.abc
+import json
+import sys
+
+
+class Blocker(importlib.abc.MetaPathFinder):
+    """Makes this project and Megatron impossible to import."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("dattn_mcore", "megatron", "tools"):
+            raise ImportError(f"{name} is blocked in this process")
+        return None
+
+
+def main(folder: str) -> None:
+    sys.meta_path.insert(0, Blocker())
+    import torch
+    from PIL import Image
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+    )
+
+    torch.set_num_threads(1)
+    remote = {"trust_remote_code": True}
+    config = AutoConfig.from_pretrained(folder, **remote)
+    processor = AutoProcessor.from_pretrained(folder, **remote)
+    model = AutoModelForImageTextToText.from_pretrained(folder, **remote).eval()
+    other = AutoModelForCausalLM.from_pretrained(folder, **remote).eval()
+    chats = [
+        [{"role": "user", "content": "<image>\nWhich digit is in the top-left cell?"}],
+        [{"role": "user", "content": "<image> and <image>?"}],
+        [{"role": "user", "content": "Hello"}],
+    ]
+    texts = [processor.apply_chat_template(chat) for chat in chats]
+    images = [Image.new("RGB", (28, 28), (i * 80, 40, 90)) for i in range(3)]
+    counts = [1, 2, 0]
+    batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8}
+
+    def answer(inputs, model=model, **changes):
+        out = model.generate(**inputs, **settings, **changes)
+        return out[:, inputs["input_ids"].shape[1] :].tolist()
+
+    alone, first = [], 0
+    for text, count in zip(texts, counts, strict=True):
+        inputs = processor(
+            text=text, images=images[first : first + count] or None, return_tensors="pt"
+        )
+        first += count
+        alone += answer(inputs)
+    result = {
+        "model_type": config.model_type,
+        "class": type(model).__module__,
+        "stop": model.generation_config.eos_token_id,
+        "cached": answer(batch),
+        "uncached": answer(batch, use_cache=False),
+        "causal_lm": answer(batch, other),
+        "alone": alone,
+        "foreign": sorted(n for n in sys.modules if n.startswith(("dattn_mcore", "megatron"))),
+    }
+    json.dump(result, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,177 @@
+"""The command line: what it prints, and one clear line for every mistake."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.unit.convert.convert_helpers import (
+    make_checkpoint,
+    make_tokenizer,
+    random_tensors,
+    small_config,
+)
+from tools.checkpoint_convert.__main__ import main
+from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
+from tools.checkpoint_convert.tables import model_table
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with two checkpoints, and an export of the newest."""
+    folder = tmp_path_factory.mktemp("run")
+    config = small_config(make_tokenizer(folder))
+    make_checkpoint(folder / "checkpoints/step_00000010", config)
+    make_checkpoint(folder / "checkpoints/step_00000020", config)
+    (folder / "checkpoints/step_00000030.tmp").mkdir()
+    assert main(["mcore-to-hf", str(folder), str(folder / "hf")]) == 0
+    return folder
+
+
+def fails(capsys, *arguments):
+    """Runs a command that must fail with one line; returns the line."""
+    assert main([str(a) for a in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+def test_newest_checkpoint_of_a_run_is_exported(run, tmp_path, capsys):
+    """The output names what was read."""
+    assert main(["mcore-to-hf", str(run), str(tmp_path / "out")]) == 0
+    assert "step_00000020" in capsys.readouterr().out
+    assert main(["hf-to-mcore", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    assert (tmp_path / "back/dattn.json").is_file()
+
+
+def test_inspect(run, capsys):
+    """Both kinds, with the list of tensors."""
+    assert main(["inspect", str(run), "--tensors"]) == 0
+    out = capsys.readouterr().out
+    assert "linear_kv.weight" in out and "mistral, 3 layers of 32" in out
+    assert main(["inspect", str(run / "hf")]) == 0
+    assert "Hugging Face folder" in capsys.readouterr().out
+
+
+def test_existing_output_is_refused(run, tmp_path, capsys):
+    """And left as it is."""
+    (tmp_path / "out").mkdir()
+    assert "exists" in fails(capsys, "mcore-to-hf", run, tmp_path / "out")
+    assert "exists" in fails(capsys, "hf-to-mcore", run / "hf", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_no_checkpoint(tmp_path, capsys):
+    """A folder without a checkpoint."""
+    assert "no finished checkpoint" in fails(capsys, "mcore-to-hf", tmp_path, tmp_path / "out")
+
+
+def test_every_key_that_does_not_fit_is_named(tmp_path, capsys):
+    """Missing, extra and wrongly shaped tensors, all in one line; optimizer state is ignored."""
+    config = small_config(make_tokenizer(tmp_path))
+    table = model_table(config.model)
+    tensors = random_tensors(table)
+    tensors["optimizer.state.exp_avg.embedding.word_embeddings.weight", None] = torch.ones(3)
+    write_checkpoint(tmp_path / "good", table, tensors, config)
+    assert main(["inspect", str(tmp_path / "good")]) == 0
+    del tensors["projector.norm.weight", None]
+    tensors["stranger.weight", None] = torch.ones(3)
+    tensors["decoder.final_layernorm.weight", None] = torch.ones(31)
+    write_checkpoint(tmp_path / "a", table, tensors, config)
+    error = fails(capsys, "mcore-to-hf", tmp_path / "a", tmp_path / "out")
+    assert "3 tensors" in error
+    assert "missing projector.norm.weight" in error
+    assert "extra stranger.weight" in error
+    assert "decoder.final_layernorm.weight is [31] instead of [32]" in error
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_models_that_the_architecture_cannot_express(tmp_path, capsys):
+    """A Mistral with a soft-cap has no Hugging Face form."""
+    config = small_config(make_tokenizer(tmp_path))
+    llm = replace(config.model.llm, attention_softcap=20.0, query_scale=5.0)
+    config = replace(config, model=replace(config.model, llm=llm))
+    make_checkpoint(tmp_path / "a", config)
+    error = fails(capsys, "mcore-to-hf", tmp_path / "a", tmp_path / "out")
+    assert "attention_softcap=20.0" in error and "query_scale=5.0" in error
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_damaged_checkpoint(tmp_path, capsys):
+    """A truncated data file is found before anything is written."""
+    config = small_config(make_tokenizer(tmp_path))
+    make_checkpoint(tmp_path / "a", config)
+    file = max(tmp_path.glob("a/*.distcp"), key=lambda f: f.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-100])
+    assert file.name in fails(capsys, "mcore-to-hf", tmp_path / "a", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def copy_export(run, folder):
+    """A copy of the export, with links to nothing."""
+    folder.mkdir()
+    for file in (run / "hf").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_damaged_exports(run, tmp_path, capsys):
+    """Missing shard, truncated shard, index outside the folder, another architecture."""
+    out = tmp_path / "out"
+
+    missing = copy_export(run, tmp_path / "missing")
+    (missing / "model.safetensors").unlink()
+    assert "model.safetensors is missing" in fails(capsys, "hf-to-mcore", missing, out)
+
+    cut = copy_export(run, tmp_path / "cut")
+    data = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(data[:-50])
+    assert "is damaged" in fails(capsys, "hf-to-mcore", cut, out)
+
+    outside = copy_export(run, tmp_path / "outside")
+    index = {"weight_map": {"lm_head.weight": "../x.safetensors"}}
+    (outside / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "own folder" in fails(capsys, "hf-to-mcore", outside, out)
+
+    partial = copy_export(run, tmp_path / "partial")
+    weights = load_file(partial / "model.safetensors")
+    weights.pop("lm_head.weight")
+    weights["surprise"] = torch.ones(2)
+    save_file(weights, partial / "model.safetensors")
+    error = fails(capsys, "hf-to-mcore", partial, out)
+    assert "missing lm_head.weight" in error and "extra surprise" in error
+
+    other = copy_export(run, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "'llama'" in fails(capsys, "hf-to-mcore", other, out)
+    assert not list(tmp_path.glob("*out")) and not list(tmp_path.glob(".out*"))
+
+
+def test_zeros_that_are_not_zero(tmp_path, capsys):
+    """A position-free folder whose tower has positions is not silently cut."""
+    config = small_config(make_tokenizer(tmp_path), visual_positions=False)
+    make_checkpoint(tmp_path / "a", config)
+    assert main(["mcore-to-hf", str(tmp_path / "a"), str(tmp_path / "hf")]) == 0
+    file = tmp_path / "hf/model.safetensors"
+    weights = load_file(file)
+    weights["model.vision_tower.embeddings.position_embedding.weight"] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    assert "must be zeros" in fails(capsys, "hf-to-mcore", tmp_path / "hf", tmp_path / "out")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, capsys):
+    """Its ids would read beyond the embedding."""
+    make_checkpoint(tmp_path / "a", small_config(make_tokenizer(tmp_path), vocab_size=200))
+    error = fails(capsys, "mcore-to-hf", tmp_path / "a", tmp_path / "out")
+    assert "has 320 tokens, model.llm.vocab_size is 200" in error
+
+
+def test_rotary_scaling_is_refused(run, tmp_path, capsys):
+    """A setting of config.json that the trainer has no field for."""
+    other = copy_export(run, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["rope_parameters"] |= {"rope_type": "linear", "factor": 2.0}
+    (other / "config.json").write_text(json.dumps(config))
+    assert "rope_type 'linear'" in fails(capsys, "hf-to-mcore", other, tmp_path / "out")

@@ -1,0 +1,43 @@
+"""An export loads and generates in a process that has neither this package nor Megatron."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.convert.convert_helpers import make_checkpoint, make_tokenizer, small_config
+from tools.checkpoint_convert import mcore_to_hf
+from tools.checkpoint_convert.mcore_to_hf import ExportOptions
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_export_stands_alone(tmp_path, family):
+    """Auto classes, generation with and without cache, batched and alone, text-only too."""
+    tokenizer = make_tokenizer(tmp_path)
+    make_checkpoint(tmp_path / "a", small_config(tokenizer, family))
+    mcore_to_hf.convert(tmp_path / "a", tmp_path / "hf", ExportOptions(max_shard_bytes=100_000))
+    script = Path(__file__).with_name("load_alone.py")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONHOME")
+    }
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "hf")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["foreign"] == []
+    assert result["model_type"] == "dattn"
+    assert result["class"].startswith("transformers_modules.")
+    assert result["cached"] == result["uncached"] == result["alone"] == result["causal_lm"]
+    assert result["stop"] == ([2] if family == "mistral" else [2, 7])

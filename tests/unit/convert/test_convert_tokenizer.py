@@ -1,0 +1,130 @@
+"""The exported tokenizer and chat template give the trainer's ids."""
+
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+from dattn_mcore.data.templates import TextRun, encode_conversation
+from dattn_mcore.data.tokenizer import load_tokenizer
+from dattn_mcore.errors import CheckpointError
+from dattn_mcore.hf import DattnProcessor
+from tests.unit.convert.convert_helpers import TEXTS, make_checkpoint, make_tokenizer, small_config
+from tools.checkpoint_convert import mcore_to_hf
+from tools.checkpoint_convert.mcore_to_hf import ExportOptions
+from tools.checkpoint_convert.tokenizers_out import PROBES, TURNS, from_sentencepiece, messages
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("fallback", [True, False])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_becomes_an_equal_fast_tokenizer(tmp_path, kind, fallback, prefix):
+    """All kinds of models give the ids of the trainer's literal encoding, on any text."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(TEXTS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(tmp_path / "m"),
+        model_type=kind,
+        vocab_size=400 if fallback else 90,
+        hard_vocab_limit=False,
+        byte_fallback=fallback,
+        add_dummy_prefix=prefix,
+        normalization_rule_name="nmt_nfkc" if prefix else "identity",
+        control_symbols=["[INST]", "[/INST]"],
+        user_defined_symbols=["\n"],
+        pad_id=3,
+        minloglevel=2,
+    )
+    ours, theirs = load_tokenizer(tmp_path / "m.model"), from_sentencepiece(tmp_path / "m.model")
+    for text in (*PROBES, *TEXTS, "top  right\n\n 4,0"):
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text), text
+        if fallback and not prefix:
+            assert theirs.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("template", ["plain", "mistral", "gemma"])
+def test_chat_template_gives_the_templates_ids(tmp_path, tokenizer, template):
+    """Loaded from the export: conversations as strings and as lists of parts."""
+    make_checkpoint(tmp_path / "a", small_config(tokenizer, template=template))
+    mcore_to_hf.convert(tmp_path / "a", tmp_path / "hf")
+    processor = DattnProcessor.from_pretrained(tmp_path / "hf")
+    image_id = processor.image_token_id
+    ours = load_tokenizer(tokenizer)
+    conversations = [t for t in TURNS if template != "plain" or len(t) <= 2]
+    for turns in conversations:
+        runs = encode_conversation(ours, template, turns)
+        expected = [i for r in runs for i in (r.ids if isinstance(r, TextRun) else (image_id,))]
+        count = sum(turn.count("<image>") for turn in turns)
+        images = [Image.new("RGB", (40, 30), (200, 10, 10))] * count or None
+        text = processor.apply_chat_template(messages(turns))
+        inputs = processor(text=text, images=images, return_tensors="pt")
+        assert inputs["input_ids"][0].tolist() == expected
+        if count:
+            assert inputs["pixel_values"].shape == (count, 3, 28, 28)
+    parts = [{"type": "image"}, {"type": "text", "text": "What is here?"}]
+    assert processor.apply_chat_template(
+        [{"role": "user", "content": parts}]
+    ) == processor.apply_chat_template([{"role": "user", "content": "<image>\nWhat is here?"}])
+
+
+def test_batches_are_padded_on_the_left(tmp_path, tokenizer):
+    """The processor pads where generation needs it."""
+    make_checkpoint(tmp_path / "a", small_config(tokenizer))
+    mcore_to_hf.convert(tmp_path / "a", tmp_path / "hf")
+    processor = DattnProcessor.from_pretrained(tmp_path / "hf")
+    inputs = processor(text=["<s>[INST] a b c d[/INST]", "<s>"], padding=True, return_tensors="pt")
+    assert inputs["attention_mask"][1].tolist()[-2:] == [0, 1]
+    assert "pixel_values" not in inputs
+
+
+def test_hugging_face_tokenizer_folder(tmp_path, tokenizer):
+    """A model trained with a Hugging Face tokenizer exports that tokenizer plus <image>."""
+    fast = from_sentencepiece(tokenizer)
+    fast.save_pretrained(tmp_path / "tok")
+    make_checkpoint(tmp_path / "a", small_config(tmp_path / "tok"))
+    mcore_to_hf.convert(tmp_path / "a", tmp_path / "hf")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert len(exported) == len(fast) + 1
+    assert exported.encode("Where is it?") == fast.encode("Where is it?")
+
+
+@pytest.mark.parametrize("policy", ["stretch", "pad", "crop"])
+def test_image_processor_follows_the_policy(tmp_path, tokenizer, policy):
+    """Exported pixels equal the trainer's tiles to two grey levels (its resize is torch's)."""
+    from dataclasses import replace
+
+    from dattn_mcore.data.images import ImageLoader
+
+    config = small_config(tokenizer)
+    config = replace(config, data=replace(config.data, image_policy=policy))
+    make_checkpoint(tmp_path / "a", config)
+    mcore_to_hf.convert(tmp_path / "a", tmp_path / "hf")
+    processor = DattnProcessor.from_pretrained(tmp_path / "hf")
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(6, 9, 3, generator=generator)
+    image = Image.fromarray((noise * 255).byte().numpy()).resize((90, 60), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "x.png")
+    loader = ImageLoader(tmp_path, size=28, policy=policy, backend="pillow")
+    tile = loader.load([("x", "x.png")])[0].float()
+    found = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+    assert (((found * 0.5 + 0.5) * 255) - tile).abs().max() <= 2.01
+
+
+def test_a_tokenizer_without_the_templates_tokens(tmp_path, tokenizer):
+    """One clear line, and nothing left behind."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(TEXTS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / "m"), vocab_size=40, minloglevel=2
+    )
+    make_checkpoint(tmp_path / "a", small_config(tmp_path / "m.model"))
+    with pytest.raises(CheckpointError, match=r"no token '\[INST\]'"):
+        mcore_to_hf.convert(tmp_path / "a", tmp_path / "hf", ExportOptions())
+    assert sorted(p.name for p in tmp_path.iterdir() if "hf" in p.name) == []

@@ -1,0 +1,100 @@
+"""Small random D-Attn models and inputs for the tests of the Hugging Face side."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    Gemma2Config,
+    MistralConfig,
+    SiglipVisionConfig,
+)
+
+from dattn_mcore.hf import DattnConfig, DattnForConditionalGeneration
+
+VOCAB = 50
+IMAGE = 49  # placeholder token
+
+
+def text_config(family: str, **changes):
+    """Three layers, 4 heads in 2 groups, head_dim 8."""
+    common = dict(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    if family == "mistral":
+        return MistralConfig(**{**common, "sliding_window": None, **changes})
+    gemma = dict(
+        query_pre_attn_scalar=16,
+        sliding_window=6,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
+    )
+    return Gemma2Config(**{**common, **gemma, **changes})
+
+
+def vision_config(kind: str, **changes):
+    """Two layers, 3 x 3 patches."""
+    common = dict(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=12,
+        patch_size=4,
+    )
+    config = SiglipVisionConfig if kind == "siglip" else CLIPVisionConfig
+    return config(**{**common, **changes})
+
+
+def make_model(
+    family: str = "mistral",
+    kind: str = "siglip",
+    *,
+    seed: int = 0,
+    text=None,
+    **changes,
+) -> DattnForConditionalGeneration:
+    """A model with large random weights everywhere, so that every term of it matters."""
+    config = DattnConfig(
+        text_config=text_config(family, **(text or {})),
+        vision_config=vision_config(kind),
+        image_token_id=IMAGE,
+        **{"projector_hidden_size": 40, **changes},
+    )
+    model = DattnForConditionalGeneration(config).eval()
+    randomize(model, seed)
+    return model
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Fills parameters with values that give logits of order one and sharp attention."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "q_proj" in name or "k_proj" in name:
+                parameter.copy_(noise * 0.4)
+            elif "norm" in name and name.endswith("weight"):
+                parameter.add_(noise * 0.2)
+            else:
+                parameter.copy_(noise * (0.5 if "embed" in name else 0.2))
+
+
+def pixels(images: int, seed: int = 0) -> torch.Tensor:
+    """Random pixel values [images, 3, 12, 12]."""
+    return torch.randn(images, 3, 12, 12, generator=torch.Generator().manual_seed(100 + seed))
+
+
+def ids(*tokens: int) -> torch.Tensor:
+    """One sample [1, columns]."""
+    return torch.tensor([tokens])

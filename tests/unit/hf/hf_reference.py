@@ -1,0 +1,184 @@
+"""D-Attn in float64, one sample at a time, row by row, written from section 2 of the design.
+
+Shares no code with the package: it reads weights by name and loops over query rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def reference_logits(
+    weights: dict[str, Tensor], config, tokens: list[int], features: Tensor
+) -> Tensor:
+    """Logits [text rows, vocab] of one sample.
+
+    Args:
+        weights: state dict of the model.
+        config: DattnConfig.
+        tokens: one sample's input ids, with one placeholder per image.
+        features: tower features [images, rows, width] of the sample.
+    """
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    text = config.text_config
+    gemma = text.model_type == "gemma2"
+    visual_rows = project(w, config, features.double())
+    embedding = w["model.language_model.embed_tokens.weight"]
+    scale = math.sqrt(text.hidden_size) if gemma else 1.0
+
+    # Reading order: (is_visual, image number, row)
+    order, image = [], 0
+    for token in tokens:
+        if token == config.image_token_id:
+            order += [(True, image, row) for row in visual_rows[image]]
+            image += 1
+        else:
+            order.append((False, image, embedding[token] * scale))
+    hidden = torch.stack([row for _, _, row in order])
+    for layer in range(text.num_hidden_layers):
+        hidden = decoder_layer(w, config, layer, order, hidden)
+    is_text = torch.tensor([not visual for visual, _, _ in order])
+    out = rms(hidden[is_text], w["model.language_model.norm.weight"], text.rms_norm_eps, gemma)
+    logits = out @ w["lm_head.weight"].T
+    cap = getattr(text, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def rms(x: Tensor, weight: Tensor, eps: float, centred: bool) -> Tensor:
+    y = x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+    return y * (1 + weight) if centred else y * weight
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def project(w: dict[str, Tensor], config, features: Tensor) -> Tensor:
+    p = "model.multi_modal_projector."
+    eps = config.projector_norm_eps
+    x = gelu(features @ w[p + "linear_1.weight"].T + w[p + "linear_1.bias"])
+    x = x @ w[p + "linear_2.weight"].T + w[p + "linear_2.bias"]
+    x = rms(x, w[p + "norm.weight"], eps, False)
+    if config.visual_positions:
+        side, half = config.grid[0], x.shape[-1] // 2
+        for index in range(x.shape[1]):
+            for axis, place in (("row", index // side), ("column", index % side)):
+                q = p + f"{axis}_position."
+                angles = [place * 10000 ** (-k / half) for k in range(half)]
+                s = torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles])
+                s = s.double()
+                y = gelu(w[q + "fc1.weight"] @ s + w[q + "fc1.bias"])
+                y = w[q + "fc2.weight"] @ y + w[q + "fc2.bias"]
+                x[:, index] = x[:, index] + y / torch.sqrt((y * y).mean() + eps)
+    x = rms(x, w[p + "output_norm.weight"], eps, False)
+    gemma = config.text_config.model_type == "gemma2"
+    return x * math.sqrt(x.shape[-1]) if gemma else x
+
+
+def rotate(x: Tensor, position: int, base: float) -> Tensor:
+    """Rotary embedding of one head vector [d], half-split pairs."""
+    half = x.shape[-1] // 2
+    angle = torch.tensor([position * base ** (-2 * i / x.shape[-1]) for i in range(half)]).double()
+    a, b = x[:half], x[half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+
+
+def decoder_layer(w: dict[str, Tensor], config, layer: int, order: list, x: Tensor) -> Tensor:
+    text = config.text_config
+    gemma, eps = text.model_type == "gemma2", text.rms_norm_eps
+    p = f"model.language_model.layers.{layer}."
+
+    def norm(name: str, y: Tensor) -> Tensor:
+        return rms(y, w[p + name + ".weight"], eps, gemma)
+
+    branch = attention(w, config, layer, order, norm("input_layernorm", x))
+    x = x + (norm("post_attention_layernorm", branch) if gemma else branch)
+    y = norm("pre_feedforward_layernorm" if gemma else "post_attention_layernorm", x)
+    gate = y @ w[p + "mlp.gate_proj.weight"].T
+    if gemma:
+        inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+        gate = 0.5 * gate * (1 + torch.tanh(inner))
+    else:
+        gate = gate / (1 + torch.exp(-gate))
+    y = (gate * (y @ w[p + "mlp.up_proj.weight"].T)) @ w[p + "mlp.down_proj.weight"].T
+    return x + (norm("post_feedforward_layernorm", y) if gemma else y)
+
+
+def attention(w: dict[str, Tensor], config, layer: int, order: list, x: Tensor) -> Tensor:
+    text = config.text_config
+    p = f"model.language_model.layers.{layer}.self_attn."
+    heads, groups, d = text.num_attention_heads, text.num_key_value_heads, text.head_dim
+    q = (x @ w[p + "q_proj.weight"].T).view(-1, heads, d)
+    k = (x @ w[p + "k_proj.weight"].T).view(-1, groups, d)
+    v = (x @ w[p + "v_proj.weight"].T).view(-1, groups, d)
+    base = text.rope_parameters["rope_theta"]
+    scale = (getattr(text, "query_pre_attn_scalar", None) or d) ** -0.5
+    cap = getattr(text, "attn_logit_softcapping", None)
+    types = getattr(text, "layer_types", None)
+    windowed = types is None or types[layer] == "sliding_attention"
+    window = text.sliding_window if windowed else None
+    rope = config.t2v_position == "rope"
+
+    text_index, visual_index = {}, {}
+    for place, (visual, _, _) in enumerate(order):
+        (visual_index if visual else text_index)[place] = len(
+            visual_index if visual else text_index
+        )
+
+    def logit(head: int, i: int, j: int) -> float | None:
+        """Logit of query row i on key row j; None if hidden."""
+        group = head // (heads // groups)
+        a, b = q[i, head], k[j, group]
+        i_visual, j_visual = order[i][0], order[j][0]
+        if rope:
+            at = (i, j)
+        elif i_visual == j_visual:
+            table = visual_index if i_visual else text_index
+            at = (table[i], table[j])
+        else:
+            at = None
+        if at is not None:
+            if window is not None and at[0] - at[1] >= window:
+                return None
+            a, b = rotate(a, at[0], base), rotate(b, at[1], base)
+        value = scale * (a @ b)
+        return value if cap is None else cap * torch.tanh(value / cap)
+
+    def softmax_over(head: int, i: int, keys: list[int]) -> tuple[Tensor, Tensor]:
+        """Output [d] and log-sum-exp of query i over `keys`."""
+        group = head // (heads // groups)
+        seen = [(j, logit(head, i, j)) for j in keys]
+        seen = [(j, value) for j, value in seen if value is not None]
+        if not seen:
+            return torch.zeros(d).double(), torch.tensor(-math.inf).double()
+        values = torch.stack([value for _, value in seen])
+        weights = torch.exp(values - values.max())
+        out = (weights / weights.sum()) @ torch.stack([v[j, group] for j, _ in seen])
+        return out, torch.logsumexp(values, 0)
+
+    rows = []
+    for i, (i_visual, _, _) in enumerate(order):
+        before = range(i + 1)
+        visual_keys = [j for j in before if order[j][0]]
+        text_keys = [j for j in before if not order[j][0]]
+        outs = []
+        for head in range(heads):
+            if i_visual and config.v2v == "diagonal":
+                outs.append(v[i, head // (heads // groups)])
+                continue
+            if i_visual:
+                keys = visual_keys + (text_keys if rope else [])
+                outs.append(softmax_over(head, i, keys)[0])
+                continue
+            cross, lse_v = softmax_over(head, i, visual_keys)
+            own, lse_t = softmax_over(head, i, text_keys)
+            if config.merge == "sum":
+                outs.append(cross + own)
+            else:
+                alpha = torch.sigmoid(lse_v - lse_t)
+                outs.append(alpha * cross + (1 - alpha) * own)
+        rows.append(torch.cat(outs))
+    return torch.stack(rows) @ w[p + "o_proj.weight"].T

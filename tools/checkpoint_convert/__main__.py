@@ -1,0 +1,141 @@
+"""Command line: `python -m tools.checkpoint_convert {mcore-to-hf,hf-to-mcore,inspect} ...`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from dattn_mcore.errors import DattnError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status (2 for a user's mistake)."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        options.run(options)
+    except DattnError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="checkpoint_convert", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    export = commands.add_parser("mcore-to-hf", help="checkpoint or run folder to Hugging Face")
+    export.add_argument("checkpoint", help="checkpoint folder, or a run folder (its newest one)")
+    export.add_argument("output", help="folder to make; must not exist")
+    export.add_argument("--tokenizer", help="instead of data.tokenizer of the run")
+    export.add_argument("--template", help="plain, mistral or gemma; instead of data.template")
+    export.add_argument("--max-shard-size", type=_size, default=_size("5GB"), metavar="SIZE")
+    export.set_defaults(run=_mcore_to_hf)
+
+    load = commands.add_parser("hf-to-mcore", help="exported Hugging Face folder to a checkpoint")
+    load.add_argument("folder", help="exported folder")
+    load.add_argument("output", help="checkpoint folder to make; must not exist")
+    load.add_argument("--vocab-pad-multiple", type=int, default=128, metavar="N")
+    load.set_defaults(run=_hf_to_mcore)
+
+    look = commands.add_parser("inspect", help="what a checkpoint or exported folder holds")
+    look.add_argument("path")
+    look.add_argument("--tensors", action="store_true", help="list every tensor")
+    look.set_defaults(run=_inspect)
+    return parser
+
+
+def _size(text: str) -> int:
+    """Bytes of `5GB`, `200MB`, `10KB` or a plain number."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, factor = text.upper(), 1
+    for unit, size in units.items():
+        if number.endswith(unit):
+            number, factor = number[: -len(unit)], size
+    try:
+        size = int(float(number) * factor)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write for example 5GB")
+    return size
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _mcore_to_hf(options: argparse.Namespace) -> None:
+    from tools.checkpoint_convert.mcore_to_hf import ExportOptions, convert
+
+    chosen = ExportOptions(options.tokenizer, options.template, options.max_shard_size)
+    with _progress("mcore-to-hf") as progress:
+        source = convert(options.checkpoint, options.output, chosen, progress)
+    sys.stdout.write(f"{source} -> {options.output}\n")
+
+
+def _hf_to_mcore(options: argparse.Namespace) -> None:
+    from tools.checkpoint_convert.hf_to_mcore import convert
+
+    with _progress("hf-to-mcore") as progress:
+        convert(options.folder, options.output, options.vocab_pad_multiple, progress)
+    sys.stdout.write(f"{options.folder} -> {options.output}\n")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from tools.checkpoint_convert.inspect_path import inspect
+
+    found = inspect(options.path)
+    model, attention = found.model, found.attention
+    table = Table(title=f"{found.kind} {found.path}", show_header=False)
+    if found.step is not None:
+        table.add_row("step", str(found.step))
+    llm, vision = model.llm, model.vision
+    table.add_row("language model", f"{model.family}, {llm.num_layers} layers of {llm.hidden_size}")
+    table.add_row(
+        "vision tower", f"{vision.kind}, {vision.num_layers} layers, {vision.image_size}px"
+    )
+    modes = f"v2v {attention.v2v}, t2v_position {attention.t2v_position}, merge {attention.merge}"
+    table.add_row("attention", modes)
+    table.add_row("visual positions", str(model.visual_positions).lower())
+    kinds = sorted({str(dtype).removeprefix("torch.") for _, dtype in found.tensors.values()})
+    table.add_row("tensors", f"{len(found.tensors)} ({', '.join(kinds)})")
+    table.add_row("parameters", f"{found.parameters:,}")
+    table.add_row("other entries", str(found.other))
+    console = Console()
+    console.print(table)
+    if options.tensors:
+        listing = Table("tensor", "shape", "dtype")
+        for name, (shape, dtype) in found.tensors.items():
+            listing.add_row(name, str(list(shape)), str(dtype).removeprefix("torch."))
+        console.print(listing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Megatron-Core's distributed checkpoints (`torch_dist`), read and written by key.
+
+Reading goes through the file index that torch.distributed.checkpoint writes, slice by slice, so
+one layer of a stacked tensor costs one layer of memory. Writing is Megatron-Core's own `save`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from dattn_mcore.checkpoint.folders import (
+    FORMAT,
+    MANIFEST,
+    damage,
+    data_files,
+    digest,
+    find_checkpoints,
+    read_manifest,
+)
+from dattn_mcore.config.load import from_dict, to_dict
+from dattn_mcore.config.schema import Config
+from dattn_mcore.errors import CheckpointError, ConfigError
+from tools.checkpoint_convert.mapping import Entry, Shape
+
+NOT_THE_MODEL = ("optimizer.", "chained_")  # key prefixes of what a conversion leaves behind
+
+
+class DistCheckpoint:
+    """A checkpoint on disk.
+
+    Attributes:
+        path: its folder.
+        config: the configuration it was written with.
+        step: optimizer step.
+        shapes: shape of every tensor of the model, the layer axis included.
+        dtypes: dtype of the same.
+        ignored: keys that belong to the optimizer or are no tensors.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Opens a checkpoint or a run folder.
+
+        Raises:
+            CheckpointError: it is missing or unreadable.
+        """
+        self.path = find_checkpoints(Path(path))[0]
+        manifest = read_manifest(self.path)
+        self.step = int(manifest["step"])
+        harm = damage(self.path, sorted(manifest["files"]), manifest["files"])
+        if harm is not None:
+            raise CheckpointError(f"{self.path}: {harm}; use an earlier checkpoint")
+        try:
+            self.config: Config = from_dict(manifest["config"])
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path / MANIFEST}: {error}") from None
+        try:
+            self._metadata = FileSystemReader(str(self.path)).read_metadata()
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+            raise CheckpointError(
+                f"{self.path / '.metadata'} cannot be read ({type(error).__name__}); the "
+                "checkpoint is damaged, use an earlier one"
+            ) from None
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.ignored: list[str] = []
+        for key, stored in self._metadata.state_dict_metadata.items():
+            if not isinstance(stored, TensorStorageMetadata) or key.startswith(NOT_THE_MODEL):
+                self.ignored.append(key)
+                continue
+            self.shapes[key] = tuple(stored.size)
+            self.dtypes[key] = stored.properties.dtype
+
+    def read(self, key: str, layer: int | None = None) -> Tensor:
+        """Reads a tensor, or one layer of a stacked tensor.
+
+        Raises:
+            CheckpointError: its file is missing or damaged, or does not hold all of it.
+        """
+        stored: Any = self._metadata.state_dict_metadata[key]
+        first, shape = (
+            (0, self.shapes[key]) if layer is None else (layer, (1, *self.shapes[key][1:]))
+        )
+        result = torch.empty(shape, dtype=self.dtypes[key])
+        filled = 0
+        for chunk in stored.chunks:
+            offsets, sizes = list(chunk.offsets), list(chunk.sizes)
+            if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
+                continue
+            part = self._read_chunk(key, chunk.offsets, sizes)
+            if layer is not None:
+                part = part[layer - offsets[0]][None]
+                offsets[0], sizes[0] = layer, 1
+            offsets[:1] = [offsets[0] - first] if offsets else []
+            target = result[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
+            target.copy_(part)
+            filled += part.numel()
+        if filled != result.numel():
+            raise CheckpointError(f"{self.path}: {key} is stored in part only; it is damaged")
+        return result if layer is None else result[0]
+
+    def _read_chunk(self, key: str, offsets: torch.Size, sizes: list[int]) -> Tensor:
+        place = self._metadata.storage_data[MetadataIndex(key, offsets)]
+        file = self.path / place.relative_path
+        try:
+            with file.open("rb") as stream:
+                stream.seek(place.offset)
+                data = stream.read(place.length)
+            part = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return part.reshape(sizes)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read at {key} ({type(error).__name__}); the checkpoint is "
+                "damaged, use an earlier one"
+            ) from None
+
+
+def write_checkpoint(
+    path: Path, table: list[Entry], tensors: Mapping[tuple[str, int | None], Tensor], config: Config
+) -> None:
+    """Writes a checkpoint that a run can start from (`checkpoint.init_from`).
+
+    Args:
+        path: folder to write into; the caller renames it when whole.
+        table: the model's table, for the number of layers of each key.
+        tensors: Megatron-Core tensors by (key, layer); layer None for keys without layers.
+        config: written beside them.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from dattn_mcore.parallel import single_process
+
+    layers = {entry.key: entry.layers for entry in table}
+    state: dict[str, Any] = {}
+    for (key, layer), tensor in tensors.items():
+        if layer is None:
+            sharded = ShardedTensor.from_rank_offsets(key, tensor)
+        else:
+            sharded = ShardedTensor.from_rank_offsets(
+                key, tensor, (0, layer, layers[key]), prepend_axis_num=1
+            )
+        state[f"{key}/{layer}"] = sharded
+    path.mkdir(parents=True, exist_ok=True)
+    with single_process():
+        dist_checkpointing.save(state, str(path), ("torch_dist", 1))
+    write_manifest(path, config, step=0)
+
+
+def write_manifest(path: Path, config: Config, step: int) -> None:
+    """Writes `dattn.json`, with which a checkpoint is whole: step, configuration, all files."""
+    files = {name: [(path / name).stat().st_size, digest(path / name)] for name in data_files(path)}
+    manifest = {"format": FORMAT, "step": step, "config": to_dict(config), "files": files}
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+class AtomicFolder:
+    """A folder that appears under its name only when the block ends without an error.
+
+    Raises:
+        CheckpointError: on entry, if the name is taken or cannot be made.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
+
+    def __enter__(self) -> Path:
+        if self.path.exists():
+            raise CheckpointError(f"{self.path} exists; give another output folder or remove it")
+        try:
+            self.temporary.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be made ({error.strerror})") from None
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.temporary.rename(self.path)
+        else:
+            shutil.rmtree(self.temporary, ignore_errors=True)

@@ -1,0 +1,70 @@
+"""What a checkpoint or an exported folder holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dattn_mcore.config.schema import AttentionConfig, ModelConfig
+from tools.checkpoint_convert.configs import from_hf
+from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
+from tools.checkpoint_convert.hf_to_mcore import read_hf_config
+from tools.checkpoint_convert.mapping import Shape
+from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
+from tools.checkpoint_convert.tables import check_keys, hf_shapes, mcore_shapes, model_table
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Findings.
+
+    Attributes:
+        kind: `Megatron-Core checkpoint` or `Hugging Face folder`.
+        path: what was read.
+        step: optimizer step; None for a Hugging Face folder.
+        tensors: shape and dtype of every tensor of the model.
+        other: number of other entries (optimizer state).
+    """
+
+    kind: str
+    path: Path
+    step: int | None
+    model: ModelConfig
+    attention: AttentionConfig
+    tensors: dict[str, tuple[Shape, torch.dtype]]
+    other: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, vocabulary padding included."""
+        return sum(torch.Size(shape).numel() for shape, _ in self.tensors.values())
+
+
+def inspect(path: str | Path) -> Contents:
+    """Reads headers only, and checks that every tensor of the model is there.
+
+    Raises:
+        CheckpointError: it is neither, or damaged, or incomplete.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        model, attention = from_hf(read_hf_config(path), vocab_pad_multiple=1)
+        folder = SafetensorsFolder(path)
+        check_keys(str(path), hf_shapes(model_table(model)), folder.shapes)
+        tensors = {name: (shape, folder.dtypes[name]) for name, shape in folder.shapes.items()}
+        return Contents("Hugging Face folder", path, None, model, attention, tensors, 0)
+    source = DistCheckpoint(path)
+    model, attention = source.config.model, source.config.attention
+    check_keys(str(source.path), mcore_shapes(model_table(model)), source.shapes)
+    tensors = {key: (shape, source.dtypes[key]) for key, shape in source.shapes.items()}
+    return Contents(
+        "Megatron-Core checkpoint",
+        source.path,
+        source.step,
+        model,
+        attention,
+        tensors,
+        len(source.ignored),
+    )

@@ -1,0 +1,133 @@
+"""Megatron-Core checkpoint to Hugging Face folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+import dattn_mcore.hf
+from dattn_mcore.hf import REMOTE_CODE_FILES
+from tools.checkpoint_convert.configs import TokenIds, to_hf
+from tools.checkpoint_convert.dist_checkpoint import AtomicFolder, DistCheckpoint
+from tools.checkpoint_convert.mapping import Entry, Shape
+from tools.checkpoint_convert.safetensors_folder import SafetensorsWriter
+from tools.checkpoint_convert.tables import check_keys, mcore_shapes, model_table
+from tools.checkpoint_convert.tokenizers_out import export_processor
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user may choose.
+
+    Attributes:
+        tokenizer: SentencePiece file or Hugging Face folder; None: data.tokenizer of the run.
+        template: conversation template of the chat template; None: data.template of the run.
+        max_shard_bytes: largest safetensors file.
+    """
+
+    tokenizer: str | None = None
+    template: str | None = None
+    max_shard_bytes: int = 5_000_000_000
+
+
+def convert(
+    checkpoint: str | Path,
+    output: str | Path,
+    options: ExportOptions | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Path:
+    """Writes a Hugging Face folder that loads without this package.
+
+    Args:
+        checkpoint: checkpoint or run folder.
+        output: folder to make.
+        options: see `ExportOptions`.
+        progress: called after every tensor.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model, or cannot be expressed,
+            or the output exists.
+    """
+    options = options or ExportOptions()
+    source = DistCheckpoint(checkpoint)
+    table = model_table(source.config.model)
+    check_keys(str(source.path), mcore_shapes(table), source.shapes)
+    data = source.config.data
+    with AtomicFolder(output) as folder:
+        ids = export_processor(
+            folder,
+            source.config.model,
+            data,
+            options.tokenizer or data.tokenizer,
+            options.template or data.template,
+        )
+        dtype = source.dtypes[EMBEDDING]
+        config = to_hf(source.config.model, source.config.attention, ids, dtype)
+        config.save_pretrained(folder)
+        _generation_config(ids, source.config.model.llm.vocab_size).save_pretrained(folder)
+        for name in REMOTE_CODE_FILES:
+            shutil.copyfile(Path(dattn_mcore.hf.__path__[0]) / name, folder / name)
+        _write_weights(source, table, dtype, folder, options.max_shard_bytes, progress)
+    return source.path
+
+
+def _generation_config(ids: TokenIds, vocab_size: int) -> GenerationConfig:
+    """Greedy by default; every stop token; an image is never generated."""
+    config = GenerationConfig(
+        bos_token_id=ids.bos,
+        eos_token_id=list(ids.stop),
+        pad_token_id=ids.pad,
+        do_sample=False,
+    )
+    if ids.image < vocab_size:
+        config.suppress_tokens = [ids.image]
+    return config
+
+
+def _write_weights(
+    source: DistCheckpoint,
+    table: list[Entry],
+    dtype: torch.dtype,
+    folder: Path,
+    max_shard_bytes: int,
+    progress: Progress,
+) -> None:
+    """Goes through the table layer by layer, so that one layer of one key is in memory."""
+    announced: dict[str, tuple[Shape, torch.dtype]] = {}
+    steps = _in_order_of_layers(table)
+    for entry, layer in steps:
+        kind = dtype if entry.key is None else source.dtypes[entry.key]
+        for name, shape in zip(entry.names(layer), entry.parts.values(), strict=True):
+            announced[name] = (shape, kind)
+    writer = SafetensorsWriter(folder, announced, max_shard_bytes)
+    total = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in announced.values())
+    done = 0
+    for entry, layer in steps:
+        names = entry.names(layer)
+        if entry.key is None:
+            parts = [torch.zeros(shape, dtype=dtype) for shape in entry.parts.values()]
+        else:
+            parts = entry.mix.split(source.read(entry.key, layer))
+        for name, part in zip(names, parts, strict=True):
+            done += part.numel() * part.element_size()
+            writer.add(name, part)
+        progress(done, total)
+    writer.close()
+
+
+def _in_order_of_layers(table: list[Entry]) -> list[tuple[Entry, int | None]]:
+    """All entries, those of one layer next to each other, as Hugging Face shards are."""
+    single = [(entry, None) for entry in table if entry.layers is None]
+    stacked = [(entry, layer) for entry in table for layer in entry.steps() if layer is not None]
+    return [*single, *sorted(stacked, key=lambda step: step[1])]

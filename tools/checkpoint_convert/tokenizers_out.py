@@ -1,0 +1,242 @@
+"""The tokenizer and processor of an export, checked against the trainer's own tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import Tokenizer as FastTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from dattn_mcore.config.schema import DataConfig, ModelConfig
+from dattn_mcore.data.annotations import IMAGE_MARK
+from dattn_mcore.data.templates import TextRun, encode_conversation, stop_id
+from dattn_mcore.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from dattn_mcore.errors import CheckpointError, DataError
+from dattn_mcore.hf import AUTO_MAP, DattnProcessor
+from tools.checkpoint_convert.chat_templates import chat_template
+from tools.checkpoint_convert.configs import TokenIds
+
+_MODEL: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+_PIECE = _MODEL.SentencePiece
+# Texts on which the exported tokenizer must give the ids of the trainer's, beside conversations.
+PROBES = (
+    "a",
+    " a",
+    "  two  spaces ",
+    "Which digit is in the top-left cell?",
+    "The digits are 4, 0, 9 and 27.\nRow two: 3-1.",
+    "tab\tand\nnew\n\nlines",
+    "ünïcödé 漢字 🙂 é",
+    "[INST ] <s >",
+    "\n",
+)
+TURNS = (
+    (f"{IMAGE_MARK}\nWhich digit is in the top-left cell?",),
+    (f"{IMAGE_MARK}\nWhat is here?", "A 7 and a 3."),
+    (f"Compare {IMAGE_MARK} with {IMAGE_MARK}.", "They differ.", " How? ", "In colour.", "Why"),
+    ("No image at all, only 12 words.", "Fine."),
+)
+
+
+def export_processor(
+    folder: Path, model: ModelConfig, data: DataConfig, tokenizer_path: str | Path, template: str
+) -> TokenIds:
+    """Writes tokenizer, image processor and chat template into an export.
+
+    Args:
+        folder: the export.
+        model: for the tower's image size.
+        data: for the image policy, mean and standard deviation.
+        tokenizer_path: SentencePiece file or Hugging Face folder that the model was trained with.
+        template: conversation template; becomes the chat template.
+
+    Returns:
+        Ids that the configurations name.
+
+    Raises:
+        CheckpointError: the tokenizer is missing, or its export would not give the same ids.
+    """
+    try:
+        ours = load_tokenizer(tokenizer_path, "--tokenizer")
+        theirs = _convert(ours)
+        stop = tuple(dict.fromkeys((ours.eos_id, stop_id(ours, template))))
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    if ours.vocab_size > model.llm.vocab_size:
+        raise CheckpointError(
+            f"{tokenizer_path} has {ours.vocab_size} tokens, model.llm.vocab_size is "
+            f"{model.llm.vocab_size}; give the tokenizer that the model was trained with"
+        )
+    theirs.padding_side = "left"
+    theirs.chat_template = None
+    processor = DattnProcessor(
+        _image_processor(model, data),
+        theirs,
+        chat_template=chat_template(template, ours.prefix_space),
+        image_token=IMAGE_MARK,
+    )
+    check_tokenizer(ours, theirs, processor, template, tokenizer_path)
+    processor.save_pretrained(folder)
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return TokenIds(
+        bos=ours.bos_id,
+        eos=ours.eos_id,
+        pad=theirs.pad_token_id,
+        image=theirs.convert_tokens_to_ids(IMAGE_MARK),
+        stop=stop,
+    )
+
+
+def _convert(ours: Tokenizer) -> Any:
+    """The trainer's tokenizer as one of transformers, with padding and the image token."""
+    if isinstance(ours, SentencePieceTokenizer):
+        theirs: Any = from_sentencepiece(ours.path)
+    else:
+        assert isinstance(ours, HuggingFaceTokenizer)
+        theirs = AutoTokenizer.from_pretrained(str(ours.path), local_files_only=True)
+    if theirs.pad_token is None:
+        theirs.pad_token = theirs.unk_token or theirs.eos_token
+    theirs.add_special_tokens({"additional_special_tokens": [IMAGE_MARK]})
+    return theirs
+
+
+def from_sentencepiece(path: str | Path) -> PreTrainedTokenizerFast:
+    """A SentencePiece model as a fast tokenizer that encodes literally (no space in front).
+
+    Raises:
+        CheckpointError: it has a feature that the `tokenizers` library cannot express.
+    """
+    spec = _MODEL()
+    spec.ParseFromString(Path(path).read_bytes())
+    pieces, trainer = list(spec.pieces), spec.trainer_spec
+    if trainer.treat_whitespace_as_suffix:
+        raise CheckpointError(f"{path}: white space as a suffix cannot be exported")
+    if trainer.model_type == trainer.BPE:
+        model: Any = _bpe(pieces, trainer)
+    elif trainer.model_type == trainer.UNIGRAM:
+        model = models.Unigram(
+            [(p.piece, p.score) for p in pieces], trainer.unk_id, trainer.byte_fallback
+        )
+    else:
+        raise CheckpointError(f"{path}: only bpe and unigram models can be exported")
+    fast = FastTokenizer(model)
+    steps: list[Any] = []
+    if spec.normalizer_spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.normalizer_spec.precompiled_charsmap))
+    fast.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    for piece in pieces:
+        if piece.type in (_PIECE.CONTROL, _PIECE.USER_DEFINED, _PIECE.UNKNOWN):
+            special = piece.type != _PIECE.USER_DEFINED
+            text = piece.piece if special else piece.piece.replace("▁", " ")
+            token = AddedToken(text, normalized=False, special=special)
+            fast.add_special_tokens([token]) if special else fast.add_tokens([token])
+    named = {
+        "bos_token": trainer.bos_id,
+        "eos_token": trainer.eos_id,
+        "unk_token": trainer.unk_id,
+        "pad_token": trainer.pad_id,
+    }
+    tokens = {name: pieces[index].piece for name, index in named.items() if index >= 0}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, clean_up_tokenization_spaces=False, **tokens
+    )
+
+
+def _bpe(pieces: Sequence[Any], trainer: Any) -> Any:
+    """A BPE model; merges are every split of a piece in two, best score first."""
+    vocab = {piece.piece: index for index, piece in enumerate(pieces)}
+    normal = {p.piece: i for i, p in enumerate(pieces) if p.type == _PIECE.NORMAL}
+    merges: list[tuple[float, int, int, tuple[str, str]]] = []
+    for piece in pieces:
+        if piece.type != _PIECE.NORMAL:
+            continue
+        for cut in range(1, len(piece.piece)):
+            left, right = piece.piece[:cut], piece.piece[cut:]
+            if left in normal and right in normal:
+                merges.append((-piece.score, normal[left], normal[right], (left, right)))
+    return models.BPE(
+        vocab,
+        [pair for *_, pair in sorted(merges)],
+        unk_token=pieces[trainer.unk_id].piece,
+        fuse_unk=True,
+        byte_fallback=trainer.byte_fallback,
+        ignore_merges=False,
+    )
+
+
+def _image_processor(model: ModelConfig, data: DataConfig) -> Any:
+    """An image processor of transformers (Pillow) that does what training did."""
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    side = model.vision.image_size
+    square = {"height": side, "width": side}
+    common: dict[str, Any] = {
+        "image_mean": list(data.image_mean),
+        "image_std": list(data.image_std),
+        "resample": 3,  # bicubic
+    }
+    if data.image_policy == "stretch":
+        return SiglipImageProcessorPil(size=square, **common)
+    if data.image_policy == "pad":
+        return LlavaImageProcessorPil(size=square, do_pad=True, do_center_crop=False, **common)
+    if data.image_policy == "crop":
+        shortest = {"shortest_edge": side}
+        return LlavaImageProcessorPil(size=shortest, crop_size=square, do_pad=False, **common)
+    raise CheckpointError(
+        f"data.image_policy is {data.image_policy!r}; it must be stretch, pad or crop"
+    )
+
+
+def messages(turns: Sequence[str]) -> list[dict[str, str]]:
+    """Turns (user, assistant, user, ...) in the form that chat templates read."""
+    return [
+        {"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)
+    ]
+
+
+def check_tokenizer(
+    ours: Tokenizer, theirs: Any, processor: Any, template: str, path: str | Path
+) -> None:
+    """Checks that texts and conversations get the trainer's ids.
+
+    Raises:
+        CheckpointError: naming the first text that does not.
+    """
+    image = theirs.convert_tokens_to_ids(IMAGE_MARK)
+    for text in PROBES:
+        expected = ours.encode(text)
+        prefixed = theirs.encode(theirs.bos_token + text, add_special_tokens=False)
+        if prefixed != [ours.bos_id, *expected]:
+            raise CheckpointError(
+                f"{path}: the exported tokenizer encodes {text!r} as {prefixed[1:]} instead of "
+                f"{expected}; this tokenizer cannot be exported exactly, export it by hand"
+            )
+    for turns in TURNS:
+        if template == "plain" and len(turns) > 2:
+            continue
+        runs = encode_conversation(ours, template, turns)
+        ids = [i for run in runs for i in (run.ids if isinstance(run, TextRun) else (image,))]
+        text = processor.apply_chat_template(messages(turns))
+        found = theirs.encode(text, add_special_tokens=False)
+        if found != ids:
+            raise CheckpointError(
+                f"{path}: the chat template {template!r} gives {found} for {turns!r} instead of "
+                f"{ids}; this tokenizer does not suit the template, choose data.template"
+            )

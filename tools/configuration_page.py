@@ -1,0 +1,75 @@
+"""Writes docs/configuration.md from the dataclasses: `python -m tools.configuration_page`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+import typing
+from pathlib import Path
+
+from dattn_mcore.config.checks import CHOICES
+from dattn_mcore.config.schema import Config
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+_INTRODUCTION = """# Configuration
+
+Settings come from the defaults below, then `--config FILE` (a file may name another as `base:`),
+then `section.key=value` on the command line, then the short flags `--tp --pp --cp --device`.
+An unknown key is an error that names the nearest known one. `--dry-run` prints the result, the
+layout and the sizes, and stops. The resolved settings are written to `config.yaml` in the run's
+folder and into every checkpoint.
+
+This page is generated from `dattn_mcore/config/schema.py` by `python -m tools.configuration_page`.
+"""
+_FIELD = re.compile(r"^    (\w+): [^#]*(?:#\s*(.*))?$")
+
+
+def render() -> str:
+    """The whole page."""
+    return _INTRODUCTION + "".join(_section(Config, ""))
+
+
+def _section(cls: type, prefix: str) -> list[str]:
+    comments = _comments(cls)
+    kinds = typing.get_type_hints(cls)
+    rows, below = [], []
+    for field in dataclasses.fields(cls):
+        name, kind = f"{prefix}{field.name}", kinds[field.name]
+        if dataclasses.is_dataclass(kind):
+            below += _section(typing.cast(type, kind), f"{name}.")
+            continue
+        meaning = comments.get(field.name, "")
+        if name in CHOICES and not all(choice in meaning for choice in CHOICES[name]):
+            meaning = f"{' or '.join(CHOICES[name])}. {meaning}".strip()
+        meaning = meaning.replace("|", "or")
+        rows.append(f"| `{name}` | `{_value(field.default)}` | {meaning} |\n")
+    if not rows:
+        return below
+    title = f"\n## {prefix[:-1]}\n\n{(cls.__doc__ or '').splitlines()[0]}\n\n"
+    return [title, "| setting | default | meaning |\n|---|---|---|\n", *rows, *below]
+
+
+def _comments(cls: type) -> dict[str, str]:
+    lines = inspect.getsource(cls).splitlines()
+    found = (_FIELD.match(line) for line in lines)
+    return {match[1]: match[2] or "" for match in found if match}
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def main() -> int:
+    """Writes the page."""
+    PAGE.write_text(render(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
