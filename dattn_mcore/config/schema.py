@@ -33,7 +33,7 @@ class LlmConfig:
     sliding_window_every: int = 1  # windowed layers: 0, n, 2n, ... (Gemma 2: 2)
     scale_embeddings: bool = False  # Gemma: embeddings times sqrt(hidden_size)
     tie_embeddings: bool = False
-    init_std: float = 0.02
+    init_std: float = 0.06  # for a hidden size of 128; 0.02 suits 4096
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class VisionConfig:
 
     kind: str = "siglip"  # siglip | clip
     image_size: int = 56
-    patch_size: int = 14
+    patch_size: int = 28  # the digits task: one patch per digit
     num_layers: int = 4
     hidden_size: int = 128
     ffn_hidden_size: int = 256
@@ -50,7 +50,7 @@ class VisionConfig:
     norm_eps: float = 1e-6
     activation: str = "gelu_tanh"  # siglip: gelu_tanh; clip: quick_gelu
     select_layer: int = -1  # -1: all layers and the final norm; -2: without the last layer, no norm
-    init_std: float = 0.02
+    init_std: float = 0.06
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ class DataConfig:
 class OptimConfig:
     """AdamW with cosine decay after a linear warm-up."""
 
-    lr: float = 1e-3
+    lr: float = 2e-3
     lr_projector: float | None = None  # None: lr
     lr_vision: float | None = None  # None: lr
     min_lr_ratio: float = 0.0  # learning rate at the end, relative to its peak
-    warmup_ratio: float = 0.03  # share of the steps
+    warmup_ratio: float = 0.05  # share of the steps
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
@@ -140,7 +140,7 @@ class TrainConfig:
     stage: str = "pretrain"  # align | pretrain | instruct: names the run
     trains: tuple[str, ...] = ("vision", "projector", "llm")
     global_batch_size: int = 64  # samples per optimizer step
-    steps: int | None = 500  # optimizer steps; None: from epochs
+    steps: int | None = 300  # optimizer steps; None: from epochs
     epochs: float = 1.0  # used where steps is None
     precision: str = "fp32"  # fp32 | bf16
     recompute: str = "none"  # none | selective | full

@@ -30,9 +30,7 @@ NAMES = ("q", "k_text", "v_text", "k_visual", "v_visual", "q_visual")
 
 def options_for(mode, **extra):
     v2v, t2v_position, merge = mode
-    return AttentionOptions(
-        scale=0.37, v2v=v2v, t2v_position=t2v_position, merge=merge, **extra
-    )
+    return AttentionOptions(scale=0.37, v2v=v2v, t2v_position=t2v_position, merge=merge, **extra)
 
 
 def make_inputs(params, dtype=torch.float64, seed=0):
@@ -235,7 +233,9 @@ def test_no_score_matrix_of_text_by_visual_rows():
     layouts = (((True, 4096), (False, 512)),)
     params = build_seq_params(layouts, t2v_position="none")
     inputs = make_inputs(params, torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
         out, _ = run("sdpa", inputs, params, options_for(MODES[0]))
     assert max(kept) <= 4096 * GROUPS * DIM
     assert max(kept) < 512 * 4096

@@ -1,0 +1,62 @@
+"""Command line: `python -m dattn_mcore.quickstart [--run-dir DIR] [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from dattn_mcore.errors import DattnError
+from dattn_mcore.quickstart.run import make_run_dir, run_steps
+from dattn_mcore.quickstart.steps import DATA, ROOT, make_plan
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status (2 for a user's mistake, 1 for a failed step)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dattn_mcore.quickstart",
+        description="Train a D-Attn model to read handwriting, convert it, and evaluate it.",
+    )
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="where everything goes; one of an earlier quickstart is replaced (%(default)s)",
+    )
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="digits data set, made if absent (%(default)s)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="setting for all three stages"
+    )
+    chosen = parser.parse_intermixed_args(arguments)
+    console = Console(highlight=False)
+    started = time.perf_counter()
+    try:
+        plan = make_plan(chosen.run_dir, chosen.data, chosen.overrides)
+        made_by = {"overrides": list(chosen.overrides)}
+        make_run_dir(ROOT / plan.run_dir, made_by)
+        seconds = run_steps(plan, console)
+
+        from dattn_mcore.quickstart.picture import draw
+        from dattn_mcore.quickstart.summary import score, show
+
+        result = score(plan)
+        draw(plan, result)
+        show(plan, result, seconds, time.perf_counter() - started, console)
+    except DattnError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The table at the end: accuracy by type of question, and what a blind guess would reach."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from dattn_mcore.data.digits import bag_of_digits_ceiling
+from dattn_mcore.evaluation.score import Score, Tally, score_digits, write_score
+from dattn_mcore.quickstart.steps import Plan
+
+
+def score(plan: Plan) -> Score:
+    """Compares the answers with the expected ones; writes score.json."""
+    result = score_digits(plan.questions, plan.answers)
+    write_score(plan.score, result)
+    return result
+
+
+def show(
+    plan: Plan, result: Score, seconds: dict[str, float], total: float, console: Console
+) -> None:
+    """Prints the table, the time taken and where the results are.
+
+    Args:
+        plan: where things are.
+        result: the score.
+        seconds: of each step.
+        total: seconds of everything.
+        console: to print on.
+    """
+    table = Table("question", "right", "of", "accuracy", "without places")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, tally in result.categories.items():
+        table.add_row(*_row(name, tally), f"{bag_of_digits_ceiling(name):.1%}")
+    table.add_section()
+    blind = sum(bag_of_digits_ceiling(n) * t.total for n, t in result.categories.items())
+    table.add_row(*_row("all", result.overall), f"{blind / result.overall.total:.1%}")
+    console.print("\n[bold]Held-out questions, exact match of the generated answer[/bold]")
+    console.print(table)
+    console.print("without places: the most that is right knowing which digits, not where\n")
+    steps = ", ".join(f"{name} {taken:.0f} s" for name, taken in seconds.items())
+    console.print(f"time      {total:.0f} s ({steps})", soft_wrap=True)
+    console.print(f"picture   {plan.run_dir / 'report.png'}", soft_wrap=True)
+    console.print(f"model     {plan.run_dir / 'hf'} (a Hugging Face folder)", soft_wrap=True)
+    console.print(f"answers   {plan.run_dir / 'answers.jsonl'}", soft_wrap=True)
+
+
+def _row(name: str, tally: Tally) -> tuple[str, str, str, str]:
+    return name, str(tally.correct), str(tally.total), f"{tally.accuracy:.1%}"

@@ -1,0 +1,32 @@
+"""One file knows the device: no other names the vendor's libraries."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ALLOWED = {"dattn_mcore/parallel/platform.py", "tests/unit/test_one_device_file.py"}
+SUFFIXES = {".py", ".yaml", ".yml", ".sh", ".sbatch", ".cfg", ".toml"}
+NAMES = {"Makefile", "run"}
+FOLDERS = ("dattn_mcore", "tools", "configs", "examples", "tests", "benchmarks", ".ci")
+WORDS = re.compile("cuda|nccl|gloo", re.IGNORECASE)
+PACKAGES = re.compile(r"nvidia-dali-cuda\d+")  # a package's name in pyproject.toml
+
+
+def _files():
+    yield from (path for path in ROOT.iterdir() if path.is_file())
+    for folder in FOLDERS:
+        yield from (path for path in (ROOT / folder).rglob("*") if path.is_file())
+
+
+def test_only_the_platform_file_names_device_libraries():
+    found, scanned = [], 0
+    for path in _files():
+        name = path.relative_to(ROOT).as_posix()
+        if name in ALLOWED or not (path.suffix in SUFFIXES or path.name in NAMES):
+            continue
+        scanned += 1
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if WORDS.search(PACKAGES.sub("", line)):
+                found.append(f"{name}:{number}: {line.strip()}")
+    assert scanned > 50
+    assert not found, "\n".join(found)

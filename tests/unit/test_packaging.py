@@ -1,0 +1,84 @@
+"""Metadata, Makefile and README say what is there."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _list(name: str) -> list[str]:
+    """A list of strings in pyproject.toml (Python 3.10 has no reader for TOML)."""
+    block = re.search(rf"^{name} = \[(.*?)^\]", PROJECT, re.MULTILINE | re.DOTALL)
+    assert block, name
+    return re.findall(r'"([^"]+)"', block[1])
+
+
+def test_the_extras_are_these():
+    block = PROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = re.findall(r"^(\w+) = \[", block, re.MULTILINE)
+    assert extras == ["dali", "te", "flash", "triton", "eval", "dev"]
+
+
+def test_everything_that_is_imported_is_asked_for():
+    asked = {re.split(r"[\[<>=; ]", entry)[0].lower() for entry in _list("dependencies")}
+    asked |= {"nvidia-dali-cuda120"}  # an extra; Pillow decodes without it
+    distributions = packages_distributions()
+    missing = set()
+    files = [*(ROOT / "dattn_mcore").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                names = [node.module]
+            for name in {name.split(".")[0] for name in names}:
+                if name in sys.stdlib_module_names or name in ("dattn_mcore", "tools"):
+                    continue
+                found = {dist.lower().replace("_", "-") for dist in distributions.get(name, [name])}
+                if not found & {entry.replace("_", "-") for entry in asked}:
+                    missing.add(f"{path.relative_to(ROOT)}: {name}")
+    assert len(files) > 50
+    assert not missing
+
+
+def test_setup_py_builds_on_the_metadata():
+    version = subprocess.run(
+        [sys.executable, "setup.py", "--name"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert version.stdout.split()[-1] == "dattn-mcore"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_what_a_page_names_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^(\w+):", MAKEFILE, re.MULTILINE))
+    for target in re.findall(r"(?:`|^    )make (\w+)", text, re.MULTILINE):
+        assert target in targets, target
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        assert importlib.util.find_spec(module), module
+    for path in re.findall(r"(?<![\w/.])(?:configs|docs|tools|dattn_mcore)/[\w/.]+\w", text):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_readme_opens_with_the_two_commands():
+    assert README.index("make quickstart") < README.index("make test") < 2500
+
+
+def test_the_configuration_page_is_up_to_date():
+    from tools.configuration_page import PAGE, render
+
+    assert PAGE.read_text(encoding="utf-8") == render(), "run python -m tools.configuration_page"
