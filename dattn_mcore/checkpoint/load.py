@@ -169,9 +169,7 @@ def resume(
 
 def _load(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(
-            content, str(folder), strict=StrictHandling.RAISE_UNEXPECTED
-        )
+        return dist_checkpointing.load(content, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     except Exception as error:
         # The files are as they were written (verified), so this is a mismatch of content.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

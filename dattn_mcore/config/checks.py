@@ -90,7 +90,7 @@ def _positive(config: Config) -> Iterator[str]:
         if value_of(config, name) <= 0:
             yield f"{name}={value_of(config, name)} must be greater than 0"
     if config.train.steps is not None and config.train.steps <= 0:
-        yield f"train.steps={config.train.steps} must be greater than 0, or null to use train.epochs"
+        yield f"train.steps={config.train.steps} must be greater than 0, or null for train.epochs"
     for name in ("optim.warmup_ratio", "optim.min_lr_ratio"):
         if not 0 <= value_of(config, name) <= 1:
             yield f"{name}={value_of(config, name)} must lie between 0 and 1"

@@ -20,7 +20,7 @@ class _StrictLoader(yaml.SafeLoader):
     """Safe loader that refuses duplicate keys and reads `1e-3` as a number."""
 
 
-def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
+def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
@@ -176,8 +176,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
             return float(value)
         except (TypeError, ValueError):
             pass
-    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif kind in (bool, str) and isinstance(value, kind):
+    # A bool is an int to Python, but never to a user.
+    elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
         return value
     raise ConfigError(f"{name}={value!r} must be of type {kind.__name__}")

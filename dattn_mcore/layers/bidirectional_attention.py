@@ -28,11 +28,7 @@ class BidirectionalAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """Args: query, key, value [patches, tiles, heads / tp, head_dim].
-
-        Returns:
-            [patches, tiles, heads / tp * head_dim].
-        """
+        """Takes [patches, tiles, heads / tp, head_dim]; returns [patches, tiles, hidden / tp]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
         return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)

@@ -167,9 +167,7 @@ class DecomposedSelfAttention(MegatronModule):
 
         def core(q, k, v, q_visual, angles):  # type: ignore[no-untyped-def]
             rotary = Rotary(text=angles[n:], visual=angles[:n])
-            return attend(
-                q, k[n:], v[n:], k[:n], v[:n], q_visual, rotary, params, self.options
-            )
+            return attend(q, k[n:], v[n:], k[:n], v[:n], q_visual, rotary, params, self.options)
 
         if self.recompute_core and self.training:
             return tensor_parallel.checkpoint(core, False, q, k, v, q_visual, angles)

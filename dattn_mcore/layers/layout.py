@@ -21,7 +21,7 @@ Layout = tuple[tuple[bool, int], ...]  # ((is_visual, rows), ...) of one sample,
 
 @dataclass(frozen=True)
 class Block:
-    """Text rows [text_start, text_stop) that see exactly visual rows [visual_start, visual_stop)."""
+    """Text rows [text_start, text_stop) that see visual rows [visual_start, visual_stop)."""
 
     text_start: int
     text_stop: int

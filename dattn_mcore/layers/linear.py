@@ -22,7 +22,7 @@ class RowParallelLinearWithPostNorm(RowParallelLinear):
         self.post_norm = Norm(kwargs["config"], output_size, kwargs["config"].layernorm_epsilon)
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Args: input_ [rows, 1, input_size / tp]. Returns [rows (/ tp with sp), 1, output_size]."""
+        """Takes [rows, 1, input_size / tp]; returns [rows (/ tp with sp), 1, output_size]."""
         output, bias = super().forward(input_)
         if bias is not None:
             output = output + bias

@@ -35,7 +35,7 @@ class Norm(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Args: x [..., hidden_size]. Returns the same shape and dtype."""
+        """Takes [..., hidden_size]; returns the same shape and dtype."""
         weight = self.weight.float()
         if self.zero_centered:
             weight = 1.0 + weight

@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def params_dtype(config: Config) -> torch.dtype:
-    """dtype of parameters and activations."""
+    """Dtype of parameters and activations."""
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 

@@ -45,9 +45,7 @@ class VisionTower(MegatronModule):
         self.position_embedding = None
         if config.model.visual_positions:
             self.position_embedding = nn.Embedding(patches + clip, hidden, dtype=dtype)
-        self.pre_layernorm = (
-            Norm(transformer_config, hidden, vision.norm_eps) if clip else None
-        )
+        self.pre_layernorm = Norm(transformer_config, hidden, vision.norm_eps) if clip else None
         self.decoder = TransformerBlock(
             config=transformer_config,
             spec=block_submodules(vision_layer_spec(), transformer_config.num_layers),
@@ -86,4 +84,3 @@ def normalize_pixels(
     shift = torch.tensor(mean, device=tiles.device).view(1, 3, 1, 1)
     scale = torch.tensor(std, device=tiles.device).view(1, 3, 1, 1)
     return ((tiles.float() / 255.0 - shift) / scale).to(dtype)
-

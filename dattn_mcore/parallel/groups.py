@@ -1,4 +1,4 @@
-"""Process groups: torch.distributed and Megatron-Core's model parallel state, set up and torn down."""
+"""Process groups: torch.distributed and Megatron-Core's model parallel state."""
 
 from __future__ import annotations
 

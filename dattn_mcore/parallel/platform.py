@@ -67,7 +67,7 @@ def install(device: str, local_rank: int = 0) -> torch.device:
     """
     global _installed
     if _installed not in (None, device):
-        raise RuntimeError(f"platform {_installed} is installed already; {device} needs a new process")
+        raise RuntimeError(f"platform {_installed} is installed; {device} needs a new process")
     if device == "gpu":
         torch.cuda.set_device(local_rank)
         _installed = device

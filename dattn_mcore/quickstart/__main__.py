@@ -38,8 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         plan = make_plan(chosen.run_dir, chosen.data, chosen.overrides)
-        made_by = {"overrides": list(chosen.overrides)}
-        make_run_dir(ROOT / plan.run_dir, made_by)
+        make_run_dir(ROOT / plan.run_dir, {"overrides": list(chosen.overrides)})
         seconds = run_steps(plan, console)
 
         from dattn_mcore.quickstart.picture import draw

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +22,7 @@ class StepError(DattnError):
     """A step that ended with an error."""
 
 
-def make_run_dir(folder: Path, made_by: dict[str, object]) -> None:
+def make_run_dir(folder: Path, made_by: Mapping[str, object]) -> None:
     """Makes the folder of this run; one of an earlier quickstart goes first.
 
     Raises:

@@ -1,1 +1,1 @@
-"""The training loop: data in, Megatron-Core's schedules and optimizer, checkpoints and lines out."""
+"""The training loop: data in, Megatron-Core's schedules, checkpoints and lines out."""

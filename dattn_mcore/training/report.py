@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.training.step import StepResult
@@ -50,8 +50,8 @@ class Reporter:
         self.seen_over_budget: set[str] = set()
         _drop_after(run_dir / "metrics.jsonl", first_step)
         _drop_after(run_dir / "samples.jsonl", first_step)
-        self.metrics = open(run_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
-        self.samples = open(run_dir / "samples.jsonl", "a", encoding="utf-8", buffering=1)
+        self.metrics = _open_lines(run_dir / "metrics.jsonl")
+        self.samples = _open_lines(run_dir / "samples.jsonl")
         self.tensorboard: Any = None
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -78,8 +78,10 @@ class Reporter:
             result: what it did.
             learning_rate: of the parts without a rate of their own.
             sample_ids: samples of the global batch, in order.
-            skipped, truncated: those over budget.
-            text_tokens, visual_tokens: real (unpadded) rows of the global batch.
+            skipped: those over budget that were left out.
+            truncated: those over budget that were cut.
+            text_tokens: real (unpadded) text rows of the global batch.
+            visual_tokens: real visual rows.
         """
         self._note_over_budget(skipped, truncated)
         self.interval.update(
@@ -155,6 +157,11 @@ class Reporter:
                         *(sample_id, self.config.data.text_budget, self.config.data.visual_budget),
                         *(outcome, self.config.data.over_budget),
                     )
+
+
+def _open_lines(path: Path) -> TextIO:
+    """A file that is written line by line until `Reporter.close`."""
+    return open(path, "a", encoding="utf-8", buffering=1)
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -26,6 +26,7 @@ SMALL_MODEL: dict[str, Any] = {
         "init_std": 0.05,
     },
     "vision": {
+        "patch_size": 14,
         "num_layers": 2,
         "hidden_size": 32,
         "ffn_hidden_size": 48,

@@ -43,9 +43,12 @@ def first_image(data_dir):
 
 def keep_only(data_dir, image):
     """Leaves samples of one image, so that the first step meets it."""
-    edit(data_dir, lambda records: records.__setitem__(
-        slice(None), [r for r in records if r.get("image") == image] * 12
-    ))
+    edit(
+        data_dir,
+        lambda records: records.__setitem__(
+            slice(None), [r for r in records if r.get("image") == image] * 12
+        ),
+    )
 
 
 @pytest.mark.parametrize("parallel", [{"pp": 2}, {"tp": 2}, {}], ids=["pp2", "tp2", "dp2"])
@@ -104,6 +107,7 @@ def test_image_counts_differ(pool, data_dir, tmp_path):
 
 def lengthen(data_dir):
     """Gives one sample more text than a pack holds."""
+
     def change(records):
         record = next(r for r in records if isinstance(r.get("image"), str))
         record["id"] = "long"

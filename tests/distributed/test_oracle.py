@@ -144,7 +144,9 @@ def test_baseline_equals_hugging_face(pool, model, layouts):
     compare(pool, model, BASELINE, layouts)
 
 
-@pytest.mark.parametrize("attention", [{}, {"merge": "sum"}, BASELINE], ids=["dattn", "sum", "baseline"])
+@pytest.mark.parametrize(
+    "attention", [{}, {"merge": "sum"}, BASELINE], ids=["dattn", "sum", "baseline"]
+)
 @pytest.mark.parametrize("model", [MISTRAL, GEMMA], ids=["mistral", "gemma2"])
 def test_text_only_equals_hugging_face(pool, model, attention):
     compare(pool, model, attention, TEXT_ONLY)

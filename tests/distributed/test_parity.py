@@ -26,7 +26,7 @@ LAYOUTS = {
 def losses_of(pool, digits, tmp_path_factory):
     """Trains a layout and returns its metrics; runs that several tests compare to run once."""
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def cached(world_size, key):
         sections = {section: dict(values) for section, values in key}
         run_dir = tmp_path_factory.mktemp("run")
@@ -79,7 +79,9 @@ def test_gemma_layout(losses_of, name):
 )
 def test_modes_under_sequence_parallelism(losses_of, mode):
     world_size, parallel = LAYOUTS["tp2-pp2-sp"]
-    assert_same(losses_of(world_size, parallel=parallel, attention=mode), losses_of(1, attention=mode))
+    assert_same(
+        losses_of(world_size, parallel=parallel, attention=mode), losses_of(1, attention=mode)
+    )
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])

@@ -120,9 +120,7 @@ def two_checkpoints(pool, digits, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "manifest", "empty-common"])
-def test_damaged_checkpoint_falls_back_loudly(
-    pool, two_checkpoints, uninterrupted, damage
-):
+def test_damaged_checkpoint_falls_back_loudly(pool, two_checkpoints, uninterrupted, damage):
     tree, run_dir = two_checkpoints
     newest = run_dir / "checkpoints/step_00000004"
     shard = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)

@@ -85,7 +85,10 @@ def export_processor(
         chat_template=chat_template(template, ours.prefix_space),
         image_token=IMAGE_MARK,
     )
-    check_tokenizer(ours, theirs, processor, template, tokenizer_path)
+    try:
+        check_tokenizer(ours, theirs, processor, template, tokenizer_path)
+    except DataError as error:  # a token of the template that the tokenizer lacks
+        raise CheckpointError(str(error)) from None
     processor.save_pretrained(folder)
     file = folder / "processor_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))

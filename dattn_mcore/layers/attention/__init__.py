@@ -30,10 +30,10 @@ from dataclasses import dataclass
 import torch
 
 from dattn_mcore.errors import ConfigError
+from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.reference import reference_attention
 from dattn_mcore.layers.attention.rotary import Rotary
 from dattn_mcore.layers.attention.sdpa import sdpa_attention, sdpa_refuses
-from dattn_mcore.layers.attention.options import AttentionOptions
 
 Backend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -59,7 +59,7 @@ def choose_backend(
     refusal = sdpa_refuses(options, device_type, dtype)
     if requested == "sdpa" and refusal:
         raise ConfigError(
-            f"attention.backend=sdpa cannot compute {refusal}; use attention.backend=auto or reference"
+            f"attention.backend=sdpa cannot compute {refusal}; use attention.backend=auto"
         )
     if requested == "auto":
         if refusal:

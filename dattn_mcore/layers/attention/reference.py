@@ -97,8 +97,7 @@ def _softmax_part(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over one set of keys, and its log-sum-exp.
 
-    Args:
-        q: [rows, heads, head_dim]. k, v: [keys, groups, head_dim]. visible: bool [rows, keys].
+    q is [rows, heads, head_dim]; k and v [keys, groups, head_dim]; visible bool [rows, keys].
 
     Returns:
         output [rows, heads, head_dim], zero where nothing is visible; lse [rows, heads], minus

@@ -27,6 +27,6 @@ def rotate(rows: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 
 def rotary_angles(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Angles [n, 1, 1, head_dim] float32 of positions [n], the two halves alike (GPT-NeoX style)."""
+    """Angles [n, 1, 1, head_dim] of positions [n]; the two halves are alike (GPT-NeoX style)."""
     angles = torch.outer(positions.to(inv_freq.dtype), inv_freq)
     return torch.cat([angles, angles], dim=-1)[:, None, None, :]

@@ -106,9 +106,7 @@ def _in_reading_order(
 ) -> torch.Tensor:
     """Stock causal attention over `[visual; text]` rows, put in reading order and back."""
     order = params.reading_order
-    lengths = tuple(
-        a + b for a, b in zip(params.visual_lengths, params.text_lengths, strict=True)
-    )
+    lengths = tuple(a + b for a, b in zip(params.visual_lengths, params.text_lengths, strict=True))
     batches = _causal_batches(params, "reading", lengths, q.device)
     out = _CausalAttention.apply(
         q[order], k[order], v[order], batches, options.scale, options.window
@@ -204,7 +202,7 @@ def _flash_forward(
     scale: float,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Flash attention of [batch, heads, rows, head_dim]; output, lse [batch, heads, rows], state."""
+    """Flash attention of [batch, heads, rows, head_dim]; output, lse [batch, heads, rows], rest."""
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
