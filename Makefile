@@ -29,7 +29,7 @@ clean:
 # PyTorch goes first and alone: on a machine where one build of it was chosen, that build stays.
 .venv/torch: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info < (3, 13) else "error: Python 3.10, 3.11 or 3.12 is needed, $(PYTHON) is " + sys.version.split()[0] + "; run make PYTHON=python3.11 ...")'
-	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@test -x $(BIN)/pip || { echo "making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "installing PyTorch into .venv (about a minute)"
 	@$(PIP) "torch>=2.11,<2.14"
 	@touch $@

@@ -18,6 +18,7 @@ from dattn_mcore.config.load import to_dict
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.models.dattn import DattnModel
+from dattn_mcore.parallel import platform
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def resume(
     _put_weights(loaded, chunks)
     optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:
-        state.set_rng_state(loaded["rng"])
+        platform.set_rng_state(loaded["rng"])
     return int(manifest["step"])
 
 

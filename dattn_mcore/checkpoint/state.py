@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 from dattn_mcore.models.dattn import DattnModel
+from dattn_mcore.parallel import platform
 
 # Optimizer state per parameter in its full shape: loads into any tp, pp and dp.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -51,24 +50,14 @@ def optimizer_state(
 
 def rng_state(pg_collection: ProcessGroupCollection, layout: tuple[int, int]) -> ShardedObject:
     """RNG of this tensor and pipeline rank; meaningful in the same (pp, tp) layout only."""
-    state = {
-        "torch": torch.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
     rank = (get_pg_rank(pg_collection.pp), get_pg_rank(pg_collection.tp))
     return ShardedObject(
         f"rng_pp{layout[0]}_tp{layout[1]}",
-        state,
+        platform.rng_state(),
         layout,
         rank,
         replica_id=get_pg_rank(pg_collection.dp_cp),
     )
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts a loaded RNG state back."""
-    torch.set_rng_state(state["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
 
 
 def layout_of(pg_collection: ProcessGroupCollection) -> tuple[int, int]:

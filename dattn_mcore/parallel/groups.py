@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dattn_mcore.config.schema import ParallelConfig
 from dattn_mcore.parallel import platform, torch_adam
@@ -40,7 +39,7 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
     )
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    platform.seed_model_parallel(seed)
     return ProcessGroupCollection.use_mpu_process_groups()
 
 

@@ -92,6 +92,33 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def seed_model_parallel(seed: int) -> None:
+    """Seeds Megatron-Core's RNG tracker; each tensor and pipeline rank derives its own seed."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def rng_state() -> dict[str, Any]:
+    """RNG states of this process: PyTorch's, the device's, Megatron-Core's tracker."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts back what `rng_state` returned."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    torch.cuda.set_rng_state(state["device"])
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
 def _is_gpu_device(value: Any) -> bool:
     if isinstance(value, str):
         return value.startswith("cuda")

@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -54,6 +54,12 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
     overrides: dict[Any, Any] = {
         ParamKey(name=("*.bias", "*norm.weight", "*class_embedding")): {"wd_mult": 0.0},
     }
+    if config.train.precision == "bf16":
+        # The axis positions stay float32. Megatron-Core's distributed optimizer mixes up states
+        # where one group holds both dtypes, so they get groups of their own; the field tells
+        # groups apart and has no other effect.
+        full_precision = ParamPredicate("float32", lambda p: p.dtype is torch.float32)
+        overrides[ParamKey(predicate=full_precision)] = {"is_decoupled_lr": True}
     for part, peak in (("projector", optim.lr_projector), ("vision", optim.lr_vision)):
         if peak is not None and peak != optim.lr:
             overrides[ParamKey(name=f"*{part}.*")] = {

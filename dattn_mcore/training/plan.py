@@ -28,7 +28,7 @@ def describe(config: Config, world_size: int) -> str:
         f"{'stage':>5}  {'parameters per rank':>20}  {'trained':>14}  holds",
     ]
     for stage in range(parallel.pp):
-        total, trained, holds = _stage(config, stage)
+        total, trained, holds = stage_summary(config, stage)
         lines.append(f"{stage:>5}  {total:>20,}  {trained:>14,}  {holds}")
     shards = parallel.tp if parallel.sp else 1
     text, visual = config.data.text_budget, config.data.visual_budget
@@ -43,7 +43,7 @@ def describe(config: Config, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def _stage(config: Config, stage: int) -> tuple[int, int, str]:
+def stage_summary(config: Config, stage: int) -> tuple[int, int, str]:
     """Parameters on one rank of a stage, those trained, and what it holds; from shapes alone."""
     parallel, llm, vision = config.parallel, config.model.llm, config.model.vision
     tp, h, trains = parallel.tp, llm.hidden_size, config.train.trains

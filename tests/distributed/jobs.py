@@ -227,3 +227,14 @@ def model_outputs(tree: dict[str, Any], layouts: Any, changed_tile: int | None =
             name: tensor for name, tensor in model.state_dict().items() if tensor is not None
         }
     return result
+
+
+def count_parameters(tree: dict[str, Any]) -> tuple[int, tuple[int, int]]:
+    """This rank's stage, and its parameters: all and those that train."""
+    from dattn_mcore.models.build import build_model
+
+    config, groups = start(tree)
+    chunks = build_model(config, groups, torch.device("cpu"), initialize=False)
+    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    total = sum(p.numel() for p in parameters)
+    return groups.pp.rank(), (total, sum(p.numel() for p in parameters if p.requires_grad))
