@@ -118,26 +118,14 @@ def load_weights(
     return folder
 
 
-def resume(
-    root: Path,
-    config: Config,
-    chunks: list[DattnModel],
-    optimizer: MegatronOptimizer,
-    pg_collection: ProcessGroupCollection,
-    data_fingerprint: str,
-) -> int:
-    """Goes on from the newest whole checkpoint of a run, in any layout.
-
-    Returns:
-        Optimizer steps that were done; 0 where there is no checkpoint.
+def check_same_run(
+    config: Config, manifest: dict[str, Any], folder: Path, data_fingerprint: str
+) -> None:
+    """Refuses to go on from a checkpoint of another model, data set or stage.
 
     Raises:
-        CheckpointError: all damaged, another model's, or of another data set.
+        CheckpointError: names what differs.
     """
-    found = choose_checkpoint(root)
-    if found is None:
-        return 0
-    folder, manifest = found
     check_same_model(config, manifest, folder)
     if manifest["data_fingerprint"] != data_fingerprint:
         raise CheckpointError(
@@ -151,6 +139,30 @@ def resume(
             f"{folder} trains {trained} and this run {list(config.train.trains)} (train.trains); "
             "start the new stage in another log.run_dir with checkpoint.init_from"
         )
+
+
+def resume(
+    folder: Path,
+    manifest: dict[str, Any],
+    chunks: list[DattnModel],
+    optimizer: MegatronOptimizer,
+    pg_collection: ProcessGroupCollection,
+) -> int:
+    """Loads weights, optimizer and RNG of a checkpoint, saved in any layout.
+
+    Args:
+        folder: from `choose_checkpoint`.
+        manifest: from `choose_checkpoint`, accepted by `check_same_run`.
+        chunks: this rank's model chunks, without DDP.
+        optimizer: Megatron-Core's optimizer over them.
+        pg_collection: process groups.
+
+    Returns:
+        Optimizer steps that were done.
+
+    Raises:
+        CheckpointError: the content does not fit.
+    """
     model = state.model_state(chunks, pg_collection)
     content: dict[str, Any] = {
         **model,

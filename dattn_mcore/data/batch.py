@@ -49,6 +49,8 @@ class GlobalBatch:
         sample_ids: All samples of the step in order, skipped ones included; same on every rank.
         skipped: Ids that fit no micro-batch and were left out; same on every rank.
         truncated: Ids whose text was cut at the end to fit; same on every rank.
+        text_tokens: Text rows of all samples that take part; same on every rank.
+        visual_tokens: Visual rows of those samples.
     """
 
     step: int
@@ -56,3 +58,5 @@ class GlobalBatch:
     sample_ids: tuple[str, ...]
     skipped: tuple[str, ...]
     truncated: tuple[str, ...]
+    text_tokens: int
+    visual_tokens: int

@@ -164,6 +164,8 @@ class DataPipeline:
             sample_ids=tuple(sample.id for sample in chosen),
             skipped=tuple(skipped),
             truncated=tuple(truncated),
+            text_tokens=sum(text for text, _ in lengths),
+            visual_tokens=sum(visual for _, visual in lengths),
         )
 
     def _fit(self, chosen: list[Sample]) -> tuple[list[_Entry], list[str], list[str]]:

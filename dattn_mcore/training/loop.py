@@ -12,11 +12,16 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank
 
-from dattn_mcore.checkpoint.load import load_weights, resume
+from dattn_mcore.checkpoint.load import (
+    check_same_run,
+    choose_checkpoint,
+    load_weights,
+    resume,
+)
 from dattn_mcore.checkpoint.save import save_checkpoint
 from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.pipeline import DataPipeline, GlobalBatch
+from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import DattnError
 from dattn_mcore.models.build import build_model
@@ -81,10 +86,13 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
     agree(problem, False, device)
     assert data is not None
 
-    resumable = config.checkpoint.resume and any(run_dir.glob("checkpoints/step_*"))
-    fresh = config.checkpoint.init_from is None and not resumable
+    found = choose_checkpoint(run_dir / "checkpoints") if config.checkpoint.resume else None
+    if found is not None:
+        folder, manifest = found
+        check_same_run(config, manifest, folder, data.fingerprint)
+    fresh = config.checkpoint.init_from is None and found is None
     chunks = build_model(config, pg_collection, device, initialize=fresh)
-    if config.checkpoint.init_from is not None and not resumable:
+    if config.checkpoint.init_from is not None and found is None:
         source = load_weights(Path(config.checkpoint.init_from), config, chunks, pg_collection)
         logger.info("weights from %s", source)
     model = wrap_ddp(chunks, config, pg_collection)
@@ -92,10 +100,8 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
     last = total_steps(config, data.num_samples)
     scheduler = build_scheduler(config, optimizer, last)
     first = 0
-    if resumable:
-        first = resume(
-            run_dir / "checkpoints", config, chunks, optimizer, pg_collection, data.fingerprint
-        )
+    if found is not None:
+        first = resume(folder, manifest, chunks, optimizer, pg_collection)
         scheduler.step(first)
         logger.info("resumed at step %d of %d", first, last)
     reporter = None
@@ -115,7 +121,6 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
                 break
             assert batch is not None
             inputs = all_model_inputs(batch.microbatches, config, pg_collection, device)
-            counts = _real_tokens(batch, pg_collection, device)
             result = train_step(model, optimizer, scheduler, inputs, pg_collection)
             step += 1
             if reporter is not None:
@@ -123,10 +128,7 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
                     step,
                     result,
                     get_canonical_lr_for_logging(optimizer.param_groups) or 0.0,
-                    batch.sample_ids,
-                    batch.skipped,
-                    batch.truncated,
-                    *counts,
+                    batch,
                 )
             if step % config.checkpoint.save_interval == 0 and step < last:
                 _save(config, step, chunks, optimizer, pg_collection, data, reporter)
@@ -155,17 +157,3 @@ def _save(config, step, chunks, optimizer, pg_collection, data, reporter):  # ty
     logger.info("saved %s", folder)
     if reporter is not None:
         reporter.restart_clock(step)
-
-
-def _real_tokens(
-    batch: GlobalBatch, pg_collection: ProcessGroupCollection, device: torch.device
-) -> tuple[int, int]:
-    """Unpadded text and visual rows of the global batch, summed over replicas."""
-    text = visual = 0
-    for micro_batch in batch.microbatches:
-        for layout in micro_batch.layouts:
-            visual += sum(rows for is_visual, rows in layout if is_visual)
-            text += sum(rows for is_visual, rows in layout if not is_visual)
-    counts = torch.tensor([text, visual], device=device)
-    dist.all_reduce(counts, group=pg_collection.dp)
-    return int(counts[0]), int(counts[1])

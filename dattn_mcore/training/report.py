@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.batch import GlobalBatch
 from dattn_mcore.training.step import StepResult
 
 logger = logging.getLogger(__name__)
@@ -65,11 +66,7 @@ class Reporter:
         step: int,
         result: StepResult,
         learning_rate: float,
-        sample_ids: tuple[str, ...],
-        skipped: tuple[str, ...],
-        truncated: tuple[str, ...],
-        text_tokens: int,
-        visual_tokens: int,
+        batch: GlobalBatch,
     ) -> None:
         """Notes a finished step; prints at the end of an interval.
 
@@ -77,17 +74,16 @@ class Reporter:
             step: 1-based number of the step.
             result: what it did.
             learning_rate: of the parts without a rate of their own.
-            sample_ids: samples of the global batch, in order.
-            skipped: those over budget that were left out.
-            truncated: those over budget that were cut.
-            text_tokens: real (unpadded) text rows of the global batch.
-            visual_tokens: real visual rows.
+            batch: the global batch it was done on.
         """
-        self._note_over_budget(skipped, truncated)
+        self._note_over_budget(batch.skipped, batch.truncated)
         self.interval.update(
-            samples=len(sample_ids) - len(skipped), text=text_tokens, visual=visual_tokens
+            samples=len(batch.sample_ids) - len(batch.skipped),
+            text=batch.text_tokens,
+            visual=batch.visual_tokens,
         )
-        json.dump({"step": step, "ids": sample_ids, "skipped": skipped}, self.samples)
+        done = {"step": step, "ids": batch.sample_ids, "skipped": batch.skipped}
+        json.dump(done, self.samples)
         self.samples.write("\n")
         if step % self.config.log.interval and step != self.total_steps:
             return

@@ -147,6 +147,14 @@ def test_damaged_checkpoint_falls_back_loudly(pool, two_checkpoints, uninterrupt
     assert not list((run_dir / "checkpoints").glob("*.tmp"))
 
 
+def test_killed_during_the_first_save_starts_anew(pool, digits, tmp_path, uninterrupted):
+    """Nothing whole was ever saved: the run begins with fresh weights, not with none."""
+    (tmp_path / "checkpoints/step_00000002.tmp").mkdir(parents=True)
+    assert all(pool.run(run_training, 1, tree_for(digits, tmp_path)))
+    rows, expected = read_metrics(tmp_path), read_metrics(uninterrupted)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+
+
 def test_all_damaged_is_an_error(pool, two_checkpoints):
     tree, run_dir = two_checkpoints
     for manifest in run_dir.glob("checkpoints/*/dattn.json"):
