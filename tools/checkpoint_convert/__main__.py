@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dattn_mcore.errors import DattnError
+from dattn_mcore.errors import CheckpointError, DattnError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,10 +48,17 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--max-shard-size", type=_size, default=_size("5GB"), metavar="SIZE")
     export.set_defaults(run=_mcore_to_hf)
 
-    load = commands.add_parser("hf-to-mcore", help="exported Hugging Face folder to a checkpoint")
-    load.add_argument("folder", help="exported folder")
+    load = commands.add_parser(
+        "hf-to-mcore",
+        help="exported folder, or language model and tower, to a checkpoint",
+        usage="%(prog)s FOLDER OUTPUT | --llm DIR --vision DIR --config FILE OUTPUT",
+    )
+    load.add_argument("folder", nargs="?", help="exported folder")
     load.add_argument("output", help="checkpoint folder to make; must not exist")
     load.add_argument("--vocab-pad-multiple", type=int, default=128, metavar="N")
+    load.add_argument("--llm", metavar="DIR", help="Hugging Face folder of Mistral or Gemma 2")
+    load.add_argument("--vision", metavar="DIR", help="Hugging Face folder of SigLIP or CLIP")
+    load.add_argument("--config", metavar="FILE", help="of the run that starts from the output")
     load.set_defaults(run=_hf_to_mcore)
 
     look = commands.add_parser("inspect", help="what a checkpoint or exported folder holds")
@@ -101,11 +108,25 @@ def _mcore_to_hf(options: argparse.Namespace) -> None:
 
 
 def _hf_to_mcore(options: argparse.Namespace) -> None:
-    from tools.checkpoint_convert.hf_to_mcore import convert
+    from dattn_mcore.config.checks import check_config
+    from dattn_mcore.config.load import load_config
+    from tools.checkpoint_convert.hf_to_mcore import convert, convert_parts
 
+    parts = (options.llm, options.vision, options.config)
+    if any(parts) == (options.folder is not None) or (any(parts) and not all(parts)):
+        raise CheckpointError(
+            "hf-to-mcore takes an exported folder, or --llm, --vision and --config together"
+        )
+    if options.folder is not None:
+        with _progress("hf-to-mcore") as progress:
+            convert(options.folder, options.output, options.vocab_pad_multiple, progress)
+        sys.stdout.write(f"{options.folder} -> {options.output}\n")
+        return
+    config = load_config(options.config)
+    check_config(config)
     with _progress("hf-to-mcore") as progress:
-        convert(options.folder, options.output, options.vocab_pad_multiple, progress)
-    sys.stdout.write(f"{options.folder} -> {options.output}\n")
+        convert_parts(options.llm, options.vision, config, options.output, progress)
+    sys.stdout.write(f"{options.llm} + {options.vision} -> {options.output}\n")
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -52,12 +52,13 @@ def inspect(path: str | Path) -> Contents:
     if (path / "config.json").is_file():
         model, attention = from_hf(read_hf_config(path), vocab_pad_multiple=1)
         folder = SafetensorsFolder(path)
-        check_keys(str(path), hf_shapes(model_table(model)), folder.shapes)
+        check_keys(str(path), hf_shapes(model_table(model)), folder.shapes, folder.dtypes)
         tensors = {name: (shape, folder.dtypes[name]) for name, shape in folder.shapes.items()}
         return Contents("Hugging Face folder", path, None, model, attention, tensors, 0)
     source = DistCheckpoint(path)
     model, attention = source.config.model, source.config.attention
-    check_keys(str(source.path), mcore_shapes(model_table(model)), source.shapes)
+    expected = mcore_shapes(model_table(model))
+    check_keys(str(source.path), expected, source.shapes, source.dtypes)
     tensors = {key: (shape, source.dtypes[key]) for key, shape in source.shapes.items()}
     return Contents(
         "Megatron-Core checkpoint",

@@ -56,6 +56,8 @@ def padded_rows(rows: int, multiple: int) -> Mix:
     padded = -(-rows // multiple) * multiple
 
     def join(parts: Sequence[Tensor]) -> Tensor:
+        if padded == rows:
+            return parts[0]
         pad = parts[0].new_zeros(padded - rows, *parts[0].shape[1:])
         return torch.cat([parts[0], pad])
 
