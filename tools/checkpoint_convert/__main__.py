@@ -1,4 +1,4 @@
-"""Command line: `python -m tools.checkpoint_convert {mcore-to-hf,hf-to-mcore,inspect} ...`."""
+"""Command line: `python -m tools.checkpoint_convert COMMAND ...`; `--help` lists the commands."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ from dattn_mcore.errors import CheckpointError, DattnError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status (2 for a user's mistake)."""
+    """Runs one command; returns the exit status (1: `verify` found a difference; 2: an error)."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        options.run(options)
+        return options.run(options) or 0
     except DattnError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--vision", metavar="DIR", help="Hugging Face folder of SigLIP or CLIP")
     load.add_argument("--config", metavar="FILE", help="of the run that starts from the output")
     load.set_defaults(run=_hf_to_mcore)
+
+    same = commands.add_parser("verify", help="compares two folders or checkpoints, bit by bit")
+    same.add_argument("first", help="checkpoint, run folder, exported folder, or a model's own")
+    same.add_argument("second", help="the same; a language model or tower is compared alone")
+    same.set_defaults(run=_verify)
 
     look = commands.add_parser("inspect", help="what a checkpoint or exported folder holds")
     look.add_argument("path")
@@ -127,6 +131,23 @@ def _hf_to_mcore(options: argparse.Namespace) -> None:
     with _progress("hf-to-mcore") as progress:
         convert_parts(options.llm, options.vision, config, options.output, progress)
     sys.stdout.write(f"{options.llm} + {options.vision} -> {options.output}\n")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from tools.checkpoint_convert.verify import verify
+
+    with _progress("verify") as progress:
+        found = verify(options.first, options.second, progress)
+    for line in found.differences:
+        sys.stdout.write(f"{line}\n")
+    what = f"{found.tensors} tensors, {found.parameters:,} parameters"
+    if found.differences:
+        sys.stdout.write(f"{len(found.differences)} differences; compared: {what}\n")
+        return 1
+    if found.logits is not None:
+        what += f"; logits on a fixed input differ by {found.logits:.2g} at most"
+    sys.stdout.write(f"equal to the last bit: {what}\n")
+    return 0
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -95,7 +95,7 @@ def convert(
         model=model,
         attention=attention,
         data=replace(
-            _image_settings(folder),
+            image_settings(folder),
             template=TEMPLATES[model.family],
             tokenizer=str(folder.resolve()),
             prepare="none",
@@ -194,7 +194,7 @@ def fresh_projector(config: Config, dtype: torch.dtype) -> list[Planned]:
     return plan
 
 
-def _image_settings(folder: Path) -> DataConfig:
+def image_settings(folder: Path) -> DataConfig:
     """Image policy, mean and standard deviation of the folder's processor.
 
     Raises:
