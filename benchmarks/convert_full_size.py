@@ -1,6 +1,6 @@
 """Converts random weights with the exact shapes of Gemma 2 9B and SigLIP so400m, there and back.
 
-    python -m benchmarks.convert_full_size --folder /a/disk/with/80/GB
+    python -m benchmarks.convert_full_size --folder /a/disk/with/60/GB
     python -m benchmarks.convert_full_size --scale small
 
 On two cores it measures, for each direction, the peak anonymous resident memory of the converting
@@ -136,9 +136,9 @@ def _run(
     ):
         copies, runs = [], []
         for repeat in range(repeats):
-            copies.append(_measure_copy(title, inputs, folder / "copy"))
             if repeat:
                 shutil.rmtree(output)
+            copies.append(_measure_copy(title, inputs, folder / "copy"))
             runs.append(_measure_command(title, inputs, command))
         rows += [*copies, *runs]
         ratio = statistics.median(c.seconds for c in copies) / statistics.median(

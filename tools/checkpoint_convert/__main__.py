@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     same.add_argument("second", help="the same; a language model or tower is compared alone")
     same.set_defaults(run=_verify)
 
-    look = commands.add_parser("inspect", help="what a checkpoint or exported folder holds")
+    look = commands.add_parser("inspect", help="what a checkpoint or folder holds")
     look.add_argument("path")
     look.add_argument("--tensors", action="store_true", help="list every tensor")
     look.set_defaults(run=_inspect)
@@ -159,13 +159,17 @@ def _inspect(options: argparse.Namespace) -> None:
     if found.step is not None:
         table.add_row("step", str(found.step))
     llm, vision = model.llm, model.vision
-    table.add_row("language model", f"{model.family}, {llm.num_layers} layers of {llm.hidden_size}")
-    table.add_row(
-        "vision tower", f"{vision.kind}, {vision.num_layers} layers, {vision.image_size}px"
-    )
-    modes = f"v2v {attention.v2v}, t2v_position {attention.t2v_position}, merge {attention.merge}"
-    table.add_row("attention", modes)
-    table.add_row("visual positions", str(model.visual_positions).lower())
+    if found.kind != "tower":
+        table.add_row(
+            "language model", f"{model.family}, {llm.num_layers} layers of {llm.hidden_size}"
+        )
+    if found.kind != "language model":
+        what = f"{vision.kind}, {vision.num_layers} layers, {vision.image_size}px"
+        table.add_row("vision tower", what)
+    if attention is not None:
+        modes = f"v2v {attention.v2v}, t2v_position {attention.t2v_position}"
+        table.add_row("attention", f"{modes}, merge {attention.merge}")
+        table.add_row("visual positions", str(model.visual_positions).lower())
     kinds = sorted({str(dtype).removeprefix("torch.") for _, dtype in found.tensors.values()})
     table.add_row("tensors", f"{len(found.tensors)} ({', '.join(kinds)})")
     table.add_row("parameters", f"{found.parameters:,}")

@@ -90,7 +90,8 @@ def write_tensors(
 
     # More than one thread of this writer would lose errors: they end the thread, and the
     # checkpoint is finished without its tensors.
-    writer = FileSystemWriter(path, thread_count=1)
+    # Copying ahead is for tensors on a GPU, and changes the order.
+    writer = FileSystemWriter(path, thread_count=1, per_thread_copy_ahead=0)
     files = writer.fs = _HashingFiles()
     with ThreadPoolExecutor(1) as maker:
         planner = _LazyPlanner(tensors, progress, maker)

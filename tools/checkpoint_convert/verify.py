@@ -45,6 +45,7 @@ class Weights:
         model: sizes; of a part alone, the other sizes mean nothing.
         attention: None for a part alone.
         read: reads one tensor.
+        ignored: tensors in the folder that are left out by rule.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class Weights:
     shapes: dict[str, Shape]
     dtypes: dict[str, torch.dtype]
     read: Callable[[str], Tensor]
+    ignored: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,10 @@ def open_weights(path: Path, select_layer: int) -> Weights:
         folder = SafetensorsFolder(path)
         shapes, dtypes = folder.shapes, folder.dtypes
         return Weights(path, "export", ALL, model, attention, shapes, dtypes, folder.read)
-    return Weights(path, name, parts, model, None, opened.shapes, opened.dtypes, opened.read)
+    return Weights(
+        *(path, name, parts, model, None, opened.shapes, opened.dtypes, opened.read),
+        ignored=len(opened.ignored),
+    )
 
 
 def _open_checkpoint(path: Path) -> Weights:

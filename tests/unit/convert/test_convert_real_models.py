@@ -208,6 +208,29 @@ def test_the_projector_is_the_one_of_a_fresh_run(tmp_path):
         assert same_bits(written.read(name), fresh[name].detach()), name
 
 
+def test_a_bf16_run_starts_from_a_float32_tower(tmp_path):
+    """Towers are published in float32: the checkpoint keeps their bits, the run rounds them."""
+    config = raw_config("gemma2", "siglip")
+    config = replace(config, train=replace(config.train, precision="bf16"))
+    make_llm(tmp_path / "llm", config, torch.bfloat16)
+    make_tower(tmp_path / "vision", config)
+    convert_parts(tmp_path / "llm", tmp_path / "vision", config, tmp_path / "out")
+    written = DistCheckpoint(tmp_path / "out")
+    assert written.dtypes["vision.patch_embedding.weight"] == torch.float32
+    assert written.dtypes["embedding.word_embeddings.weight"] == torch.bfloat16
+    with single_process() as groups:
+        (model,) = build_model(config, groups, CPU)
+        load_weights(tmp_path / "out", config, [model], groups)
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+    for name in ("vision.patch_embedding.weight", "vision.position_embedding.weight"):
+        assert same_bits(parameters[name], written.read(name).bfloat16())
+    embedding = "embedding.word_embeddings.weight"
+    assert same_bits(parameters[embedding], written.read(embedding))
+    for name, parameter in parameters.items():
+        wide = "_position.fc" in name
+        assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
+
+
 def fails(capsys, *arguments):
     assert main([str(a) for a in arguments]) == 2
     (error,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]

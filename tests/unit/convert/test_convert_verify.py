@@ -66,6 +66,17 @@ def test_equal_sides(sides, capsys, first, second, logits):
     assert ("logits" in lines[0]) == logits
 
 
+def test_inspect_shows_parts(sides, capsys):
+    """A language model's and a tower's own folder, with what is left out by rule."""
+    assert main(["inspect", str(sides / "llm")]) == 0
+    out = capsys.readouterr().out
+    assert "gemma2, 3 layers of 32" in out and "vision tower" not in out
+    assert main(["inspect", str(sides / "vision"), "--tensors"]) == 0
+    out = capsys.readouterr().out
+    assert "siglip, 3 layers, 28px" in out and "language model" not in out
+    assert "model.vision_tower.post_layernorm.weight" in out
+
+
 def test_nothing_in_common(sides, capsys):
     assert main(["verify", str(sides / "llm"), str(sides / "vision")]) == 2
     assert "nothing to compare" in capsys.readouterr().err
