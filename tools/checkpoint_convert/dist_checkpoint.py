@@ -100,6 +100,16 @@ class DistCheckpoint:
             if harm is not None:
                 raise CheckpointError(f"{self.path}: {harm}; use an earlier checkpoint")
 
+    def place(self, key: str, layer: int | None = None) -> tuple[str, int]:
+        """File and offset where a tensor, or one layer of it, begins."""
+        stored: Any = self._metadata.state_dict_metadata[key]
+        for chunk in stored.chunks:
+            first, count = (chunk.offsets[0], chunk.sizes[0]) if chunk.sizes else (0, 1)
+            if layer is None or first <= layer < first + count:
+                where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+                return str(where.relative_path), int(where.offset)
+        return "", 0  # read() says what is missing
+
     def read(self, key: str, layer: int | None = None) -> Tensor:
         """Reads a tensor, or one layer of a stacked tensor.
 

@@ -17,7 +17,7 @@ from dattn_mcore.hf import DattnConfig
 from tools.checkpoint_convert import projector
 from tools.checkpoint_convert.configs import from_hf
 from tools.checkpoint_convert.dist_checkpoint import AtomicFolder, write_checkpoint
-from tools.checkpoint_convert.mapping import Entry, Shape
+from tools.checkpoint_convert.mapping import Entry, Shape, in_order_of_layers
 from tools.checkpoint_convert.raw_folders import (
     check_fits,
     open_language_model,
@@ -150,20 +150,19 @@ def planned(table: list[Entry], source: Source, where: str) -> list[Planned]:
         CheckpointError: tensors that exist on the Hugging Face side only are not zero.
     """
     plan = []
-    for entry in table:
+    for entry, layer in in_order_of_layers(table):  # as published files are laid out
+        names = entry.names(layer)
+        if entry.key is None:
+            if any(source.read(name).any() for name in names):
+                raise CheckpointError(
+                    f"{where}: {', '.join(names)} must be zeros, because "
+                    "model.visual_positions is false"
+                )
+            continue
         shape = entry.mcore_shape()[0 if entry.layers is None else 1 :]
-        for layer in entry.steps():
-            names = entry.names(layer)
-            if entry.key is None:
-                if any(source.read(name).any() for name in names):
-                    raise CheckpointError(
-                        f"{where}: {', '.join(names)} must be zeros, because "
-                        "model.visual_positions is false"
-                    )
-                continue
-            make = functools.partial(_make, entry, source, names)
-            dtype = source.dtypes[names[0]]
-            plan.append(Planned(entry.key, layer, entry.layers, shape, dtype, make))
+        make = functools.partial(_make, entry, source, names)
+        dtype = source.dtypes[names[0]]
+        plan.append(Planned(entry.key, layer, entry.layers, shape, dtype, make))
     return plan
 
 

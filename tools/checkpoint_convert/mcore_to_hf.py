@@ -16,7 +16,7 @@ import dattn_mcore.hf
 from dattn_mcore.hf import REMOTE_CODE_FILES
 from tools.checkpoint_convert.configs import TokenIds, to_hf
 from tools.checkpoint_convert.dist_checkpoint import AtomicFolder, DistCheckpoint
-from tools.checkpoint_convert.mapping import Entry, Shape
+from tools.checkpoint_convert.mapping import Entry, Shape, in_order_of_layers
 from tools.checkpoint_convert.safetensors_folder import SafetensorsWriter
 from tools.checkpoint_convert.tables import check_keys, mcore_shapes, model_table
 from tools.checkpoint_convert.tokenizers_out import export_processor
@@ -113,9 +113,9 @@ def _write_weights(
     max_shard_bytes: int,
     progress: Progress,
 ) -> None:
-    """Goes through the table layer by layer; `THREADS` tensors are in memory at a time."""
+    """Lays files out layer by layer; `THREADS` tensors are in memory at a time."""
     announced: dict[str, tuple[Shape, torch.dtype]] = {}
-    steps = _in_order_of_layers(table)
+    steps = in_order_of_layers(table)
     for entry, layer in steps:
         kind = dtype if entry.key is None else source.dtypes[entry.key]
         for name, shape in zip(entry.names(layer), entry.parts.values(), strict=True):
@@ -132,23 +132,21 @@ def _write_weights(
             writer.add(name, part)
         return sum(part.nbytes for part in parts)
 
+    def place(step: tuple[Entry, int | None]) -> tuple[str, int]:
+        entry, layer = step
+        return ("", 0) if entry.key is None else source.place(entry.key, layer)
+
     done = 0
     with (
         SafetensorsWriter(folder, announced, max_shard_bytes) as writer,
         ThreadPoolExecutor(THREADS) as threads,
     ):
         try:
-            for moved in threads.map(move, steps):
+            # In the order of the files, as the check of the digests that runs beside reads them.
+            for moved in threads.map(move, sorted(steps, key=place)):
                 done += moved
                 progress(done, total)
         except BaseException:
             threads.shutdown(cancel_futures=True)
             raise
         writer.close()
-
-
-def _in_order_of_layers(table: list[Entry]) -> list[tuple[Entry, int | None]]:
-    """All entries, those of one layer next to each other, as Hugging Face shards are."""
-    single = [(entry, None) for entry in table if entry.layers is None]
-    stacked = [(entry, layer) for entry in table for layer in entry.steps() if layer is not None]
-    return [*single, *sorted(stacked, key=lambda step: step[1])]
