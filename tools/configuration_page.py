@@ -15,8 +15,9 @@ from dattn_mcore.config.schema import Config
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 _INTRODUCTION = """# Configuration
 
-Settings come from the defaults below, then `--config FILE` (a file may name another as `base:`),
-then `section.key=value` on the command line, then the short flags `--tp --pp --cp --device`.
+Settings come from the defaults below, then `--config FILE` (a file may name another, or a list of
+others, as `base:`; later ones win), then `section.key=value` on the command line, then the short
+flags `--tp --pp --cp --device`.
 An unknown key is an error that names the nearest known one. `--dry-run` prints the result, the
 layout and the sizes, and stops. The resolved settings are written to `config.yaml` in the run's
 folder and into every checkpoint.

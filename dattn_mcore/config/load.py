@@ -66,7 +66,11 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Reads one YAML file and what it is based on (`base:`, relative to the file)."""
+    """Reads one YAML file and what it is based on.
+
+    `base:` names a file or a list of files, relative to this one; later files win, and this one
+    wins over all of them.
+    """
     if path.resolve() in seen:
         raise ConfigError(f"{path}: base: leads back to the file itself; break the circle")
     try:
@@ -86,10 +90,20 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}{line}: {problem}; mend the YAML") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds no sections; write section: and key: value below it")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    return merge(read_yaml(path.parent / str(base), (*seen, path.resolve())), tree)
+    below: dict[str, Any] = {}
+    for base in _bases(path, tree.pop("base", None)):
+        below = merge(below, read_yaml(path.parent / base, (*seen, path.resolve())))
+    return merge(below, tree)
+
+
+def _bases(path: Path, value: Any) -> list[str]:
+    names = value if isinstance(value, list) else [] if value is None else [value]
+    for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"{path}: base: {name!r} is no file; name YAML files, [a.yaml, b.yaml]"
+            )
+    return names
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

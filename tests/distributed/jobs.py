@@ -164,14 +164,22 @@ def randomize_norms(model: torch.nn.Module) -> None:
             entry.data.data += 0.2 * torch.randn(entry.data.shape, generator=generator)
 
 
-def model_outputs(tree: dict[str, Any], layouts: Any, changed_tile: int | None = None):
+def model_outputs(
+    tree: dict[str, Any],
+    layouts: Any,
+    changed_tile: int | None = None,
+    checkpoint: str | None = None,
+    pixels: list[int] | None = None,
+):
     """Logits of all text rows for random ids and tiles, and what an oracle needs to repeat them.
 
     Works in any layout: the last stage gathers its vocabulary shards, and every rank returns the
-    same ids and visual rows.
+    same ids and visual rows. With `checkpoint` its weights are loaded as a run does by
+    `checkpoint.init_from`; with `pixels` (a shape) the tower's features of random pixels come too.
     """
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+    from dattn_mcore.checkpoint.load import load_weights
     from dattn_mcore.layers.layout import build_seq_params
     from dattn_mcore.models.build import build_model
     from dattn_mcore.models.dattn import ModelInputs
@@ -179,7 +187,10 @@ def model_outputs(tree: dict[str, Any], layouts: Any, changed_tile: int | None =
     config, groups = start(tree)
     (model,) = build_model(config, groups, torch.device("cpu"))
     generator = torch.Generator().manual_seed(5)
-    randomize_norms(model)
+    if checkpoint is None:
+        randomize_norms(model)
+    else:
+        load_weights(Path(checkpoint), config, [model], groups)
     params = build_seq_params(
         layouts, t2v_position=config.attention.t2v_position, multiple=config.data.pad_multiple
     )
@@ -206,6 +217,9 @@ def model_outputs(tree: dict[str, Any], layouts: Any, changed_tile: int | None =
     with torch.no_grad():
         if model.pre_process and rows[True]:
             result["visual_rows"] = model._visual_rows(tiles, torch.float32)[:, 0]
+        if pixels is not None:
+            result["pixels"] = torch.randn(pixels, generator=generator)
+            result["features"] = model.vision(result["pixels"]) if model.pre_process else None
         if not model.pre_process:
             shards = config.parallel.tp if config.parallel.sp else 1
             hidden = torch.empty(
@@ -219,14 +233,35 @@ def model_outputs(tree: dict[str, Any], layouts: Any, changed_tile: int | None =
             result["logits"] = logits[:, : config.model.llm.vocab_size]
         else:
             dist.send(output, dst=dist.get_global_rank(groups.pp, groups.pp.rank() + 1))
-    visual = [result["visual_rows"]]
+    visual = [result["visual_rows"], result.get("features")]
     dist.broadcast_object_list(visual, src=0)
-    result["visual_rows"] = visual[0]
+    result["visual_rows"], result["features"] = visual
     if dist.get_world_size() == 1:
         result["weights"] = {
             name: tensor for name, tensor in model.state_dict().items() if tensor is not None
         }
     return result
+
+
+def load_and_save(tree: dict[str, Any], source: str, target: str) -> None:
+    """Loads a checkpoint into this layout and saves the weights again from it."""
+    from megatron.core import dist_checkpointing
+
+    from dattn_mcore.checkpoint.load import load_weights
+    from dattn_mcore.checkpoint.state import model_state
+    from dattn_mcore.models.build import build_model
+    from tools.checkpoint_convert.dist_checkpoint import write_manifest
+
+    config, groups = start(tree)
+    chunks = build_model(config, groups, torch.device("cpu"))
+    load_weights(Path(source), config, chunks, groups)
+    if dist.get_rank() == 0:
+        Path(target).mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(model_state(chunks, groups), target, ("torch_dist", 1))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_manifest(Path(target), config, step=1)
 
 
 def count_parameters(tree: dict[str, Any]) -> tuple[int, tuple[int, int]]:

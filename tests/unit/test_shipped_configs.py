@@ -1,5 +1,6 @@
 """Every shipped YAML loads, passes the checks, and fits one process and its own layout."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,13 @@ import pytest
 from dattn_mcore.config.checks import check_config, data_parallel_size, processes_per_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
+from dattn_mcore.training.plan import describe, stage_summary
+from tools.checkpoint_convert.tables import mcore_shapes, model_table
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+PARTS = sorted((ROOT / "configs").glob("*/*.yaml"))
+STAGES = ("aln", "pt", "it")
 DIGITS = [ROOT / "configs" / f"digits_{stage}.yaml" for stage in ("align", "pretrain", "instruct")]
 
 
@@ -29,7 +34,12 @@ def test_the_digits_model_fits_tensor_parallel_4_and_pipeline_parallel_2(path):
     assert data_parallel_size(config, 8) == 1
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: path.name)
+def test_a_part_holds_known_settings_only(path):
+    load_config(path)
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *PARTS], ids=lambda path: path.name)
 def test_a_base_file_says_what_it_is(path):
     assert path.read_text(encoding="utf-8").startswith("# ")
 
@@ -47,3 +57,60 @@ def test_the_embedded_default_is_the_pretrain_stage_of_the_digits_task():
     assert default.model == pretrain.model
     assert default.data == pretrain.data
     assert default.train.stage == pretrain.train.stage
+
+
+@pytest.mark.parametrize("llm", ["mistral", "gemma"])
+def test_the_stages_of_a_real_model_follow_each_other(llm):
+    align, pretrain, instruct = (
+        load_config(ROOT / f"configs/{llm}_{stage}.yaml") for stage in STAGES
+    )
+    assert align.model == pretrain.model == instruct.model
+    assert align.checkpoint.init_from == f"checkpoints/{llm}_siglip"
+    assert pretrain.checkpoint.init_from == align.log.run_dir
+    assert instruct.checkpoint.init_from == pretrain.log.run_dir
+    assert align.train.trains == ("projector",)
+    assert [c.optim.lr for c in (align, pretrain, instruct)] == [1e-3, 2e-5, 2e-5]
+    assert [c.train.global_batch_size for c in (align, pretrain, instruct)] == [256, 256, 128]
+    assert [c.data.template for c in (align, pretrain, instruct)] == ["plain", "plain", llm]
+    assert {c.data.prepare for c in (align, pretrain, instruct)} == {"none"}
+
+
+# The published totals; the tables of the converter and the dry run must both reach them.
+TOTALS = {"mistral": 7_248_023_552, "gemma": 9_241_705_984}
+
+
+@pytest.mark.parametrize("llm", TOTALS)
+def test_the_real_models_have_their_true_number_of_parameters(llm):
+    alone = ["parallel.tp=1", "parallel.pp=1", "parallel.sp=false"]
+    config = load_config(ROOT / f"configs/{llm}_it.yaml", [*alone, "train.trains=[llm]"])
+    shapes = mcore_shapes(model_table(config.model))
+    language = ("embedding.", "decoder.", "output_layer.")
+    found = sum(math.prod(s) for key, s in shapes.items() if key.startswith(language))
+    assert found == TOTALS[llm]
+    everything, language_model, _ = stage_summary(config, 0)
+    assert language_model == TOTALS[llm]
+    assert everything == sum(math.prod(shape) for shape in shapes.values())
+
+
+@pytest.mark.parametrize(
+    ("tower", "rows", "parameters"),
+    [
+        # transformers' SiglipVisionModel without head, post-norm and last layer
+        ("siglip_so400m_384", 729, 397_745_440),
+        ("siglip2_so400m_384", 729, 397_745_440),
+        # transformers' CLIPVisionModel without post-norm and last layer
+        ("clip_l_336", 576, 290_909_184),
+    ],
+)
+@pytest.mark.parametrize("llm", TOTALS)
+def test_every_tower_goes_with_every_language_model(tmp_path, llm, tower, rows, parameters):
+    file = tmp_path / "run.yaml"
+    bases = [f"{ROOT}/configs/{llm}_it.yaml", f"{ROOT}/configs/models/{tower}.yaml"]
+    file.write_text(f"base: {bases}\n")
+    config = load_config(file)
+    check_config(config)
+    assert (config.model.vision.image_size // config.model.vision.patch_size) ** 2 == rows
+    shapes = mcore_shapes(model_table(config.model))
+    tower_shapes = [shape for key, shape in shapes.items() if key.startswith("vision.")]
+    assert sum(map(math.prod, tower_shapes)) == parameters
+    assert f"images of {rows} rows" in describe(config, 1)

@@ -1,4 +1,4 @@
-"""Command line: `python -m tools.checkpoint_convert {mcore-to-hf,hf-to-mcore,inspect} ...`."""
+"""Command line: `python -m tools.checkpoint_convert COMMAND ...`; `--help` lists the commands."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dattn_mcore.errors import DattnError
+from dattn_mcore.errors import CheckpointError, DattnError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status (2 for a user's mistake)."""
+    """Runs one command; returns the exit status (1: `verify` found a difference; 2: an error)."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        options.run(options)
+        return options.run(options) or 0
     except DattnError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,13 +47,25 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--max-shard-size", type=_size, default=_size("5GB"), metavar="SIZE")
     export.set_defaults(run=_mcore_to_hf)
 
-    load = commands.add_parser("hf-to-mcore", help="exported Hugging Face folder to a checkpoint")
-    load.add_argument("folder", help="exported folder")
+    load = commands.add_parser(
+        "hf-to-mcore",
+        help="exported folder, or language model and tower, to a checkpoint",
+        usage="%(prog)s FOLDER OUTPUT | --llm DIR --vision DIR --config FILE OUTPUT",
+    )
+    load.add_argument("folder", nargs="?", help="exported folder")
     load.add_argument("output", help="checkpoint folder to make; must not exist")
     load.add_argument("--vocab-pad-multiple", type=int, default=128, metavar="N")
+    load.add_argument("--llm", metavar="DIR", help="Hugging Face folder of Mistral or Gemma 2")
+    load.add_argument("--vision", metavar="DIR", help="Hugging Face folder of SigLIP or CLIP")
+    load.add_argument("--config", metavar="FILE", help="of the run that starts from the output")
     load.set_defaults(run=_hf_to_mcore)
 
-    look = commands.add_parser("inspect", help="what a checkpoint or exported folder holds")
+    same = commands.add_parser("verify", help="compares two folders or checkpoints, bit by bit")
+    same.add_argument("first", help="checkpoint, run folder, exported folder, or a model's own")
+    same.add_argument("second", help="the same; a language model or tower is compared alone")
+    same.set_defaults(run=_verify)
+
+    look = commands.add_parser("inspect", help="what a checkpoint or folder holds")
     look.add_argument("path")
     look.add_argument("--tensors", action="store_true", help="list every tensor")
     look.set_defaults(run=_inspect)
@@ -101,11 +112,42 @@ def _mcore_to_hf(options: argparse.Namespace) -> None:
 
 
 def _hf_to_mcore(options: argparse.Namespace) -> None:
-    from tools.checkpoint_convert.hf_to_mcore import convert
+    from dattn_mcore.config.checks import check_config
+    from dattn_mcore.config.load import load_config
+    from tools.checkpoint_convert.hf_to_mcore import convert, convert_parts
 
+    parts = (options.llm, options.vision, options.config)
+    if any(parts) == (options.folder is not None) or (any(parts) and not all(parts)):
+        raise CheckpointError(
+            "hf-to-mcore takes an exported folder, or --llm, --vision and --config together"
+        )
+    if options.folder is not None:
+        with _progress("hf-to-mcore") as progress:
+            convert(options.folder, options.output, options.vocab_pad_multiple, progress)
+        sys.stdout.write(f"{options.folder} -> {options.output}\n")
+        return
+    config = load_config(options.config)
+    check_config(config)
     with _progress("hf-to-mcore") as progress:
-        convert(options.folder, options.output, options.vocab_pad_multiple, progress)
-    sys.stdout.write(f"{options.folder} -> {options.output}\n")
+        convert_parts(options.llm, options.vision, config, options.output, progress)
+    sys.stdout.write(f"{options.llm} + {options.vision} -> {options.output}\n")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from tools.checkpoint_convert.verify import verify
+
+    with _progress("verify") as progress:
+        found = verify(options.first, options.second, progress)
+    for line in found.differences:
+        sys.stdout.write(f"{line}\n")
+    what = f"{found.tensors} tensors, {found.parameters:,} parameters"
+    if found.differences:
+        sys.stdout.write(f"{len(found.differences)} differences; compared: {what}\n")
+        return 1
+    if found.logits is not None:
+        what += f"; logits on a fixed input differ by {found.logits:.2g} at most"
+    sys.stdout.write(f"equal to the last bit: {what}\n")
+    return 0
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -117,13 +159,17 @@ def _inspect(options: argparse.Namespace) -> None:
     if found.step is not None:
         table.add_row("step", str(found.step))
     llm, vision = model.llm, model.vision
-    table.add_row("language model", f"{model.family}, {llm.num_layers} layers of {llm.hidden_size}")
-    table.add_row(
-        "vision tower", f"{vision.kind}, {vision.num_layers} layers, {vision.image_size}px"
-    )
-    modes = f"v2v {attention.v2v}, t2v_position {attention.t2v_position}, merge {attention.merge}"
-    table.add_row("attention", modes)
-    table.add_row("visual positions", str(model.visual_positions).lower())
+    if found.kind != "tower":
+        table.add_row(
+            "language model", f"{model.family}, {llm.num_layers} layers of {llm.hidden_size}"
+        )
+    if found.kind != "language model":
+        what = f"{vision.kind}, {vision.num_layers} layers, {vision.image_size}px"
+        table.add_row("vision tower", what)
+    if attention is not None:
+        modes = f"v2v {attention.v2v}, t2v_position {attention.t2v_position}"
+        table.add_row("attention", f"{modes}, merge {attention.merge}")
+        table.add_row("visual positions", str(model.visual_positions).lower())
     kinds = sorted({str(dtype).removeprefix("torch.") for _, dtype in found.tensors.values()})
     table.add_row("tensors", f"{len(found.tensors)} ({', '.join(kinds)})")
     table.add_row("parameters", f"{found.parameters:,}")

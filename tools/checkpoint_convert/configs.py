@@ -88,8 +88,8 @@ def from_hf(config: DattnConfig, vocab_pad_multiple: int) -> tuple[ModelConfig, 
     model = ModelConfig(
         family=config.text_config.model_type,
         visual_positions=config.visual_positions,
-        llm=_text_from_hf(config.text_config, vocab_pad_multiple),
-        vision=_vision_from_hf(config.vision_config, config.vision_feature_layer),
+        llm=text_from_hf(config.text_config, vocab_pad_multiple),
+        vision=vision_from_hf(config.vision_config, config.vision_feature_layer),
         projector=projector,
     )
     _check_exportable(model)
@@ -162,8 +162,20 @@ def _text_to_hf(family: str, llm: LlmConfig, ids: TokenIds, dtype: torch.dtype) 
     )
 
 
-def _text_from_hf(text: Any, vocab_pad_multiple: int) -> LlmConfig:
+def text_from_hf(text: Any, vocab_pad_multiple: int) -> LlmConfig:
+    """Sizes of a Mistral or Gemma 2 configuration.
+
+    Raises:
+        CheckpointError: it has a setting that cannot be trained.
+    """
     gemma = text.model_type == "gemma2"
+    activation = text.hidden_activation if gemma else text.hidden_act
+    expected = "gelu_pytorch_tanh" if gemma else "silu"
+    if activation != expected:
+        raise CheckpointError(
+            f"config.json: the activation of {text.model_type} is {activation!r}; it must be "
+            f"{expected!r}"
+        )
     if text.rope_parameters["rope_type"] != "default" or getattr(text, "attention_bias", False):
         raise CheckpointError(
             f"config.json: text_config has rope_type {text.rope_parameters['rope_type']!r} and "
@@ -231,7 +243,12 @@ def _vision_to_hf(vision: VisionConfig, dtype: torch.dtype) -> Any:
     return CLIPVisionConfig(**common)
 
 
-def _vision_from_hf(vision: Any, select_layer: int) -> VisionConfig:
+def vision_from_hf(vision: Any, select_layer: int) -> VisionConfig:
+    """Sizes of a SigLIP or CLIP vision configuration.
+
+    Raises:
+        CheckpointError: it has a setting that cannot be trained.
+    """
     names = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
     if vision.hidden_act not in names:
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """Megatron-Core's distributed checkpoints (`torch_dist`), read and written by key.
 
 Reading goes through the file index that torch.distributed.checkpoint writes, slice by slice, so
-one layer of a stacked tensor costs one layer of memory. Writing is Megatron-Core's own `save`.
+one layer of a stacked tensor costs one layer of memory. Writing is in `streaming`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from dattn_mcore.checkpoint.folders import (
 from dattn_mcore.config.load import from_dict, to_dict
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError
-from tools.checkpoint_convert.mapping import Entry, Shape
+from tools.checkpoint_convert.mapping import Shape
+from tools.checkpoint_convert.streaming import Planned, Progress, write_tensors
 
 NOT_THE_MODEL = ("optimizer.", "chained_")  # key prefixes of what a conversion leaves behind
 
@@ -58,9 +60,12 @@ class DistCheckpoint:
         self.path = find_checkpoints(Path(path))[0]
         manifest = read_manifest(self.path)
         self.step = int(manifest["step"])
-        harm = damage(self.path, sorted(manifest["files"]), manifest["files"])
-        if harm is not None:
-            raise CheckpointError(f"{self.path}: {harm}; use an earlier checkpoint")
+        self._files: dict[str, Any] = manifest["files"]
+        for name, (size, _) in sorted(self._files.items()):
+            found = (self.path / name).stat().st_size if (self.path / name).is_file() else None
+            if found != size:
+                what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                raise CheckpointError(f"{self.path}: {name} {what}; use an earlier checkpoint")
         try:
             self.config: Config = from_dict(manifest["config"])
         except ConfigError as error:
@@ -82,6 +87,29 @@ class DistCheckpoint:
             self.shapes[key] = tuple(stored.size)
             self.dtypes[key] = stored.properties.dtype
 
+    def check_digests(self, stop: threading.Event | None = None) -> None:
+        """Reads all files once and compares their SHA-256; meant to run beside a conversion.
+
+        Raises:
+            CheckpointError: a file was altered.
+        """
+        for name in sorted(self._files):
+            if stop is not None and stop.is_set():
+                return
+            harm = damage(self.path, [name], self._files)
+            if harm is not None:
+                raise CheckpointError(f"{self.path}: {harm}; use an earlier checkpoint")
+
+    def place(self, key: str, layer: int | None = None) -> tuple[str, int]:
+        """File and offset where a tensor, or one layer of it, begins."""
+        stored: Any = self._metadata.state_dict_metadata[key]
+        for chunk in stored.chunks:
+            first, count = (chunk.offsets[0], chunk.sizes[0]) if chunk.sizes else (0, 1)
+            if layer is None or first <= layer < first + count:
+                where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+                return str(where.relative_path), int(where.offset)
+        return "", 0  # read() says what is missing
+
     def read(self, key: str, layer: int | None = None) -> Tensor:
         """Reads a tensor, or one layer of a stacked tensor.
 
@@ -92,6 +120,10 @@ class DistCheckpoint:
         first, shape = (
             (0, self.shapes[key]) if layer is None else (layer, (1, *self.shapes[key][1:]))
         )
+        for chunk in stored.chunks:  # the usual case: nothing to put together
+            if list(chunk.sizes) == list(shape) and (layer is None or chunk.offsets[0] == layer):
+                part = self._read_chunk(key, chunk.offsets, list(shape))
+                return part if layer is None else part[0]
         result = torch.empty(shape, dtype=self.dtypes[key])
         filled = 0
         for chunk in stored.chunks:
@@ -114,10 +146,9 @@ class DistCheckpoint:
         place = self._metadata.storage_data[MetadataIndex(key, offsets)]
         file = self.path / place.relative_path
         try:
-            with file.open("rb") as stream:
-                stream.seek(place.offset)
-                data = stream.read(place.length)
-            part = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            with file.open("rb", buffering=0) as stream:
+                section: Any = _Section(stream, place.offset, place.length)
+                part = torch.load(section, map_location="cpu", weights_only=True)
             return part.reshape(sizes)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(
@@ -126,41 +157,65 @@ class DistCheckpoint:
             ) from None
 
 
+class _Section(io.RawIOBase):
+    """Part of a file as a file, so that a tensor is read straight into its memory."""
+
+    def __init__(self, stream: io.RawIOBase, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = stream.fileno(), start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        )
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(self._length - self._at, 0)]
+        done = 0
+        while done < len(view):  # one call reads 2 GiB at most
+            count = os.preadv(self._file, [view[done:]], self._start + self._at)
+            if count == 0:
+                break
+            done, self._at = done + count, self._at + count
+        return done
+
+
 def write_checkpoint(
-    path: Path, table: list[Entry], tensors: Mapping[tuple[str, int | None], Tensor], config: Config
+    path: Path,
+    tensors: list[Planned],
+    config: Config,
+    progress: Progress = lambda done, total: None,
 ) -> None:
     """Writes a checkpoint that a run can start from (`checkpoint.init_from`).
 
     Args:
         path: folder to write into; the caller renames it when whole.
-        table: the model's table, for the number of layers of each key.
-        tensors: Megatron-Core tensors by (key, layer); layer None for keys without layers.
+        tensors: what to write; each is made when its turn comes.
         config: written beside them.
+        progress: called after every tensor.
     """
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-
-    from dattn_mcore.parallel import single_process
-
-    layers = {entry.key: entry.layers for entry in table}
-    state: dict[str, Any] = {}
-    for (key, layer), tensor in tensors.items():
-        if layer is None:
-            sharded = ShardedTensor.from_rank_offsets(key, tensor)
-        else:
-            sharded = ShardedTensor.from_rank_offsets(
-                key, tensor, (0, layer, layers[key]), prepend_axis_num=1
-            )
-        state[f"{key}/{layer}"] = sharded
     path.mkdir(parents=True, exist_ok=True)
-    with single_process():
-        dist_checkpointing.save(state, str(path), ("torch_dist", 1))
-    write_manifest(path, config, step=0)
+    write_manifest(path, config, step=0, known=write_tensors(path, tensors, progress))
 
 
-def write_manifest(path: Path, config: Config, step: int) -> None:
+def write_manifest(
+    path: Path, config: Config, step: int, known: Mapping[str, list[Any]] | None = None
+) -> None:
     """Writes `dattn.json`, with which a checkpoint is whole: step, configuration, all files."""
-    files = {name: [(path / name).stat().st_size, digest(path / name)] for name in data_files(path)}
+    known = known or {}
+    files = {
+        name: known.get(name) or [(path / name).stat().st_size, digest(path / name)]
+        for name in data_files(path)
+    }
     manifest = {"format": FORMAT, "step": step, "config": to_dict(config), "files": files}
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 

@@ -1,25 +1,49 @@
-"""Exported Hugging Face folder to Megatron-Core checkpoint."""
+"""Hugging Face folders to Megatron-Core checkpoint: an export, or a language model and a tower."""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from dattn_mcore.config.schema import Config, DataConfig
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.hf import DattnConfig
+from tools.checkpoint_convert import projector
 from tools.checkpoint_convert.configs import from_hf
 from tools.checkpoint_convert.dist_checkpoint import AtomicFolder, write_checkpoint
+from tools.checkpoint_convert.mapping import Entry, Shape, in_order_of_layers
+from tools.checkpoint_convert.raw_folders import (
+    check_fits,
+    open_language_model,
+    open_vision_tower,
+)
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
-from tools.checkpoint_convert.tables import check_keys, hf_shapes, model_table
+from tools.checkpoint_convert.streaming import Planned, Progress
+from tools.checkpoint_convert.tables import (
+    LLM_TABLES,
+    VISION_TABLES,
+    check_keys,
+    hf_shapes,
+    model_table,
+    part_of,
+)
 
-Progress = Callable[[int, int], None]
 TEMPLATES = {"mistral": "mistral", "gemma2": "gemma"}
+
+
+class Source(Protocol):
+    """Tensors by the names of an export."""
+
+    dtypes: dict[str, torch.dtype]
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor; called from several threads."""
 
 
 def read_hf_config(folder: Path) -> DattnConfig:
@@ -66,45 +90,110 @@ def convert(
     model, attention = from_hf(hf_config, vocab_pad_multiple)
     source = SafetensorsFolder(folder)
     table = model_table(model)
-    check_keys(str(folder), hf_shapes(table), source.shapes)
+    check_keys(str(folder), hf_shapes(table), source.shapes, source.dtypes)
     config = Config(
         model=model,
         attention=attention,
         data=replace(
-            _image_settings(folder),
+            image_settings(folder),
             template=TEMPLATES[model.family],
             tokenizer=str(folder.resolve()),
             prepare="none",
         ),
     )
-    total = source.total_bytes
-    done = 0
-    tensors: dict[tuple[str, int | None], Tensor] = {}
+    plan = planned(table, source, str(folder))
     with AtomicFolder(output) as temporary:
-        for entry in table:
-            for layer in entry.steps():
-                names = entry.names(layer)
-                parts = [source.read(name) for name in names]
-                kinds = {part.dtype for part in parts}
-                if len(kinds) > 1:
-                    raise CheckpointError(
-                        f"{folder}: {', '.join(names)} have dtypes {sorted(map(str, kinds))}; they "
-                        "become one tensor and must have one"
-                    )
-                done += sum(part.nbytes for part in parts)
-                if entry.key is None:
-                    if any(part.any() for part in parts):
-                        raise CheckpointError(
-                            f"{folder}: {', '.join(names)} must be zeros, because visual_positions "
-                            "is false in config.json"
-                        )
-                else:
-                    tensors[entry.key, layer] = entry.mix.join(parts)
-                progress(done, total)
-        write_checkpoint(temporary, table, tensors, config)
+        write_checkpoint(temporary, plan, config, progress)
 
 
-def _image_settings(folder: Path) -> DataConfig:
+def convert_parts(
+    llm: str | Path,
+    vision: str | Path,
+    config: Config,
+    output: str | Path,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Writes a checkpoint from a language model and a tower; the projector starts afresh.
+
+    Args:
+        llm: Hugging Face folder of a Mistral or Gemma 2.
+        vision: Hugging Face folder of a SigLIP or CLIP, or of its tower.
+        config: of the run that will start from it; its seed makes the projector.
+        output: checkpoint folder to make.
+        progress: called after every tensor with bytes done and in all.
+
+    Raises:
+        CheckpointError: a folder is damaged or of another model, or the output exists.
+    """
+    llm, vision, model = Path(llm), Path(vision), config.model
+    if Path(output).exists():
+        raise CheckpointError(f"{output} exists; give another output folder or remove it")
+    check_fits(llm, vision, model, config.data)
+    plan: list[Planned] = []
+    tower = open_vision_tower(vision, model.vision)
+    table = VISION_TABLES[model.vision.kind](model.vision, model.visual_positions)
+    check_keys(str(vision), hf_shapes(table), tower.shapes, tower.dtypes)
+    plan += planned(table, tower, str(vision))
+    language = open_language_model(llm, model.llm.tie_embeddings)
+    table = LLM_TABLES[model.family](model.llm)
+    check_keys(str(llm), hf_shapes(table), language.shapes, language.dtypes)
+    plan += planned(table, language, str(llm))
+    plan += fresh_projector(config, next(iter(language.dtypes.values())))
+    with AtomicFolder(output) as temporary:
+        write_checkpoint(temporary, plan, config, progress)
+
+
+def planned(table: list[Entry], source: Source, where: str) -> list[Planned]:
+    """The Megatron-Core tensors of a table, each made from its source when it is written.
+
+    Raises:
+        CheckpointError: tensors that exist on the Hugging Face side only are not zero.
+    """
+    plan = []
+    for entry, layer in in_order_of_layers(table):  # as published files are laid out
+        names = entry.names(layer)
+        if entry.key is None:
+            if any(source.read(name).any() for name in names):
+                raise CheckpointError(
+                    f"{where}: {', '.join(names)} must be zeros, because "
+                    "model.visual_positions is false"
+                )
+            continue
+        shape = entry.mcore_shape()[0 if entry.layers is None else 1 :]
+        make = functools.partial(_make, entry, source, names)
+        dtype = source.dtypes[names[0]]
+        plan.append(Planned(entry.key, layer, entry.layers, shape, dtype, make))
+    return plan
+
+
+def _make(entry: Entry, source: Source, names: list[str]) -> Tensor:
+    return entry.mix.join([source.read(name) for name in names])
+
+
+def fresh_projector(config: Config, dtype: torch.dtype) -> list[Planned]:
+    """The projector with the weights that a run with this seed would start from.
+
+    Args:
+        config: the run.
+        dtype: of all but row and column positions, which are float32.
+    """
+    from dattn_mcore.models.initialize import initial_value
+
+    def make(key: str, shape: Shape, dtype: torch.dtype) -> Tensor:
+        value = initial_value(key, 0, shape, config, config.train.seed)
+        return (torch.ones(shape) if value is None else value).to(dtype)
+
+    plan = []
+    for entry in projector.table(config.model):
+        assert entry.key is not None
+        kind = torch.float32 if part_of(entry.key) == "positions" else dtype
+        shape = entry.mcore_shape()
+        lazily = functools.partial(make, entry.key, shape, kind)
+        plan.append(Planned(entry.key, None, None, shape, kind, lazily))
+    return plan
+
+
+def image_settings(folder: Path) -> DataConfig:
     """Image policy, mean and standard deviation of the folder's processor.
 
     Raises:

@@ -12,8 +12,17 @@ from tools.checkpoint_convert.configs import from_hf
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import read_hf_config
 from tools.checkpoint_convert.mapping import Shape
+from tools.checkpoint_convert.raw_folders import TEXT_TYPES, VISION_TYPES, read_json
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
-from tools.checkpoint_convert.tables import check_keys, hf_shapes, mcore_shapes, model_table
+from tools.checkpoint_convert.tables import (
+    LLM_TABLES,
+    VISION_TABLES,
+    check_keys,
+    hf_shapes,
+    mcore_shapes,
+    model_table,
+)
+from tools.checkpoint_convert.verify import open_weights
 
 
 @dataclass(frozen=True)
@@ -21,18 +30,19 @@ class Contents:
     """Findings.
 
     Attributes:
-        kind: `Megatron-Core checkpoint` or `Hugging Face folder`.
+        kind: `Megatron-Core checkpoint`, `Hugging Face folder`, `language model` or `tower`.
         path: what was read.
         step: optimizer step; None for a Hugging Face folder.
         tensors: shape and dtype of every tensor of the model.
-        other: number of other entries (optimizer state).
+        other: number of other entries (optimizer state, what a tower does not use).
+        attention: None for a language model or a tower alone, whose other sizes mean nothing.
     """
 
     kind: str
     path: Path
     step: int | None
     model: ModelConfig
-    attention: AttentionConfig
+    attention: AttentionConfig | None
     tensors: dict[str, tuple[Shape, torch.dtype]]
     other: int
 
@@ -50,14 +60,18 @@ def inspect(path: str | Path) -> Contents:
     """
     path = Path(path)
     if (path / "config.json").is_file():
+        kind = read_json(path / "config.json").get("model_type")
+        if kind in TEXT_TYPES or kind in VISION_TYPES:
+            return _inspect_part(path)
         model, attention = from_hf(read_hf_config(path), vocab_pad_multiple=1)
         folder = SafetensorsFolder(path)
-        check_keys(str(path), hf_shapes(model_table(model)), folder.shapes)
+        check_keys(str(path), hf_shapes(model_table(model)), folder.shapes, folder.dtypes)
         tensors = {name: (shape, folder.dtypes[name]) for name, shape in folder.shapes.items()}
         return Contents("Hugging Face folder", path, None, model, attention, tensors, 0)
     source = DistCheckpoint(path)
     model, attention = source.config.model, source.config.attention
-    check_keys(str(source.path), mcore_shapes(model_table(model)), source.shapes)
+    expected = mcore_shapes(model_table(model))
+    check_keys(str(source.path), expected, source.shapes, source.dtypes)
     tensors = {key: (shape, source.dtypes[key]) for key, shape in source.shapes.items()}
     return Contents(
         "Megatron-Core checkpoint",
@@ -68,3 +82,15 @@ def inspect(path: str | Path) -> Contents:
         tensors,
         len(source.ignored),
     )
+
+
+def _inspect_part(path: Path) -> Contents:
+    side = open_weights(path, select_layer=-1)
+    model = side.model
+    if "llm" in side.parts:
+        table = LLM_TABLES[model.family](model.llm)
+    else:
+        table = VISION_TABLES[model.vision.kind](model.vision, True)
+    check_keys(str(path), hf_shapes(table), side.shapes, side.dtypes)
+    tensors = {name: (shape, side.dtypes[name]) for name, shape in side.shapes.items()}
+    return Contents(side.kind, path, None, model, None, tensors, side.ignored)

@@ -56,6 +56,8 @@ def padded_rows(rows: int, multiple: int) -> Mix:
     padded = -(-rows // multiple) * multiple
 
     def join(parts: Sequence[Tensor]) -> Tensor:
+        if padded == rows:
+            return parts[0]
         pad = parts[0].new_zeros(padded - rows, *parts[0].shape[1:])
         return torch.cat([parts[0], pad])
 
@@ -107,3 +109,10 @@ def norm(key: str, name: str, size: int, layers: int | None = None, bias: bool =
     if bias:
         entries.append(Entry(f"{key}.bias", {f"{name}.bias": (size,)}, layers=layers))
     return entries
+
+
+def in_order_of_layers(table: list[Entry]) -> list[tuple[Entry, int | None]]:
+    """All entries, those of one layer next to each other, as Hugging Face shards are."""
+    single = [(entry, None) for entry in table if entry.layers is None]
+    stacked = [(entry, layer) for entry in table for layer in entry.steps() if layer is not None]
+    return [*single, *sorted(stacked, key=lambda step: step[1])]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +16,13 @@ import dattn_mcore.hf
 from dattn_mcore.hf import REMOTE_CODE_FILES
 from tools.checkpoint_convert.configs import TokenIds, to_hf
 from tools.checkpoint_convert.dist_checkpoint import AtomicFolder, DistCheckpoint
-from tools.checkpoint_convert.mapping import Entry, Shape
+from tools.checkpoint_convert.mapping import Entry, Shape, in_order_of_layers
 from tools.checkpoint_convert.safetensors_folder import SafetensorsWriter
 from tools.checkpoint_convert.tables import check_keys, mcore_shapes, model_table
 from tools.checkpoint_convert.tokenizers_out import export_processor
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+THREADS = 2
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -62,9 +65,9 @@ def convert(
     options = options or ExportOptions()
     source = DistCheckpoint(checkpoint)
     table = model_table(source.config.model)
-    check_keys(str(source.path), mcore_shapes(table), source.shapes)
+    check_keys(str(source.path), mcore_shapes(table), source.shapes, source.dtypes)
     data = source.config.data
-    with AtomicFolder(output) as folder:
+    with AtomicFolder(output) as folder, ThreadPoolExecutor(1) as beside:
         ids = export_processor(
             folder,
             source.config.model,
@@ -78,7 +81,14 @@ def convert(
         _generation_config(ids, source.config.model.llm.vocab_size).save_pretrained(folder)
         for name in REMOTE_CODE_FILES:
             shutil.copyfile(Path(dattn_mcore.hf.__path__[0]) / name, folder / name)
-        _write_weights(source, table, dtype, folder, options.max_shard_bytes, progress)
+        stop = threading.Event()
+        digests = beside.submit(source.check_digests, stop)
+        try:
+            _write_weights(source, table, dtype, folder, options.max_shard_bytes, progress)
+        except BaseException:
+            stop.set()
+            raise
+        digests.result()
     return source.path
 
 
@@ -103,31 +113,40 @@ def _write_weights(
     max_shard_bytes: int,
     progress: Progress,
 ) -> None:
-    """Goes through the table layer by layer, so that one layer of one key is in memory."""
+    """Lays files out layer by layer; `THREADS` tensors are in memory at a time."""
     announced: dict[str, tuple[Shape, torch.dtype]] = {}
-    steps = _in_order_of_layers(table)
+    steps = in_order_of_layers(table)
     for entry, layer in steps:
         kind = dtype if entry.key is None else source.dtypes[entry.key]
         for name, shape in zip(entry.names(layer), entry.parts.values(), strict=True):
             announced[name] = (shape, kind)
-    writer = SafetensorsWriter(folder, announced, max_shard_bytes)
     total = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in announced.values())
-    done = 0
-    for entry, layer in steps:
-        names = entry.names(layer)
+
+    def move(step: tuple[Entry, int | None]) -> int:
+        entry, layer = step
         if entry.key is None:
             parts = [torch.zeros(shape, dtype=dtype) for shape in entry.parts.values()]
         else:
             parts = entry.mix.split(source.read(entry.key, layer))
-        for name, part in zip(names, parts, strict=True):
-            done += part.numel() * part.element_size()
+        for name, part in zip(entry.names(layer), parts, strict=True):
             writer.add(name, part)
-        progress(done, total)
-    writer.close()
+        return sum(part.nbytes for part in parts)
 
+    def place(step: tuple[Entry, int | None]) -> tuple[str, int]:
+        entry, layer = step
+        return ("", 0) if entry.key is None else source.place(entry.key, layer)
 
-def _in_order_of_layers(table: list[Entry]) -> list[tuple[Entry, int | None]]:
-    """All entries, those of one layer next to each other, as Hugging Face shards are."""
-    single = [(entry, None) for entry in table if entry.layers is None]
-    stacked = [(entry, layer) for entry in table for layer in entry.steps() if layer is not None]
-    return [*single, *sorted(stacked, key=lambda step: step[1])]
+    done = 0
+    with (
+        SafetensorsWriter(folder, announced, max_shard_bytes) as writer,
+        ThreadPoolExecutor(THREADS) as threads,
+    ):
+        try:
+            # In the order of the files, as the check of the digests that runs beside reads them.
+            for moved in threads.map(move, sorted(steps, key=place)):
+                done += moved
+                progress(done, total)
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
+        writer.close()

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dattn_mcore.errors import CheckpointError
 from tools.checkpoint_convert.mapping import Shape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class SafetensorsWriter:
-    """Writes tensors in the order announced; a file goes to disk when its last tensor came."""
+    """Writes tensors, announced beforehand, in any order and from any thread.
+
+    A file's header is written first; a tensor goes straight to its place in the file, so nothing
+    waits in memory.
+    """
 
     def __init__(
         self,
@@ -27,44 +33,76 @@ class SafetensorsWriter:
         tensors: Mapping[str, tuple[Shape, torch.dtype]],
         max_shard_bytes: int,
     ) -> None:
-        self.folder = folder
-        sizes = {
+        self._sizes = {
             name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()
         }
         groups: list[list[str]] = [[]]
         filled = 0
-        for name, size in sizes.items():
+        for name, size in self._sizes.items():
             if groups[-1] and filled + size > max_shard_bytes:
                 groups.append([])
                 filled = 0
             groups[-1].append(name)
             filled += size
-        count = len(groups)
-        self._file_of = {
-            name: SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
-            for i, group in enumerate(groups, start=1)
-            for name in group
-        }
-        self._left = {self._file_of[group[0]]: len(group) for group in groups}
-        self._waiting: dict[str, dict[str, Tensor]] = {file: {} for file in self._left}
-        if count > 1:
+        self._files: list[BinaryIO] = []
+        self._place: dict[str, tuple[BinaryIO, int]] = {}
+        weight_map: dict[str, str] = {}
+        for number, group in enumerate(groups, start=1):
+            single = len(groups) == 1
+            file = SINGLE if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            self._begin(folder / file, {name: tensors[name] for name in group})
+            weight_map |= dict.fromkeys(group, file)
+        if len(groups) > 1:
             index = {
-                "metadata": {"total_size": sum(sizes.values())},
-                "weight_map": dict(sorted(self._file_of.items())),
+                "metadata": {"total_size": sum(self._sizes.values())},
+                "weight_map": dict(sorted(weight_map.items())),
             }
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
+    def _begin(self, path: Path, tensors: dict[str, tuple[Shape, torch.dtype]]) -> None:
+        """Opens a file and writes its header; wide dtypes come first, so that all are aligned."""
+        names = {dtype: name for name, dtype in _DTYPES.items()}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offsets, end = {}, 0
+        for name in sorted(tensors, key=lambda name: -tensors[name][1].itemsize):
+            shape, dtype = tensors[name]
+            offsets[name], end = end, end + self._sizes[name]
+            header[name] = {
+                "dtype": names[dtype],
+                "shape": list(shape),
+                "data_offsets": [offsets[name], end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file = path.open("wb", buffering=0)
+        self._files.append(file)
+        file.write(len(text).to_bytes(8, "little") + text)
+        start = 8 + len(text)
+        file.truncate(start + end)
+        self._place |= {name: (file, start + offset) for name, offset in offsets.items()}
+
     def add(self, name: str, tensor: Tensor) -> None:
-        """Takes one tensor; writes its file if it was the last one missing."""
-        file = self._file_of[name]
-        self._waiting[file][name] = tensor.contiguous()
-        self._left[file] -= 1
-        if self._left[file] == 0:
-            save_file(self._waiting.pop(file), self.folder / file, metadata={"format": "pt"})
+        """Writes one tensor."""
+        file, offset = self._place.pop(name)
+        array: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = memoryview(array)
+        assert len(data) == self._sizes[name], name
+        while len(data):  # one call writes 2 GiB at most
+            written = os.pwrite(file.fileno(), data, offset)
+            data, offset = data[written:], offset + written
 
     def close(self) -> None:
-        """Checks that every announced tensor came."""
-        assert not self._waiting, f"tensors never written to {sorted(self._waiting)}"
+        """Checks that every announced tensor came, and waits until all is on the disk."""
+        assert not self._place, f"tensors never written: {sorted(self._place)}"
+        for file in self._files:
+            os.fsync(file.fileno())
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
 
 
 class SafetensorsFolder:
@@ -86,6 +124,12 @@ class SafetensorsFolder:
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         promised = self._read_index()
+        pickles = sorted(file.name for end in PICKLES for file in self.folder.glob(f"*{end}"))
+        if not promised and pickles and not (self.folder / SINGLE).is_file():
+            raise CheckpointError(
+                f"{self.folder} holds pickled weights ({pickles[0]}); only safetensors are read, "
+                "because a pickle can run code: save it again with save_pretrained of transformers"
+            )
         for file in sorted(set(promised.values())) if promised else [self.folder / SINGLE]:
             for name, shape, dtype in _header(file):
                 if promised and promised.get(name) != file:

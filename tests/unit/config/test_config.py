@@ -37,6 +37,34 @@ def test_base_files_and_overrides(tmp_path):
     assert (config.optim.lr, config.optim.beta1, config.train.steps) == (2e-3, 0.8, 9)
 
 
+def test_several_bases(tmp_path):
+    """Later ones win over earlier ones, the file itself over all; a common base may stand twice."""
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/root.yaml").write_text("optim: {lr: 1.0, beta1: 0.1, beta2: 0.1}\n")
+    (tmp_path / "parts/a.yaml").write_text("base: root.yaml\noptim: {beta1: 0.2, beta2: 0.2}\n")
+    (tmp_path / "parts/b.yaml").write_text("train: {steps: 7}\noptim: {beta2: 0.3}\n")
+    (tmp_path / "run.yaml").write_text("base: [parts/a.yaml, parts/b.yaml]\noptim: {lr: 2.0}\n")
+    config = load_config(tmp_path / "run.yaml")
+    assert (config.optim.lr, config.optim.beta1, config.optim.beta2) == (2.0, 0.2, 0.3)
+    assert config.train.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: [a.yaml, 3]", "base: 3 is no file"),
+        ("base: {a: b}", "is no file"),
+        ("base: [gone.yaml]", "gone.yaml cannot be read"),
+        ("base: [a.yaml, run.yaml]", "leads back to the file itself"),
+    ],
+)
+def test_bad_bases(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text("train: {steps: 7}\n")
+    (tmp_path / "run.yaml").write_text(text + "\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "run.yaml")
+
+
 def test_numbers_in_any_notation():
     config = load_config(None, ["optim.lr=1e-3", "optim.clip_grad=1", "train.trains=llm"])
     assert (config.optim.lr, config.optim.clip_grad) == (1e-3, 1.0)

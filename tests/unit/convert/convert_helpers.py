@@ -19,6 +19,7 @@ from dattn_mcore.config.schema import (
 from dattn_mcore.data.tokenizer import train_tokenizer
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
 from tools.checkpoint_convert.mapping import Entry
+from tools.checkpoint_convert.streaming import Planned
 from tools.checkpoint_convert.tables import model_table
 
 TEXTS = (
@@ -108,8 +109,17 @@ def make_checkpoint(path: Path, config: Config, dtype: torch.dtype = torch.float
     """Writes a random checkpoint and returns its tensors."""
     table = model_table(config.model)
     tensors = random_tensors(table, dtype)
-    write_checkpoint(path, table, tensors, config)
+    write_checkpoint(path, plan(table, tensors), config)
     return tensors
+
+
+def plan(table: list[Entry], tensors: dict[tuple[str, int | None], torch.Tensor]) -> list[Planned]:
+    """Tensors by (key, layer) in the form that the writer takes."""
+    layers = {entry.key: entry.layers for entry in table}
+    return [
+        Planned(key, layer, layers.get(key), tuple(t.shape), t.dtype, lambda t=t: t)
+        for (key, layer), t in tensors.items()
+    ]
 
 
 def make_tokenizer(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.unit.convert.convert_helpers import (
     make_checkpoint,
     make_tokenizer,
+    plan,
     random_tensors,
     small_config,
 )
@@ -74,12 +75,12 @@ def test_every_key_that_does_not_fit_is_named(tmp_path, capsys):
     table = model_table(config.model)
     tensors = random_tensors(table)
     tensors["optimizer.state.exp_avg.embedding.word_embeddings.weight", None] = torch.ones(3)
-    write_checkpoint(tmp_path / "good", table, tensors, config)
+    write_checkpoint(tmp_path / "good", plan(table, tensors), config)
     assert main(["inspect", str(tmp_path / "good")]) == 0
     del tensors["projector.norm.weight", None]
     tensors["stranger.weight", None] = torch.ones(3)
     tensors["decoder.final_layernorm.weight", None] = torch.ones(31)
-    write_checkpoint(tmp_path / "a", table, tensors, config)
+    write_checkpoint(tmp_path / "a", plan(table, tensors), config)
     error = fails(capsys, "mcore-to-hf", tmp_path / "a", tmp_path / "out")
     assert "3 tensors" in error
     assert "missing projector.norm.weight" in error

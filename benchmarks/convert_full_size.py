@@ -1,0 +1,270 @@
+"""Converts random weights with the exact shapes of Gemma 2 9B and SigLIP so400m, there and back.
+
+    python -m benchmarks.convert_full_size --folder /a/disk/with/60/GB
+    python -m benchmarks.convert_full_size --scale small
+
+On two cores it measures, for each direction, the peak anonymous resident memory of the converting
+process and its speed (imports included) against copying the same files on the same disk in the same
+run; then it compares all weights bit by bit. Files are out of the page cache before each
+measurement and on the disk (fsync) at its end. Every measurement runs `--repeats` times, copies and
+conversions in turn; the medians are compared. Exit status 1: a bound was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from dattn_mcore.data.tokenizer import train_tokenizer
+from tools.checkpoint_convert.safetensors_folder import SafetensorsWriter
+
+ROOT = Path(__file__).resolve().parents[1]
+MEMORY_BOUND = 6 * 2**30  # bytes of anonymous memory per process
+SPEED_BOUND = 0.5  # of the speed of copying
+CORES = 2
+GEMMA = dict(
+    num_hidden_layers=42,
+    hidden_size=3584,
+    intermediate_size=14336,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=256,
+    vocab_size=256000,
+    query_pre_attn_scalar=256,
+    sliding_window=4096,
+)
+SIGLIP = dict(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    image_size=384,
+    patch_size=14,
+)
+SMALL_GEMMA = dict(num_hidden_layers=4, hidden_size=896, intermediate_size=3584, vocab_size=32000)
+SMALL_SIGLIP = dict(num_hidden_layers=4)
+
+
+@dataclass
+class Measured:
+    """One row of the table.
+
+    Attributes:
+        seconds: wall time, imports included.
+        anonymous: peak anonymous resident memory, bytes; None for a copy.
+        nbytes: bytes read.
+    """
+
+    what: str
+    nbytes: int
+    seconds: float
+    anonymous: int | None = None
+
+    def row(self) -> str:
+        """A line of a Markdown table."""
+        memory = "" if self.anonymous is None else f"{self.anonymous / 2**30:.2f}"
+        speed = self.nbytes / self.seconds / 1e9
+        return (
+            f"| {self.what} | {self.nbytes / 1e9:.2f} | {self.seconds:.1f} | {speed:.2f} | "
+            f"{memory} |"
+        )
+
+
+def main() -> int:
+    """Runs everything; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--scale", choices=("full", "small"), default="full")
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where to work")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    options = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    gemma = GEMMA | (SMALL_GEMMA if options.scale == "small" else {})
+    siglip = SIGLIP | (SMALL_SIGLIP if options.scale == "small" else {})
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="convert_") as folder:
+        return _run(Path(folder), gemma, siglip, options.scale, options.repeats)
+
+
+def _run(
+    folder: Path, gemma: dict[str, Any], siglip: dict[str, Any], scale: str, repeats: int
+) -> int:
+    with torch.device("meta"):
+        llm = Gemma2ForCausalLM(Gemma2Config(**gemma, dtype="bfloat16"))
+        tower = SiglipVisionModel(SiglipVisionConfig(**siglip, dtype="bfloat16"))
+    needed = 2 * sum(p.numel() for model in (llm, tower) for p in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if free < 3.1 * needed:
+        sys.stderr.write(
+            f"error: {folder.parent} has {free / 1e9:.0f} GB free, {3.1 * needed / 1e9:.0f} GB are "
+            "needed; give another --folder\n"
+        )
+        return 2
+    started = time.monotonic()
+    _random_folder(folder / "llm", llm, drop=("lm_head.weight",), seed=1)
+    _random_folder(folder / "vision", tower, drop=(), seed=2)
+    _say(f"random weights: {needed / 1e9:.2f} GB in {time.monotonic() - started:.0f} s")
+    train_tokenizer(("a few words", "and a few more of them"), folder / "tokenizer.model")
+    (folder / "run.yaml").write_text(_config(gemma, siglip))
+    sources = [folder / "llm", folder / "vision"]
+
+    there = [
+        *("hf-to-mcore", "--llm", sources[0], "--vision", sources[1]),
+        *("--config", folder / "run.yaml", folder / "mcore"),
+    ]
+    back = [
+        *("mcore-to-hf", folder / "mcore", folder / "hf"),
+        *("--tokenizer", folder / "tokenizer.model", "--template", "plain"),
+    ]
+    rows, missed = [], []
+    for title, inputs, command, output in (
+        ("hf-to-mcore", sources, there, folder / "mcore"),
+        ("mcore-to-hf", [folder / "mcore"], back, folder / "hf"),
+    ):
+        copies, runs = [], []
+        for repeat in range(repeats):
+            if repeat:
+                shutil.rmtree(output)
+            copies.append(_measure_copy(title, inputs, folder / "copy"))
+            runs.append(_measure_command(title, inputs, command))
+        rows += [*copies, *runs]
+        ratio = statistics.median(c.seconds for c in copies) / statistics.median(
+            r.seconds for r in runs
+        )
+        peak = max(run.anonymous or 0 for run in runs)
+        _say(f"{title}: {ratio:.2f} of the copy's speed, peak {peak / 2**30:.2f} GiB")
+        if ratio < SPEED_BOUND:
+            missed.append(f"{title}: {ratio:.2f} of the copy's speed, bound {SPEED_BOUND}")
+        if peak > MEMORY_BOUND:
+            missed.append(f"{title}: {peak / 2**30:.2f} GiB, bound {MEMORY_BOUND / 2**30:.0f} GiB")
+    for first in ("llm", "vision", "mcore"):
+        found = _command(["verify", folder / first, folder / "hf"])[1]
+        _say(f"verify {first} hf: {found.splitlines()[-1]}")
+        if not found.startswith("equal to the last bit"):
+            missed.append(f"verify {first} hf found differences")
+    head = "| | GB | s | GB/s | peak anonymous GiB |\n|---|---|---|---|---|\n"
+    sys.stdout.write(head + "".join(row.row() + "\n" for row in rows))
+    if scale == "small":
+        _say("--scale small tests this script; its times are mostly imports")
+        missed = [line for line in missed if "speed" not in line]
+    for line in missed:
+        _say(f"missed: {line}")
+    return 1 if missed else 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _random_folder(folder: Path, model: Any, drop: tuple[str, ...], seed: int) -> None:
+    """Writes random bf16 weights of a model's shapes: every finite pattern of bits below 2."""
+    model.config.save_pretrained(folder)
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in drop}
+    announced = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
+    generator = torch.Generator().manual_seed(seed)
+    with SafetensorsWriter(folder, announced, 5_000_000_000) as writer:
+        for name, shape in shapes.items():
+            bits = torch.empty(shape, dtype=torch.int16)
+            bits.random_(-(2**15), 2**15, generator=generator)
+            writer.add(name, (bits & -0x4001).view(torch.bfloat16))  # no infinity, no NaN
+        writer.close()
+
+
+def _config(gemma: dict[str, Any], siglip: dict[str, Any]) -> str:
+    """A run's configuration: the shipped one, with the sizes of this scale."""
+    sizes = {
+        "llm": {
+            "num_layers": gemma["num_hidden_layers"],
+            "hidden_size": gemma["hidden_size"],
+            "ffn_hidden_size": gemma["intermediate_size"],
+            "vocab_size": gemma["vocab_size"],
+        },
+        "vision": {"num_layers": siglip["num_hidden_layers"]},
+        "projector": {"ffn_hidden_size": gemma["hidden_size"]},
+    }
+    return f"base: {ROOT / 'configs/gemma_aln.yaml'}\nmodel: {sizes}\nparallel: {{pp: 1}}\n"
+
+
+def _files(folders: list[Path]) -> list[Path]:
+    return sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
+
+
+def _forget(files: list[Path]) -> None:
+    """Takes files out of the page cache."""
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _measure_copy(title: str, folders: list[Path], target: Path) -> Measured:
+    files = _files(folders)
+    _forget(files)
+    target.mkdir()
+    started = time.monotonic()
+    for number, file in enumerate(files):
+        copy = target / str(number)
+        shutil.copyfile(file, copy)
+        with copy.open("rb") as opened:
+            os.fsync(opened.fileno())
+    seconds = time.monotonic() - started
+    shutil.rmtree(target)
+    return Measured(f"copy of the input of {title}", _size(files), seconds)
+
+
+def _measure_command(title: str, folders: list[Path], command: list[Any]) -> Measured:
+    files = _files(folders)
+    _forget(files)
+    started = time.monotonic()
+    peak, _ = _command(command)
+    return Measured(title, _size(files), time.monotonic() - started, peak)
+
+
+def _size(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def _command(arguments: list[Any]) -> tuple[int, str]:
+    """Runs a command of the converter; its peak anonymous memory and what it printed."""
+    command = [sys.executable, "-m", "tools.checkpoint_convert", *map(str, arguments)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    peak = _watch(process.pid, process.poll)
+    out, error = process.communicate()
+    if process.returncode not in (0, 1) or not out:
+        raise SystemExit(f"{' '.join(command)} failed:\n{error}")
+    return peak, out
+
+
+def _watch(pid: int, finished: Callable[[], Any], interval_seconds: float = 0.02) -> int:
+    """The largest RssAnon of a process, in bytes, sampled until it ends."""
+    peak = 0
+    while finished() is None:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        except OSError:
+            break
+        for line in status.splitlines():
+            if line.startswith("RssAnon:"):
+                peak = max(peak, int(line.split()[1]) * 1024)
+        time.sleep(interval_seconds)
+    return peak
+
+
+if __name__ == "__main__":
+    sys.exit(main())

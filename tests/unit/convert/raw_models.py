@@ -1,0 +1,108 @@
+"""Small random Mistral, Gemma 2, SigLIP and CLIP folders, as transformers itself writes them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    Gemma2ForCausalLM,
+    MistralForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionModel,
+)
+
+from dattn_mcore.config.schema import Config
+from tests.unit.convert.convert_helpers import small_config
+from tools.checkpoint_convert.configs import TokenIds, _text_to_hf, _vision_to_hf
+
+LLMS = {"mistral": MistralForCausalLM, "gemma2": Gemma2ForCausalLM}
+TOWERS = {"siglip": SiglipVisionModel, "clip": CLIPVisionModel}
+WHOLE = {"siglip": (SiglipConfig, SiglipModel), "clip": (CLIPConfig, CLIPModel)}
+IDS = TokenIds(bos=1, eos=2, pad=0, image=3, stop=(2,))
+
+
+def raw_config(family: str, kind: str, select_layer: int = -2, **changes: Any) -> Config:
+    """A small run whose caps, window and query scale all matter."""
+    config = small_config(Path("none"), family, kind)
+    llm = replace(config.model.llm, rotary_base=100.0)
+    if family == "gemma2":
+        llm = replace(llm, attention_softcap=2.0, final_softcap=3.0, query_scale=24.0)
+    llm = replace(llm, **changes)
+    vision = replace(config.model.vision, select_layer=select_layer)
+    return replace(config, model=replace(config.model, llm=llm, vision=vision))
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Large random weights everywhere, so that every term matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(noise * 0.3)
+            else:
+                parameter.copy_(noise * (0.4 if "q_proj" in name or "k_proj" in name else 0.2))
+
+
+def make_llm(folder: Path, config: Config, dtype=torch.float32, shard: str = "5GB") -> Any:
+    """Writes a language model's folder and returns the model."""
+    family = config.model.family
+    hf = _text_to_hf(family, config.model.llm, IDS, dtype)
+    hf._attn_implementation = "eager"
+    model = LLMS[family](hf).eval()
+    randomize(model)
+    model = model.to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return model
+
+
+def make_tower(folder: Path, config: Config, whole: bool = False, dtype=torch.float32) -> Any:
+    """Writes a tower's folder, or that of the whole SigLIP or CLIP; returns the tower."""
+    vision = config.model.vision
+    hf = _vision_to_hf(vision, dtype)
+    if vision.kind == "siglip":
+        hf.vision_use_head = True
+    if whole:
+        configuration, model_class = WHOLE[vision.kind]
+        text = dict(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=20,
+            projection_size=24,
+        )
+        both = configuration(text_config=text, vision_config=hf.to_dict())
+        model: Any = model_class(both).eval()
+        tower = model.vision_model
+    else:
+        model = tower = TOWERS[vision.kind](hf).eval()
+    randomize(model)
+    model.to(dtype).save_pretrained(folder)
+    return tower
+
+
+def rename(folder: Path, change: Any) -> None:
+    """Rewrites a folder's single file with other names (None: left out)."""
+    file = folder / "model.safetensors"
+    tensors = {change(name): tensor for name, tensor in load_file(file).items()}
+    tensors.pop(None, None)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def older_names(folder: Path) -> None:
+    """The tower's names as transformers 4 wrote them."""
+    rename(folder, lambda n: n if n.startswith("vision_model.") else "vision_model." + n)
+
+
+def newer_names(folder: Path) -> None:
+    """The tower's names as the modules of transformers 5 are called."""
+    rename(folder, lambda n: n.removeprefix("vision_model."))

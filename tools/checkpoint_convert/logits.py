@@ -1,0 +1,86 @@
+"""Logits of a small model on a fixed input: an export by transformers, a checkpoint by Megatron.
+
+A round trip of weights cannot see a wrong norm, cap or scale; two implementations can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dattn_mcore.config.schema import DataConfig, ParallelConfig
+from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
+from tools.checkpoint_convert.hf_to_mcore import image_settings
+
+BEFORE, AFTER = 3, 24  # text rows around the image
+
+
+def fixed_logits(path: Path, avoid: frozenset[int]) -> Tensor:
+    """Logits [text rows, vocabulary] in float32 for a fixed image and fixed ids.
+
+    Args:
+        path: export or checkpoint.
+        avoid: ids that mark images in an export.
+    """
+    is_export = (path / "config.json").is_file()
+    return _by_transformers(path, avoid) if is_export else _by_megatron(path, avoid)
+
+
+def _input(vocab_size: int, image_size: int, avoid: frozenset[int]) -> tuple[Tensor, Tensor]:
+    """Text ids and one uint8 tile."""
+    generator = torch.Generator().manual_seed(0)
+    usable = torch.tensor([i for i in range(vocab_size) if i not in avoid])
+    ids = usable[torch.randint(0, len(usable), (BEFORE + AFTER,), generator=generator)]
+    shape = (1, 3, image_size, image_size)
+    return ids, torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def _by_transformers(folder: Path, avoid: frozenset[int]) -> Tensor:
+    from dattn_mcore.hf import DattnForConditionalGeneration
+
+    model = DattnForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    config = model.config
+    ids, tile = _input(config.text_config.vocab_size, config.vision_config.image_size, avoid)
+    image = torch.tensor([config.image_token_id])
+    ids = torch.cat([ids[:BEFORE], image, ids[BEFORE:]])
+    data: DataConfig = image_settings(folder)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.image_mean, data.image_std))
+    with torch.no_grad():
+        logits = model(ids[None], (tile.float() / 255 - mean) / std).logits[0]
+    return torch.cat([logits[:BEFORE], logits[BEFORE + 1 :]])
+
+
+def _by_megatron(path: Path, avoid: frozenset[int]) -> Tensor:
+    from dattn_mcore.checkpoint.load import load_weights
+    from dattn_mcore.data.batch import MicroBatch
+    from dattn_mcore.models.build import build_model
+    from dattn_mcore.parallel import single_process
+    from dattn_mcore.training.inputs import to_model_inputs
+
+    config = DistCheckpoint(path).config
+    train = replace(config.train, precision="fp32", recompute="none")
+    attention = replace(config.attention, backend="auto")
+    config = replace(config, train=train, attention=attention, parallel=ParallelConfig())
+    vision, vocab_size = config.model.vision, config.model.llm.vocab_size
+    ids, tile = _input(vocab_size, vision.image_size, avoid)
+    rows = (vision.image_size // vision.patch_size) ** 2
+    batch = MicroBatch(
+        layouts=(((False, BEFORE), (True, rows), (False, AFTER)),),
+        text_ids=ids,
+        labels=torch.full_like(ids, -100),
+        num_tiles=1,
+        tiles=tile,
+        sample_ids=("fixed",),
+        num_samples=1,
+    )
+    cpu = torch.device("cpu")
+    with single_process() as groups:
+        (model,) = build_model(config, groups, cpu, initialize=False)
+        load_weights(path, config, [model], groups)
+        inputs = to_model_inputs(batch, config, groups, cpu)
+        with torch.no_grad():
+            logits = model.eval()(inputs, return_logits=True)
+    return logits[: len(ids), :vocab_size].float()

@@ -1,0 +1,220 @@
+"""A language model's and a vision tower's own folders, read under the names of an export.
+
+Older transformers wrote towers as `vision_model.*`, newer ones without it; a folder may also hold
+the whole SigLIP or CLIP. What the tower does not use is left out by rule, by name, never silently
+because it did not fit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, CLIPVisionConfig, SiglipVisionConfig
+
+from dattn_mcore.config.schema import DataConfig, LlmConfig, ModelConfig, VisionConfig
+from dattn_mcore.errors import CheckpointError
+from tools.checkpoint_convert import mistral, siglip
+from tools.checkpoint_convert.configs import text_from_hf, vision_from_hf
+from tools.checkpoint_convert.mapping import Shape
+from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
+
+TEXT_TYPES = ("mistral", "gemma2")
+VISION_TYPES: dict[str, Any] = {
+    "siglip": SiglipVisionConfig,
+    "siglip_vision_model": SiglipVisionConfig,
+    "clip": CLIPVisionConfig,
+    "clip_vision_model": CLIPVisionConfig,
+}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Of a whole SigLIP or CLIP: what is no part of its tower.
+NOT_THE_TOWER = (
+    "text_model.",
+    "logit_scale",
+    "logit_bias",
+    "visual_projection.",
+    "text_projection.",
+)
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
+
+
+class RawFolder:
+    """One folder whose tensors go by the names of an export.
+
+    Attributes:
+        folder: what was read.
+        shapes: shape by exported name.
+        dtypes: dtype by exported name.
+        ignored: names in the folder that are left out by rule.
+    """
+
+    def __init__(self, folder: Path, source: SafetensorsFolder, names: dict[str, str]) -> None:
+        self.folder, self._source, self._names = folder, source, names
+        self.shapes: dict[str, Shape] = {ours: source.shapes[raw] for ours, raw in names.items()}
+        self.dtypes: dict[str, torch.dtype] = {
+            ours: source.dtypes[raw] for ours, raw in names.items()
+        }
+        taken = set(names.values())
+        self.ignored = [raw for raw in source.shapes if raw not in taken]
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor by its exported name."""
+        return self._source.read(self._names[name])
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields.get("")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({' '.join(str(error).split())}); give a folder of Hugging Face"
+        ) from None
+    return fields
+
+
+def text_config(folder: Path) -> tuple[str, LlmConfig]:
+    """Family and sizes of a language model's folder.
+
+    Raises:
+        CheckpointError: config.json is missing, or of a model that cannot be trained here.
+    """
+    fields = read_json(folder / "config.json")
+    kind = fields.pop("model_type", None)
+    if kind not in TEXT_TYPES:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type is {kind!r}; a language model must be one of "
+            f"{', '.join(TEXT_TYPES)}"
+        )
+    return kind, text_from_hf(AutoConfig.for_model(kind, **fields), 1)
+
+
+def vision_config(folder: Path, select_layer: int) -> VisionConfig:
+    """Sizes of a tower's folder.
+
+    Raises:
+        CheckpointError: config.json is missing, or of another architecture.
+    """
+    fields = read_json(folder / "config.json")
+    kind = fields.pop("model_type", None)
+    if kind not in VISION_TYPES:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type is {kind!r}; a tower must be one of "
+            f"{', '.join(VISION_TYPES)}"
+        )
+    fields = dict(fields.get("vision_config", fields))
+    fields.pop("model_type", None)
+    return vision_from_hf(VISION_TYPES[kind](**fields), select_layer)
+
+
+def open_language_model(folder: Path, tied: bool) -> RawFolder:
+    """Opens a Mistral or Gemma 2 folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or `tied` and the head differs from the
+            embedding.
+    """
+    source = SafetensorsFolder(folder)
+    names = {}
+    for raw in source.shapes:
+        if raw.endswith(".rotary_emb.inv_freq"):  # a constant that old releases saved
+            continue
+        if raw == HEAD and tied:
+            if EMBEDDING in source.shapes and not same_bits(
+                source.read(HEAD), source.read(EMBEDDING)
+            ):
+                raise CheckpointError(
+                    f"{folder}: {HEAD} differs from {EMBEDDING}, but the model ties them; give the "
+                    "weights of the published model"
+                )
+            continue
+        inner = raw.removeprefix("model.")
+        names[raw if inner == raw else mistral.PREFIX + inner] = raw
+    return RawFolder(folder, source, names)
+
+
+def open_vision_tower(folder: Path, vision: VisionConfig) -> RawFolder:
+    """Opens a SigLIP or CLIP folder, the whole model or its tower, up to the selected layer.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    source = SafetensorsFolder(folder)
+    prefix = (
+        "vision_model." if any(raw.startswith("vision_model.") for raw in source.shapes) else ""
+    )
+    names = {}
+    for raw in source.shapes:
+        if raw.startswith(NOT_THE_TOWER) or _unread(raw.removeprefix(prefix), vision):
+            continue
+        inner = raw.removeprefix(prefix)
+        strange = prefix and inner == raw
+        names[raw if strange else siglip.PREFIX + inner] = raw
+    return RawFolder(folder, source, names)
+
+
+def _unread(name: str, vision: VisionConfig) -> bool:
+    """Whether the model never reads this tensor of a tower."""
+    if name == "embeddings.position_ids" or name.startswith("head."):  # SigLIP's pooling head
+        return True
+    if name.startswith("post_layernorm."):  # CLIP's is for the pooled row only
+        return vision.kind == "clip" or vision.select_layer != -1
+    layer = _LAYER.match(name)
+    kept = vision.num_layers + vision.select_layer + 1
+    return layer is not None and kept <= int(layer[1]) < vision.num_layers
+
+
+def check_fits(llm: Path, vision: Path, model: ModelConfig, data: DataConfig) -> None:
+    """Checks that both folders are of the configured model.
+
+    Raises:
+        CheckpointError: naming every setting that differs.
+    """
+    family, text = text_config(llm)
+    problems = []
+    if family != model.family:
+        problems.append(f"model.family is {family!r} in {llm} and {model.family!r}")
+    problems += _differences("model.llm", llm, text, model.llm, ("init_std", "vocab_pad_multiple"))
+    tower = vision_config(vision, model.vision.select_layer)
+    problems += _differences("model.vision", vision, tower, model.vision, ("init_std",))
+    pixels = vision / "preprocessor_config.json"
+    if pixels.is_file():
+        fields = read_json(pixels)
+        for name in ("image_mean", "image_std"):
+            theirs, ours = fields.get(name), list(getattr(data, name))
+            if theirs is not None and theirs != ours:
+                problems.append(f"data.{name} is {theirs} in {pixels} and {ours}")
+    if problems:
+        raise CheckpointError(
+            f"{'; '.join(problems)} in --config; give the folders that --config was written for"
+        )
+
+
+def _differences(
+    section: str, where: Path, theirs: Any, ours: Any, free: tuple[str, ...]
+) -> list[str]:
+    problems = []
+    for name in vars(ours):
+        found, expected = getattr(theirs, name), getattr(ours, name)
+        if name == "query_scale":
+            found, expected = found or theirs.head_dim, expected or ours.head_dim
+        if found != expected and name not in free:
+            problems.append(f"{section}.{name} is {found} in {where} and {expected}")
+    return problems
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are the same to the last bit (a NaN equals itself, 0 is not -0)."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    as_bytes = (t.contiguous().reshape(-1).view(torch.uint8) for t in (first, second))
+    return torch.equal(*as_bytes)
