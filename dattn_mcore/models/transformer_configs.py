@@ -12,6 +12,7 @@ from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.parallel.platform import current_device
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -83,7 +84,9 @@ def llm_transformer_config(config: Config) -> TransformerConfig:
         # the next and to the previous stage, which are the same process.
         overlap_p2p_comm=parallel.vpp > 1,
         batch_p2p_comm=parallel.vpp == 1,
-        deallocate_pipeline_outputs=True,
+        # The interleaved schedule empties an output while it is still being sent. A GPU's stream
+        # keeps the memory until then; a CPU's sender would read what has been freed.
+        deallocate_pipeline_outputs=parallel.vpp == 1 or current_device().type != "cpu",
         **recompute,
         **_common(config),
     )
