@@ -7,6 +7,7 @@ job costs the creation of its process groups and nothing more.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -15,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+JOBS_PER_WORKER = 10  # process groups leave threads behind, some 60 a job
 PRELOAD = ["dattn_mcore.training.loop", "dattn_mcore.parallel.platform"]
 
 
@@ -47,6 +49,7 @@ def _worker(connection: Any, rank: int) -> None:
                 from megatron.core import parallel_state
 
                 parallel_state.destroy_model_parallel()
+                gc.collect()  # models hold groups, and groups hold threads
                 dist.destroy_process_group()
         except BaseException as error:  # noqa: BLE001 (sent to the test)
             connection.send((False, (type(error), str(error), traceback.format_exc())))
@@ -67,6 +70,7 @@ class Pool:
         self.context = mp.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOAD)
         self.workers: list[tuple[Any, Any]] = []
+        self.jobs = 0
 
     def run(self, job: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240):
         """Runs `job(*args)` on every rank of a fresh world and returns the results by rank.
@@ -75,6 +79,9 @@ class Pool:
             WorkerError: what the lowest failing rank raised.
             TimeoutError: a rank did not answer in time; the pool is started anew.
         """
+        if self.jobs == JOBS_PER_WORKER:
+            self.close()
+        self.jobs += 1
         while len(self.workers) < world_size:
             here, there = self.context.Pipe()
             process = self.context.Process(
@@ -108,4 +115,4 @@ class Pool:
             process.join(5)
             process.kill()
             process.join()
-        self.workers = []
+        self.workers, self.jobs = [], 0
