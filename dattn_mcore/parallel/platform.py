@@ -83,15 +83,6 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if _installed == "gpu" else _CPU
 
 
-def peak_memory_bytes() -> int:
-    """Peak memory of this process so far: GPU allocations, or resident memory on a CPU."""
-    if _installed == "gpu":
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def seed_model_parallel(seed: int) -> None:
     """Seeds Megatron-Core's RNG tracker; each tensor and pipeline rank derives its own seed."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
