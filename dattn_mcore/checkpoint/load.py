@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 # Settings of the model that shape no parameter and may differ from the checkpoint's.
 _FREE = {
     "llm": {"init_std"},
-    "vision": {"init_std", "position_init_std"},
+    "vision": {"init_std"},
     "projector": {"output_norm_init"},
 }
 

@@ -42,7 +42,7 @@ class VisionConfig:
 
     kind: str = "siglip"  # siglip | clip
     image_size: int = 56
-    patch_size: int = 14
+    patch_size: int = 28  # the digits task: one patch per digit
     num_layers: int = 4
     hidden_size: int = 128
     ffn_hidden_size: int = 256
@@ -51,7 +51,6 @@ class VisionConfig:
     activation: str = "gelu_tanh"  # siglip: gelu_tanh; clip: quick_gelu
     select_layer: int = -1  # -1: all layers and the final norm; -2: without the last layer, no norm
     init_std: float = 0.06
-    position_init_std: float = 0.5  # of fresh position embeddings: patches are told apart early
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,8 @@ class TrainConfig:
     stage: str = "pretrain"  # align | pretrain | instruct: names the run
     trains: tuple[str, ...] = ("vision", "projector", "llm")
     global_batch_size: int = 64  # samples per optimizer step
-    steps: int | None = 400  # optimizer steps; None: from epochs
-    epochs: float = 1.0  # used where steps is None
+    steps: int | None = 300  # optimizer steps; null: from epochs
+    epochs: float = 1.0  # used where steps is null
     precision: str = "fp32"  # fp32 | bf16
     recompute: str = "none"  # none | selective | full
     seed: int = 1234

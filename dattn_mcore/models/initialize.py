@@ -57,8 +57,6 @@ def initial_value(
 def _std(key: str, shape: tuple[int, ...], config: Config) -> float:
     if key.startswith(("projector.", "vision.patch_embedding")):
         return float(torch.Size(shape[1:]).numel()) ** -0.5  # fan-in: activations keep their scale
-    if key == "vision.position_embedding.weight":
-        return config.model.vision.position_init_std
     vision = key.startswith("vision.")
     part = config.model.vision if vision else config.model.llm
     into_residual = ".linear_proj." in key or ".linear_fc2." in key

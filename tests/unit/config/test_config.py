@@ -100,7 +100,7 @@ def test_frozen():
         ("model.llm.num_attention_heads=6", "must be a multiple of model.llm.num_query_groups=4"),
         ("model.llm.head_dim=7", "must be even"),
         ("model.vision.select_layer=0", "must lie between"),
-        ("model.vision.image_size=560", "visual_budget=512 must hold at least one image"),
+        ("model.vision.image_size=1120", "visual_budget=512 must hold at least one image"),
         ("attention.v2v=full", "attention.v2v='full' is unknown; use one of diagonal, causal"),
         ("train.trains=[llm,tower]", "must name one or more of vision, projector, llm"),
         ("train.steps=0", "train.steps=0 must be greater than 0"),
