@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,7 @@ SHORT_FLAGS = {
     "cp": "parallel.cp",
     "device": "train.device",
 }
+SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake and end
 logger = logging.getLogger("dattn_mcore")
 
 
@@ -67,6 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     except DattnError as error:
         if rank == 0:  # all ranks have the same mistake; one says so
             sys.stderr.write(f"error: {error}\n")
+        else:
+            # torchrun ends all ranks when the first one ends: let that be the one that speaks.
+            time.sleep(SPEAKER_SECONDS)
         return 2
 
 

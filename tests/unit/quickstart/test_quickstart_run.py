@@ -102,7 +102,13 @@ def test_stopping_stops_the_step_too(tmp_path):
         f"run_step(Step('s', 's', (sys.executable, '-c', {inner!r}), ''),"
         f" pathlib.Path({str(tmp_path)!r}), Console())\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", outer], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", outer],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        # Where the tests run in the background SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 60
         while not (pid_file.exists() and pid_file.read_text()):
