@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -197,5 +196,4 @@ def _put_weights(content: dict[str, Any], chunks: list[DattnModel]) -> None:
             raise CheckpointError(
                 f"checkpoint lacks {missing or 'nothing'} and has {unexpected or 'nothing'} more"
             )
-    if torch.distributed.is_initialized():
-        dist.barrier()
+    dist.barrier()

@@ -164,7 +164,7 @@ def _vision(config: Config) -> Iterator[str]:
             f"model.vision.patch_size={vision.patch_size} must not exceed "
             f"model.vision.image_size={vision.image_size}"
         )
-    rows = (vision.image_size // vision.patch_size) ** 2
+    rows = vision.rows_per_tile
     if rows > config.data.visual_budget:
         yield (
             f"data.visual_budget={config.data.visual_budget} must hold at least one image "

@@ -35,6 +35,11 @@ class LlmConfig:
     tie_embeddings: bool = False
     init_std: float = 0.06  # for a hidden size of 128; 0.02 suits 4096
 
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding; independent of the layout."""
+        return -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -51,6 +56,16 @@ class VisionConfig:
     activation: str = "gelu_tanh"  # siglip: gelu_tanh; clip: quick_gelu
     select_layer: int = -1  # -1: all layers and the final norm; -2: without the last layer, no norm
     init_std: float = 0.06
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a tile (a rest of pixels is not used: 384 / 14 is 27)."""
+        return self.image_size // self.patch_size
+
+    @property
+    def rows_per_tile(self) -> int:
+        """Visual rows of one tile."""
+        return self.grid_size**2
 
 
 @dataclass(frozen=True)

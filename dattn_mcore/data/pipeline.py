@@ -104,7 +104,7 @@ class DataPipeline:
                 "raise it"
             )
         vision = config.model.vision
-        self._rows_per_image = (vision.image_size // vision.patch_size) ** 2
+        self._rows_per_image = vision.rows_per_tile
         annotations = read_annotations(data.annotations)
         self._samples = annotations.samples
         self.num_samples = len(self._samples)

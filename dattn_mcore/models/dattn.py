@@ -22,9 +22,9 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank
 
-from dattn_mcore.config.schema import Config, LlmConfig
+from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.attention.rotary import rotary_angles
-from dattn_mcore.layers.layout import DecomposedSeqParams, round_up
+from dattn_mcore.layers.layout import DecomposedSeqParams
 from dattn_mcore.layers.spec import block_submodules, decoder_layer_spec
 from dattn_mcore.models.projector import Projector
 from dattn_mcore.models.vision import VisionTower, normalize_pixels
@@ -47,11 +47,6 @@ class ModelInputs:
     text_ids: torch.Tensor
     labels: torch.Tensor
     tiles: torch.Tensor | None
-
-
-def padded_vocab_size(llm: LlmConfig) -> int:
-    """Rows of the embedding; independent of the layout, so that a checkpoint fits every one."""
-    return round_up(llm.vocab_size, llm.vocab_pad_multiple)
 
 
 class DattnModel(LanguageModule):
@@ -82,7 +77,7 @@ class DattnModel(LanguageModule):
         self.share_embeddings_and_output_weights = llm.tie_embeddings
         self.sequence_parallel = transformer_config.sequence_parallel
         self.vocab_size, self.final_softcap = llm.vocab_size, llm.final_softcap
-        padded_vocab = padded_vocab_size(llm)
+        padded_vocab = llm.padded_vocab_size
         if pre_process:
             self.vision = VisionTower(config, pg_collection)
             self.projector = Projector(config, pg_collection)

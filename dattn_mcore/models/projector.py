@@ -20,7 +20,6 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.norm import Norm
 from dattn_mcore.layers.spec import mlp_spec
 from dattn_mcore.models.transformer_configs import projector_transformer_config
-from dattn_mcore.models.vision import grid_size
 
 
 class AxisPosition(nn.Module):
@@ -63,7 +62,7 @@ class Projector(MegatronModule):
         super().__init__(config=transformer_config)
         self.tp_group = pg_collection.tp
         projector, hidden = config.model.projector, config.model.llm.hidden_size
-        self.grid = grid_size(config.model.vision)
+        self.grid = config.model.vision.grid_size
         self.output_norm_init = projector.output_norm_init
         self.mlp = MLP(
             transformer_config,

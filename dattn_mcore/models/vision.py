@@ -8,15 +8,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import nn
 
-from dattn_mcore.config.schema import Config, VisionConfig
+from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.norm import Norm
 from dattn_mcore.layers.spec import block_submodules, vision_layer_spec
 from dattn_mcore.models.transformer_configs import vision_transformer_config
-
-
-def grid_size(vision: VisionConfig) -> int:
-    """Patches along one side of a tile (a remainder of pixels is not used: 384 / 14 is 27)."""
-    return vision.image_size // vision.patch_size
 
 
 class VisionTower(MegatronModule):
@@ -40,7 +35,7 @@ class VisionTower(MegatronModule):
         self.patch_embedding = nn.Conv2d(
             3, hidden, vision.patch_size, vision.patch_size, bias=not clip, dtype=dtype
         )
-        patches = grid_size(vision) ** 2
+        patches = vision.rows_per_tile
         self.class_embedding = nn.Parameter(torch.zeros(hidden, dtype=dtype)) if clip else None
         self.position_embedding = None
         if config.model.visual_positions:

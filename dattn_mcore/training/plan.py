@@ -18,7 +18,7 @@ def describe(config: Config, world_size: int) -> str:
     world = processes_per_replica(config) if world_size == 1 else world_size
     dp = data_parallel_size(config, world)
     vision = config.model.vision
-    rows = (vision.image_size // vision.patch_size) ** 2
+    rows = vision.rows_per_tile
     lines = [
         to_yaml(config),
         f"layout: {world} processes = tp {parallel.tp} x pp {parallel.pp} x dp {dp}"
@@ -51,7 +51,7 @@ def stage_summary(config: Config, stage: int) -> tuple[int, int, str]:
     query, kv = llm.num_attention_heads * llm.head_dim, 2 * llm.num_query_groups * llm.head_dim
     norms = (4 if llm.post_norms else 2) * h
     layer = (h * (query + kv) + query * h + 3 * h * llm.ffn_hidden_size) // tp + norms
-    vocabulary = -(-llm.vocab_size // llm.vocab_pad_multiple) * llm.vocab_pad_multiple * h // tp
+    vocabulary = llm.padded_vocab_size * h // tp
     parts = {"llm": layers * layer, "vision": 0, "projector": 0}
     holds = [f"layers {stage * layers}-{(stage + 1) * layers - 1}"]
     if parallel.vpp > 1:
@@ -62,7 +62,7 @@ def stage_summary(config: Config, stage: int) -> tuple[int, int, str]:
         parts["llm"] += vocabulary
         v, f = vision.hidden_size, vision.ffn_hidden_size
         clip = vision.kind == "clip"
-        patches = (vision.image_size // vision.patch_size) ** 2
+        patches = vision.rows_per_tile
         block = (4 * v * v + 3 * v + 2 * v * f + f) // tp + v + v + 4 * v
         parts["vision"] = (vision.num_layers + 1 + vision.select_layer) * block
         parts["vision"] += 3 * vision.patch_size**2 * v + (3 * v if clip else v)

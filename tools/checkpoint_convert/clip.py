@@ -9,7 +9,7 @@ from tools.checkpoint_convert.siglip import PREFIX, shared_table
 
 def table(vision: VisionConfig, visual_positions: bool) -> list[Entry]:
     """The whole tower, up to the selected layer."""
-    patches = (vision.image_size // vision.patch_size) ** 2
+    patches = vision.rows_per_tile
     return [
         *shared_table(vision, patches + 1, visual_positions),
         Entry(

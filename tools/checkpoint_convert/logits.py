@@ -66,7 +66,7 @@ def _by_megatron(path: Path, avoid: frozenset[int]) -> Tensor:
     config = replace(config, train=train, attention=attention, parallel=ParallelConfig())
     vision, vocab_size = config.model.vision, config.model.llm.vocab_size
     ids, tile = _input(vocab_size, vision.image_size, avoid)
-    rows = (vision.image_size // vision.patch_size) ** 2
+    rows = vision.rows_per_tile
     batch = MicroBatch(
         layouts=(((False, BEFORE), (True, rows), (False, AFTER)),),
         text_ids=ids,

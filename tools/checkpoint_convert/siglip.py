@@ -54,7 +54,7 @@ def shared_table(vision: VisionConfig, positions: int, visual_positions: bool) -
 
 def table(vision: VisionConfig, visual_positions: bool) -> list[Entry]:
     """The whole tower, up to the selected layer."""
-    patches = (vision.image_size // vision.patch_size) ** 2
+    patches = vision.rows_per_tile
     entries = shared_table(vision, patches, visual_positions)
     entries.append(
         Entry(
