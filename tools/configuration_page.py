@@ -63,7 +63,7 @@ def _value(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+    return f"[{', '.join(map(_value, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def main() -> int:

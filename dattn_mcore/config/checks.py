@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.prepare": ("none", "digits"),
     "data.over_budget": ("skip", "truncate", "error"),
     "data.image_backend": ("auto", "dali", "pillow"),
-    "data.image_policy": ("stretch", "pad", "crop"),
+    "data.image_policy": ("stretch", "pad", "crop", "anyres_stretch", "anyres_letterbox"),
     "train.stage": ("align", "pretrain", "instruct"),
     "train.precision": ("fp32", "bf16"),
     "train.recompute": ("none", "selective", "full"),
@@ -164,11 +164,20 @@ def _vision(config: Config) -> Iterator[str]:
             f"model.vision.patch_size={vision.patch_size} must not exceed "
             f"model.vision.image_size={vision.image_size}"
         )
-    rows = vision.rows_per_tile
-    if rows > config.data.visual_budget:
+    data = config.data
+    grids = [list(grid) for grid in data.anyres_grids]
+    if not grids or any(min(grid) < 1 or grid == [1, 1] for grid in grids):
         yield (
-            f"data.visual_budget={config.data.visual_budget} must hold at least one image "
-            f"({rows} rows)"
+            f"data.anyres_grids={grids} must be pairs [columns, rows] of at least two tiles (one "
+            "tile is the base view, which every image has); write [[1, 2], [2, 1], [2, 2]]"
+        )
+        return
+    rows, tiles = vision.rows_per_tile, data.max_tiles
+    if rows * tiles > data.visual_budget:
+        of_tiles = f" of {tiles} tiles (data.image_policy={data.image_policy})" if tiles > 1 else ""
+        yield (
+            f"data.visual_budget={data.visual_budget} must hold at least one image{of_tiles}: "
+            f"{rows * tiles} rows"
         )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (1, 4), (4, 1))
+
 
 @dataclass(frozen=True)
 class LlmConfig:
@@ -126,10 +128,18 @@ class DataConfig:
     image_backend: str = "auto"  # auto | dali | pillow
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_policy: str = "stretch"  # stretch | pad | crop: how an image becomes a square
+    image_policy: str = "stretch"  # one square tile, or a base view and a canvas of tiles (AnyRes)
+    anyres_grids: tuple[tuple[int, int], ...] = ANYRES_GRIDS  # canvases in tiles: [columns, rows]
     max_image_pixels: int = 100_000_000  # larger images are refused before they are decoded
     decode_threads: int = 2
     prefetch: int = 2  # global batches prepared ahead of the step
+
+    @property
+    def max_tiles(self) -> int:
+        """Most tiles of one image."""
+        if not self.image_policy.startswith("anyres_"):
+            return 1
+        return 1 + max(columns * rows for columns, rows in self.anyres_grids)
 
 
 @dataclass(frozen=True)

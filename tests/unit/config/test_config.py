@@ -101,6 +101,9 @@ def test_frozen():
         ("model.llm.head_dim=7", "must be even"),
         ("model.vision.select_layer=0", "must lie between"),
         ("model.vision.image_size=1120", "visual_budget=512 must hold at least one image"),
+        ("data.anyres_grids=[]", "must be pairs .columns, rows. of at least two tiles"),
+        ("data.anyres_grids=[[1, 1]]", "one tile is the base view"),
+        ("data.anyres_grids=[[2, 0]]", "must be pairs .columns, rows."),
         ("attention.v2v=full", "attention.v2v='full' is unknown; use one of diagonal, causal"),
         ("train.trains=[llm,tower]", "must name one or more of vision, projector, llm"),
         ("train.steps=0", "train.steps=0 must be greater than 0"),
@@ -143,3 +146,11 @@ def test_bad_files(tmp_path, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read .*No such file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_the_visual_budget_holds_the_largest_anyres_plan():
+    """The digits' tile has 4 rows; a base view and 2 x 2 tiles have 20."""
+    overrides = ["data.image_policy=anyres_stretch", "data.anyres_grids=[[1, 2], [2, 2]]"]
+    assert checked(*overrides, "data.visual_budget=20").data.max_tiles == 5
+    with pytest.raises(ConfigError, match="of 5 tiles .* 20 rows"):
+        checked(*overrides, "data.visual_budget=19")
