@@ -22,11 +22,15 @@ class MicroBatch:
         labels: int64 [T], already shifted inside each sample: the id that row i must predict,
             -100 where there is no loss (always so on the last row of a sample).
         num_tiles: Tiles of the pack, known on every rank. A tile has
-            (image_size // patch_size) ** 2 rows, row-major.
-        tiles: uint8 [num_tiles, 3, image_size, image_size] RGB, not normalised. None on ranks
-            that need no pixels, and where num_tiles is 0.
+            (image_size // patch_size) ** 2 rows.
+        tiles: uint8 [num_tiles, 3, image_size, image_size] RGB, not normalised; of each image the
+            base view first, then the tiles of its canvas, row by row. None on ranks that need no
+            pixels, and where num_tiles is 0.
         sample_ids: Annotation id of each sample.
         num_samples: Number of samples; 0 for the empty packs that fill up a global batch.
+        image_grids: (columns, rows) of each image's canvas in tiles, known on every rank; (0, 0)
+            for an image of one tile. An image's visual rows are those of its base view, then
+            those of its canvas, both row-major. Empty: every tile is an image of its own.
     """
 
     layouts: tuple[Layout, ...]
@@ -36,6 +40,7 @@ class MicroBatch:
     tiles: Tensor | None
     sample_ids: tuple[str, ...]
     num_samples: int
+    image_grids: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass

@@ -11,8 +11,11 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -88,10 +91,7 @@ def read_image_file(folder: Path, relative: str, sample_id: str, max_pixels: int
     """
     who = f"annotation {sample_id!r}: image '{relative}'"
     data = _read(folder, relative, who, max_bytes=8 * max_pixels + 2**20)
-    if not data:
-        raise DataError(f"{who} is an empty file")
-    if not _known_signature(data):
-        raise DataError(f"{who} is not an image (unknown signature {data[:4].hex(' ')})")
+    _check_start(who, data)
     try:
         with Image.open(io.BytesIO(data)) as header:
             image_format = header.format or ""
@@ -107,23 +107,64 @@ def read_image_file(folder: Path, relative: str, sample_id: str, max_pixels: int
                 height=header.height,
                 ends_whole=_ends_whole(data, image_format),
             )
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{who} is too large ({error})") from None
     except Exception as error:  # noqa: BLE001  (OSError, SyntaxError, struct.error, ...)
-        raise DataError(
-            f"{who} has a signature but no readable header; it is truncated or damaged "
-            f"({type(error).__name__})"
-        ) from None
-    if image.width * image.height > max_pixels:
-        raise DataError(
-            f"{who} is too large: {image.width} x {image.height} pixels, data.max_image_pixels is "
-            f"{max_pixels}"
-        )
+        raise _bad_header(who, error) from None
+    _check_pixels(who, image.width, image.height, max_pixels)
     return image
 
 
+def read_image_size(
+    folder: Path, relative: str, sample_id: str, max_pixels: int
+) -> tuple[int, int]:
+    """Width and height in pixels from a file's header; its pixels are not read.
+
+    Args:
+        folder: Image folder, resolved (`check_folder`).
+        relative: Path below it, from the annotation.
+        sample_id: Annotation id, for messages.
+        max_pixels: Most pixels (width x height) that will be decoded.
+
+    Raises:
+        DataError: One line that names annotation id and path.
+    """
+    who = f"annotation {sample_id!r}: image '{relative}'"
+    with _opened(folder, relative, who, max_bytes=8 * max_pixels + 2**20) as file:
+        _check_start(who, file.read(12))
+        file.seek(0)
+        try:
+            with Image.open(file) as header:
+                width, height = header.size
+        except Exception as error:  # noqa: BLE001  (OSError, SyntaxError, struct.error, ...)
+            raise _bad_header(who, error) from None
+    _check_pixels(who, width, height, max_pixels)
+    return width, height
+
+
+def _bad_header(who: str, error: Exception) -> DataError:
+    if isinstance(error, Image.DecompressionBombError):
+        return DataError(f"{who} is too large ({error})")
+    return DataError(
+        f"{who} has a signature but no readable header; it is truncated or damaged "
+        f"({type(error).__name__})"
+    )
+
+
+def _check_pixels(who: str, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise DataError(
+            f"{who} is too large: {width} x {height} pixels, data.max_image_pixels is {max_pixels}"
+        )
+
+
 def _read(folder: Path, relative: str, who: str, max_bytes: int) -> bytes:
-    """Reads a regular file below `folder`; never blocks on a FIFO."""
+    """Reads a whole file."""
+    with _opened(folder, relative, who, max_bytes) as file:
+        return file.read()
+
+
+@contextmanager
+def _opened(folder: Path, relative: str, who: str, max_bytes: int) -> Iterator[BinaryIO]:
+    """Opens a regular file below `folder`; never blocks on a FIFO."""
     path = folder / relative
     try:
         resolved = path.resolve(strict=True)
@@ -152,11 +193,18 @@ def _read(folder: Path, relative: str, who: str, max_bytes: int) -> bytes:
                 "data.max_image_pixels"
             )
         with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read()
+            yield file
     except OSError as error:
         raise DataError(f"{who} cannot be read ({error.strerror})") from None
     finally:
         os.close(handle)
+
+
+def _check_start(who: str, data: bytes) -> None:
+    if not data:
+        raise DataError(f"{who} is an empty file")
+    if not _known_signature(data):
+        raise DataError(f"{who} is not an image (unknown signature {data[:4].hex(' ')})")
 
 
 def _known_signature(data: bytes) -> bool:

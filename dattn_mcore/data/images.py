@@ -1,4 +1,4 @@
-"""Image files to square uint8 tiles, the same for every decoder.
+"""Image files to square uint8 tiles (one, or a base view and a canvas), whatever the decoder.
 
 Decoding is DALI's or Pillow's; resizing is torch's antialiased bicubic on uint8 for both, which
 follows Pillow's within two grey levels (DALI's own cubic resize is much further off). It works
@@ -23,10 +23,10 @@ from torch.nn import functional
 from dattn_mcore.data.decode_dali import DaliDecoder
 from dattn_mcore.data.decode_pillow import PillowDecoder
 from dattn_mcore.data.image_files import ImageFile, check_folder, read_image_file
-from dattn_mcore.errors import ConfigError
+from dattn_mcore.data.tiles import ANYRES_POLICIES, POLICIES, Grid, plan_tiles
+from dattn_mcore.errors import ConfigError, DataError
 
 _LOG = logging.getLogger(__name__)
-POLICIES = ("stretch", "pad", "crop")
 BACKENDS = ("auto", "dali", "pillow")
 _said: set[str] = set()  # what `auto` chose is logged once a process
 
@@ -87,6 +87,7 @@ class ImageLoader:
         *,
         size: int,
         policy: str = "stretch",
+        grids: Sequence[Grid] = (),
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         backend: str = "auto",
         threads: int = 2,
@@ -99,7 +100,8 @@ class ImageLoader:
         Args:
             folder: Image folder; nothing outside it is ever read.
             size: Side of a tile in pixels.
-            policy: `stretch`, `pad` or `crop` (see `to_tile`).
+            policy: How an image becomes tiles (see `to_tiles`).
+            grids: (columns, rows) of the canvases that AnyRes policies may choose.
             mean: Per-channel mean in 0..1; its colour fills the borders of `pad`.
             backend: `auto`, `dali` or `pillow`.
             threads: Threads that read and decode.
@@ -117,7 +119,7 @@ class ImageLoader:
             )
         self._folder = check_folder(folder)
         self._size = size
-        self._policy = policy
+        self._policy, self._grids = policy, tuple(grids)
         self._fill = tuple(int(channel * 255) for channel in mean)
         self._max_pixels = max_pixels
         self._decoder = make_decoder(backend, threads, device, device_id)
@@ -128,27 +130,47 @@ class ImageLoader:
         """Name of the decoder in use."""
         return self._decoder.name
 
-    def load(self, items: Sequence[tuple[str, str]]) -> Tensor:
+    def load(self, items: Sequence[tuple[str, str]], planned: Sequence[Grid] = ()) -> Tensor:
         """Loads images.
 
         Args:
             items: (annotation id, path relative to the folder) of each image.
+            planned: (columns, rows) that were planned for each image, (0, 0) for one tile; empty:
+                not checked.
 
         Returns:
-            uint8 [len(items), 3, size, size] RGB, contiguous; on the GPU if any was decoded there.
+            uint8 [tiles of all images, 3, size, size] RGB, contiguous; on the GPU if any was
+            decoded there.
 
         Raises:
-            DataError: The first bad image, by annotation id and path.
+            DataError: The first bad image, by annotation id and path; or one whose tiles are
+                not those planned.
         """
         if not items:
             return torch.empty(0, 3, self._size, self._size, dtype=torch.uint8)
         files = list(self._readers.map(self._read, items))
         decoded = self._decoder.decode(files)
-        tiles = [to_tile(image, self._size, self._policy, self._fill) for image in decoded]
+        if planned:
+            for file, image, grid in zip(files, decoded, planned, strict=True):
+                self._check_grid(file, image, grid)
+        tiles = [
+            to_tiles(image, self._size, self._policy, self._fill, self._grids) for image in decoded
+        ]
         elsewhere = [tile.device for tile in tiles if tile.device.type != "cpu"]
         if elsewhere:  # what Pillow decoded joins what DALI decoded on the GPU
             tiles = [tile.to(elsewhere[0]) for tile in tiles]
-        return torch.stack(tiles)
+        return torch.cat(tiles)
+
+    def _check_grid(self, file: ImageFile, image: Tensor, planned: Grid) -> None:
+        height, width = image.shape[-2:]
+        plan = plan_tiles(
+            width, height, policy=self._policy, tile_size=self._size, grids=self._grids
+        )
+        if plan.grid != planned:
+            raise DataError(
+                f"{file.who} is {width} x {height} pixels, a canvas of {list(plan.grid)} tiles, "
+                f"but {list(planned)} were planned; it changed since its size was read, restart"
+            )
 
     def close(self) -> None:
         """Ends threads and gives the decoder's memory back."""
@@ -158,6 +180,32 @@ class ImageLoader:
     def _read(self, item: tuple[str, str]) -> ImageFile:
         sample_id, path = item
         return read_image_file(self._folder, path, sample_id, self._max_pixels)
+
+
+def to_tiles(
+    image: Tensor, size: int, policy: str, fill: Sequence[int], grids: Sequence[Grid] = ()
+) -> Tensor:
+    """Makes an image the tiles of its plan (`plan_tiles`).
+
+    Args:
+        image: uint8 [3, height, width].
+        size: Side of a tile in pixels.
+        policy: `anyres_stretch`, `anyres_letterbox`, or one of `to_tile`.
+        fill: RGB of the borders of `pad`, 0..255.
+        grids: (columns, rows) of the canvases that AnyRes may choose.
+
+    Returns:
+        uint8 [tiles, 3, size, size], contiguous: base view, then the canvas row by row.
+    """
+    if policy not in ANYRES_POLICIES:
+        return to_tile(image, size, policy, fill)[None]
+    height, width = image.shape[-2:]
+    plan = plan_tiles(width, height, policy=policy, tile_size=size, grids=grids)
+    (x, y), (wide, high) = plan.offset, plan.resized
+    canvas = image.new_zeros(3, plan.rows * size, plan.columns * size)
+    canvas[:, y : y + high, x : x + wide] = _resize(image, high, wide)
+    cut = canvas.view(3, plan.rows, size, plan.columns, size).permute(1, 3, 0, 2, 4)
+    return torch.cat([_resize(image, size, size)[None], cut.flatten(0, 1)]).contiguous()
 
 
 def to_tile(image: Tensor, size: int, policy: str, fill: Sequence[int]) -> Tensor:
@@ -178,11 +226,9 @@ def to_tile(image: Tensor, size: int, policy: str, fill: Sequence[int]) -> Tenso
     """
     height, width = image.shape[-2:]
     if policy == "crop":
-        short, long = min(height, width), max(height, width)
-        new_long = int(size * long / short)
-        new = (new_long, size) if width <= height else (size, new_long)
-        top, left = (new[0] - size) // 2, (new[1] - size) // 2
-        return _resize(image, *new)[:, top : top + size, left : left + size].contiguous()
+        plan = plan_tiles(width, height, policy=policy, tile_size=size, grids=())
+        (wide, high), left, top = plan.resized, -plan.offset[0], -plan.offset[1]
+        return _resize(image, high, wide)[:, top : top + size, left : left + size].contiguous()
     if policy == "pad" and height != width:
         side = max(height, width)
         top, left = (side - height) // 2, (side - width) // 2

@@ -30,7 +30,9 @@ from dattn_mcore.data.templates import (
     encode_sample,
     truncate,
 )
+from dattn_mcore.data.tiles import Grid
 from dattn_mcore.data.tokenizer import Tokenizer
+from dattn_mcore.data.views import ViewPlanner
 from dattn_mcore.errors import ConfigError, DataError
 
 __all__ = ["DataPipeline", "GlobalBatch", "Layout", "MicroBatch"]
@@ -45,6 +47,7 @@ class _Entry:
 
     sample: Sample
     encoded: EncodedSample
+    grids: tuple[Grid, ...]  # of the images that stand in it
 
 
 class DataPipeline:
@@ -104,7 +107,6 @@ class DataPipeline:
                 "raise it"
             )
         vision = config.model.vision
-        self._rows_per_image = vision.rows_per_tile
         annotations = read_annotations(data.annotations)
         self._samples = annotations.samples
         self.num_samples = len(self._samples)
@@ -112,12 +114,15 @@ class DataPipeline:
         self._order = SampleOrder(self.num_samples, config.train.seed)
         parts = (annotations.fingerprint, tokenizer.fingerprint, data.template)
         self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        has_images = any(sample.images for sample in self._samples)
+        self._views = ViewPlanner(config, has_images)
         self._images: ImageLoader | None = None
-        if needs_pixels and any(sample.images for sample in self._samples):
+        if needs_pixels and has_images:
             self._images = ImageLoader(
                 data.image_folder,
                 size=vision.image_size,
                 policy=data.image_policy,
+                grids=data.anyres_grids,
                 mean=data.image_mean,
                 backend=data.image_backend,
                 threads=data.decode_threads,
@@ -146,6 +151,7 @@ class DataPipeline:
     def close(self) -> None:
         """Ends the threads."""
         self._prefetcher.close()
+        self._views.close()
         if self._images is not None:
             self._images.close()
 
@@ -178,11 +184,11 @@ class DataPipeline:
         entries: list[_Entry] = []
         skipped: list[str] = []
         truncated: list[str] = []
-        for sample in chosen:
+        for sample, grids in zip(chosen, self._views.grids(chosen), strict=True):
             runs = encode_conversation(self._tokenizer, data.template, sample.turns)
-            encoded = encode_sample(runs, self._rows_per_image)
+            encoded = encode_sample(runs, [self._views.rows(grid) for grid in grids])
             if self._fits(encoded):
-                entries.append(_Entry(sample, encoded))
+                entries.append(_Entry(sample, encoded, grids))
                 continue
             if data.over_budget == "error":
                 raise DataError(
@@ -194,7 +200,7 @@ class DataPipeline:
             if data.over_budget == "truncate":
                 cut = truncate(encoded, data.text_budget)
                 if self._fits(cut) and any(label != NO_LOSS for label in cut.labels):
-                    entries.append(_Entry(sample, cut))
+                    entries.append(_Entry(sample, cut, grids[: cut.num_images]))
                     truncated.append(sample.id)
                     continue
             skipped.append(sample.id)
@@ -216,15 +222,17 @@ class DataPipeline:
             for entry in members
             for path in entry.sample.images[: entry.encoded.num_images]
         ]
-        tiles = self._images.load(shown) if self._images is not None and shown else None
+        grids = tuple(grid for entry in members for grid in entry.grids)
+        tiles = self._images.load(shown, grids) if self._images is not None and shown else None
         return MicroBatch(
             layouts=tuple(entry.encoded.layout for entry in members),
             text_ids=torch.tensor(ids, dtype=torch.int64),
             labels=torch.tensor(labels, dtype=torch.int64),
-            num_tiles=len(shown),
+            num_tiles=sum(1 + columns * rows for columns, rows in grids),
             tiles=tiles,
             sample_ids=tuple(entry.sample.id for entry in members),
             num_samples=len(members),
+            image_grids=grids,
         )
 
 
