@@ -17,5 +17,9 @@ class DataError(DattnError):
     """An annotation, image or tokenizer that is missing or malformed."""
 
 
+class RankError(DattnError):
+    """What only this rank can tell: it could not reach the others, so it speaks for itself."""
+
+
 class CheckpointError(DattnError):
     """A checkpoint that is missing, damaged, or belongs to another model."""

@@ -97,11 +97,16 @@ def _positive(config: Config) -> Iterator[str]:
         *("data.prefetch", "train.global_batch_size", "train.epochs", "optim.lr"),
         *("train.loss_chunk",),
         *("checkpoint.save_interval", "checkpoint.keep", "log.interval"),
+        "health.start_timeout_seconds",
     ):
         if value_of(config, name) <= 0:
             yield f"{name}={value_of(config, name)} must be greater than 0"
     if config.train.steps is not None and config.train.steps <= 0:
         yield f"train.steps={config.train.steps} must be greater than 0, or null for train.epochs"
+    for limit in ("step", "checkpoint"):
+        name = f"health.{limit}_timeout_seconds"
+        if value_of(config, name) < 0:
+            yield f"{name}={value_of(config, name)} must be at least 0 (0: no limit)"
     for name in ("optim.warmup_ratio", "optim.min_lr_ratio"):
         if not 0 <= value_of(config, name) <= 1:
             yield f"{name}={value_of(config, name)} must lie between 0 and 1"

@@ -188,6 +188,15 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """How long a rank may stand still before the run ends by itself."""
+
+    start_timeout_seconds: float = 120.0  # from the first rank's start to the last one's
+    step_timeout_seconds: float = 480.0  # a step, and the wait for its data; 0: no limit
+    checkpoint_timeout_seconds: float = 1800.0  # to load or to save one; 0: no limit
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is reported, and where."""
 
@@ -207,4 +216,5 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import socket
 from collections.abc import Iterator
 
@@ -12,13 +13,41 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.config.schema import ParallelConfig
+from dattn_mcore.errors import RankError
 from dattn_mcore.parallel import platform, torch_adam
 
 
-def initialize_distributed(device: str, timeout_minutes: float = 10.0) -> None:
-    """Joins the processes that torchrun started (rank and world size from the environment)."""
+def join_store(timeout_seconds: float) -> tuple[dist.Store, int, int]:
+    """The store that torchrun's processes share, this rank and the world size.
+
+    Raises:
+        RankError: the store cannot be reached, or not all processes came.
+    """
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    try:
+        return next(dist.rendezvous("env://", timeout=timeout))
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RankError(
+            f"rank {os.environ.get('RANK')} on {socket.gethostname()} cannot join the run at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within "
+            f"{timeout_seconds:g} seconds ({reason}); check that all ranks started with one "
+            "address and that the network lets them through"
+        ) from None
+
+
+def initialize_distributed(
+    device: str, store: dist.Store, rank: int, world_size: int, timeout_minutes: float
+) -> None:
+    """Makes the process group of all ranks over a store from `join_store`."""
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    store.set_timeout(timeout)
     dist.init_process_group(
-        platform.backend(device), timeout=datetime.timedelta(minutes=timeout_minutes)
+        platform.backend(device),
+        store=dist.PrefixStore("default_pg", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
     )
 
 

@@ -47,6 +47,38 @@ def resolve_device(requested: str) -> str:
     return requested
 
 
+def device_problem(device: str, local_rank: int) -> str | None:
+    """What keeps this process from using its device; None where nothing does.
+
+    Args:
+        device: cpu or gpu.
+        local_rank: index of this process on its machine; selects the GPU.
+    """
+    if device == "cpu":
+        return None
+    if local_rank >= gpu_count():
+        return (
+            f"GPU {local_rank} is not visible (this machine shows {gpu_count()}); start no more "
+            "processes on a machine than it has GPUs, or mend its driver"
+        )
+    try:
+        torch.zeros(1024, device=torch.device("cuda", local_rank)).sum().item()
+    except RuntimeError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"GPU {local_rank} does not compute ({reason}); take this machine out of the run"
+    return None
+
+
+def device_name() -> str:
+    """What the vendor calls this process's device; empty for a CPU."""
+    return torch.cuda.get_device_name() if _installed == "gpu" else ""
+
+
+def peak_memory() -> int:
+    """Bytes of device memory at this process's peak since it started; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() if _installed == "gpu" else 0
+
+
 def backend(device: str) -> str:
     """The torch.distributed backend for a device (cpu or gpu)."""
     return "nccl" if device == "gpu" else "gloo"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -25,12 +26,16 @@ from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import DattnError
 from dattn_mcore.models.build import build_model
+from dattn_mcore.parallel import platform
 from dattn_mcore.training.agreement import agree
 from dattn_mcore.training.inputs import all_model_inputs, needs_pixels
+from dattn_mcore.training.not_finite import NotFiniteError, explain
 from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
 from dattn_mcore.training.report import Reporter
 from dattn_mcore.training.signals import StopRequest
+from dattn_mcore.training.start_checks import check_checkpoint_folder
 from dattn_mcore.training.step import train_step
+from dattn_mcore.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +63,19 @@ def open_data(
     )
 
 
-def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.device) -> bool:
+def train(
+    config: Config,
+    pg_collection: ProcessGroupCollection,
+    device: torch.device,
+    watchdog: Watchdog | None = None,
+) -> bool:
     """Trains until the last step or a stopping signal; called by all ranks.
 
     Args:
         config: a checked configuration.
         pg_collection: process groups of its layout.
         device: of this process.
+        watchdog: that this process has already; without one it gets one for this call.
 
     Returns:
         True if the run is complete, False if a signal stopped it.
@@ -72,20 +83,35 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
     Raises:
         DattnError: a user's mistake, the same on every rank.
     """
-    run_dir = Path(config.log.run_dir)
+    if watchdog is not None:
+        return _train(config, pg_collection, device, watchdog)
+    watchdog = Watchdog(dist.get_rank(), dist.get_world_size())
+    try:
+        return _train(config, pg_collection, device, watchdog)
+    finally:
+        watchdog.close()
+
+
+def _train(
+    config: Config,
+    pg_collection: ProcessGroupCollection,
+    device: torch.device,
+    watchdog: Watchdog,
+) -> bool:
+    run_dir, health = Path(config.log.run_dir), config.health
     speaks = dist.get_rank() == 0
+    check_checkpoint_folder(run_dir, device)
     data, problem = None, None
     try:
         data = open_data(config, pg_collection, device)
-        if speaks:
-            run_dir.mkdir(parents=True, exist_ok=True)
     except DattnError as error:
         problem = error
-    except OSError as error:
-        problem = DattnError(f"log.run_dir={run_dir} cannot be made ({error.strerror})")
     agree(problem, False, device)
     assert data is not None
 
+    watchdog.phase(
+        "loading", health.checkpoint_timeout_seconds, "health.checkpoint_timeout_seconds"
+    )
     found = choose_checkpoint(run_dir / "checkpoints") if config.checkpoint.resume else None
     if found is not None:
         folder, manifest = found
@@ -110,30 +136,52 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
         reporter = Reporter(config, run_dir, first, last)
     stop = StopRequest()
     step = first
+
+    def save(step: int) -> None:
+        watchdog.phase(
+            f"saving after step {step}",
+            *(health.checkpoint_timeout_seconds, "health.checkpoint_timeout_seconds"),
+        )
+        _save(config, step, chunks, optimizer, pg_collection, data, reporter)
+
     try:
         while step < last:
-            batch, problem = None, None
+            watchdog.phase(
+                f"waiting for data of step {step + 1}",
+                *(health.step_timeout_seconds, "health.step_timeout_seconds"),
+            )
+            batch, problem, asked = None, None, time.perf_counter()
             try:
                 batch = data.global_batch(step)
             except DattnError as error:
                 problem = error
-            if agree(problem, stop.received is not None, device):
+            waited = time.perf_counter() - asked
+            watchdog.phase(
+                f"step {step + 1}", health.step_timeout_seconds, "health.step_timeout_seconds"
+            )
+            agreed = agree(
+                problem,
+                stop.received is not None,
+                device,
+                data_wait=waited,
+                peak_memory=platform.peak_memory(),
+            )
+            if agreed.stop:
                 break
             assert batch is not None
             inputs = all_model_inputs(batch.microbatches, config, pg_collection, device)
-            result = train_step(model, optimizer, scheduler, inputs, pg_collection)
+            try:
+                result = train_step(model, optimizer, scheduler, inputs, pg_collection)
+            except NotFiniteError as error:
+                raise explain(error, step + 1, batch) from None
             step += 1
             if reporter is not None:
-                reporter.step(
-                    step,
-                    result,
-                    get_canonical_lr_for_logging(optimizer.param_groups) or 0.0,
-                    batch,
-                )
+                rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
+                reporter.step(step, result, rate, batch, agreed)
             if step % config.checkpoint.save_interval == 0 and step < last:
-                _save(config, step, chunks, optimizer, pg_collection, data, reporter)
+                save(step)
         if step > first:
-            _save(config, step, chunks, optimizer, pg_collection, data, reporter)
+            save(step)
     finally:
         stop.restore()
         data.close()

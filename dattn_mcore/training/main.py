@@ -13,7 +13,7 @@ from pathlib import Path
 from dattn_mcore.config.checks import check_config, data_parallel_size, processes_per_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
-from dattn_mcore.errors import DattnError
+from dattn_mcore.errors import DattnError, RankError
 from dattn_mcore.training.launch import restart_under_torchrun
 
 SHORT_FLAGS = {
@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         return _run(config, sys.argv[1:] if arguments is None else arguments)
     except DattnError as error:
-        if rank == 0:  # all ranks have the same mistake; one says so
+        if rank == 0 or isinstance(error, RankError):
+            # Most mistakes are the same on all ranks, and one says so.
             sys.stderr.write(f"error: {error}\n")
         else:
             # torchrun ends all ranks when the first one ends: let that be the one that speaks.
@@ -86,14 +87,21 @@ def _run(config: Config, arguments: list[str]) -> int:
 
     from dattn_mcore.parallel import groups, platform
     from dattn_mcore.training.loop import train
+    from dattn_mcore.training.start_checks import check_all_reduce
+    from dattn_mcore.training.watchdog import Watchdog
 
-    device_kind = platform.resolve_device(config.train.device)
-    device = platform.install(device_kind, int(os.environ.get("LOCAL_RANK", "0")))
     if "WORLD_SIZE" in os.environ:
-        groups.initialize_distributed(device_kind, config.parallel.timeout_minutes)
+        device_kind, device, watchdog = _join(config)
     else:
+        device_kind = platform.resolve_device(config.train.device)
+        device = platform.install(device_kind)
         groups.initialize_alone(device_kind)
+        watchdog = Watchdog(0, 1)
     try:
+        limit = config.health.start_timeout_seconds
+        watchdog.phase("the first all-reduce", limit, "health.start_timeout_seconds")
+        check_all_reduce(device)
+        watchdog.phase("making process groups", limit, "health.start_timeout_seconds")
         pg_collection = groups.initialize_model_parallel(config.parallel, config.train.seed)
         logger.info(
             "%s: %s on %d %s process%s, tp %d x pp %d x dp %d%s",
@@ -102,12 +110,39 @@ def _run(config: Config, arguments: list[str]) -> int:
             *(config.parallel.tp, config.parallel.pp, pg_collection.dp.size()),
             ", sequence parallel" if config.parallel.sp else "",
         )
+        watchdog.phase("preparing data", 0, "")
         _prepare_data(config, device)
-        train(config, pg_collection, device)
+        train(config, pg_collection, device, watchdog)
         groups.destroy_model_parallel()
         return 0
     finally:
+        watchdog.close()
         dist.destroy_process_group()
+
+
+def _join(config: Config):  # type: ignore[no-untyped-def]
+    """Joins the other ranks, once all see their device and run the same code and configuration."""
+    from dattn_mcore.parallel import groups, platform
+    from dattn_mcore.training.start_checks import check_ranks, describe_rank
+    from dattn_mcore.training.watchdog import Watchdog
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    limit = config.health.start_timeout_seconds
+    store, rank, world_size = groups.join_store(limit)
+    problem, device_kind = None, config.train.device
+    try:
+        device_kind = platform.resolve_device(config.train.device)
+        problem = platform.device_problem(device_kind, local_rank)
+    except DattnError as error:
+        problem = str(error)
+    check_ranks(store, rank, world_size, describe_rank(config, device_kind), problem, limit)
+    watchdog = Watchdog(rank, world_size, store)
+    watchdog.phase("making the process group", limit, "health.start_timeout_seconds")
+    device = platform.install(device_kind, local_rank)
+    groups.initialize_distributed(
+        device_kind, store, rank, world_size, config.parallel.timeout_minutes
+    )
+    return device_kind, device, watchdog
 
 
 def _prepare_data(config: Config, device) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.models.dattn import DattnModel
+from dattn_mcore.training.not_finite import NotFiniteError
 
 
 def wrap_ddp(
@@ -25,7 +27,7 @@ def wrap_ddp(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=True,
-        check_for_nan_in_grad=False,  # the step itself stops on a loss that is not finite
+        check_for_nan_in_grad=False,  # the step stops on what is not finite
     )
     return [
         DistributedDataParallel(
@@ -69,6 +71,7 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
                 "lr_mult": peak / optim.lr,
             }
     optimizer = get_megatron_optimizer(optimizer_config, model, config_overrides=overrides)
+    _refuse_gradients_that_are_not_finite(optimizer)
     chunk_config = model[0].config
     chunk_config.finalize_model_grads_func = finalize_model_grads
     chunk_config.grad_scale_func = optimizer.scale_loss
@@ -76,6 +79,19 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
     if len(model) == 1:
         chunk_config.no_sync_func = model[0].no_sync
     return optimizer
+
+
+def _refuse_gradients_that_are_not_finite(optimizer: MegatronOptimizer) -> None:
+    """Makes `step` raise before it updates, on every rank: the norm is one over all ranks."""
+    get_grad_norm = optimizer.get_grad_norm
+
+    def finite_grad_norm() -> float:
+        norm = float(get_grad_norm())
+        if not math.isfinite(norm):
+            raise NotFiniteError("gradient norm", norm)
+        return norm
+
+    optimizer.get_grad_norm = finite_grad_norm
 
 
 def build_scheduler(

@@ -11,9 +11,11 @@ from typing import Any, TextIO
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch
+from dattn_mcore.training.agreement import Agreement
 from dattn_mcore.training.step import StepResult
 
 logger = logging.getLogger(__name__)
+WORTH_SAYING = 0.1  # share of the time spent waiting for data from which the line says so
 
 
 def duration(seconds: float) -> str:
@@ -22,6 +24,16 @@ def duration(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
     return f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def _further(row: dict[str, Any]) -> str:
+    """What is worth a person's attention beside the rates."""
+    parts = []
+    if "peak_memory_gib" in row:
+        parts.append(f"{row['peak_memory_gib']:.1f} GiB")
+    if row["data_wait_share"] > WORTH_SAYING:
+        parts.append(f"waits for data {row['data_wait_share']:.0%}")
+    return "".join(f"  {part}" for part in parts)
 
 
 def rate(value: float) -> str:
@@ -48,6 +60,7 @@ class Reporter:
         self.first_step = self.interval_first_step = first_step
         self.counts: Counter[str] = Counter()
         self.interval: Counter[str] = Counter()
+        self.data_wait, self.peak_memory = 0.0, 0  # seconds in this interval; bytes
         self.seen_over_budget: set[str] = set()
         _drop_after(run_dir / "metrics.jsonl", first_step)
         _drop_after(run_dir / "samples.jsonl", first_step)
@@ -67,6 +80,7 @@ class Reporter:
         result: StepResult,
         learning_rate: float,
         batch: GlobalBatch,
+        agreed: Agreement,
     ) -> None:
         """Notes a finished step; prints at the end of an interval.
 
@@ -75,6 +89,7 @@ class Reporter:
             result: what it did.
             learning_rate: of the parts without a rate of their own.
             batch: the global batch it was done on.
+            agreed: what the ranks measured before it.
         """
         self._note_over_budget(batch.skipped, batch.truncated)
         self.interval.update(
@@ -82,6 +97,8 @@ class Reporter:
             text=batch.text_tokens,
             visual=batch.visual_tokens,
         )
+        self.data_wait += agreed.data_wait
+        self.peak_memory = agreed.peak_memory
         done = {"step": step, "ids": batch.sample_ids, "skipped": batch.skipped}
         json.dump(done, self.samples)
         self.samples.write("\n")
@@ -98,11 +115,15 @@ class Reporter:
             "samples_per_second": self.interval["samples"] / seconds,
             "text_tokens_per_second": self.interval["text"] / seconds,
             "visual_tokens_per_second": self.interval["visual"] / seconds,
+            "seconds_per_step": seconds / (step - self.interval_first_step),
+            "data_wait_share": self.data_wait / seconds,
             "supervised_tokens": result.supervised_tokens,
             "skipped": self.counts["skipped"],
             "truncated": self.counts["truncated"],
             "eta_seconds": remaining,
         }
+        if self.peak_memory:
+            row["peak_memory_gib"] = self.peak_memory / 2**30
         json.dump(row, self.metrics)
         self.metrics.write("\n")
         if self.tensorboard is not None:
@@ -112,18 +133,21 @@ class Reporter:
         width = len(str(self.total_steps))
         logger.info(
             "step %*d/%d  loss %.4f  lr %.2e  grad %.2f  %s samples/s  "
-            "%s text + %s visual tokens/s  ETA %s",
+            "%s text + %s visual tokens/s  ETA %s%s",
             *(width, step, self.total_steps, result.loss, learning_rate, result.grad_norm),
             *(rate(row["samples_per_second"]), rate(row["text_tokens_per_second"])),
-            *(rate(row["visual_tokens_per_second"]), duration(remaining)),
+            *(rate(row["visual_tokens_per_second"]), duration(remaining), _further(row)),
         )
-        self.interval.clear()
-        self.interval_started, self.interval_first_step = now, step
+        self._new_interval(step, now)
 
     def restart_clock(self, step: int) -> None:
         """Leaves the time of a save out of the rates: the next interval starts here."""
-        self.interval_started, self.interval_first_step = time.perf_counter(), step
+        self._new_interval(step, time.perf_counter())
+
+    def _new_interval(self, step: int, now: float) -> None:
+        self.interval_started, self.interval_first_step = now, step
         self.interval.clear()
+        self.data_wait = 0.0
 
     def close(self, step: int) -> None:
         """Says how long it took and what was left out; closes the files."""

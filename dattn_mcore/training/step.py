@@ -18,8 +18,8 @@ from megatron.core.pipeline_parallel.utils import is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank
 
-from dattn_mcore.errors import DattnError
 from dattn_mcore.models.dattn import IGNORED_LABEL, ModelInputs
+from dattn_mcore.training.not_finite import NotFiniteError
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,17 @@ def train_step(
         pg_collection: process groups.
 
     Raises:
-        DattnError: the loss is not finite; raised on every rank, before the update.
+        NotFiniteError: loss or gradient norm; raised on every rank, before the update.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    sums = run_schedule(model, micro_batches, pg_collection, forward_only=False)
+    reports = run_schedule(model, micro_batches, pg_collection, forward_only=False)
+    sums = sum_reports(reports, micro_batches[0].labels.device)
     loss = float(sums[0] / sums[1].clamp(min=1))
     if not math.isfinite(loss):
-        raise DattnError(
-            f"the loss is {loss}; the weights were not updated. Lower optim.lr, raise "
-            "optim.warmup_ratio, or look at the samples of this step in samples.jsonl"
-        )
+        packs = tuple(i for i, report in enumerate(reports) if not report[0].isfinite())
+        raise NotFiniteError("loss", loss, packs)
     _, grad_norm, _ = optimizer.step()
     scheduler.step(1)
     return StepResult(loss, float(grad_norm or 0.0), int(sums[1]))
@@ -94,12 +93,12 @@ def run_schedule(
     micro_batches: list[ModelInputs],
     pg_collection: ProcessGroupCollection,
     forward_only: bool,
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     """Forward (and backward) over all micro-batches.
 
     Returns:
-        float64 [2]: sum of losses and count of supervised tokens over the global batch, on every
-        rank of the run.
+        For each micro-batch float64 [2]: sum of losses and count of supervised tokens. Empty but
+        on the first tensor rank of the last stage, so that a sum over ranks counts each once.
     """
     iterators: Any = [iter(micro_batches) for _ in model]
     single = len(model) == 1
@@ -113,9 +112,15 @@ def run_schedule(
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    sums = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].labels.device)
     if is_pp_last_stage(pg_collection.pp) and get_pg_rank(pg_collection.tp) == 0:
-        for report in reports:
-            sums += report["sums"]
+        return [report["sums"] for report in reports]
+    return []
+
+
+def sum_reports(reports: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Adds up what `run_schedule` returned, over all ranks of the run."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for report in reports:
+        sums += report
     dist.all_reduce(sums)
     return sums

@@ -273,3 +273,49 @@ def count_parameters(tree: dict[str, Any]) -> tuple[int, tuple[int, int]]:
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     total = sum(p.numel() for p in parameters)
     return groups.pp.rank(), (total, sum(p.numel() for p in parameters if p.requires_grad))
+
+
+def check_folder(run_dirs: list[str]) -> None:
+    """The start-up check of the checkpoint folder; each rank is given its own path."""
+    from dattn_mcore.training import start_checks
+
+    start_checks.SHARED_FOLDER_SECONDS = 0.5
+    start_checks.check_checkpoint_folder(Path(run_dirs[dist.get_rank()]), torch.device("cpu"))
+
+
+def train_with_poison(tree: dict[str, Any], poison: str) -> tuple[str, bool]:
+    """Trains; in step 2 the last rank's weights or gradients turn to NaN.
+
+    Returns:
+        What the run raised, and whether the other weights are those from before the step.
+    """
+    from dattn_mcore.errors import DattnError
+    from dattn_mcore.training import loop
+
+    original, seen = loop.train_step, {"calls": 0}
+    last = dist.get_rank() == dist.get_world_size() - 1
+
+    def poisoned(model, *args):  # type: ignore[no-untyped-def]
+        seen["calls"] += 1
+        if seen["calls"] == 2:
+            weights = dict(model[0].module.named_parameters())
+            name = "decoder.final_layernorm.weight"
+            victim = weights.pop(name)
+            seen["model"] = weights  # type: ignore[assignment]
+            seen["before"] = {k: p.detach().clone() for k, p in weights.items()}  # type: ignore[assignment]
+            if last and poison == "weight":
+                victim.data[0] = torch.nan
+            elif last:
+                next(iter(weights.values())).register_hook(lambda grad: grad * torch.nan)
+        return original(model, *args)
+
+    loop.train_step = poisoned  # type: ignore[assignment]
+    try:
+        run_training(tree)
+    except DattnError as error:
+        before: Any = seen["before"]
+        now: Any = seen["model"]
+        return str(error), all(torch.equal(before[k], now[k]) for k in before)
+    finally:
+        loop.train_step = original
+    return "", False

@@ -1,0 +1,108 @@
+"""Ranks as a launcher would start them, one of which goes wrong on purpose."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.distributed.pool import PRELOAD
+
+
+def start_ranks(
+    tree: dict[str, Any], folder: Path, fault: str, overrides: dict[int, list[str]] | None = None
+) -> list[Any]:
+    """Starts `pretrain_dattn.py`'s command on two ranks; rank 1 has the fault.
+
+    Args:
+        tree: configuration.
+        folder: where the configuration and each rank's output go (`rank0.log`, ...).
+        fault: name of a function in this file, called on rank 1 before the command.
+        overrides: further arguments of a rank.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    ranks = []
+    for rank in range(2):
+        arguments = ["--config", str(folder / "run.yaml"), "--device", "cpu"]
+        arguments += (overrides or {}).get(rank, [])
+        process = context.Process(target=_rank, args=(rank, port, folder, fault, arguments))
+        process.start()
+        ranks.append(process)
+    return ranks
+
+
+def end_ranks(ranks: list[Any]) -> None:
+    """Kills what is left."""
+    for process in ranks:
+        process.kill()
+        process.join()
+
+
+def _rank(rank: int, port: int, folder: Path, fault: str, arguments: list[str]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    output = open(folder / f"rank{rank}.log", "w", buffering=1)  # noqa: SIM115
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = output
+    from dattn_mcore.training import main
+
+    main.SPEAKER_SECONDS = 0.0
+    if rank == 1:
+        globals()[fault](folder)
+    sys.exit(main.main(arguments))
+
+
+def nothing(folder: Path) -> None:
+    """No fault."""
+
+
+def stopped(folder: Path) -> None:
+    """SIGSTOP in the second step, as when a node hangs."""
+    from dattn_mcore.training import loop
+
+    original, calls = loop.train_step, [0]
+
+    def stops(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            (folder / "fault").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return original(*args)
+
+    loop.train_step = stops
+
+
+def dead_loader(folder: Path) -> None:
+    """The thread that prepares data never finishes the second step's."""
+    from dattn_mcore.data.pipeline import DataPipeline
+
+    original = DataPipeline._build
+
+    def hangs(self: Any, step: int) -> Any:
+        if step == 1:
+            (folder / "fault").write_text(str(time.time()))
+            threading.Event().wait()
+        return original(self, step)
+
+    DataPipeline._build = hangs

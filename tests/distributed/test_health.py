@@ -1,0 +1,210 @@
+"""A run whose rank, data or numbers go wrong ends soon, says why, and loses no checkpoint."""
+
+import json
+import socket
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from dattn_mcore.checkpoint import folders
+from dattn_mcore.config.schema import Config
+from dattn_mcore.errors import CheckpointError, ConfigError
+from dattn_mcore.training import watchdog
+from dattn_mcore.training.start_checks import check_ranks, describe_rank
+from tests.distributed.faults import end_ranks, start_ranks
+from tests.distributed.jobs import (
+    check_folder,
+    read_metrics,
+    run_training,
+    small_config,
+    train_with_poison,
+)
+from tests.distributed.pool import WorkerError
+
+HOST = socket.gethostname()
+LIMIT = 8.0  # seconds a step may take here; one takes a fraction of a second
+# The watchdog asks the others where they are (at most 3 beats) before it ends the rank. The rest
+# is what two busy cores may delay.
+BOUND = LIMIT + 3 * watchdog.BEAT_SECONDS + 10
+
+
+def whole_checkpoints(run_dir):
+    """Names of checkpoints whose every file is as it was written."""
+    found = []
+    for folder in sorted((run_dir / "checkpoints").glob("step_*")):
+        files = folders.read_manifest(folder)["files"]
+        if folders.damage(folder, sorted(files), files) is None:
+            found.append(folder.name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fault", "where", "rank_0_says"),
+    [
+        ("stopped", "step 2", f"rank 1 on {HOST} gives no sign of life"),
+        ("dead_loader", "step 2", f"rank 1 on {HOST} is elsewhere: waiting for data of step 2"),
+    ],
+)
+def test_a_rank_that_stands_still_ends_the_run(pool, digits, tmp_path, fault, where, rank_0_says):
+    tree = small_config(
+        digits,
+        tmp_path / "run",
+        checkpoint={"save_interval": 1},
+        health={"step_timeout_seconds": LIMIT},
+    )
+    ranks = start_ranks(tree, tmp_path, fault)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "fault").exists():
+            assert time.monotonic() < deadline, (tmp_path / "rank1.log").read_text()
+            time.sleep(0.1)
+        began = time.monotonic()
+        ended = ranks if fault == "dead_loader" else ranks[:1]
+        for process in ended:
+            process.join(BOUND - (time.monotonic() - began))
+            assert process.exitcode == watchdog.EXIT_STATUS
+    finally:
+        end_ranks(ranks)
+    log = (tmp_path / "rank0.log").read_text()
+    assert f"error: rank 0 on {HOST}: {where} takes longer than health.step_timeout_seconds" in log
+    assert "Current thread" in log or "Thread 0x" in log
+    if fault == "dead_loader":
+        other = (tmp_path / "rank1.log").read_text()
+        assert f"error: rank 1 on {HOST}: waiting for data of step 2 takes longer than" in other
+        assert "global_batch" in other  # the stack shows where it waits
+        # Both end at about the same time; the one that asks last finds the other gone.
+        gone = f"last heard of: {rank_0_says.partition('elsewhere: ')[2]}, ended by its watchdog"
+        assert rank_0_says in log or gone in log
+    else:
+        assert rank_0_says in log
+        assert "train_step" in log
+    assert whole_checkpoints(tmp_path / "run") == ["step_00000001"]
+    assert all(pool.run(run_training, 2, tree))
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("poison", ["weight", "gradient"])
+def test_what_is_not_finite_stops_all_ranks_before_the_update(pool, digits, tmp_path, poison):
+    """One replica of two is poisoned in step 2; the other learns of it, and nobody updates."""
+    tree = small_config(digits, tmp_path, checkpoint={"save_interval": 1})
+    results = pool.run(train_with_poison, 2, tree, poison)
+    messages = {message for message, _ in results}
+    assert len(messages) == 1, messages
+    (message,) = messages
+    what = "loss" if poison == "weight" else "gradient norm"
+    assert f"the {what} is nan at step 2" in message and "\n" not in message
+    assert all(unchanged for _, unchanged in results)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [1]
+    named = message.split("samples ")[1].split(";")[0].split(" and ")[0].split(", ")
+    assert len(named) > 1
+    assert whole_checkpoints(tmp_path) == ["step_00000001"]
+    assert all(pool.run(run_training, 2, tree))
+    second = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[1])
+    assert set(named) <= set(second["ids"])
+    if poison == "weight":  # only the poisoned replica's micro-batches are named
+        assert len(named) < len(second["ids"])
+
+
+def test_ranks_with_other_settings_are_named(digits, tmp_path):
+    tree = small_config(digits, tmp_path / "run")
+    began = time.monotonic()
+    ranks = start_ranks(tree, tmp_path, "nothing", {1: ["optim.lr=1.0"]})
+    try:
+        for process in ranks:
+            process.join(60)
+            assert process.exitcode == 2
+    finally:
+        end_ranks(ranks)
+    assert time.monotonic() - began < 60
+    expected = f"error: rank 1 on {HOST}: optim.lr is 1.0, and rank 0 on {HOST} has 0.003"
+    lines = (tmp_path / "rank0.log").read_text().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(expected)
+    assert not (tmp_path / "run").exists()
+
+
+def compare(facts, problems, timeout_seconds=20.0):
+    """Lets ranks, one a thread, compare themselves; returns what each raises."""
+    store = dist.HashStore()
+    raised = {}
+
+    def one(rank):
+        try:
+            check_ranks(store, rank, len(problems), facts[rank], problems[rank], timeout_seconds)
+        except ConfigError as error:
+            raised[rank] = str(error)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in facts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def test_equal_ranks_pass():
+    facts = describe_rank(Config(), "cpu")
+    assert compare({0: facts, 1: facts}, [None, None]) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem", "message"),
+    [
+        ({"the code of dattn_mcore (digest)": "0"}, None, "the code of dattn_mcore"),
+        ({"the version of torch": "2.0"}, None, "the version of torch is '2.0'"),
+        ({"the kind of device": "gpu"}, None, "the kind of device is 'gpu'"),
+        ({}, "GPU 3 is not visible", "GPU 3 is not visible"),
+    ],
+)
+def test_a_rank_that_differs_is_named_on_all(change, problem, message):
+    facts = describe_rank(Config(), "cpu")
+    raised = compare({0: facts, 1: {**facts, **change}}, [None, problem])
+    assert set(raised) == {0, 1} and len(set(raised.values())) == 1
+    assert raised[0].startswith(f"rank 1 on {HOST}: {message}")
+
+
+def test_a_rank_that_does_not_start_is_named():
+    facts = describe_rank(Config(), "cpu")
+    began = time.monotonic()
+    raised = compare({0: facts}, [None, None], timeout_seconds=1.0)
+    assert time.monotonic() - began < 10
+    assert raised[0].startswith("rank 1 of 2 did not start within health.start_timeout_seconds=1")
+
+
+def test_a_checkpoint_folder_that_is_not_shared_is_found(pool, tmp_path):
+    with pytest.raises(WorkerError, match=rf"not the folder that rank 0 sees.*rank 1 on {HOST}"):
+        pool.run(check_folder, 2, [str(tmp_path / "a"), str(tmp_path / "b")])
+
+
+def test_a_checkpoint_folder_that_cannot_be_written_is_found(pool, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkerError, match=rf"cannot be written there .*\(rank 1 on {HOST}\)") as e:
+        pool.run(check_folder, 2, [str(tmp_path / "a"), str(tmp_path / "file/b")])
+    assert e.value.kind is CheckpointError
+    pool.run(check_folder, 2, [str(tmp_path / "a")] * 2)
+    assert list((tmp_path / "a/checkpoints").iterdir()) == []
+
+
+def test_a_watchdog_that_is_closed_or_told_of_progress_stays_quiet(tmp_path):
+    with open(tmp_path / "log", "w") as output:
+        dog = watchdog.Watchdog(0, 1, output=output)
+        for index in range(5):
+            dog.phase(f"step {index}", 0.5, "health.step_timeout_seconds")
+            time.sleep(0.2)
+        dog.close()
+        time.sleep(0.6)
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_a_store_that_answers_no_more_does_not_hold_the_watchdog(tmp_path):
+    """The rank that holds the store is the one that hangs."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=1))
+    with open(tmp_path / "log", "w") as output:
+        dog = watchdog.Watchdog(0, 2, store, output)
+        phase = watchdog._Phase("step 1", time.monotonic(), 1.0, "x")
+        assert "gives no answer" in dog._others(phase)[0]  # rank 1 never wrote its key
+        dog.close()
