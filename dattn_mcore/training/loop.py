@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -33,6 +34,7 @@ from dattn_mcore.training.signals import StopRequest
 from dattn_mcore.training.step import train_step
 
 logger = logging.getLogger(__name__)
+FINISHED = "finished.json"  # in the run folder after the last step: for whoever starts runs again
 
 
 def total_steps(config: Config, num_samples: int) -> int:
@@ -79,6 +81,7 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
         data = open_data(config, pg_collection, device)
         if speaks:
             run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / FINISHED).unlink(missing_ok=True)
     except DattnError as error:
         problem = error
     except OSError as error:
@@ -139,6 +142,8 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
         data.close()
     if reporter is not None:
         reporter.close(step)
+        if step == last:
+            (run_dir / FINISHED).write_text(json.dumps({"step": step}), encoding="utf-8")
     if step < last:
         logger.info("stopped by a signal at step %d of %d; start again to go on", step, last)
     return step == last
