@@ -112,7 +112,7 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         reporter = Reporter(config, run_dir, first, last)
     stop = StopRequest()
-    step = first
+    step = saved = first
     try:
         while step < last:
             batch, problem = None, None
@@ -135,7 +135,8 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
                 )
             if step % config.checkpoint.save_interval == 0 and step < last:
                 _save(config, step, chunks, optimizer, pg_collection, data, reporter)
-        if step > first:
+                saved = step
+        if step > saved:
             _save(config, step, chunks, optimizer, pg_collection, data, reporter)
     finally:
         stop.restore()
