@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -38,6 +39,7 @@ from dattn_mcore.training.step import train_step
 from dattn_mcore.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+FINISHED = "finished.json"  # in the run folder after the last step: for whoever starts runs again
 
 
 def total_steps(config: Config, num_samples: int) -> int:
@@ -104,6 +106,8 @@ def _train(
     data, problem = None, None
     try:
         data = open_data(config, pg_collection, device)
+        if speaks:
+            (run_dir / FINISHED).unlink(missing_ok=True)
     except DattnError as error:
         problem = error
     agree(problem, False, device)
@@ -135,7 +139,7 @@ def _train(
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         reporter = Reporter(config, run_dir, first, last)
     stop = StopRequest()
-    step = first
+    step = saved = first
 
     def save(step: int) -> None:
         watchdog.phase(
@@ -180,13 +184,16 @@ def _train(
                 reporter.step(step, result, rate, batch, agreed)
             if step % config.checkpoint.save_interval == 0 and step < last:
                 save(step)
-        if step > first:
+                saved = step
+        if step > saved:
             save(step)
     finally:
         stop.restore()
         data.close()
     if reporter is not None:
         reporter.close(step)
+        if step == last:
+            (run_dir / FINISHED).write_text(json.dumps({"step": step}), encoding="utf-8")
     if step < last:
         logger.info("stopped by a signal at step %d of %d; start again to go on", step, last)
     return step == last
