@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import shutil
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from dattn_mcore.checkpoint.folders import (
     FORMAT,
     MANIFEST,
-    damage,
     data_files,
     digest,
     find_checkpoints,
@@ -87,18 +85,10 @@ class DistCheckpoint:
             self.shapes[key] = tuple(stored.size)
             self.dtypes[key] = stored.properties.dtype
 
-    def check_digests(self, stop: threading.Event | None = None) -> None:
-        """Reads all files once and compares their SHA-256; meant to run beside a conversion.
-
-        Raises:
-            CheckpointError: a file was altered.
-        """
-        for name in sorted(self._files):
-            if stop is not None and stop.is_set():
-                return
-            harm = damage(self.path, [name], self._files)
-            if harm is not None:
-                raise CheckpointError(f"{self.path}: {harm}; use an earlier checkpoint")
+    @property
+    def digests(self) -> dict[str, tuple[int, str]]:
+        """Size and SHA-256 of every file, as the manifest promises."""
+        return {name: (size, sha256) for name, (size, sha256) in self._files.items()}
 
     def place(self, key: str, layer: int | None = None) -> tuple[str, int]:
         """File and offset where a tensor, or one layer of it, begins."""
@@ -194,6 +184,7 @@ def write_checkpoint(
     tensors: list[Planned],
     config: Config,
     progress: Progress = lambda done, total: None,
+    processes: int = 1,
 ) -> None:
     """Writes a checkpoint that a run can start from (`checkpoint.init_from`).
 
@@ -202,9 +193,11 @@ def write_checkpoint(
         tensors: what to write; each is made when its turn comes.
         config: written beside them.
         progress: called after every tensor.
+        processes: how many share the work.
     """
     path.mkdir(parents=True, exist_ok=True)
-    write_manifest(path, config, step=0, known=write_tensors(path, tensors, progress))
+    known = write_tensors(path, tensors, progress, processes)
+    write_manifest(path, config, step=0, known=known)
 
 
 def write_manifest(
@@ -240,8 +233,17 @@ class AtomicFolder:
             raise CheckpointError(f"{self.path} cannot be made ({error.strerror})") from None
         return self.temporary
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.temporary.rename(self.path)
-        else:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
+        try:
+            if kind is None:
+                self.temporary.rename(self.path)
+        except OSError as renaming:
+            error = renaming
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{self.path} cannot be written ({error.strerror or error}); free space or choose "
+                "another place"
+            ) from None
