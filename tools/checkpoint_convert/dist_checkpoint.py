@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint import TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dattn_mcore.checkpoint.folders import (
@@ -28,6 +28,7 @@ from dattn_mcore.checkpoint.folders import (
     find_checkpoints,
     read_manifest,
 )
+from dattn_mcore.checkpoint.metadata import read_metadata
 from dattn_mcore.config.load import from_dict, to_dict
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError
@@ -68,13 +69,7 @@ class DistCheckpoint:
             self.config: Config = from_dict(manifest["config"])
         except ConfigError as error:
             raise CheckpointError(f"{self.path / MANIFEST}: {error}") from None
-        try:
-            self._metadata = FileSystemReader(str(self.path)).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise CheckpointError(
-                f"{self.path / '.metadata'} cannot be read ({type(error).__name__}); the "
-                "checkpoint is damaged, use an earlier one"
-            ) from None
+        self._metadata = read_metadata(self.path)
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.ignored: list[str] = []
