@@ -11,25 +11,24 @@ import json
 import os
 import pickle
 import shutil
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint import TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dattn_mcore.checkpoint.folders import (
     FORMAT,
     MANIFEST,
-    damage,
     data_files,
     digest,
     find_checkpoints,
     read_manifest,
 )
+from dattn_mcore.checkpoint.metadata import read_metadata
 from dattn_mcore.config.load import from_dict, to_dict
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError
@@ -70,13 +69,7 @@ class DistCheckpoint:
             self.config: Config = from_dict(manifest["config"])
         except ConfigError as error:
             raise CheckpointError(f"{self.path / MANIFEST}: {error}") from None
-        try:
-            self._metadata = FileSystemReader(str(self.path)).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise CheckpointError(
-                f"{self.path / '.metadata'} cannot be read ({type(error).__name__}); the "
-                "checkpoint is damaged, use an earlier one"
-            ) from None
+        self._metadata = read_metadata(self.path)
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.ignored: list[str] = []
@@ -87,18 +80,10 @@ class DistCheckpoint:
             self.shapes[key] = tuple(stored.size)
             self.dtypes[key] = stored.properties.dtype
 
-    def check_digests(self, stop: threading.Event | None = None) -> None:
-        """Reads all files once and compares their SHA-256; meant to run beside a conversion.
-
-        Raises:
-            CheckpointError: a file was altered.
-        """
-        for name in sorted(self._files):
-            if stop is not None and stop.is_set():
-                return
-            harm = damage(self.path, [name], self._files)
-            if harm is not None:
-                raise CheckpointError(f"{self.path}: {harm}; use an earlier checkpoint")
+    @property
+    def digests(self) -> dict[str, tuple[int, str]]:
+        """Size and SHA-256 of every file, as the manifest promises."""
+        return {name: (size, sha256) for name, (size, sha256) in self._files.items()}
 
     def place(self, key: str, layer: int | None = None) -> tuple[str, int]:
         """File and offset where a tensor, or one layer of it, begins."""
@@ -194,6 +179,7 @@ def write_checkpoint(
     tensors: list[Planned],
     config: Config,
     progress: Progress = lambda done, total: None,
+    processes: int = 1,
 ) -> None:
     """Writes a checkpoint that a run can start from (`checkpoint.init_from`).
 
@@ -202,9 +188,11 @@ def write_checkpoint(
         tensors: what to write; each is made when its turn comes.
         config: written beside them.
         progress: called after every tensor.
+        processes: how many share the work.
     """
     path.mkdir(parents=True, exist_ok=True)
-    write_manifest(path, config, step=0, known=write_tensors(path, tensors, progress))
+    known = write_tensors(path, tensors, progress, processes)
+    write_manifest(path, config, step=0, known=known)
 
 
 def write_manifest(
@@ -240,8 +228,17 @@ class AtomicFolder:
             raise CheckpointError(f"{self.path} cannot be made ({error.strerror})") from None
         return self.temporary
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.temporary.rename(self.path)
-        else:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
+        try:
+            if kind is None:
+                self.temporary.rename(self.path)
+        except OSError as renaming:
+            error = renaming
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{self.path} cannot be written ({error.strerror or error}); free space or choose "
+                "another place"
+            ) from None

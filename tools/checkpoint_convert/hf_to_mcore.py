@@ -24,7 +24,7 @@ from tools.checkpoint_convert.raw_folders import (
     open_vision_tower,
 )
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
-from tools.checkpoint_convert.streaming import Planned, Progress
+from tools.checkpoint_convert.streaming import Planned
 from tools.checkpoint_convert.tables import (
     LLM_TABLES,
     VISION_TABLES,
@@ -33,6 +33,7 @@ from tools.checkpoint_convert.tables import (
     model_table,
     part_of,
 )
+from tools.checkpoint_convert.workers import Progress
 
 TEMPLATES = {"mistral": "mistral", "gemma2": "gemma"}
 
@@ -73,6 +74,7 @@ def convert(
     output: str | Path,
     vocab_pad_multiple: int = 128,
     progress: Progress = lambda done, total: None,
+    processes: int = 1,
 ) -> None:
     """Writes a checkpoint that a run can start from (`checkpoint.init_from`).
 
@@ -81,6 +83,7 @@ def convert(
         output: checkpoint folder to make.
         vocab_pad_multiple: the embedding gets zero rows up to a multiple of this.
         progress: called after every tensor with bytes done and in all.
+        processes: how many share the work.
 
     Raises:
         CheckpointError: the folder is damaged or of another model, or the output exists.
@@ -103,7 +106,7 @@ def convert(
     )
     plan = planned(table, source, str(folder))
     with AtomicFolder(output) as temporary:
-        write_checkpoint(temporary, plan, config, progress)
+        write_checkpoint(temporary, plan, config, progress, processes)
 
 
 def convert_parts(
@@ -112,6 +115,7 @@ def convert_parts(
     config: Config,
     output: str | Path,
     progress: Progress = lambda done, total: None,
+    processes: int = 1,
 ) -> None:
     """Writes a checkpoint from a language model and a tower; the projector starts afresh.
 
@@ -121,6 +125,7 @@ def convert_parts(
         config: of the run that will start from it; its seed makes the projector.
         output: checkpoint folder to make.
         progress: called after every tensor with bytes done and in all.
+        processes: how many share the work.
 
     Raises:
         CheckpointError: a folder is damaged or of another model, or the output exists.
@@ -140,7 +145,7 @@ def convert_parts(
     plan += planned(table, language, str(llm))
     plan += fresh_projector(config, next(iter(language.dtypes.values())))
     with AtomicFolder(output) as temporary:
-        write_checkpoint(temporary, plan, config, progress)
+        write_checkpoint(temporary, plan, config, progress, processes)
 
 
 def planned(table: list[Entry], source: Source, where: str) -> list[Planned]:
