@@ -75,7 +75,7 @@ def device_name() -> str:
 
 
 def peak_memory() -> int:
-    """Bytes of device memory at this process's peak since it started; 0 on a CPU."""
+    """Most bytes of GPU memory in use since the start or `reset_peak_memory`; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if _installed == "gpu" else 0
 
 
@@ -124,11 +124,6 @@ def reset_peak_memory() -> int:
     """Starts a new measurement of the GPU's peak memory; returns the bytes that tensors take."""
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
-
-
-def peak_memory() -> int:
-    """Most bytes that tensors took on the GPU since `reset_peak_memory`."""
-    return torch.cuda.max_memory_allocated()
 
 
 def seed_model_parallel(seed: int) -> None:
