@@ -15,8 +15,9 @@ from dattn_mcore.config.schema import Config, DataConfig
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.hf import DattnConfig
 from tools.checkpoint_convert import projector
+from tools.checkpoint_convert.atomic_folder import AtomicFolder
 from tools.checkpoint_convert.configs import from_hf
-from tools.checkpoint_convert.dist_checkpoint import AtomicFolder, write_checkpoint
+from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
 from tools.checkpoint_convert.mapping import Entry, Shape, in_order_of_layers
 from tools.checkpoint_convert.raw_folders import (
     check_fits,

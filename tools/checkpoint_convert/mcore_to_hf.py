@@ -12,8 +12,9 @@ from transformers import GenerationConfig
 
 import dattn_mcore.hf
 from dattn_mcore.hf import REMOTE_CODE_FILES
+from tools.checkpoint_convert.atomic_folder import AtomicFolder
 from tools.checkpoint_convert.configs import TokenIds, to_hf
-from tools.checkpoint_convert.dist_checkpoint import AtomicFolder, DistCheckpoint
+from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.following_digest import FollowingDigest
 from tools.checkpoint_convert.mapping import Entry, Shape, in_order_of_layers
 from tools.checkpoint_convert.safetensors_folder import SafetensorsWriter
