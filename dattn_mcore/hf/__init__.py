@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .configuration_dattn import AUTO_MAP, DattnConfig
+    from .configuration_dattn import AUTO_MAP, IMAGE_PROCESSOR_AUTO_MAP, DattnConfig
     from .image_processing_dattn import DattnImageProcessor
     from .layout_dattn import DattnCache
     from .modeling_dattn import DattnForConditionalGeneration, DattnModel
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AUTO_MAP": "configuration_dattn",
+    "IMAGE_PROCESSOR_AUTO_MAP": "configuration_dattn",
     "DattnConfig": "configuration_dattn",
     "DattnCache": "layout_dattn",
     "DattnImageProcessor": "image_processing_dattn",
@@ -69,6 +70,7 @@ def register() -> None:
 
 __all__ = [
     "AUTO_MAP",
+    "IMAGE_PROCESSOR_AUTO_MAP",
     "REMOTE_CODE_FILES",
     "DattnCache",
     "DattnConfig",
