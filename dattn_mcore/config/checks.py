@@ -36,7 +36,17 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
-    for check in (_choices, _positive, _heads, _layers, _vocabulary, _vision, _training, _unbuilt):
+    for check in (
+        _choices,
+        _positive,
+        _heads,
+        _layers,
+        _vocabulary,
+        _vision,
+        _visual_chunk,
+        _training,
+        _unbuilt,
+    ):
         for message in check(config):
             raise ConfigError(message)
 
@@ -85,6 +95,7 @@ def _positive(config: Config) -> Iterator[str]:
         *("model.llm.num_layers", "model.llm.hidden_size", "model.vision.num_layers"),
         *("data.text_budget", "data.visual_budget", "data.pad_multiple", "data.decode_threads"),
         *("data.prefetch", "train.global_batch_size", "train.epochs", "optim.lr"),
+        *("train.loss_chunk",),
         *("checkpoint.save_interval", "checkpoint.keep", "log.interval"),
         "health.start_timeout_seconds",
     ):
@@ -175,6 +186,22 @@ def _vision(config: Config) -> Iterator[str]:
             f"data.visual_budget={config.data.visual_budget} must hold at least one image "
             f"({rows} rows)"
         )
+
+
+def _visual_chunk(config: Config) -> Iterator[str]:
+    chunk, tp = config.train.recompute_visual_chunk, config.parallel.tp
+    if chunk is None:
+        return
+    name = f"train.recompute_visual_chunk={chunk}"
+    if chunk <= 0:
+        yield f"{name} must be greater than 0, or null for no recompute of visual rows"
+    if config.attention.v2v != "diagonal":
+        yield (
+            f"{name} needs attention.v2v=diagonal (visual rows that see no other row), got "
+            f"attention.v2v={config.attention.v2v}; use train.recompute=full"
+        )
+    if config.parallel.sp and chunk < tp:
+        yield f"{name} must be at least parallel.tp={tp} with parallel.sp=true"
 
 
 def _training(config: Config) -> Iterator[str]:

@@ -96,6 +96,8 @@ class AttentionConfig:
     t2v_position: str = "none"  # none (debiased) | rope (baseline)
     merge: str = "alpha"  # alpha (exact weighting) | sum (weight 1 for each part)
     backend: str = "auto"  # auto | reference | sdpa
+    fold_visual_projection: bool = True  # visual rows' output projection summed over query heads
+    skip_last_visual_rows: bool = True  # the last layer keeps only keys and values of visual rows
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,8 @@ class TrainConfig:
     epochs: float = 1.0  # used where steps is null
     precision: str = "fp32"  # fp32 | bf16
     recompute: str = "none"  # none | selective | full
+    recompute_visual_chunk: int | None = None  # visual rows recomputed at a time; null: all kept
+    loss_chunk: int = 1024  # supervised rows whose logits are in memory at once
     seed: int = 1234
     device: str = "auto"  # auto | cpu | gpu
 

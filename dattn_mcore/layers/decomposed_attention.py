@@ -2,7 +2,9 @@
 
 The hidden state is `[V; T]`: visual rows, then text rows, in one tensor [rows, 1, hidden]. Only
 text rows ask (`linear_q`), all rows answer (`linear_kv`, one GEMM), all rows are projected
-(`linear_proj`). Under sequence parallelism a rank holds `[V_shard; T_shard]`.
+(`linear_proj`, folded for visual rows). Under sequence parallelism a rank holds
+`[V_shard; T_shard]`. Visual rows can also go through a layer on their own, chunk by chunk; see
+`layers.visual_rows`.
 
 Source: arXiv 2502.01906, section 3 (V2V diagonalisation, T2V debiasing, alpha weighting).
 """
@@ -22,7 +24,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_size
 
 from dattn_mcore.layers.attention import BACKENDS, AttentionOptions, Rotary, choose_backend
-from dattn_mcore.layers.layout import DecomposedSeqParams
+from dattn_mcore.layers.layout import (
+    DecomposedSeqParams,
+    VisualChunk,
+    interleave_shards,
+    split_shards,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +57,9 @@ class DecomposedSelfAttention(MegatronModule):
         options: attention mode, scale, soft-cap; `window` is that of windowed layers.
         window_every: windowed layers are 1, 1 + n, 1 + 2n, ... (Gemma 2: n = 2).
         backend: name of the attention backend, or auto.
+        fold: project visual rows with folded weights (`layers.linear`); the `linear_proj` of
+            `submodules` must be able to. Concerns `v2v=diagonal` only.
+        text_only: return text rows only: the last layer, whose visual rows nobody reads.
         pg_collection: process groups; `tp` is used.
     """
 
@@ -61,6 +71,8 @@ class DecomposedSelfAttention(MegatronModule):
         options: AttentionOptions,
         window_every: int = 1,
         backend: str = "auto",
+        fold: bool = False,
+        text_only: bool = False,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
@@ -76,6 +88,11 @@ class DecomposedSelfAttention(MegatronModule):
         self.options = options
         if (layer_number - 1) % window_every:
             self.options = replace(options, window=None)
+        self.fold, self.text_only = fold and options.v2v == "diagonal", text_only
+        if text_only and self.options.window is None:
+            # Nobody reads what visual rows would attend to. (The flash kernels know windows only
+            # where all rows ask.)
+            self.options = replace(self.options, v2v="diagonal")
         self.sequence_shards = tp_size if config.sequence_parallel else 1
         self.recompute_core = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
@@ -113,65 +130,98 @@ class DecomposedSelfAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         *,
         rotary_pos_emb: torch.Tensor,
-        packed_seq_params: DecomposedSeqParams,
+        packed_seq_params: DecomposedSeqParams | VisualChunk,
         **unused: Any,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends.
 
         Args:
             hidden_states: [(V + T) / sequence shards, 1, hidden], `[V; T]` on every shard.
             attention_mask: unused; visibility is in `packed_seq_params`.
             rotary_pos_emb: angles [V + T, 1, 1, head_dim] of all rows of the pack.
-            packed_seq_params: rows of the pack and what they see.
+            packed_seq_params: rows of the pack and what they see. A `VisualChunk`:
+                `hidden_states` are visual rows alone. One with `visual` set: they are text rows
+                alone, and the visual rows' keys and values are those.
             **unused: what Megatron-Core passes for inference.
 
         Returns:
-            The projected output, shaped as the input, and no bias.
+            The projected output, shaped as the input (text rows only with `text_only`), and no
+            bias.
         """
+        if isinstance(packed_seq_params, VisualChunk):
+            return self._visual_chunk(hidden_states, packed_seq_params)
         params = packed_seq_params
-        visual_here = params.num_visual // self.sequence_shards
+        alone = params.visual is not None
+        visual_here = 0 if alone else params.num_visual // self.sequence_shards
         # Visual rows never pay for a query, unless the baseline wants one.
         causal_visual = self.options.v2v == "causal"
-        asking = hidden_states if causal_visual else hidden_states[visual_here:]
-        q, _ = self.linear_q(asking)
+        q, _ = self.linear_q(hidden_states if causal_visual else hidden_states[visual_here:])
         kv, _ = self.linear_kv(hidden_states)
-        kv = self._gathered_order(kv, params)
-        k, v = kv.view(kv.shape[0], self.groups, 2, self.head_dim).unbind(2)
+        if params.visual is None:
+            kv_visual, kv_text = split_shards(kv, params.num_visual, self.sequence_shards)
+        else:
+            kv_visual, kv_text = params.visual.keys_values(self.layer_number), kv
         q_visual = None
         if causal_visual:
-            q = self._gathered_order(q, params)
-            q_visual = q[: params.num_visual].view(-1, self.heads, self.head_dim)
-            q = q[params.num_visual :]
+            q_visual, q = split_shards(q, params.num_visual, self.sequence_shards)
+            q_visual = q_visual.view(-1, self.heads, self.head_dim)
         q = q.view(-1, self.heads, self.head_dim)
+        text, visual = self._attend(q, kv_text, kv_visual, q_visual, rotary_pos_emb, params)
+        text = text.reshape(-1, 1, self.heads * self.head_dim)
+        if alone or self.text_only:
+            return self.linear_proj(text)
+        if visual is not None:
+            rows = interleave_shards(
+                visual.reshape(-1, *text.shape[1:]), text, self.sequence_shards
+            )
+            return self.linear_proj(rows)
+        return self._project(kv_visual, text)
 
-        text, visual = self._attend(q, k, v, q_visual, rotary_pos_emb, params)
-        if visual is None:
-            # V2V diagonal: softmax over the one own key is 1, the output is the own value.
-            own = v[: params.num_visual]
-            visual = own.repeat_interleave(self.heads // self.groups, dim=1)
-        rows = torch.cat([visual, text]).view(-1, 1, self.heads * self.head_dim)
-        output, _ = self.linear_proj(self._scattered_order(rows, params))
-        return output, None
+    def keys_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Keys and values [rows, 1, groups / tp * 2 * head_dim] of normed rows (of this shard)."""
+        return self.linear_kv(hidden_states)[0]
+
+    def _visual_chunk(
+        self, hidden_states: torch.Tensor, chunk: VisualChunk
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        kv = self.keys_values(hidden_states)
+        chunk.keys_values.append(kv)
+        return self._project(kv, kv.new_empty(0, 1, self.heads * self.head_dim))
+
+    def _project(
+        self, kv_visual: torch.Tensor, text: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output of all rows with V2V diagonal: softmax over the one own key is 1."""
+        own = self._by_group(kv_visual)[:, :, 1]
+        if self.fold:
+            return self.linear_proj(text, own.flatten(1)[:, None])
+        visual = own.repeat_interleave(self.heads // self.groups, dim=1).flatten(1)[:, None]
+        return self.linear_proj(interleave_shards(visual, text, self.sequence_shards))
+
+    def _by_group(self, kv: torch.Tensor) -> torch.Tensor:
+        return kv.view(kv.shape[0], self.groups, 2, self.head_dim)
 
     def _attend(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        kv_text: torch.Tensor,
+        kv_visual: torch.Tensor,
         q_visual: torch.Tensor | None,
         angles: torch.Tensor,
         params: DecomposedSeqParams,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         n = params.num_visual
         attend = BACKENDS[self._choose_backend(q)]
+        k_t, v_t = self._by_group(kv_text).unbind(2)
+        k_v, v_v = self._by_group(kv_visual).unbind(2)
 
-        def core(q, k, v, q_visual, angles):  # type: ignore[no-untyped-def]
+        def core(q, k_t, v_t, k_v, v_v, q_visual, angles):  # type: ignore[no-untyped-def]
             rotary = Rotary(text=angles[n:], visual=angles[:n])
-            return attend(q, k[n:], v[n:], k[:n], v[:n], q_visual, rotary, params, self.options)
+            return attend(q, k_t, v_t, k_v, v_v, q_visual, rotary, params, self.options)
 
         if self.recompute_core and self.training:
-            return tensor_parallel.checkpoint(core, False, q, k, v, q_visual, angles)
-        return core(q, k, v, q_visual, angles)
+            return tensor_parallel.checkpoint(core, False, q, k_t, v_t, k_v, v_v, q_visual, angles)
+        return core(q, k_t, v_t, k_v, v_v, q_visual, angles)
 
     def _choose_backend(self, q: torch.Tensor) -> str:
         if not self._backend:
@@ -180,24 +230,3 @@ class DecomposedSelfAttention(MegatronModule):
             if self.layer_number == 1:
                 logger.info("attention backend: %s (%s)", choice.name, choice.reason)
         return self._backend
-
-    def _gathered_order(self, rows: torch.Tensor, params: DecomposedSeqParams) -> torch.Tensor:
-        """From the shards' order [V_0; T_0; V_1; T_1; ...] to `[V; T]`."""
-        shards = self.sequence_shards
-        if shards == 1 or params.num_visual == 0:
-            return rows
-        width = rows.shape[-1]
-        split = rows.view(shards, -1, width)
-        here = params.num_visual // shards
-        parts = split[:, :here].reshape(-1, width), split[:, here:].reshape(-1, width)
-        return torch.cat(parts)[:, None]
-
-    def _scattered_order(self, rows: torch.Tensor, params: DecomposedSeqParams) -> torch.Tensor:
-        """Inverse of `_gathered_order`."""
-        shards = self.sequence_shards
-        if shards == 1 or params.num_visual == 0:
-            return rows
-        width = rows.shape[-1]
-        visual = rows[: params.num_visual].view(shards, -1, width)
-        text = rows[params.num_visual :].view(shards, -1, width)
-        return torch.cat([visual, text], dim=1).view(-1, 1, width)

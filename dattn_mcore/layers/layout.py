@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,6 +28,26 @@ class Block:
     text_stop: int
     visual_start: int
     visual_stop: int
+
+
+class VisualKeysValues(Protocol):
+    """Keys and values of visual rows that went through the layers before the text rows."""
+
+    def keys_values(self, layer_number: int) -> torch.Tensor:
+        """[V, 1, groups / tp * 2 * head_dim] of a layer, rows in the order of the whole pack."""
+        ...
+
+
+@dataclass
+class VisualChunk(PackedSeqParams):
+    """Some visual rows of a pack, alone on their way through the layers (V2V diagonal).
+
+    Attributes:
+        keys_values: filled by the layers in turn, as `VisualKeysValues` has them, rows of this
+            chunk in the order of the sequence parallel shards.
+    """
+
+    keys_values: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -61,6 +82,7 @@ class DecomposedSeqParams(PackedSeqParams):
     sample_of_row: torch.Tensor = field(default=None)  # type: ignore[assignment]
     reading_positions: torch.Tensor = field(default=None)  # type: ignore[assignment]
     cache: dict = field(default_factory=dict)  # index tensors a backend derives once per pack
+    visual: VisualKeysValues | None = None  # set: the hidden state holds text rows only
 
     @property
     def text_offsets(self) -> list[int]:
@@ -87,6 +109,31 @@ def padded_rows(layouts: Sequence[Layout], multiple: int) -> tuple[int, int]:
     visual = sum(rows for layout in layouts for is_visual, rows in layout if is_visual)
     text = sum(rows for layout in layouts for is_visual, rows in layout if not is_visual)
     return round_up(visual, multiple), max(round_up(text, multiple), multiple)
+
+
+def interleave_shards(visual: torch.Tensor, text: torch.Tensor, shards: int) -> torch.Tensor:
+    """From `[V]`, `[T]` of the whole pack to `[V_0; T_0; V_1; T_1; ...]`, the shards' order.
+
+    Args:
+        visual: [V, 1, width]; V is a multiple of shards, and may be 0.
+        text: [T, 1, width], likewise.
+        shards: ranks that share the rows (sequence parallelism).
+    """
+    if shards == 1 or visual.shape[0] == 0 or text.shape[0] == 0:
+        return torch.cat([visual, text])
+    parts = [rows.view(shards, rows.shape[0] // shards, *rows.shape[1:]) for rows in (visual, text)]
+    return torch.cat(parts, dim=1).flatten(0, 1)
+
+
+def split_shards(
+    rows: torch.Tensor, num_visual: int, shards: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of `interleave_shards`: `[V]` and `[T]` of the whole pack."""
+    if shards == 1 or num_visual in (0, rows.shape[0]):
+        return rows[:num_visual], rows[num_visual:]
+    here = num_visual // shards
+    split = rows.view(shards, rows.shape[0] // shards, *rows.shape[1:])
+    return split[:, :here].flatten(0, 1), split[:, here:].flatten(0, 1)
 
 
 def build_seq_params(

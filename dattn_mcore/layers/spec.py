@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -22,7 +25,7 @@ from dattn_mcore.layers.decomposed_attention import (
     DecomposedSelfAttention,
     DecomposedSelfAttentionSubmodules,
 )
-from dattn_mcore.layers.linear import RowParallelLinearWithPostNorm
+from dattn_mcore.layers.linear import FoldableRowParallelLinear, RowParallelLinearWithPostNorm
 from dattn_mcore.layers.norm import Norm
 
 
@@ -47,10 +50,33 @@ def attention_options(config: Config) -> AttentionOptions:
     )
 
 
-def decoder_layer_spec(config: Config) -> ModuleSpec:
-    """The language model's layer: decomposed attention, optional post-norms (Gemma 2)."""
+def text_rows_bias_dropout_add(training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+    """Adds the residual of the text rows to an output that has text rows only.
+
+    Text rows stand last on every shard. In the place of Megatron-Core's `get_bias_dropout_add` it
+    lets the last layer leave the visual rows, which nobody reads, behind after attention.
+    """
+    add = get_bias_dropout_add(training, fused)
+
+    def add_to_text(
+        output: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        return add(output, residual[residual.shape[0] - output[0].shape[0] :], dropout)
+
+    return add_to_text
+
+
+def decoder_layer_spec(config: Config, last: bool = False) -> ModuleSpec:
+    """The language model's layer: decomposed attention, optional post-norms (Gemma 2).
+
+    Args:
+        config: the run's configuration.
+        last: of the whole model; its visual rows end at their keys and values, unless
+            `attention.skip_last_visual_rows` is off.
+    """
     llm = config.model.llm
     row_parallel = RowParallelLinearWithPostNorm if llm.post_norms else RowParallelLinear
+    text_only = last and config.attention.skip_last_visual_rows
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -61,14 +87,20 @@ def decoder_layer_spec(config: Config) -> ModuleSpec:
                     "options": attention_options(config),
                     "window_every": llm.sliding_window_every,
                     "backend": config.attention.backend,
+                    "fold": config.attention.fold_visual_projection,
+                    "text_only": text_only,
                 },
                 submodules=DecomposedSelfAttentionSubmodules(
                     linear_q=ColumnParallelLinear,
                     linear_kv=ColumnParallelLinear,
-                    linear_proj=row_parallel,
+                    linear_proj=(
+                        RowParallelLinearWithPostNorm
+                        if llm.post_norms
+                        else FoldableRowParallelLinear
+                    ),
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=text_rows_bias_dropout_add if text_only else get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
             mlp=mlp_spec(row_parallel),
             mlp_bda=get_bias_dropout_add,
@@ -101,6 +133,6 @@ def vision_layer_spec() -> ModuleSpec:
     )
 
 
-def block_submodules(layer: ModuleSpec, num_layers: int) -> TransformerBlockSubmodules:
+def block_submodules(layers: list[ModuleSpec]) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage (or chunk), with the project's norm at the end."""
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

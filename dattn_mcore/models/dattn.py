@@ -15,10 +15,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
-from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank
 
@@ -26,6 +23,8 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.layout import DecomposedSeqParams
 from dattn_mcore.layers.spec import block_submodules, decoder_layer_spec
+from dattn_mcore.layers.visual_rows import DecomposedBlock
+from dattn_mcore.layers.vocabulary import cap_and_mask, chunked_cross_entropy
 from dattn_mcore.models.projector import Projector
 from dattn_mcore.models.vision import VisionTower, normalize_pixels
 
@@ -91,9 +90,13 @@ class DattnModel(LanguageModule):
         num_layers = get_num_layers_to_build(
             transformer_config, vp_stage, get_pg_rank(pg_collection.pp)
         )
-        self.decoder = TransformerBlock(
+        layers = [decoder_layer_spec(config)] * num_layers
+        if post_process and layers:
+            layers[-1] = decoder_layer_spec(config, last=True)
+        self.decoder = DecomposedBlock(
+            visual_chunk=config.train.recompute_visual_chunk,
             config=transformer_config,
-            spec=block_submodules(decoder_layer_spec(config), num_layers),
+            spec=block_submodules(layers),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=pg_collection,
@@ -185,36 +188,40 @@ class DattnModel(LanguageModule):
         return hidden * torch.tensor(self.config.hidden_size**0.5, dtype=hidden.dtype).item()
 
     def _text_rows(self, hidden: torch.Tensor, params: DecomposedSeqParams) -> torch.Tensor:
-        """[T, 1, hidden] on every tensor parallel rank."""
+        """[T, 1, hidden] on every tensor parallel rank; text rows stand last on every shard."""
+        shards = self.tp_group.size() if self.sequence_parallel else 1
+        text = hidden[hidden.shape[0] - params.num_text // shards :]
         if not self.sequence_parallel:
-            return hidden[params.num_visual :]
-        visual_here = params.num_visual // self.tp_group.size()
+            return text
         return tensor_parallel.gather_from_sequence_parallel_region(
-            hidden[visual_here:], tensor_parallel_output_grad=False, group=self.tp_group
+            text, tensor_parallel_output_grad=False, group=self.tp_group
         )
+
+    def _output_weight(self) -> torch.Tensor:
+        """[padded vocabulary / tp, hidden]."""
+        if self.pre_process and self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
         """float32 logits [rows, 1, padded vocabulary / tp]; padded entries are minus infinity."""
-        weight = self.shared_embedding_or_output_weight() if self.pre_process else None
-        shared = weight if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(rows, weight=shared)
-        logits = logits.float()
-        if self.final_softcap is not None:
-            logits = self.final_softcap * torch.tanh(logits / self.final_softcap)
+        logits, _ = self.output_layer(rows, weight=self._output_weight())
         first = get_pg_rank(self.tp_group) * logits.shape[-1]
-        if first + logits.shape[-1] > self.vocab_size:
-            entries = torch.arange(first, first + logits.shape[-1], device=logits.device)
-            logits = logits.masked_fill(entries >= self.vocab_size, -torch.inf)
-        return logits
+        return cap_and_mask(logits.float(), self.final_softcap, self.vocab_size - first)
 
     def _losses(self, text: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         rows = (labels != IGNORED_LABEL).nonzero()[:, 0]
         if rows.numel() == 0:
             return text[:1].float().sum() * torch.zeros(1, device=text.device)
-        losses = tensor_parallel.vocab_parallel_cross_entropy(
-            self._logits(text[rows]), labels[rows, None]
+        return chunked_cross_entropy(
+            text[rows, 0],
+            self._output_weight(),
+            labels[rows],
+            chunk=self.run_config.train.loss_chunk,
+            softcap=self.final_softcap,
+            vocab_size=self.vocab_size,
+            tp_group=self.tp_group,
         )
-        return losses[:, 0]
 
 
 def freeze_all_but(model: DattnModel, trains: tuple[str, ...]) -> None:

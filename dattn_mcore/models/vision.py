@@ -43,7 +43,7 @@ class VisionTower(MegatronModule):
         self.pre_layernorm = Norm(transformer_config, hidden, vision.norm_eps) if clip else None
         self.decoder = TransformerBlock(
             config=transformer_config,
-            spec=block_submodules(vision_layer_spec(), transformer_config.num_layers),
+            spec=block_submodules([vision_layer_spec()] * transformer_config.num_layers),
             post_layer_norm=not clip and vision.select_layer == -1,
             pg_collection=pg_collection,
         )

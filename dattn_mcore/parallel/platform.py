@@ -115,6 +115,22 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if _installed == "gpu" else _CPU
 
 
+def synchronize() -> None:
+    """Waits until the device has done what it was given; a CPU has when a call returns."""
+    torch.cuda.synchronize()
+
+
+def reset_peak_memory() -> int:
+    """Starts a new measurement of the GPU's peak memory; returns the bytes that tensors take."""
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak_memory() -> int:
+    """Most bytes that tensors took on the GPU since `reset_peak_memory`."""
+    return torch.cuda.max_memory_allocated()
+
+
 def seed_model_parallel(seed: int) -> None:
     """Seeds Megatron-Core's RNG tracker; each tensor and pipeline rank derives its own seed."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

@@ -103,6 +103,8 @@ def test_frozen():
         ("model.vision.image_size=1120", "visual_budget=512 must hold at least one image"),
         ("attention.v2v=full", "attention.v2v='full' is unknown; use one of diagonal, causal"),
         ("train.trains=[llm,tower]", "must name one or more of vision, projector, llm"),
+        ("train.recompute_visual_chunk=0", "must be greater than 0, or null"),
+        ("train.loss_chunk=0", "train.loss_chunk=0 must be greater than 0"),
         ("train.steps=0", "train.steps=0 must be greater than 0"),
         ("optim.warmup_ratio=2", "must lie between 0 and 1"),
     ],
@@ -121,6 +123,12 @@ def test_wrong_process_count():
         "tp (4) x pp (2) needs a multiple of 8 processes, got 6; "
         "run torchrun --nproc-per-node 8 pretrain_dattn.py ..."
     )
+
+
+def test_visual_chunks_need_rows_that_see_only_themselves():
+    config = load_config(None, ["train.recompute_visual_chunk=64", "attention.v2v=causal"])
+    with pytest.raises(ConfigError, match="needs attention.v2v=diagonal .* use train.recompute"):
+        check_config(config)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""Time and peak memory of a function, on a CPU or a GPU, and the tables and pictures of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dattn_mcore.parallel import platform
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Most memory that tensors take while the function runs, beyond what they took before.
+
+    On a CPU the allocator's own events are counted (PyTorch's profiler), on a GPU its peak
+    statistics; both see temporaries inside operators.
+    """
+    if device.type != "cpu":
+        before = platform.reset_peak_memory()
+        function()
+        platform.synchronize()
+        return platform.peak_memory() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = now = 0
+    for _, nbytes in changes:
+        now += nbytes
+        peak = max(peak, now)
+    return peak
+
+
+def seconds_in_turn(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median wall time of each function; they take turns, so that a load on the machine hits all.
+
+    Each runs once before without being measured.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            platform.synchronize()
+            start = time.perf_counter()
+            function()
+            platform.synchronize()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table as the documentation has them."""
+    columns = list(header)
+    lines = [columns, ["---"] * len(columns), *(list(map(str, row)) for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

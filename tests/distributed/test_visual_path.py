@@ -1,0 +1,142 @@
+"""The cheap ways of visual rows equal the plain one: folded, ended early, chunked, recomputed.
+
+The plain way is `PLAIN` in one process. Bounds as in test_parity: 1e-5 for the loss, relative
+1e-4 for the gradient norm; gradients of single parameters within 1e-5 of the largest (fp32 sums in
+another order).
+"""
+
+import functools
+
+import pytest
+import torch
+
+from dattn_mcore.config.load import merge
+from tests.distributed.jobs import GEMMA, SMALL_MODEL, read_metrics, run_training, small_config
+from tests.distributed.test_parity import assert_same
+from tests.distributed.visual_jobs import (
+    oracle_gradients,
+    step_memory,
+    tower_graph,
+    trained_gradients,
+)
+
+LAYOUTS = (
+    ((False, 3), (True, 16), (False, 9), (True, 32), (False, 5)),
+    ((False, 6),),
+    ((True, 48), (False, 11)),
+)
+PLAIN = {"fold_visual_projection": False, "skip_last_visual_rows": False}
+SETTINGS = {
+    "folded": ({"skip_last_visual_rows": False}, {}),
+    "ended-early": ({"fold_visual_projection": False}, {}),
+    "both": ({}, {"loss_chunk": 5}),
+    "chunked": ({}, {"recompute_visual_chunk": 20}),
+    "chunked-plain": (PLAIN, {"recompute_visual_chunk": 96}),
+    "chunked-full": ({}, {"recompute_visual_chunk": 1, "recompute": "full"}),
+    "chunked-selective": ({}, {"recompute_visual_chunk": 33, "recompute": "selective"}),
+}
+MODELS = {"mistral": {}, "gemma2": GEMMA}
+
+
+@pytest.fixture(scope="module")
+def gradients_of(pool):
+    @functools.cache
+    def expected(model):
+        tree = {"model": merge(SMALL_MODEL, MODELS[model]), "attention": PLAIN}
+        (gradients,) = pool.run(oracle_gradients, 1, tree, LAYOUTS)
+        return gradients
+
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [*((name, "mistral") for name in SETTINGS), ("both", "gemma2"), ("chunked-full", "gemma2")],
+)
+def test_gradients_equal_the_plain_path(pool, gradients_of, model, name):
+    attention, train = SETTINGS[name]
+    tree = {"model": merge(SMALL_MODEL, MODELS[model]), "attention": attention, "train": train}
+    (gradients,) = pool.run(trained_gradients, 1, tree, LAYOUTS)
+    expected = gradients_of(model)
+    assert gradients.keys() == expected.keys()
+    for key, gradient in gradients.items():
+        scale = expected[key].abs().max()
+        assert scale > 0, key
+        torch.testing.assert_close(
+            gradient, expected[key], atol=float(1e-5 * scale), rtol=0, msg=key
+        )
+
+
+@pytest.fixture(scope="module")
+def plain(pool, digits, tmp_path_factory):
+    """Metrics of three plain steps in one process, and a way to train otherwise."""
+
+    def run(world_size, model=None, **sections):
+        run_dir = tmp_path_factory.mktemp("run")
+        if model:
+            sections["model"] = model
+        assert all(pool.run(run_training, world_size, small_config(digits, run_dir, **sections)))
+        return read_metrics(run_dir)
+
+    @functools.cache
+    def expected(gemma=False, frozen=False):
+        train = {"trains": ("projector",)} if frozen else {}
+        return run(1, GEMMA if gemma else None, attention=PLAIN, train=train)
+
+    return run, expected
+
+
+CHUNKS = {"recompute_visual_chunk": 24, "loss_chunk": 7}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "train"),
+    [
+        (2, {"tp": 2}, {}),
+        (2, {"tp": 2, "sp": True}, {"recompute": "full"}),
+        (2, {"pp": 2}, {}),
+        (2, {"pp": 2, "vpp": 2}, {}),
+    ],
+    ids=["tp2", "tp2-sp", "pp2", "pp2-interleaved"],
+)
+def test_chunks_in_parallel(plain, world_size, parallel, train):
+    run, expected = plain
+    assert_same(run(world_size, parallel=parallel, train={**CHUNKS, **train}), expected())
+
+
+def test_gemma_chunks_in_parallel(plain):
+    """Post-norms, soft-caps, and the output weight tied across stages and summed over chunks."""
+    run, expected = plain
+    parallel = {"tp": 2, "pp": 2, "sp": True}
+    assert_same(run(4, GEMMA, parallel=parallel, train=CHUNKS), expected(gemma=True))
+
+
+def test_chunks_with_a_frozen_language_model(plain):
+    run, expected = plain
+    train = {**CHUNKS, "trains": ("projector",)}
+    assert_same(run(2, parallel={"pp": 2}, train=train), expected(frozen=True))
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learning"])
+def test_a_frozen_tower_keeps_nothing(pool, learns):
+    trains = ("vision", "projector") if learns else ("projector",)
+    tree = {"model": SMALL_MODEL, "train": {"trains": trains}}
+    ((asks, kept),) = pool.run(tower_graph, 1, tree, LAYOUTS)
+    assert (asks, kept > 0) == (learns, learns)
+
+
+def test_chunks_need_a_third_of_the_memory(pool):
+    """8,192 visual rows, 16 layers, Mistral's proportions; peak of a whole step."""
+    llm = dict(num_layers=16, ffn_hidden_size=224, num_attention_heads=4, num_query_groups=1)
+    tree = {
+        "model": merge(SMALL_MODEL, {"llm": llm, "vision": {"num_layers": 1}}),
+        "data": {"visual_budget": 8192},
+        "train": {"trains": ("projector", "llm")},
+    }
+    layouts = (((True, 8192), (False, 64)),)
+    (plain,) = pool.run(step_memory, 1, tree, layouts)
+    chunked = merge(tree, {"train": {"recompute_visual_chunk": 512}})
+    (peak,) = pool.run(step_memory, 1, chunked, layouts)
+    # 16 layers x 8,192 rows x hidden 64 in fp32 is the least that the plain path keeps.
+    assert plain > 16 * 8192 * 64 * 4
+    assert peak <= plain / 3, f"{peak / 2**20:.0f} of {plain / 2**20:.0f} MiB"
