@@ -111,6 +111,9 @@ class ParallelConfig:
     vpp: int = 1  # model chunks per pipeline stage (interleaved schedule when > 1)
     cp: int = 1  # context parallel; only 1 is implemented
     sp: bool = False  # sequence parallel norms and residuals, over the tp group
+    overlap_grad_reduce: bool = False  # reduce gradients while backward goes on
+    overlap_param_gather: bool = False  # gather updated weights while forward goes on
+    tp_comm_overlap: bool = False  # tensor parallel exchanges beside products (needs sp, TE)
     timeout_minutes: float = 10.0  # a collective that waits longer ends the run
 
 

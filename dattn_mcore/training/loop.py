@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -23,11 +24,14 @@ from dattn_mcore.checkpoint.load import (
 from dattn_mcore.checkpoint.save import save_checkpoint
 from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.batch import GlobalBatch
 from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import DattnError
 from dattn_mcore.models.build import build_model
+from dattn_mcore.models.dattn import IGNORED_LABEL
 from dattn_mcore.parallel import platform
+from dattn_mcore.plan.flops import rows_of, step_work
 from dattn_mcore.training.agreement import agree
 from dattn_mcore.training.inputs import all_model_inputs, needs_pixels
 from dattn_mcore.training.not_finite import NotFiniteError, explain
@@ -175,7 +179,10 @@ def _train(
             assert batch is not None
             inputs = all_model_inputs(batch.microbatches, config, pg_collection, device)
             try:
-                result = train_step(model, optimizer, scheduler, inputs, pg_collection)
+                result = train_step(
+                    *(model, optimizer, scheduler, inputs, pg_collection),
+                    _model_flops(config, batch),
+                )
             except NotFiniteError as error:
                 raise explain(error, step + 1, batch) from None
             step += 1
@@ -197,6 +204,17 @@ def _train(
     if step < last:
         logger.info("stopped by a signal at step %d of %d; start again to go on", step, last)
     return step == last
+
+
+def _model_flops(config: Config, batch: GlobalBatch) -> float:
+    """Operations of this replica's packs, by their real rows."""
+    total = 0.0
+    for pack in batch.microbatches:
+        labelled = int((pack.labels != IGNORED_LABEL).sum())
+        rows = rows_of(config, pack.layouts, labelled)
+        rows = dataclasses.replace(rows, packs=1.0)
+        total += sum(work.total for work in step_work(config, rows).values())
+    return total
 
 
 def _save(config, step, chunks, optimizer, pg_collection, data, reporter):  # type: ignore[no-untyped-def]

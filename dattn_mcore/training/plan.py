@@ -5,6 +5,7 @@ from __future__ import annotations
 from dattn_mcore.config.checks import data_parallel_size, processes_per_replica
 from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.schema import Config
+from dattn_mcore.plan.parameters import layers_of_stage, stage_parameters
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -47,37 +48,12 @@ def describe(config: Config, world_size: int) -> str:
 
 def stage_summary(config: Config, stage: int) -> tuple[int, int, str]:
     """Parameters on one rank of a stage, those trained, and what it holds; from shapes alone."""
-    parallel, llm, vision = config.parallel, config.model.llm, config.model.vision
-    tp, h, trains = parallel.tp, llm.hidden_size, config.train.trains
-    layers = llm.num_layers // parallel.pp
-    query, kv = llm.num_attention_heads * llm.head_dim, 2 * llm.num_query_groups * llm.head_dim
-    norms = (4 if llm.post_norms else 2) * h
-    layer = (h * (query + kv) + query * h + 3 * h * llm.ffn_hidden_size) // tp + norms
-    vocabulary = llm.padded_vocab_size * h // tp
-    parts = {"llm": layers * layer, "vision": 0, "projector": 0}
-    holds = [f"layers {stage * layers}-{(stage + 1) * layers - 1}"]
-    if parallel.vpp > 1:
-        chunk = layers // parallel.vpp
-        starts = [(c * parallel.pp + stage) * chunk for c in range(parallel.vpp)]
-        holds = ["layers " + ", ".join(f"{s}-{s + chunk - 1}" for s in starts)]
+    parameters = [p for chunk in stage_parameters(config, stage) for p in chunk]
+    chunks = layers_of_stage(config, stage)
+    holds = ["layers " + ", ".join(f"{c[0]}-{c[-1]}" for c in chunks if c)]
     if stage == 0:
-        parts["llm"] += vocabulary
-        v, f = vision.hidden_size, vision.ffn_hidden_size
-        clip = vision.kind == "clip"
-        patches = vision.rows_per_tile
-        block = (4 * v * v + 3 * v + 2 * v * f + f) // tp + v + v + 4 * v
-        parts["vision"] = (vision.num_layers + 1 + vision.select_layer) * block
-        parts["vision"] += 3 * vision.patch_size**2 * v + (3 * v if clip else v)
-        parts["vision"] += 2 * v if not clip and vision.select_layer == -1 else 0
-        width = config.model.projector.ffn_hidden_size
-        parts["projector"] = (v * width + width + width * h) // tp + h + 2 * h
-        if config.model.visual_positions:
-            parts["vision"] += (patches + clip) * v
-            parts["projector"] += 2 * 2 * (h * h + h)
         holds = ["vision tower", "projector", "embedding", *holds]
-    if stage == parallel.pp - 1:
-        parts["llm"] += h
-        if not llm.tie_embeddings or parallel.pp > 1:
-            parts["llm"] += vocabulary
+    if stage == config.parallel.pp - 1:
         holds += ["final norm", "output layer"]
-    return sum(parts.values()), sum(parts[part] for part in set(trains)), ", ".join(holds)
+    total = sum(p.numel for p in parameters)
+    return total, sum(p.numel for p in parameters if p.trained), ", ".join(holds)

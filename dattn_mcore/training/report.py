@@ -9,8 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch.distributed as dist
+
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch
+from dattn_mcore.parallel import platform
+from dattn_mcore.plan.hardware import peak_flops
 from dattn_mcore.training.agreement import Agreement
 from dattn_mcore.training.step import StepResult
 
@@ -29,6 +33,8 @@ def duration(seconds: float) -> str:
 def _further(row: dict[str, Any]) -> str:
     """What is worth a person's attention beside the rates."""
     parts = []
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.1%}")
     if "peak_memory_gib" in row:
         parts.append(f"{row['peak_memory_gib']:.1f} GiB")
     if row["data_wait_share"] > WORTH_SAYING:
@@ -61,6 +67,8 @@ class Reporter:
         self.counts: Counter[str] = Counter()
         self.interval: Counter[str] = Counter()
         self.data_wait, self.peak_memory = 0.0, 0  # seconds in this interval; bytes
+        self.model_flops = 0.0
+        self.peak = peak_flops(platform.device_name(), config.train.precision)
         self.seen_over_budget: set[str] = set()
         _drop_after(run_dir / "metrics.jsonl", first_step)
         _drop_after(run_dir / "samples.jsonl", first_step)
@@ -97,6 +105,7 @@ class Reporter:
             text=batch.text_tokens,
             visual=batch.visual_tokens,
         )
+        self.model_flops += result.model_flops
         self.data_wait += agreed.data_wait
         self.peak_memory = agreed.peak_memory
         done = {"step": step, "ids": batch.sample_ids, "skipped": batch.skipped}
@@ -124,6 +133,9 @@ class Reporter:
         }
         if self.peak_memory:
             row["peak_memory_gib"] = self.peak_memory / 2**30
+        row["tflops_per_process"] = self.model_flops / seconds / dist.get_world_size() / 1e12
+        if self.peak is not None:
+            row["mfu"] = row["tflops_per_process"] * 1e12 / self.peak
         json.dump(row, self.metrics)
         self.metrics.write("\n")
         if self.tensorboard is not None:
@@ -147,7 +159,7 @@ class Reporter:
     def _new_interval(self, step: int, now: float) -> None:
         self.interval_started, self.interval_first_step = now, step
         self.interval.clear()
-        self.data_wait = 0.0
+        self.data_wait = self.model_flops = 0.0
 
     def close(self, step: int) -> None:
         """Says how long it took and what was left out; closes the files."""

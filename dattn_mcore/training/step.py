@@ -30,11 +30,13 @@ class StepResult:
         loss: mean over the supervised tokens of the global batch.
         grad_norm: L2 norm over all trained parameters before clipping.
         supervised_tokens: tokens with a loss in the global batch.
+        model_flops: operations of the global batch, forward and backward, without recompute.
     """
 
     loss: float
     grad_norm: float
     supervised_tokens: int
+    model_flops: float
 
 
 def _loss_sum(
@@ -61,6 +63,7 @@ def train_step(
     scheduler: OptimizerParamScheduler,
     micro_batches: list[ModelInputs],
     pg_collection: ProcessGroupCollection,
+    model_flops: float = 0.0,
 ) -> StepResult:
     """Runs one global batch through the pipeline and updates the weights.
 
@@ -70,6 +73,7 @@ def train_step(
         scheduler: sets the learning rate; advanced by one.
         micro_batches: this replica's packs.
         pg_collection: process groups.
+        model_flops: operations of these packs.
 
     Raises:
         NotFiniteError: loss or gradient norm; raised on every rank, before the update.
@@ -78,14 +82,14 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     reports = run_schedule(model, micro_batches, pg_collection, forward_only=False)
-    sums = sum_reports(reports, micro_batches[0].labels.device)
+    sums = sum_reports(reports, micro_batches[0].labels.device, model_flops)
     loss = float(sums[0] / sums[1].clamp(min=1))
     if not math.isfinite(loss):
         packs = tuple(i for i, report in enumerate(reports) if not report[0].isfinite())
         raise NotFiniteError("loss", loss, packs)
     _, grad_norm, _ = optimizer.step()
     scheduler.step(1)
-    return StepResult(loss, float(grad_norm or 0.0), int(sums[1]))
+    return StepResult(loss, float(grad_norm or 0.0), int(sums[1]), float(sums[2]))
 
 
 def run_schedule(
@@ -117,10 +121,18 @@ def run_schedule(
     return []
 
 
-def sum_reports(reports: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Adds up what `run_schedule` returned, over all ranks of the run."""
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+def sum_reports(
+    reports: list[torch.Tensor], device: torch.device, model_flops: float
+) -> torch.Tensor:
+    """Adds up what `run_schedule` returned, over all ranks of the run.
+
+    Returns:
+        float64 [3]: losses, supervised tokens, operations.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     for report in reports:
-        sums += report
+        sums[:2] += report
+    if reports:  # one rank of a replica speaks for it
+        sums[2] = model_flops
     dist.all_reduce(sums)
     return sums

@@ -1,0 +1,161 @@
+"""`python -m dattn_mcore.plan`: what a run will need and cost, before it is started."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from dattn_mcore.config.checks import check_config
+from dattn_mcore.config.load import load_config
+from dattn_mcore.config.schema import Config
+from dattn_mcore.errors import ConfigError, DattnError
+from dattn_mcore.plan.estimate import Plan, as_dict, make_plan
+from dattn_mcore.plan.hardware import GPUS, Cluster
+from dattn_mcore.plan.rank import rank_layouts
+from dattn_mcore.plan.report import layout_name, notes, print_plans, print_ranking
+from dattn_mcore.plan.workload import Sample, full_budget_sample
+
+LAYOUT_FLAGS = ("tp", "pp", "vpp")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status (2 for a user's mistake)."""
+    try:
+        _run(_parse(arguments))
+        return 0
+    except DattnError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dattn_mcore.plan",
+        description="Memory, operations, communication and time of a run, from its configuration.",
+        epilog="With --tp, --pp or a parallel.* setting only that layout is planned; without, the "
+        "configuration's own is followed by a ranking of all. Any setting can follow as "
+        "section.key=value.",
+    )
+    parser.add_argument("--config", help="YAML file (default: the embedded digits task)")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--gpu", choices=[*GPUS, "all"], default="all")
+    parser.add_argument("--tp", type=int, help="tensor parallel size")
+    parser.add_argument("--pp", type=int, help="pipeline parallel size")
+    parser.add_argument("--vpp", type=int, help="model chunks per pipeline stage")
+    parser.add_argument("--samples", type=int, help="of the data set (default: counted)")
+    parser.add_argument("--text-per-sample", type=float, help="text rows (default: full budgets)")
+    parser.add_argument("--images-per-sample", type=float, default=1.0)
+    parser.add_argument("--labelled-share", type=float, default=1.0, help="of text rows")
+    parser.add_argument("--top", type=int, default=5, help="layouts shown in a ranking")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--plot", metavar="FILE", help="draw time and memory over visual rows")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    for name in ("nodes", "gpus_per_node", "top"):
+        if getattr(chosen, name) < 1:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} {getattr(chosen, name)} must be at least 1")
+    flags = [
+        f"parallel.{name}={getattr(chosen, name)}"
+        for name in LAYOUT_FLAGS
+        if getattr(chosen, name) is not None
+    ]
+    config = load_config(chosen.config, [*chosen.overrides, *flags])
+    named = bool(flags) or any(item.startswith("parallel.") for item in chosen.overrides)
+    if flags and not any(item.startswith("parallel.sp=") for item in chosen.overrides):
+        parallel = dataclasses.replace(config.parallel, sp=config.parallel.tp > 1)
+        config = dataclasses.replace(config, parallel=parallel)
+    check_config(config)
+    cluster = Cluster(chosen.nodes, chosen.gpus_per_node)
+    sample, assumed = _sample(config, chosen)
+    num_samples = chosen.samples if chosen.samples is not None else _count_samples(config)
+    kinds = list(GPUS) if chosen.gpu == "all" else [chosen.gpu]
+    combinations = [
+        (GPUS[kind], fp8)
+        for kind in kinds
+        for fp8 in ((False, True) if config.train.precision == "bf16" else (False,))
+    ]
+    plans = [make_plan(config, cluster, gpu, fp8, sample) for gpu, fp8 in combinations]
+    rankings = []
+    if not named:
+        rankings = [rank_layouts(config, cluster, gpu, fp8, sample) for gpu, fp8 in combinations]
+    remarks = notes(config, sample, assumed, num_samples)
+    if chosen.plot:
+        _plot(chosen.plot, config, cluster, plans[-1], sample)
+        remarks.append(f"picture: {chosen.plot}")
+    if chosen.json:
+        result = {
+            "nodes": chosen.nodes,
+            "gpus_per_node": chosen.gpus_per_node,
+            "sample": dataclasses.asdict(sample),
+            "samples": num_samples,
+            "plans": [as_dict(plan, num_samples) for plan in plans],
+            "rankings": [
+                [as_dict(plan, num_samples) for plan in ranking[: chosen.top]]
+                for ranking in rankings
+            ],
+            "notes": remarks,
+        }
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        return
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    name = chosen.config or "the embedded digits task"
+    console.print(f"{name} on {cluster.nodes} x {cluster.gpus_per_node} GPUs")
+    print_plans(console, plans, num_samples)
+    for ranking in rankings:
+        print_ranking(console, ranking, chosen.top, num_samples)
+    console.print("\n".join(f"- {line}" for line in remarks))
+
+
+def _sample(config: Config, chosen: argparse.Namespace) -> tuple[Sample, list[str]]:
+    """The average sample, and what had to be assumed about it."""
+    assumed = []
+    text = chosen.text_per_sample
+    if text is None:
+        text = full_budget_sample(config, chosen.images_per_sample)
+        assumed.append(
+            f"text rows of a sample are assumed ({text:,.0f}: both budgets full); give "
+            "--text-per-sample where you know better"
+        )
+    if text < 1 or chosen.images_per_sample < 0 or not 0 < chosen.labelled_share <= 1:
+        raise ConfigError(
+            f"--text-per-sample {text:g} must be at least 1, --images-per-sample "
+            f"{chosen.images_per_sample:g} at least 0, --labelled-share "
+            f"{chosen.labelled_share:g} between 0 and 1"
+        )
+    return Sample(text, chosen.images_per_sample, chosen.labelled_share), assumed
+
+
+def _count_samples(config: Config) -> int | None:
+    """Records of the annotations where they are on this machine."""
+    try:
+        records = json.loads(Path(config.data.annotations).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return len(records) if isinstance(records, list) else None
+
+
+def _plot(path: str, config: Config, cluster: Cluster, plan: Plan, sample: Sample) -> None:
+    from dattn_mcore.plan.plot import draw, over_visual_rows
+
+    points = over_visual_rows(config, cluster, plan.gpu, plan.fp8, sample.text)
+    precision = "FP8" if plan.fp8 else config.train.precision
+    title = f"{plan.gpu.name}, {precision}, {layout_name(plan)}"
+    try:
+        draw(points, Path(path), title)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--plot {path} cannot be written ({reason}); name a .png file") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

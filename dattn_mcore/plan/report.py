@@ -1,0 +1,179 @@
+"""The planner's tables and notes for people."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.plan import hardware
+from dattn_mcore.plan.estimate import Plan
+from dattn_mcore.plan.workload import Sample
+
+GIB = 2**30
+
+
+def layout_name(plan: Plan) -> str:
+    """Tp 4 x pp 2 x dp 16, sp, recompute full."""
+    parallel = plan.config.parallel
+    name = f"tp {parallel.tp} x pp {parallel.pp} x dp {plan.dp}"
+    if parallel.vpp > 1:
+        name += f", vpp {parallel.vpp}"
+    if parallel.sp:
+        name += ", sp"
+    return f"{name}, recompute {plan.config.train.recompute}"
+
+
+def print_plans(console: Console, plans: list[Plan], num_samples: int | None) -> None:
+    """One layout: a line for each GPU and precision, then its parts.
+
+    Args:
+        console: where to print.
+        plans: of one layout; the first one's parts are shown.
+        num_samples: of the data set; None where not known.
+    """
+    first = plans[0]
+    console.print(f"\n[bold]{layout_name(first)}[/bold]")
+    _summary(console, plans, num_samples)
+    for plan in _one_of_each_memory(plans):
+        _memory(console, plan)
+    _flops(console, first)
+    _communication(console, first)
+    for plan in plans:
+        if not plan.fits:
+            console.print(
+                f"[yellow]warning:[/yellow] {layout_name(plan)} will not fit {plan.gpu.name} in "
+                f"{_precision(plan)}: stage {plan.worst.stage} needs {_gib(plan.worst.total)} of "
+                f"{_gib(hardware.USABLE * plan.gpu.memory)} GiB"
+            )
+
+
+def print_ranking(console: Console, plans: list[Plan], shown: int, num_samples: int | None) -> None:
+    """The best layouts, or the nearest misses where none fits."""
+    fitting = [plan for plan in plans if plan.fits]
+    best = (fitting or sorted(plans, key=lambda plan: plan.worst.total))[:shown]
+    if not best:
+        console.print("no layout keeps the rules on this cluster")
+        return
+    name = f"{best[0].gpu.name}, {_precision(best[0])}"
+    title = f"best layouts, {name} ({len(fitting)} of {len(plans)} fit)"
+    table = _table(
+        title, "layout", "GiB a GPU", "s a step", "tokens/s/GPU", "MFU", "bubble", "days"
+    )
+    for plan in best:
+        table.add_row(
+            layout_name(plan),
+            _gib(plan.worst.total) + ("" if plan.fits else " does not fit"),
+            f"{plan.seconds:.2f}",
+            f"{plan.tokens_per_second_per_gpu:,.0f}",
+            f"{plan.mfu:.1%}",
+            f"{plan.bubble:.1%}",
+            _days(plan, num_samples),
+        )
+    console.print(table)
+
+
+def notes(config: Config, sample: Sample, assumed: list[str], num_samples: int | None) -> list[str]:
+    """What the numbers rest on, and what cannot be known here."""
+    lines = [
+        f"average sample: {sample.text:,.0f} text rows, {sample.images:g} images of "
+        f"{config.model.vision.rows_per_tile} rows, {sample.labelled_share:.0%} of text labelled",
+        *assumed,
+        "weights, gradients and optimizer states are exact; activations, logits and buffers are "
+        "estimates",
+        "times are a model calibrated on published numbers, not measured by this project; the "
+        "project's attention kernels are assumed to run at flash-attention 3's rates",
+        "not known here: data loading, other jobs on the network, failures, clock limits",
+    ]
+    if config.attention.backend == "reference":
+        lines.append(
+            "attention.backend=reference keeps a score matrix of text by visual rows, which is "
+            "not counted"
+        )
+    if num_samples is None and config.train.steps is None:
+        lines.append("days are unknown: data.annotations is not here; give --samples")
+    return lines
+
+
+def _summary(console: Console, plans: list[Plan], num_samples: int | None) -> None:
+    first = plans[0]
+    table = _table(
+        None,
+        *("GPU", "linears", "GiB a GPU", "fits", "s a step", "tokens/s/GPU", "TFLOP/s/GPU"),
+        *("MFU", "days"),
+    )
+    for plan in plans:
+        table.add_row(
+            plan.gpu.name,
+            _precision(plan),
+            f"{_gib(plan.worst.total)} of {_gib(plan.gpu.memory)}",
+            "yes" if plan.fits else "[red]no[/red]",
+            f"{plan.seconds:.2f}",
+            f"{plan.tokens_per_second_per_gpu:,.0f}",
+            f"{plan.tflops_per_gpu:.0f}",
+            f"{plan.mfu:.1%}",
+            _days(plan, num_samples),
+        )
+    console.print(table)
+    pack = first.step.pack
+    console.print(
+        f"{first.step.num_microbatches} micro-batches a replica of {pack.text:,.0f} text and "
+        f"{pack.visual:,.0f} visual rows; pipeline bubble {first.bubble:.1%}; communication that "
+        f"nothing hides {first.exposed_seconds / first.seconds:.1%} of the step"
+    )
+
+
+def _memory(console: Console, plan: Plan) -> None:
+    table = _table(
+        f"GiB a GPU by stage, {_precision(plan)}",
+        *("stage", "parameters", "weights", "gradients", "optimizer", "activations", "working"),
+        *("logits", "FP8 copies", "buffers", "total"),
+    )
+    for stage in plan.memory:
+        state, working = stage.state, stage.working
+        values = [state.weights, state.gradients, state.optimizer, working.activations]
+        values += [working.working, working.logits, working.fp8_weights, working.buffers]
+        values += [stage.total]
+        table.add_row(str(stage.stage), f"{state.parameters:,}", *map(_gib, values))
+    console.print(table)
+
+
+def _flops(console: Console, plan: Plan) -> None:
+    table = _table("TFLOPs of a step, all GPUs, without recompute", *plan.flops, "total")
+    values = [*plan.flops.values(), sum(plan.flops.values())]
+    table.add_row(*(f"{value / 1e12:,.1f}" for value in values))
+    console.print(table)
+
+
+def _communication(console: Console, plan: Plan) -> None:
+    table = _table("a rank sends in a step", "group", "ranks", "GiB", "s before overlap")
+    for exchange in plan.exchanges:
+        if exchange.size > 1:
+            row = exchange.group, str(exchange.size), _gib(exchange.bytes)
+            table.add_row(*row, f"{exchange.seconds:.3f}")
+    if table.row_count:
+        console.print(table)
+
+
+def _one_of_each_memory(plans: list[Plan]) -> list[Plan]:
+    return list({plan.fp8: plan for plan in reversed(plans)}.values())[::-1]
+
+
+def _table(title: str | None, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def _precision(plan: Plan) -> str:
+    return "FP8" if plan.fp8 else plan.config.train.precision
+
+
+def _gib(value: float) -> str:
+    return f"{value / GIB:.1f}"
+
+
+def _days(plan: Plan, num_samples: int | None) -> str:
+    days = plan.days(num_samples)
+    return "unknown" if days is None else f"{days:.2f}"

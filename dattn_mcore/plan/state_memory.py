@@ -1,0 +1,121 @@
+"""Bytes of weights, gradients and optimizer states on a rank, as Megatron-Core lays them out.
+
+Trained parameters live in one buffer per dtype and model chunk, in reverse order, with float32
+gradients beside them; frozen ones stay where they were. The distributed optimizer cuts each
+bucket evenly over the data parallel ranks; a rank keeps float32 masters (of bf16 parameters only)
+and Adam's two moments of its piece.
+
+Source: megatron-core 0.16.1, distributed/param_and_grad_buffer.py (padding, buckets) and
+optimizer/distrib_optimizer.py (ranges).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.plan.parameters import BYTES, Parameter, stage_parameters
+
+PARAMETER_ALIGNMENT = 64  # elements
+BUCKET_ALIGNMENT = 128
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes on one rank.
+
+    Attributes:
+        parameters: number of parameters.
+        trained: those with a gradient.
+        weights: in their own dtype, padding of buffers included.
+        gradients: float32, padding included.
+        optimizer: of the data parallel rank that holds most.
+    """
+
+    parameters: int
+    trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    dtype: str
+    places: tuple[tuple[int, int], ...]  # [start, end) of each parameter
+    buckets: tuple[tuple[int, int], ...]
+
+
+def state_memory(config: Config, stage: int, dp: int) -> StateMemory:
+    """Weights, gradients and optimizer states of a rank of a stage.
+
+    Args:
+        config: a checked configuration.
+        stage: pipeline stage, from 0.
+        dp: data parallel size.
+    """
+    chunks = stage_parameters(config, stage)
+    everything = [parameter for chunk in chunks for parameter in chunk]
+    buffers = [buffer for chunk in chunks for buffer in _buffers(chunk, dp)]
+    frozen = sum(p.numel * BYTES[p.dtype] for p in everything if not p.trained)
+    sizes = [(buffer, buffer.buckets[-1][1]) for buffer in buffers]
+    return StateMemory(
+        parameters=sum(p.numel for p in everything),
+        trained=sum(p.numel for p in everything if p.trained),
+        weights=frozen + sum(size * BYTES[buffer.dtype] for buffer, size in sizes),
+        gradients=sum(4 * size for _, size in sizes),
+        optimizer=max(optimizer_bytes(config, stage, dp)),
+    )
+
+
+def optimizer_bytes(config: Config, stage: int, dp: int) -> list[int]:
+    """Bytes of masters and moments on each data parallel rank of a stage."""
+    buffers = [b for chunk in stage_parameters(config, stage) for b in _buffers(chunk, dp)]
+    return [
+        sum((12 if buffer.dtype == "bf16" else 8) * _owned(buffer, rank, dp) for buffer in buffers)
+        for rank in range(dp)
+    ]
+
+
+def _buffers(chunk: list[Parameter], dp: int) -> list[_Buffer]:
+    kinds = dict.fromkeys(p.dtype for p in chunk if p.trained)
+    return [
+        _lay_out([p for p in chunk if p.trained and p.dtype == kind], kind, dp) for kind in kinds
+    ]
+
+
+def _lay_out(parameters: list[Parameter], dtype: str, dp: int) -> _Buffer:
+    places, buckets = [], []
+    start = bucket_start = 0
+    open_bucket = False
+    for parameter in reversed(parameters):
+        start = _up(start, PARAMETER_ALIGNMENT)
+        if parameter.shared_embedding and open_bucket:
+            start = _up(start, math.lcm(dp, BUCKET_ALIGNMENT))
+            buckets.append((bucket_start, start))
+            bucket_start, open_bucket = start, False
+        end = start + parameter.numel
+        places.append((start, end))
+        start, open_bucket = end, True
+        if parameter.shared_embedding:
+            start = _up(end, math.lcm(dp, BUCKET_ALIGNMENT))
+            buckets.append((bucket_start, start))
+            bucket_start, open_bucket = start, False
+    if open_bucket:
+        buckets.append((bucket_start, _up(start, math.lcm(dp, BUCKET_ALIGNMENT))))
+    return _Buffer(dtype, tuple(places), tuple(buckets))
+
+
+def _owned(buffer: _Buffer, rank: int, dp: int) -> int:
+    """Elements of parameters (no padding) in a data parallel rank's pieces of the buckets."""
+    total = 0
+    for begin, end in buffer.buckets:
+        size = (end - begin) // dp
+        low, high = begin + rank * size, begin + (rank + 1) * size
+        total += sum(max(0, min(high, stop) - max(low, start)) for start, stop in buffer.places)
+    return total
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

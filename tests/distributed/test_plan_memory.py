@@ -1,0 +1,41 @@
+"""The planner's parameters and bytes of weights, gradients and optimizer states: exact."""
+
+import pytest
+
+from dattn_mcore.config.load import from_dict, merge
+from dattn_mcore.plan.parameters import stage_parameters
+from dattn_mcore.plan.state_memory import optimizer_bytes, state_memory
+from tests.distributed.jobs import GEMMA, SMALL_MODEL
+from tests.distributed.plan_jobs import built_state
+
+CLIP = {"vision": {"kind": "clip", "activation": "quick_gelu", "select_layer": -2}}
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("model", "world_size", "parallel", "train"),
+    [
+        ({}, 1, {}, {}),
+        ({}, 4, {"tp": 2}, {"precision": "bf16"}),
+        (GEMMA, 4, {"pp": 2}, {"precision": "bf16"}),
+        (merge(GEMMA, CLIP), 3, {}, {"precision": "bf16", "trains": ["projector", "llm"]}),
+        ({}, 4, {"tp": 2, "pp": 2, "sp": True}, {"precision": "bf16", "trains": ["projector"]}),
+        ({"visual_positions": False}, 2, {"pp": 2, "vpp": 2}, {}),
+    ],
+    ids=["fp32", "tp2-dp2", "tied-pp2-dp2", "clip-dp3", "frozen-tp2-pp2", "interleaved"],
+)
+def test_states_are_those_of_the_model_that_is_built(pool, model, world_size, parallel, train):
+    tree = {"model": merge(SMALL_MODEL, model), "parallel": parallel, "train": train}
+    config = from_dict(tree)
+    for built in pool.run(built_state, world_size, tree):
+        stage, dp = built["stage"], built["dp"]
+        planned = [
+            [(p.name, p.shape, DTYPES[p.dtype], p.trained) for p in chunk]
+            for chunk in stage_parameters(config, stage)
+        ]
+        assert planned == built["parameters"]
+        memory = state_memory(config, stage, dp)
+        assert memory.weights == built["weights"]
+        assert memory.gradients == built["gradients"]
+        assert optimizer_bytes(config, stage, dp)[built["dp_rank"]] == built["optimizer"]
+        assert memory.optimizer >= built["optimizer"]
