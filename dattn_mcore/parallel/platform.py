@@ -83,9 +83,19 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if _installed == "gpu" else _CPU
 
 
+def device_name() -> str:
+    """The GPU's name."""
+    return torch.cuda.get_device_name()
+
+
 def synchronize() -> None:
     """Waits until the device has done what it was given; a CPU has when a call returns."""
     torch.cuda.synchronize()
+
+
+def empty_cache() -> None:
+    """Gives the GPU memory back that PyTorch keeps for later tensors."""
+    torch.cuda.empty_cache()
 
 
 def reset_peak_memory() -> int:
