@@ -212,7 +212,6 @@ def projector_flops(config: Config, pack: Pack) -> Flops:
     second = 2 * pack.visual * projector.ffn_hidden_size * config.model.llm.hidden_size
     trains = config.train.trains
     weights = first + second if "projector" in trains else 0
-    inputs = (second if {"projector", "vision"} & set(trains) else 0) + (
-        first if "vision" in trains else 0
-    )
+    # Megatron-Core's linears always compute their input's gradient, of frozen features too.
+    inputs = first + second if {"projector", "vision"} & set(trains) else 0
     return Flops(first + second, weights + inputs)
