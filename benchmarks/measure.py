@@ -40,15 +40,21 @@ def seconds_in_turn(
     """Median time of each function; they take turns, so that a load on the machine hits all.
 
     On a GPU wall time; on a CPU the process's own time, which does not grow while other
-    processes run. Each function runs once before without being measured.
+    processes run. Each function runs once before without being measured. One that runs out of
+    memory is left out of the result.
     """
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + 1):
-        for name, function in functions.items():
+        for name in list(times):
             platform.synchronize()
             start = clock()
-            function()
+            try:
+                functions[name]()
+            except torch.OutOfMemoryError:
+                del times[name]
+                platform.empty_cache()
+                continue
             platform.synchronize()
             if turn:
                 times[name].append(clock() - start)

@@ -1,4 +1,4 @@
-"""What a benchmark hands over: a table, a picture, a JSON file, a section of the page."""
+"""What a benchmark hands over: a table, a picture, a JSON file; and sections of a page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform as machine
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -31,9 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/benchmarks"), help="folder for picture and JSON"
     )
-    parser.add_argument(
-        "--page", type=Path, default=None, help="page that gets the table, between its markers"
-    )
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -44,16 +40,14 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> s
 
 
 def provenance(device: str) -> str:
-    """One line: machine, versions, commit and command of this process."""
+    """One line: machine, versions, commit."""
     git = ["git", "-C", str(ROOT)]
     commit = _output([*git, "rev-parse", "--short", "HEAD"]) or "unknown"
-    if _output([*git, "status", "--porcelain", "--untracked-files=no"]):
+    if _output([*git, "status", "--porcelain", "--untracked-files=no", "--", ":!docs"]):
         commit += " and changes"
     where = platform.device_name() if device == "gpu" else _cpu_name()
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    main = sys.modules["__main__"].__spec__
-    command = shlex.join(["python", "-m", main.name if main else "?", *sys.argv[1:]])
-    return f"{where}; Python {machine.python_version()}, {packages}; commit {commit}; `{command}`"
+    return f"{where}; Python {machine.python_version()}, {packages}; commit {commit}"
 
 
 def _output(command: list[str]) -> str:
@@ -74,11 +68,11 @@ def hand_over(
     rows: list[dict[str, Any]],
     draw: Callable[[Any], None],
 ) -> None:
-    """Prints the table and where it came from, and writes picture, JSON and section.
+    """Prints the table and where it came from, and writes picture and JSON.
 
     Args:
-        name: of the benchmark; with the device it names files and the page's section.
-        args: has device, out and page.
+        name: of the benchmark; with the device it names the files.
+        args: has device and out.
         table: Markdown.
         rows: the same as data.
         draw: draws into matplotlib axes.
@@ -93,8 +87,6 @@ def hand_over(
     data = {"origin": origin, "rows": rows}
     (args.out / f"{title}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(f"{table}\n{origin}\npicture {picture}\n")
-    if args.page is not None:
-        write_section(args.page, title, f"{table}\n{origin}\n")
 
 
 def write_section(page: Path, name: str, text: str) -> None:

@@ -133,7 +133,8 @@ def llava_step(
     config: Config, device: torch.device, visual: list[int], text: int
 ) -> dict[int, Step]:
     """The same of Hugging Face's LLaVA with SDPA (which leaves out Gemma 2's soft-cap)."""
-    model = llava_model(config).to(device, params_dtype(config))
+    with device:
+        model = llava_model(config).to(params_dtype(config))
     model.model.vision_tower.requires_grad_(False)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
@@ -198,5 +199,4 @@ def llava_model(config: Config) -> Any:
         image_seq_length=vision.rows_per_tile,
         attn_implementation="sdpa",
     )
-    with torch.device("cpu"):
-        return transformers.LlavaForConditionalGeneration(llava).train()
+    return transformers.LlavaForConditionalGeneration(llava).train()
