@@ -120,6 +120,11 @@ def synchronize() -> None:
     torch.cuda.synchronize()
 
 
+def empty_cache() -> None:
+    """Gives the GPU memory back that PyTorch keeps for later tensors."""
+    torch.cuda.empty_cache()
+
+
 def reset_peak_memory() -> int:
     """Starts a new measurement of the GPU's peak memory; returns the bytes that tensors take."""
     torch.cuda.reset_peak_memory_stats()

@@ -73,6 +73,31 @@ def test_bf16_training_on_the_gpu(digits, tmp_path):
     assert on_gpu == pytest.approx(on_cpu, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["attention.fold_visual_projection=false", "attention.skip_last_visual_rows=false"],
+        ["train.recompute_visual_chunk=48", "train.loss_chunk=16"],
+        ["train.recompute_visual_chunk=48", "train.recompute=full"],
+    ],
+    ids=["plain", "chunks", "chunks-full"],
+)
+def test_visual_path_on_the_gpu(digits, tmp_path, settings):
+    """fp32, three steps: the sums stand in another order only."""
+    as_default = losses(digits, tmp_path / "default", "--device", "gpu")
+    otherwise = losses(digits, tmp_path / "otherwise", "--device", "gpu", *settings)
+    assert otherwise == pytest.approx(as_default, abs=1e-4)
+
+
+def test_peak_memory_is_the_gpus():
+    """What the benchmarks measure with: a tensor that is gone again counts."""
+    from benchmarks.measure import peak_bytes
+
+    device = platform.current_device()
+    peak = peak_bytes(lambda: torch.ones(2**20, device=device), device)
+    assert 4 * 2**20 <= peak < 5 * 2**20
+
+
 @pytest.mark.parametrize("policy", ["stretch", "anyres_letterbox"])
 def test_gpu_decode_is_close_to_the_cpus(digits, policy):
     """`mixed` decode with fancy upsampling: within a few grey levels on smooth images."""
