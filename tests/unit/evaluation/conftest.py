@@ -37,16 +37,30 @@ def tiny_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     make_checkpoint(folder / "mcore", small_config(make_tokenizer(folder)))
     mcore_to_hf.convert(folder / "mcore", folder / "tiny")
+    sharpen(folder / "tiny")
     only_ascii(folder / "tiny")
     make_tree(folder / "val")
     return folder
+
+
+def sharpen(model: Path) -> None:
+    """Larger random weights: answers that depend on the image and on every word."""
+    from transformers import AutoModelForImageTextToText
+
+    import dattn_mcore.hf
+    from tests.unit.hf.hf_models import randomize
+
+    dattn_mcore.hf.register()
+    loaded = AutoModelForImageTextToText.from_pretrained(str(model), trust_remote_code=False)
+    randomize(loaded, seed=1)
+    loaded.save_pretrained(str(model))
 
 
 def only_ascii(model: Path) -> None:
     """Forbids tokens that are no whole characters, so that different answers look different."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     vocabulary = json.loads((model / "config.json").read_text())["text_config"]["vocab_size"]
     special = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
     bad = [
