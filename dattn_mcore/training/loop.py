@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -21,12 +22,13 @@ from dattn_mcore.checkpoint.load import (
 from dattn_mcore.checkpoint.save import save_checkpoint
 from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.pipeline import DataPipeline
+from dattn_mcore.data.pipeline import DataPipeline, mask
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import DattnError
 from dattn_mcore.models.build import build_model
 from dattn_mcore.training.agreement import agree
 from dattn_mcore.training.inputs import all_model_inputs, needs_pixels
+from dattn_mcore.training.ledger import SampleLedger
 from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
 from dattn_mcore.training.report import Reporter
 from dattn_mcore.training.signals import StopRequest
@@ -75,15 +77,19 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
     run_dir = Path(config.log.run_dir)
     speaks = dist.get_rank() == 0
     data, problem = None, None
-    try:
-        data = open_data(config, pg_collection, device)
-        if speaks:
-            run_dir.mkdir(parents=True, exist_ok=True)
-    except DattnError as error:
-        problem = error
-    except OSError as error:
-        problem = DattnError(f"log.run_dir={run_dir} cannot be made ({error.strerror})")
-    agree(problem, False, device)
+    # The first rank makes the index where it is absent; the others find it, or, on a machine that
+    # shares no disk with the first, their first one makes it there.
+    for opens in (speaks, not speaks):
+        try:
+            if opens:
+                data = open_data(config, pg_collection, device)
+            if opens and speaks:
+                run_dir.mkdir(parents=True, exist_ok=True)
+        except DattnError as error:
+            problem = error
+        except OSError as error:
+            problem = DattnError(f"log.run_dir={run_dir} cannot be made ({error.strerror})")
+        agree(problem, False, device)
     assert data is not None
 
     found = choose_checkpoint(run_dir / "checkpoints") if config.checkpoint.resume else None
@@ -104,32 +110,42 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
         first = resume(folder, manifest, chunks, optimizer, pg_collection)
         scheduler.step(first)
         logger.info("resumed at step %d of %d", first, last)
-    reporter = None
+    reporter = ledger = None
     if speaks:
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         reporter = Reporter(config, run_dir, first, last)
+        ledger = SampleLedger(run_dir, data.index, config.data.max_bad_share, first)
     stop = StopRequest()
-    step = first
+    step, problem = first, None
     try:
         while step < last:
-            batch, problem = None, None
+            batch = None
+            started = time.perf_counter()
             try:
                 batch = data.global_batch(step)
             except DattnError as error:
-                problem = error
-            if agree(problem, stop.received is not None, device):
+                problem = problem or error
+            waited = time.perf_counter() - started
+            failures = batch.failures if batch is not None else ()
+            agreed = agree(problem, stop.received is not None, device, failures)
+            if agreed.stop:
                 break
             assert batch is not None
-            inputs = all_model_inputs(batch.microbatches, config, pg_collection, device)
+            failed = {failure.sample for failure in agreed.failures}
+            micro_batches = [mask(item, failed) for item in batch.microbatches]
+            inputs = all_model_inputs(micro_batches, config, pg_collection, device)
             result = train_step(model, optimizer, scheduler, inputs, pg_collection)
             step += 1
-            if reporter is not None:
+            if reporter is not None and ledger is not None:
                 reporter.step(
                     step,
                     result,
                     get_canonical_lr_for_logging(optimizer.param_groups) or 0.0,
                     batch,
+                    agreed.failures,
+                    waited,
                 )
+                problem = ledger.step(step, batch, agreed.failures)
             if step % config.checkpoint.save_interval == 0 and step < last:
                 _save(config, step, chunks, optimizer, pg_collection, data, reporter)
         if step > first:
@@ -137,8 +153,9 @@ def train(config: Config, pg_collection: ProcessGroupCollection, device: torch.d
     finally:
         stop.restore()
         data.close()
-    if reporter is not None:
+    if reporter is not None and ledger is not None:
         reporter.close(step)
+        ledger.close(config.train.global_batch_size, data.num_samples)
     if step < last:
         logger.info("stopped by a signal at step %d of %d; start again to go on", step, last)
     return step == last

@@ -6,30 +6,18 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch
+from dattn_mcore.data.failures import SampleFailure
+from dattn_mcore.training.lines import drop_after, open_lines
 from dattn_mcore.training.step import StepResult
+from dattn_mcore.units import duration, rate
 
 logger = logging.getLogger(__name__)
-
-
-def duration(seconds: float) -> str:
-    """1h 02m, 3m 05s or 7s."""
-    seconds = max(0, round(seconds))
-    if seconds >= 3600:
-        return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
-    return f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
-
-
-def rate(value: float) -> str:
-    """Three significant digits, thousands as k: 87.2, 4.1k, 1.2M."""
-    for limit, unit in ((1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.1f}{unit}"
-    return f"{value:.1f}"
 
 
 class Reporter:
@@ -48,11 +36,12 @@ class Reporter:
         self.first_step = self.interval_first_step = first_step
         self.counts: Counter[str] = Counter()
         self.interval: Counter[str] = Counter()
+        self.waited = 0.0
         self.seen_over_budget: set[str] = set()
-        _drop_after(run_dir / "metrics.jsonl", first_step)
-        _drop_after(run_dir / "samples.jsonl", first_step)
-        self.metrics = _open_lines(run_dir / "metrics.jsonl")
-        self.samples = _open_lines(run_dir / "samples.jsonl")
+        drop_after(run_dir / "metrics.jsonl", first_step)
+        drop_after(run_dir / "samples.jsonl", first_step)
+        self.metrics = open_lines(run_dir / "metrics.jsonl")
+        self.samples = open_lines(run_dir / "samples.jsonl")
         self.tensorboard: Any = None
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -67,6 +56,8 @@ class Reporter:
         result: StepResult,
         learning_rate: float,
         batch: GlobalBatch,
+        failures: Sequence[SampleFailure],
+        waited: float,
     ) -> None:
         """Notes a finished step; prints at the end of an interval.
 
@@ -75,14 +66,23 @@ class Reporter:
             result: what it did.
             learning_rate: of the parts without a rate of their own.
             batch: the global batch it was done on.
+            failures: its samples that were masked, of all ranks.
+            waited: seconds that this rank waited for the batch.
         """
-        self._note_over_budget(batch.skipped, batch.truncated)
+        skipped = tuple(sample.id for sample in batch.skipped)
+        masked = tuple(sample.id for sample in failures)
+        self._note_over_budget(skipped, batch.truncated)
+        self.counts["masked"] += len(masked)
+        self.waited += waited
         self.interval.update(
-            samples=len(batch.sample_ids) - len(batch.skipped),
+            samples=len(batch.sample_ids) - len(skipped) - len(masked),
             text=batch.text_tokens,
             visual=batch.visual_tokens,
         )
-        done = {"step": step, "ids": batch.sample_ids, "skipped": batch.skipped}
+        done = {
+            **{"step": step, "ids": batch.sample_ids, "samples": batch.samples},
+            **{"skipped": skipped, "masked": masked},
+        }
         json.dump(done, self.samples)
         self.samples.write("\n")
         if step % self.config.log.interval and step != self.total_steps:
@@ -101,6 +101,8 @@ class Reporter:
             "supervised_tokens": result.supervised_tokens,
             "skipped": self.counts["skipped"],
             "truncated": self.counts["truncated"],
+            "masked": self.counts["masked"],
+            "data_wait_share": self.waited / seconds,
             "eta_seconds": remaining,
         }
         json.dump(row, self.metrics)
@@ -118,12 +120,14 @@ class Reporter:
             *(rate(row["visual_tokens_per_second"]), duration(remaining)),
         )
         self.interval.clear()
+        self.waited = 0.0
         self.interval_started, self.interval_first_step = now, step
 
     def restart_clock(self, step: int) -> None:
         """Leaves the time of a save out of the rates: the next interval starts here."""
         self.interval_started, self.interval_first_step = time.perf_counter(), step
         self.interval.clear()
+        self.waited = 0.0
 
     def close(self, step: int) -> None:
         """Says how long it took and what was left out; closes the files."""
@@ -153,22 +157,3 @@ class Reporter:
                         *(sample_id, self.config.data.text_budget, self.config.data.visual_budget),
                         *(outcome, self.config.data.over_budget),
                     )
-
-
-def _open_lines(path: Path) -> TextIO:
-    """A file that is written line by line until `Reporter.close`."""
-    return open(path, "a", encoding="utf-8", buffering=1)
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Removes lines of steps that a resumed run will do again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
-            continue
-    path.write_text("".join(kept), encoding="utf-8")

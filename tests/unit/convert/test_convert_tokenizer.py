@@ -100,7 +100,7 @@ def test_image_processor_follows_the_policy(tmp_path, tokenizer, policy):
     """Exported pixels equal the trainer's tiles to two grey levels (its resize is torch's)."""
     from dataclasses import replace
 
-    from dattn_mcore.data.images import ImageLoader
+    from tests.unit.data.folder_loader import FolderLoader
 
     config = small_config(tokenizer)
     config = replace(config, data=replace(config.data, image_policy=policy))
@@ -111,7 +111,7 @@ def test_image_processor_follows_the_policy(tmp_path, tokenizer, policy):
     noise = torch.rand(6, 9, 3, generator=generator)
     image = Image.fromarray((noise * 255).byte().numpy()).resize((90, 60), Image.Resampling.BICUBIC)
     image.save(tmp_path / "x.png")
-    loader = ImageLoader(tmp_path, size=28, policy=policy, backend="pillow")
+    loader = FolderLoader(tmp_path, size=28, policy=policy, backend="pillow")
     tile = loader.load([("x", "x.png")])[0].float()
     found = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
     assert (((found * 0.5 + 0.5) * 255) - tile).abs().max() <= 2.01
