@@ -6,12 +6,14 @@ carry these files as remote code.
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
 )
 
 from .configuration_dattn import AUTO_MAP, DattnConfig
+from .image_processing_dattn import DattnImageProcessor
 from .layout_dattn import DattnCache
 from .modeling_dattn import DattnForConditionalGeneration, DattnModel
 from .processing_dattn import DattnProcessor
@@ -22,6 +24,7 @@ REMOTE_CODE_FILES = (
     "attention_dattn.py",
     "visual_dattn.py",
     "modeling_dattn.py",
+    "image_processing_dattn.py",
     "processing_dattn.py",
 )
 
@@ -29,6 +32,9 @@ REMOTE_CODE_FILES = (
 def register() -> None:
     """Registers model type `dattn` with the Auto classes; harmless when called again."""
     AutoConfig.register("dattn", DattnConfig, exist_ok=True)
+    AutoImageProcessor.register(
+        DattnConfig, image_processor_classes={"pil": DattnImageProcessor}, exist_ok=True
+    )
     AutoProcessor.register(DattnConfig, DattnProcessor, exist_ok=True)
     AutoModelForImageTextToText.register(DattnConfig, DattnForConditionalGeneration, exist_ok=True)
     AutoModelForCausalLM.register(DattnConfig, DattnForConditionalGeneration, exist_ok=True)
@@ -40,6 +46,7 @@ __all__ = [
     "DattnCache",
     "DattnConfig",
     "DattnForConditionalGeneration",
+    "DattnImageProcessor",
     "DattnModel",
     "DattnProcessor",
     "register",

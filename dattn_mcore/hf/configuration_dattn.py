@@ -14,6 +14,7 @@ TEXT_MODEL_TYPES = ("mistral", "gemma2")
 VISION_MODEL_TYPES = ("siglip_vision_model", "clip_vision_model")
 AUTO_MAP = {
     "AutoConfig": "configuration_dattn.DattnConfig",
+    "AutoImageProcessor": "image_processing_dattn.DattnImageProcessor",
     "AutoProcessor": "processing_dattn.DattnProcessor",
     "AutoModelForImageTextToText": "modeling_dattn.DattnForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_dattn.DattnForConditionalGeneration",

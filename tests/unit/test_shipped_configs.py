@@ -113,4 +113,4 @@ def test_every_tower_goes_with_every_language_model(tmp_path, llm, tower, rows, 
     shapes = mcore_shapes(model_table(config.model))
     tower_shapes = [shape for key, shape in shapes.items() if key.startswith("vision.")]
     assert sum(map(math.prod, tower_shapes)) == parameters
-    assert f"images of {rows} rows" in describe(config, 1)
+    assert f"tiles of {rows} rows" in describe(config, 1)

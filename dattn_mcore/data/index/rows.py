@@ -16,7 +16,7 @@ from dattn_mcore.data.image_files import (
     probe_image_file,
 )
 from dattn_mcore.data.index.layout import FORMATS, IMAGE, NEVER, SAMPLE, IndexSettings
-from dattn_mcore.data.sources.record import RecordError
+from dattn_mcore.data.sources.record import RecordError, Sample
 from dattn_mcore.data.sources.source import ImagePlace, Place, SourceFile, open_source_file
 from dattn_mcore.data.templates import TextRun, encode_conversation
 from dattn_mcore.data.tiles import plan_tiles

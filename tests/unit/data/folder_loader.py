@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dattn_mcore.data.image_files import check_folder, read_bytes
+from dattn_mcore.data.image_files import check_folder, probe_image_file, read_bytes
 from dattn_mcore.data.images import ImageLoader, ImageRequest
-from dattn_mcore.data.index.rows import probe_image_file
-from dattn_mcore.data.tiles import plan_tiles
+from dattn_mcore.data.tiles import Grid, plan_tiles
 from dattn_mcore.errors import DataError
 
 
@@ -35,8 +35,11 @@ class FolderLoader:
             made.append(ImageRequest(who, read, *self._plan(path)))
         return made
 
-    def load(self, items: Sequence[tuple[str, str]]) -> Tensor:
-        tiles, failures = self.inner.load(self.requests(items))
+    def load(self, items: Sequence[tuple[str, str]], planned: Sequence[Grid] = ()) -> Tensor:
+        requests = self.requests(items)
+        if planned:  # other than the index would have planned
+            requests = [replace(r, grid=g) for r, g in zip(requests, planned, strict=True)]
+        tiles, failures = self.inner.load(requests)
         if failures:
             raise DataError(failures[0].reason)
         return tiles
@@ -44,7 +47,7 @@ class FolderLoader:
     def close(self) -> None:
         self.inner.close()
 
-    def _plan(self, path: str) -> tuple[int, tuple[int, int]]:
+    def _plan(self, path: str) -> tuple[int, Grid]:
         policy = self.options.get("policy", "stretch")
         if not policy.startswith("anyres"):
             return 1, (0, 0)
