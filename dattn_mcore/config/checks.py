@@ -36,7 +36,10 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: the first rule that is broken.
     """
-    for check in (_choices, _positive, _heads, _layers, _vocabulary, _vision, _training, _unbuilt):
+    for check in (
+        *(_choices, _positive, _sources, _heads, _layers),
+        *(_vocabulary, _vision, _training, _unbuilt),
+    ):
         for message in check(config):
             raise ConfigError(message)
 
@@ -179,6 +182,19 @@ def _vision(config: Config) -> Iterator[str]:
             f"data.visual_budget={data.visual_budget} must hold at least one image{of_tiles}: "
             f"{rows * tiles} rows"
         )
+
+
+def _sources(config: Config) -> Iterator[str]:
+    for number, source in enumerate(config.data.sources):
+        name = f"data.sources[{number}]"
+        if not source.annotations:
+            yield f"{name}.annotations is empty; name a file, or a pattern like shards/*.tar"
+        if source.weight <= 0:
+            yield f"{name}.weight={source.weight} must be greater than 0; leave the source out"
+        if source.format not in ("auto", "json", "tar", "parquet"):
+            yield f"{name}.format={source.format!r} is unknown; use one of auto, json, tar, parquet"
+    if not 0 <= config.data.max_bad_share <= 1:
+        yield f"data.max_bad_share={config.data.max_bad_share} must lie between 0 and 1"
 
 
 def _training(config: Config) -> Iterator[str]:

@@ -103,8 +103,8 @@ class IndexSettings:
         for source in plain["sources"]:
             del source["weight"]
             source["files"] = [str(file) for file in source["files"]]
-        plain["grids"] = [list(grid) for grid in self.grids]
-        return {"version": VERSION, **plain}
+        # As JSON gives it back: lists, no tuples.
+        return dict(json.loads(json.dumps({"version": VERSION, **plain})))
 
 
 def settings_of(config: Config, tokenizer: Tokenizer) -> IndexSettings:

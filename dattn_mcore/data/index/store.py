@@ -94,7 +94,7 @@ class Index:
                 self._names = np.zeros(0, np.uint8)
             if len(self.samples) != self.content["num_samples"]:
                 raise ValueError("tables of unequal length")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError) as error:
             raise DataError(
                 f"index '{folder}' is damaged ({error}); remove the folder, it is made again"
             ) from None
@@ -223,7 +223,7 @@ def why_stale(folder: Path, settings: IndexSettings, tokenizer: Tokenizer) -> st
         files = content["files"]
     except (OSError, ValueError, KeyError):
         return "it is absent"
-    if content["settings"] != json.loads(json.dumps(settings.as_json())):
+    if content["settings"] != settings.as_json():
         return "it was made with other settings"
     for number, known in enumerate(files):
         path = Path(known["path"])

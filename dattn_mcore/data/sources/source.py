@@ -16,8 +16,6 @@ from dattn_mcore.config.schema import DataConfig, SourceConfig
 from dattn_mcore.data.sources.record import Sample
 from dattn_mcore.errors import DataError
 
-FORMATS = ("auto", "json", "tar", "parquet")
-
 
 @dataclass(frozen=True, slots=True)
 class ImagePlace:

@@ -225,7 +225,7 @@ def test_command(
     assert capsys.readouterr().err.startswith("error: ")
     made = []
     monkeypatch.setattr(
-        "dattn_mcore.data.__main__.prepare_digits",
+        "dattn_mcore.data.digits.prepare_digits",
         lambda output, plan: made.append((output, plan)) or output,
     )
     assert main(["prepare-digits", "--output", "x", "--seed", "3"]) == 0
