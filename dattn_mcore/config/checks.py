@@ -37,15 +37,8 @@ def check_config(config: Config) -> None:
         ConfigError: the first rule that is broken.
     """
     for check in (
-        _choices,
-        _positive,
-        _heads,
-        _layers,
-        _vocabulary,
-        _vision,
-        _visual_chunk,
-        _training,
-        _unbuilt,
+        *(_choices, _positive, _sources, _heads, _layers, _vocabulary),
+        *(_vision, _visual_chunk, _training, _unbuilt),
     ):
         for message in check(config):
             raise ConfigError(message)
@@ -211,6 +204,19 @@ def _visual_chunk(config: Config) -> Iterator[str]:
         )
     if config.parallel.sp and chunk < tp:
         yield f"{name} must be at least parallel.tp={tp} with parallel.sp=true"
+
+
+def _sources(config: Config) -> Iterator[str]:
+    for number, source in enumerate(config.data.sources):
+        name = f"data.sources[{number}]"
+        if not source.annotations:
+            yield f"{name}.annotations is empty; name a file, or a pattern like shards/*.tar"
+        if source.weight <= 0:
+            yield f"{name}.weight={source.weight} must be greater than 0; leave the source out"
+        if source.format not in ("auto", "json", "tar", "parquet"):
+            yield f"{name}.format={source.format!r} is unknown; use one of auto, json, tar, parquet"
+    if not 0 <= config.data.max_bad_share <= 1:
+        yield f"data.max_bad_share={config.data.max_bad_share} must lie between 0 and 1"
 
 
 def _training(config: Config) -> Iterator[str]:

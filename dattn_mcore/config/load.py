@@ -167,7 +167,14 @@ def _all_keys(cls: type, prefix: str = "") -> list[str]:
         keys.append(f"{prefix}{key}")
         if dataclasses.is_dataclass(kind):
             keys += _all_keys(typing.cast(type, kind), f"{prefix}{key}.")
+        elif is_list_of_sections(kind):
+            keys += _all_keys(typing.get_args(kind)[0], f"{prefix}{key}[0].")
     return keys
+
+
+def is_list_of_sections(kind: Any) -> bool:
+    """Whether a field holds any number of sections (data.sources)."""
+    return typing.get_origin(kind) is tuple and dataclasses.is_dataclass(typing.get_args(kind)[0])
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
@@ -183,6 +190,9 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         fixed = Ellipsis not in args
         if fixed and len(items) != len(args):
             raise ConfigError(f"{name}={value!r} must have {len(args)} values, it has {len(items)}")
+        if is_list_of_sections(kind):
+            section = typing.cast(type, args[0])
+            return tuple(_build(section, item, f"{name}[{n}].") for n, item in enumerate(items))
         kinds = args if fixed else (args[0],) * len(items)
         return tuple(_convert(k, item, name) for k, item in zip(kinds, items, strict=True))
     if kind is float and not isinstance(value, bool):

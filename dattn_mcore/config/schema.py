@@ -118,11 +118,29 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One source of samples; `data.sources` lists them where there are several."""
+
+    annotations: str = ""  # file, or a pattern like shards/*.tar: LLaVA JSON, tar, parquet
+    image_folder: str = ""  # folder that image paths start in; unused where images lie in the file
+    weight: float = 1.0  # how often each sample is seen in an epoch; 0.5: every other one, in turn
+    format: str = "auto"  # auto (by the file's name) | json | tar | parquet
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, and how samples become packed micro-batches."""
 
     annotations: str = "data/digits/pretrain.json"  # LLaVA JSON
     image_folder: str = "data/digits/images"
+    sources: tuple[SourceConfig, ...] = ()  # several, mixed, instead of the two settings above
+    index_dir: str | None = None  # where indexes are kept; null: .index beside the annotations
+    build_index: bool = (
+        True  # false: a run refuses to start without `python -m dattn_mcore.data index`
+    )
+    max_bad_share: float = (
+        0.01  # of the samples that may be unusable; 0: the first one ends the run
+    )
     template: str = "plain"  # plain | mistral | gemma
     tokenizer: str = "data/digits/tokenizer.model"  # SentencePiece file or Hugging Face folder
     prepare: str = "digits"  # digits: make the embedded data set if it is absent | none

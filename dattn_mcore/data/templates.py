@@ -23,8 +23,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dattn_mcore.data.annotations import IMAGE_MARK
 from dattn_mcore.data.batch import Layout
+from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import ConfigError, DataError
 

@@ -25,7 +25,7 @@ from dattn_mcore.checkpoint.save import save_checkpoint
 from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch
-from dattn_mcore.data.pipeline import DataPipeline
+from dattn_mcore.data.pipeline import DataPipeline, mask
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import DattnError
 from dattn_mcore.models.build import build_model
@@ -34,6 +34,7 @@ from dattn_mcore.parallel import platform
 from dattn_mcore.plan.flops import rows_of, step_work
 from dattn_mcore.training.agreement import agree
 from dattn_mcore.training.inputs import all_model_inputs, needs_pixels
+from dattn_mcore.training.ledger import SampleLedger
 from dattn_mcore.training.not_finite import NotFiniteError, explain
 from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
 from dattn_mcore.training.report import Reporter
@@ -108,13 +109,17 @@ def _train(
     speaks = dist.get_rank() == 0
     check_checkpoint_folder(run_dir, device)
     data, problem = None, None
-    try:
-        data = open_data(config, pg_collection, device)
-        if speaks:
-            (run_dir / FINISHED).unlink(missing_ok=True)
-    except DattnError as error:
-        problem = error
-    agree(problem, False, device)
+    # The first rank makes the index where it is absent; the others find it, or, on a machine that
+    # shares no disk with the first, their first one makes it there.
+    for opens in (speaks, not speaks):
+        try:
+            if opens:
+                data = open_data(config, pg_collection, device)
+            if opens and speaks:
+                (run_dir / FINISHED).unlink(missing_ok=True)
+        except DattnError as error:
+            problem = error
+        agree(problem, False, device)
     assert data is not None
 
     watchdog.phase(
@@ -138,10 +143,11 @@ def _train(
         first = resume(folder, manifest, chunks, optimizer, pg_collection)
         scheduler.step(first)
         logger.info("resumed at step %d of %d", first, last)
-    reporter = None
+    reporter = ledger = None
     if speaks:
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         reporter = Reporter(config, run_dir, first, last)
+        ledger = SampleLedger(run_dir, data.index, config.data.max_bad_share, first)
     stop = StopRequest()
     step = saved = first
 
@@ -152,17 +158,18 @@ def _train(
         )
         _save(config, step, chunks, optimizer, pg_collection, data, reporter)
 
+    problem = None
     try:
         while step < last:
             watchdog.phase(
                 f"waiting for data of step {step + 1}",
                 *(health.step_timeout_seconds, "health.step_timeout_seconds"),
             )
-            batch, problem, asked = None, None, time.perf_counter()
+            batch, asked = None, time.perf_counter()
             try:
                 batch = data.global_batch(step)
             except DattnError as error:
-                problem = error
+                problem = problem or error
             waited = time.perf_counter() - asked
             watchdog.phase(
                 f"step {step + 1}", health.step_timeout_seconds, "health.step_timeout_seconds"
@@ -171,13 +178,16 @@ def _train(
                 problem,
                 stop.received is not None,
                 device,
+                failures=batch.failures if batch is not None else (),
                 data_wait=waited,
                 peak_memory=platform.peak_memory(),
             )
             if agreed.stop:
                 break
             assert batch is not None
-            inputs = all_model_inputs(batch.microbatches, config, pg_collection, device)
+            failed = {failure.sample for failure in agreed.failures}
+            micro_batches = [mask(item, failed) for item in batch.microbatches]
+            inputs = all_model_inputs(micro_batches, config, pg_collection, device)
             try:
                 result = train_step(
                     *(model, optimizer, scheduler, inputs, pg_collection),
@@ -186,9 +196,10 @@ def _train(
             except NotFiniteError as error:
                 raise explain(error, step + 1, batch) from None
             step += 1
-            if reporter is not None:
+            if reporter is not None and ledger is not None:
                 rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
                 reporter.step(step, result, rate, batch, agreed)
+                problem = ledger.step(step, batch, agreed.failures)
             if step % config.checkpoint.save_interval == 0 and step < last:
                 save(step)
                 saved = step
@@ -197,8 +208,9 @@ def _train(
     finally:
         stop.restore()
         data.close()
-    if reporter is not None:
+    if reporter is not None and ledger is not None:
         reporter.close(step)
+        ledger.close(config.train.global_batch_size, data.num_samples)
         if step == last:
             (run_dir / FINISHED).write_text(json.dumps({"step": step}), encoding="utf-8")
     if step < last:

@@ -102,15 +102,15 @@ def test_peak_memory_is_the_gpus():
 def test_gpu_decode_is_close_to_the_cpus(digits, policy):
     """`mixed` decode with fancy upsampling: within a few grey levels on smooth images."""
     pytest.importorskip("nvidia.dali")
-    from dattn_mcore.data.images import ImageLoader
+    from tests.unit.data.folder_loader import FolderLoader
 
     paths = sorted(p.relative_to(digits / "images") for p in (digits / "images").rglob("*.jpg"))
     wanted = [(str(i), str(path)) for i, path in enumerate(paths[:16])]
     settings = dict(size=56, policy=policy, mean=(0.5,) * 3, threads=2, max_pixels=10**7)
     settings["grids"] = ((2, 1), (1, 3))
     tiles = [
-        ImageLoader(
-            str(digits / "images"), backend="dali", device=device, device_id=0, **settings
+        FolderLoader(
+            digits / "images", backend="dali", device=device, device_id=0, **settings
         ).load(wanted)
         for device in ("cpu", "gpu")
     ]

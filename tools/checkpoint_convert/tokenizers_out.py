@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dattn_mcore.config.schema import DataConfig, ModelConfig
-from dattn_mcore.data.annotations import IMAGE_MARK
+from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.data.templates import TextRun, encode_conversation, stop_id
 from dattn_mcore.data.tiles import ANYRES_POLICIES, POLICIES
 from dattn_mcore.data.tokenizer import (

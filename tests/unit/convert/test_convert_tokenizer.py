@@ -102,7 +102,7 @@ def test_image_processor_follows_the_policy(tmp_path, tokenizer, policy):
     """Exported pixels equal the trainer's tiles to two grey levels (its resize is torch's)."""
     from dataclasses import replace
 
-    from dattn_mcore.data.images import ImageLoader
+    from tests.unit.data.folder_loader import FolderLoader
 
     config = small_config(tokenizer)
     grids = ((1, 2), (3, 1))
@@ -119,7 +119,7 @@ def test_image_processor_follows_the_policy(tmp_path, tokenizer, policy):
     ]
     for name, image in zip("xy", images, strict=True):
         image.save(tmp_path / f"{name}.png")
-    loader = ImageLoader(tmp_path, size=28, policy=policy, grids=grids, backend="pillow")
+    loader = FolderLoader(tmp_path, size=28, policy=policy, grids=grids, backend="pillow")
     tiles = loader.load([("x", "x.png"), ("y", "y.png")]).float()
     found = processor.image_processor(images, return_tensors="pt")
     pixels = found["pixel_values"]
