@@ -73,12 +73,14 @@ class Measured:
         seconds: wall time, imports included.
         anonymous: peak anonymous resident memory of the largest process, bytes; None for a copy.
         nbytes: bytes read.
+        processor_seconds: user and system time, of all processes.
         load: load average of the machine over a minute, before and after.
     """
 
     what: str
     nbytes: int
     seconds: float
+    processor_seconds: float
     load: tuple[float, float]
     anonymous: int | None = None
 
@@ -88,7 +90,7 @@ class Measured:
         speed = self.nbytes / self.seconds / 1e9
         return (
             f"| {self.what} | {self.nbytes / 1e9:.2f} | {self.seconds:.1f} | {speed:.2f} | "
-            f"{memory} | {self.load[0]:.1f}, {self.load[1]:.1f} |"
+            f"{self.processor_seconds:.1f} | {memory} | {self.load[0]:.1f}, {self.load[1]:.1f} |"
         )
 
 
@@ -157,8 +159,10 @@ def _run(
             runs.append(_measure_command(title, inputs, command))
             _say(runs[-1].row())
         rows += [*copies, *runs]
-        ratio = statistics.median(c.seconds for c in copies) / statistics.median(
-            r.seconds for r in runs
+        ratio = _median(copies, "seconds") / _median(runs, "seconds")
+        _say(
+            f"{title}: processor time {_median(runs, 'processor_seconds'):.0f} s, of the copy "
+            f"{_median(copies, 'processor_seconds'):.0f} s"
         )
         peak = max(run.anonymous or 0 for run in runs)
         _say(f"{title}: {ratio:.2f} of the copy's speed, peak {peak / 2**30:.2f} GiB a process")
@@ -179,8 +183,8 @@ def _run(
     if different:
         missed.append(f"{len(different)} tensors came back changed, {different[0]} first")
     head = (
-        "| | GB | s | GB/s | peak anonymous GiB a process | load before, after |\n"
-        "|---|---|---|---|---|---|\n"
+        "| | GB | s | GB/s | processor s | peak anonymous GiB a process | load before, after |\n"
+        "|---|---|---|---|---|---|---|\n"
     )
     sys.stdout.write(head + "".join(row.row() + "\n" for row in rows))
     if options.scale == "small":
@@ -293,29 +297,41 @@ def _forget(files: list[Path]) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def _median(rows: list[Measured], field: str) -> float:
+    return statistics.median(getattr(row, field) for row in rows)
+
+
+def _processor_seconds() -> float:
+    """Of this process and all that it has waited for, theirs included."""
+    return sum(os.times()[:4])
+
+
 def _measure_copy(title: str, folders: list[Path], target: Path) -> Measured:
     files = _files(folders)
     _forget(files)
     target.mkdir()
-    before, started = os.getloadavg()[0], time.monotonic()
+    before, started, processor = os.getloadavg()[0], time.monotonic(), _processor_seconds()
     for number, file in enumerate(files):
         copy = target / str(number)
         shutil.copyfile(file, copy)
         with copy.open("rb") as opened:
             os.fsync(opened.fileno())
     seconds = time.monotonic() - started
+    processor = _processor_seconds() - processor
     load = (before, os.getloadavg()[0])
     shutil.rmtree(target)
-    return Measured(f"copy of the input of {title}", _size(files), seconds, load)
+    return Measured(f"copy of the input of {title}", _size(files), seconds, processor, load)
 
 
 def _measure_command(title: str, folders: list[Path], command: list[Any]) -> Measured:
     files = _files(folders)
     _forget(files)
-    before, started = os.getloadavg()[0], time.monotonic()
+    before, started, processor = os.getloadavg()[0], time.monotonic(), _processor_seconds()
     peak, _ = _command(command)
     seconds = time.monotonic() - started
-    return Measured(title, _size(files), seconds, (before, os.getloadavg()[0]), peak)
+    processor = _processor_seconds() - processor
+    load = (before, os.getloadavg()[0])
+    return Measured(title, _size(files), seconds, processor, load, peak)
 
 
 def _size(files: list[Path]) -> int:

@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 
 from dattn_mcore.config.checks import CHOICES
-from dattn_mcore.config.load import is_list_of_sections
+from dattn_mcore.config.hints import is_list_of_sections
 from dattn_mcore.config.schema import Config
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"

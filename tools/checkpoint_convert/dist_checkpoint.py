@@ -167,7 +167,8 @@ def _find(path: Path) -> Path:
             raise CheckpointError(
                 f"{path} is a Hugging Face folder; name a run folder or a folder step_... in it"
             ) from None
-        pickles = sorted(file for end in PICKLES for file in path.rglob(f"*{end}"))
+        found = (file for end in PICKLES for file in path.rglob(f"*{end}"))
+        pickles = sorted(file for file in found if file.name != "common.pt")  # an unfinished save
         if pickles:
             raise CheckpointError(
                 f"{path} holds pickled weights ({pickles[0].relative_to(path)}); only checkpoints "

@@ -27,6 +27,7 @@ class FollowingDigest:
         self._folder, self._files = folder, files
         self._hashes: dict[str, Any] = {name: hashlib.sha256() for name in files}
         self._at = dict.fromkeys(files, 0)
+        self._block = memoryview(bytearray(BLOCK))  # one for all: new memory costs page faults
         self._stop = threading.Event()
         self._thread = ThreadPoolExecutor(1)
         self._jobs: list[Future[None]] = []
@@ -65,11 +66,11 @@ class FollowingDigest:
             with (self._folder / name).open("rb", buffering=0) as file:
                 file.seek(self._at[name])
                 while (missing := position - self._at[name]) > 0 and not self._stop.is_set():
-                    block = file.read(min(missing, BLOCK))
-                    if not block:
+                    count = file.readinto(self._block[:missing])
+                    if not count:
                         return  # shorter than it was: the digest will differ
-                    self._hashes[name].update(block)
-                    self._at[name] += len(block)
+                    self._hashes[name].update(self._block[:count])
+                    self._at[name] += count
         except OSError as error:
             raise CheckpointError(
                 f"{self._folder / name} cannot be read ({error.strerror}); use an earlier "
