@@ -32,8 +32,8 @@ SETTINGS = {
     "both": ({}, {"loss_chunk": 5}),
     "chunked": ({}, {"recompute_visual_chunk": 20}),
     "chunked-plain": (PLAIN, {"recompute_visual_chunk": 96}),
-    "chunked-full": ({}, {"recompute_visual_chunk": 1, "recompute": "full"}),
-    "chunked-selective": ({}, {"recompute_visual_chunk": 33, "recompute": "selective"}),
+    "chunked-full": ({}, {"recompute_visual_chunk": 37, "recompute": "full"}),
+    "chunked-selective": ({}, {"recompute_visual_chunk": 1, "recompute": "selective"}),
 }
 MODELS = {"mistral": {}, "gemma2": GEMMA}
 
