@@ -39,12 +39,12 @@ def variants(
 
     device = platform.current_device()
     llava = sized_config(args.size, args.device, args.layers, **TOWER)
+    chunk = {"recompute_visual_chunk": args.chunk}
     return {
         "D-Attn": ours(),
         "D-Attn, full recompute": ours(train={"recompute": "full"}),
-        f"D-Attn, visual chunks of {args.chunk}": ours(
-            train={"recompute_visual_chunk": args.chunk}
-        ),
+        f"D-Attn, visual chunks of {args.chunk}": ours(train=chunk),
+        "the same and full recompute": ours(train={**chunk, "recompute": "full"}),
         "baseline": ours(**BASELINE),
         "LLaVA, SDPA": lambda: llava_step(llava, device, args.visual, args.text),
     }

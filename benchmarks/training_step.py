@@ -96,7 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
         axes.axhline(1.0, color="grey", linewidth=0.8)
         axes.set(xlabel="visual rows", ylabel="time of a step, D-Attn's = 1", xscale="log")
         axes.set_title(f"training step, {args.size}, {args.text} text rows, {args.device}")
-        axes.set_xticks(args.visual, [str(v) for v in args.visual], minor=False)
+        axes.minorticks_off()
+        axes.set_xticks(args.visual, [str(v) for v in args.visual])
         axes.legend()
 
     hand_over(f"training-step-{args.size}", args, table, rows, draw)

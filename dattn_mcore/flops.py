@@ -134,11 +134,13 @@ def decoder_flops(config: Config, pack: Pack) -> Flops:
         products += text + visual
         visual_products += visual
         attention += 4 * llm.num_attention_heads * llm.head_dim * layer_pairs(config, pack, layer)
+    chunks = config.train.recompute_visual_chunk is not None
     if config.train.recompute == "full":
-        again = products + attention
+        # With chunks visual rows are computed twice more: the chunk, then layer by layer.
+        again = products + attention + (visual_products - visual if chunks else 0)
     else:
         again += attention if config.train.recompute == "selective" else 0
-        again += visual_products if config.train.recompute_visual_chunk else 0
+        again += visual_products if chunks else 0
     return Flops(
         forward=products + attention,
         backward=products * (2 if learns else 1) + attention * 5 // 2,
@@ -154,7 +156,8 @@ def layer_products(config: Config, pack: Pack, last: bool = False) -> tuple[int,
     key_value = 4 * per_head * llm.num_query_groups
     mlp = 6 * llm.hidden_size * llm.ffn_hidden_size
     text = pack.text * (query + key_value + output + mlp)
-    ends = last and attention.skip_last_visual_rows
+    chunks = config.train.recompute_visual_chunk is not None  # always end there
+    ends = last and (attention.skip_last_visual_rows or chunks)
     if attention.v2v == "causal":
         asks = not ends or llm.sliding_window is not None
         row = (query if asks else 0) + key_value + (0 if ends else output + mlp)

@@ -25,7 +25,7 @@ def wrap_ddp(
     """Gives each chunk its gradient buffers, reduced over data parallel ranks in float32."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=False,  # train.recompute_visual_chunk: gradients come in parts
         use_distributed_optimizer=True,
         check_for_nan_in_grad=False,  # the step stops on what is not finite
     )

@@ -33,6 +33,7 @@ SETTINGS = {
     "baseline-plain": {"attention": {**BASELINE, **PLAIN}},
     "full": {"train": {"recompute": "full"}},
     "selective": {"train": {"recompute": "selective"}},
+    "chunks-plain": {"attention": PLAIN, "train": {"recompute_visual_chunk": 64}},
     "chunks": {"train": {"recompute_visual_chunk": 24}},
     "chunks-full": {"train": {"recompute_visual_chunk": 24, "recompute": "full"}},
     "frozen": {"train": {"trains": ["projector"]}},
