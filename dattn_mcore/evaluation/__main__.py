@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="auto", help="auto, cpu or gpu")
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     _scoring(run)
+    _judge(run)
     run.set_defaults(run=commands.run)
 
     check = added.add_parser("check", help="look at a data tree: what is there, what is missing")
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
     score = added.add_parser("score", help="score answers that exist already")
     _existing(score)
+    _judge(score)
     score.add_argument("--reviews", help="review file of a judge, instead of answers")
     score.add_argument("--json", help="also write the score here")
     score.set_defaults(run=commands.score)
@@ -71,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--out", required=True, help="folder to write into")
     submit.add_argument("--name", help="name of the file; the answer file's if absent")
     submit.set_defaults(run=commands.submit)
+
+    report = added.add_parser("report", help="HTML report of a run, or of two side by side")
+    report.add_argument("runs", nargs="+", help="folder of a run; give two to compare")
+    report.add_argument("--out", help="file to write (report.html of the first run)")
+    report.set_defaults(run=commands.report)
 
     answer = added.add_parser("answer", help="answer a LLaVA question file")
     answer.add_argument("--model", required=True, help="exported Hugging Face folder")
@@ -95,6 +102,16 @@ def _existing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="data/val", help="folder of all benchmarks' folders")
     parser.add_argument("--answers", help="answer file in LLaVA's form, ours or LLaVA's")
     _scoring(parser)
+
+
+def _judge(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("judge of LLaVA-Bench and MM-Vet")
+    group.add_argument("--judge-url", help="base URL of any OpenAI-compatible endpoint")
+    group.add_argument("--judge-model", help="name of its model")
+    group.add_argument("--judge-key-env", default="OPENAI_API_KEY", help="variable with its key")
+    group.add_argument("--judge-attempts", type=_positive, default=5, help="for one judgement")
+    group.add_argument("--judge-wait-seconds", type=float, default=2.0, help="doubles each time")
+    group.add_argument("--judge-parallel", type=_positive, default=8, help="requests at once")
 
 
 def _scoring(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dattn_mcore.errors import ConfigError
 from dattn_mcore.evaluation.benchmarks import BY_NAME, Benchmark, Options, make_benchmark
 from dattn_mcore.evaluation.benchmarks.judged import Judged
 from dattn_mcore.evaluation.files import read_json_lines, write_text
+from dattn_mcore.evaluation.report import write_report
 from dattn_mcore.evaluation.results import JudgeAnswers, Result, table
 
 FAILED = 1  # something was wrong with a benchmark, not with the command
@@ -48,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     if not results:  # not rank 0
         return 0
     _console().print(table(results, f"{model.resolve().name}, {options.data}"))
-    sys.stdout.write(f"scores {out / 'scores.json'}\n")
+    sys.stdout.write(f"scores {out / 'scores.json'}\nreport {write_report([out])}\n")
     return FAILED if any(result.error for result in results) else 0
 
 
@@ -108,6 +110,15 @@ def submit(options: argparse.Namespace) -> int:
     return 0
 
 
+def report(options: argparse.Namespace) -> int:
+    """Writes the report of one run, or of two side by side."""
+    runs = [Path(run) for run in options.runs]
+    if len(runs) > 2:
+        raise ConfigError(f"report takes one run or two, {len(runs)} are given")
+    sys.stdout.write(f"report {write_report(runs, options.out and Path(options.out))}\n")
+    return 0
+
+
 def scoring_options(options: argparse.Namespace) -> Options:
     """The choices about scoring on the command line."""
     return Options(
@@ -119,8 +130,29 @@ def scoring_options(options: argparse.Namespace) -> Options:
 
 
 def judge_from(options: argparse.Namespace) -> JudgeAnswers | None:
-    """The judge that the command line names, if it does."""
-    return None
+    """The judge that the command line names, if it does.
+
+    Raises:
+        ConfigError: half of it is missing.
+    """
+    if bool(options.judge_url) != bool(options.judge_model):
+        raise ConfigError("--judge-url and --judge-model go together; give both or none")
+    if not options.judge_url:
+        return None
+    from dattn_mcore.evaluation.judge import Judge, JudgeSettings
+
+    key = os.environ.get(options.judge_key_env, "")
+    attempts, parallel = options.judge_attempts, options.judge_parallel
+    return Judge(
+        JudgeSettings(
+            options.judge_url,
+            options.judge_model,
+            key,
+            attempts=attempts,
+            parallel=parallel,
+            wait_seconds=options.judge_wait_seconds,
+        )
+    )
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -158,6 +190,3 @@ def _console() -> Console:
     """Tables keep their notes whole in files and logs."""
     console = Console()
     return console if console.is_terminal else Console(width=200)
-
-
-__all__ = ["check", "judge_from", "run", "score", "scoring_options", "submit"]
