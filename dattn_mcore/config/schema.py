@@ -95,7 +95,7 @@ class AttentionConfig:
     v2v: str = "diagonal"  # diagonal (D-Attn) | causal (baseline)
     t2v_position: str = "none"  # none (debiased) | rope (baseline)
     merge: str = "alpha"  # alpha (exact weighting) | sum (weight 1 for each part)
-    backend: str = "auto"  # auto | reference | sdpa
+    backend: str = "auto"  # auto | reference | sdpa | flash | triton
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,10 @@ def _run(config: Config, arguments: list[str]) -> int:
 
     from dattn_mcore.parallel import groups, platform
     from dattn_mcore.training.loop import train
+    from dattn_mcore.training.plan import attention_backends
 
     device_kind = platform.resolve_device(config.train.device)
+    attention_backends(config, device_kind)  # told before anything is built
     device = platform.install(device_kind, int(os.environ.get("LOCAL_RANK", "0")))
     if "WORLD_SIZE" in os.environ:
         groups.initialize_distributed(device_kind, config.parallel.timeout_minutes)
