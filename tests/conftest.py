@@ -7,6 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.accelerator.is_available():
+    # Triton reads this at its first import, which Megatron-Core's is. With a GPU, kernels are
+    # compiled, and tests/gpu runs them.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from dattn_mcore.parallel import platform  # noqa: E402
 
 torch.set_num_threads(1)

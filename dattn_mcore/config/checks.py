@@ -16,7 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention.v2v": ("diagonal", "causal"),
     "attention.t2v_position": ("none", "rope"),
     "attention.merge": ("alpha", "sum"),
-    "attention.backend": ("auto", "reference", "sdpa"),
+    "attention.backend": ("auto", "reference", "sdpa", "flash", "triton"),
     "data.template": ("plain", "mistral", "gemma"),
     "data.prepare": ("none", "digits"),
     "data.over_budget": ("skip", "truncate", "error"),

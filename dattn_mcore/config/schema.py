@@ -97,7 +97,7 @@ class AttentionConfig:
     v2v: str = "diagonal"  # diagonal (D-Attn) | causal (baseline)
     t2v_position: str = "none"  # none (debiased) | rope (baseline)
     merge: str = "alpha"  # alpha (exact weighting) | sum (weight 1 for each part)
-    backend: str = "auto"  # auto | reference | sdpa
+    backend: str = "auto"  # auto | reference | sdpa | flash | triton
     fold_visual_projection: bool = True  # visual rows' output projection summed over query heads
     skip_last_visual_rows: bool = True  # the last layer keeps only keys and values of visual rows
 

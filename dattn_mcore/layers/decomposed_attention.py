@@ -225,7 +225,9 @@ class DecomposedSelfAttention(MegatronModule):
 
     def _choose_backend(self, q: torch.Tensor) -> str:
         if not self._backend:
-            choice = choose_backend(self._requested_backend, self.options, q.device.type, q.dtype)
+            choice = choose_backend(
+                *(self._requested_backend, self.options, q.device.type, q.dtype, self.head_dim)
+            )
             self._backend = choice.name
             if self.layer_number == 1:
                 logger.info("attention backend: %s (%s)", choice.name, choice.reason)

@@ -79,6 +79,18 @@ def peak_memory() -> int:
     return torch.cuda.max_memory_allocated() if _installed == "gpu" else 0
 
 
+def processor_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU: how many programs of a kernel run at once; 1 on a CPU."""
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def is_hopper() -> bool:
+    """Whether the current GPU is of NVIDIA's Hopper generation (H100, H200)."""
+    return gpu_available() and torch.cuda.get_device_capability()[0] == 9
+
+
 def backend(device: str) -> str:
     """The torch.distributed backend for a device (cpu or gpu)."""
     return "nccl" if device == "gpu" else "gloo"

@@ -84,6 +84,7 @@ def _run(config: Config, arguments: list[str]) -> int:
 
     from dattn_mcore.parallel import groups, platform
     from dattn_mcore.training.loop import train
+    from dattn_mcore.training.plan import attention_backends
     from dattn_mcore.training.start_checks import check_all_reduce
     from dattn_mcore.training.watchdog import Watchdog
 
@@ -95,6 +96,7 @@ def _run(config: Config, arguments: list[str]) -> int:
         groups.initialize_alone(device_kind)
         watchdog = Watchdog(0, 1)
     try:
+        attention_backends(config, device_kind)  # told before anything is built
         limit = config.health.start_timeout_seconds
         watchdog.phase("the first all-reduce", limit, "health.start_timeout_seconds")
         check_all_reduce(device)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dattn_mcore.config.checks import data_parallel_size, processes_per_replica
 from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.schema import Config
+from dattn_mcore.layers.attention import BackendChoice, choose_backend
+from dattn_mcore.layers.spec import attention_options
+from dattn_mcore.models.transformer_configs import params_dtype
+from dattn_mcore.parallel.platform import resolve_device
 from dattn_mcore.plan.parameters import layers_of_stage, stage_parameters
 
 
@@ -41,9 +47,48 @@ def describe(config: Config, world_size: int) -> str:
         f"an image has {tiles}) and {text:,} text",
         f"rows per rank between layers: {visual // shards:,} visual and {text // shards:,} text",
         f"global batch: {config.train.global_batch_size} samples",
+        *_attention_lines(config),
         "",
     ]
     return "\n".join(lines)
+
+
+def attention_backends(config: Config, device_type: str) -> list[tuple[str, BackendChoice]]:
+    """The attention backend of each kind of layer, and why.
+
+    Args:
+        config: a checked configuration.
+        device_type: cpu, or another for a GPU.
+
+    Returns:
+        (which layers, choice); one entry where all layers are alike.
+
+    Raises:
+        ConfigError: the backend asked for cannot run there or compute this model.
+    """
+    options, every = attention_options(config), config.model.llm.sliding_window_every
+    kinds = [("all layers", options)]
+    if options.window is not None and every > 1:
+        kinds = [("windowed layers", options), ("other layers", replace(options, window=None))]
+    head_dim, dtype = config.model.llm.head_dim, params_dtype(config)
+    chosen = [
+        (name, choose_backend(config.attention.backend, kind, device_type, dtype, head_dim))
+        for name, kind in kinds
+    ]
+    alike = len({choice for _, choice in chosen}) == 1
+    return [("all layers", chosen[0][1])] if alike else chosen
+
+
+def _attention_lines(config: Config) -> list[str]:
+    """The backends for the device of the run, which this machine need not have."""
+    device = config.train.device
+    if device == "auto":
+        device = resolve_device("auto")
+    lines = []
+    for layers, choice in attention_backends(config, device):
+        lines.append(f"attention backend on a {device.upper()}: {choice.name}, {layers}")
+        lines[-1] += f" ({choice.reason})"
+    return lines
 
 
 def stage_summary(config: Config, stage: int) -> tuple[int, int, str]:

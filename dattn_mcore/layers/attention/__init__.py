@@ -30,14 +30,21 @@ from dataclasses import dataclass
 import torch
 
 from dattn_mcore.errors import ConfigError
+from dattn_mcore.layers.attention.flash import flash_attention, flash_refuses, flash_version
 from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.reference import reference_attention
 from dattn_mcore.layers.attention.rotary import Rotary
 from dattn_mcore.layers.attention.sdpa import sdpa_attention, sdpa_refuses
+from dattn_mcore.layers.attention.triton_attention import triton_attention, triton_refuses
 
 Backend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
-BACKENDS: dict[str, Backend] = {"reference": reference_attention, "sdpa": sdpa_attention}
+BACKENDS: dict[str, Backend] = {
+    "reference": reference_attention,
+    "sdpa": sdpa_attention,
+    "flash": flash_attention,
+    "triton": triton_attention,
+}
 
 
 @dataclass(frozen=True)
@@ -49,26 +56,56 @@ class BackendChoice:
 
 
 def choose_backend(
-    requested: str, options: AttentionOptions, device_type: str, dtype: torch.dtype
+    requested: str,
+    options: AttentionOptions,
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
 ) -> BackendChoice:
     """Picks the backend for a layer; `auto` takes the fastest that can compute it.
 
+    On a CPU that is `sdpa`; on a GPU `flash`, where flash-attn is installed, then `triton`. What
+    is left is computed by `reference`, which can do everything, at the price of score matrices.
+
+    Args:
+        requested: `attention.backend`.
+        options: what the layer computes.
+        device_type: cpu, or another for a GPU.
+        dtype: of activations.
+        head_dim: size of a head.
+
     Raises:
-        ConfigError: the requested backend cannot compute these options.
+        ConfigError: the requested backend is unknown, or cannot run here or compute this.
     """
-    refusal = sdpa_refuses(options, device_type, dtype)
-    if requested == "sdpa" and refusal:
-        raise ConfigError(
-            f"attention.backend=sdpa cannot compute {refusal}; use attention.backend=auto"
-        )
-    if requested == "auto":
-        if refusal:
-            return BackendChoice("reference", f"sdpa cannot compute {refusal}")
-        return BackendChoice("sdpa", "PyTorch's flash kernels compute this model")
-    if requested not in BACKENDS:
-        known = ", ".join(["auto", *BACKENDS])
-        raise ConfigError(f"attention.backend={requested!r} is unknown; use one of {known}")
-    return BackendChoice(requested, "as configured")
+    refusals = {
+        "flash": flash_refuses(options, device_type, dtype, head_dim),
+        "triton": triton_refuses(options, device_type, dtype, head_dim),
+        "sdpa": sdpa_refuses(options, device_type, dtype),
+    }
+    if requested != "auto":
+        if requested not in BACKENDS:
+            known = ", ".join(["auto", *BACKENDS])
+            raise ConfigError(f"attention.backend={requested!r} is unknown; use one of {known}")
+        if refusal := refusals.get(requested):
+            raise ConfigError(
+                f"attention.backend={requested} cannot be used: {refusal}; "
+                "use attention.backend=auto"
+            )
+        return BackendChoice(requested, "as configured")
+    order = ("sdpa",) if device_type == "cpu" else ("flash", "triton", "sdpa")
+    passed: list[str] = []
+    for name in order:
+        if refusals[name] is None:
+            return BackendChoice(name, "; ".join([*passed, _WHY[name]()]))
+        passed.append(f"not {name}: {refusals[name]}")
+    return BackendChoice("reference", "; ".join(passed))
+
+
+_WHY: dict[str, Callable[[], str]] = {
+    "flash": lambda: f"flash-attn {flash_version()} computes this model",
+    "triton": lambda: "the joint Triton kernel computes this model",
+    "sdpa": lambda: "PyTorch's flash kernels compute this model",
+}
 
 
 __all__ = ["BACKENDS", "AttentionOptions", "BackendChoice", "Rotary", "choose_backend"]

@@ -1,9 +1,6 @@
 """Decomposed attention on PyTorch's flash kernels (CPU and GPU), linear memory in the visual rows.
 
-The parts over visual and over text keys are computed apart and merged by their log-sum-exps into
-one exact softmax. The backward pass hands each part's flash backward the *merged* output and the
-*merged* log-sum-exp, as ring attention does; the kernels then produce the exact joint gradients,
-and no gradient through a log-sum-exp is ever needed.
+`parts` says how the parts over visual and over text keys become one exact softmax.
 
 Samples of a pack are batched: text rows causally, padded to the longest of a bucket; text-to-visual
 as dense blocks, grouped by their number of visual rows, with the query heads of a group folded
@@ -19,7 +16,8 @@ import numpy as np
 import torch
 
 from dattn_mcore.layers.attention.options import AttentionOptions
-from dattn_mcore.layers.attention.rotary import Rotary, rotate
+from dattn_mcore.layers.attention.parts import attend_in_parts
+from dattn_mcore.layers.attention.rotary import Rotary
 from dattn_mcore.layers.layout import DecomposedSeqParams
 
 _NEVER = 1e30  # log-sum-exp of padding queries: exp(logit - _NEVER) is zero, without infinities
@@ -27,16 +25,16 @@ _aten = torch.ops.aten
 
 
 def sdpa_refuses(options: AttentionOptions, device_type: str, dtype: torch.dtype) -> str | None:
-    """What of these options the flash kernels cannot compute; None if they can."""
+    """Why the flash kernels cannot compute this; None if they can."""
     if options.softcap is not None:
-        return "attention soft-caps (model.llm.attention_softcap)"
+        return "it computes no attention soft-caps (model.llm.attention_softcap)"
     if options.window is not None and not options.debiased and not options.is_baseline:
-        return "a sliding window between text and visual rows in this mixed mode"
+        return "it has no sliding window between text and visual rows in this mixed mode"
     if device_type != "cpu":
         if options.window is not None:
-            return "sliding windows on a GPU"
+            return "it has no sliding windows on a GPU"
         if dtype not in (torch.float16, torch.bfloat16):
-            return f"{dtype} on a GPU (only 16-bit)"
+            return f"it computes bf16 and fp16 on a GPU, not {dtype} (train.precision)"
     return None
 
 
@@ -52,66 +50,9 @@ def sdpa_attention(
     options: AttentionOptions,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `layers.attention` for shapes."""
-    q_rotated, k_text_rotated = rotate(q, rotary.text), rotate(k_text, rotary.text)
-    if q_visual is not None:
-        q_visual_rotated = rotate(q_visual, rotary.visual)
-        k_visual_rotated = rotate(k_visual, rotary.visual)
-        if not options.debiased:
-            rows = _in_reading_order(
-                torch.cat([q_visual_rotated, q_rotated]),
-                torch.cat([k_visual_rotated, k_text_rotated]),
-                torch.cat([v_visual, v_text]),
-                params,
-                options,
-            )
-            visual = rows[: params.num_visual]
-            if options.is_baseline:
-                return rows[params.num_visual :], visual
-        else:
-            visual_batches = _causal_batches(params, "visual", params.visual_lengths, q.device)
-            visual = _CausalAttention.apply(
-                q_visual_rotated,
-                k_visual_rotated,
-                v_visual,
-                visual_batches,
-                options.scale,
-                options.window,
-            )
-    else:
-        visual = None
-    if options.debiased:
-        q_to_visual, k_for_text = q, k_visual
-    else:
-        q_to_visual, k_for_text = q_rotated, rotate(k_visual, rotary.visual)
-    text = _JointAttention.apply(
-        q_to_visual,
-        q_rotated,
-        k_for_text,
-        v_visual,
-        k_text_rotated,
-        v_text,
-        _block_batches(params, q.device),
-        _causal_batches(params, "text", params.text_lengths, q.device),
-        options,
+    return attend_in_parts(
+        *(q, k_text, v_text, k_visual, v_visual, q_visual, rotary, params, options, _Parts)
     )
-    return text, visual
-
-
-def _in_reading_order(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    params: DecomposedSeqParams,
-    options: AttentionOptions,
-) -> torch.Tensor:
-    """Stock causal attention over `[visual; text]` rows, put in reading order and back."""
-    order = params.reading_order
-    lengths = tuple(a + b for a, b in zip(params.visual_lengths, params.text_lengths, strict=True))
-    batches = _causal_batches(params, "reading", lengths, q.device)
-    out = _CausalAttention.apply(
-        q[order], k[order], v[order], batches, options.scale, options.window
-    )
-    return torch.zeros_like(q).index_copy(0, order, out)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -358,55 +299,22 @@ class _Part:
         return x.transpose(1, 2).reshape(b * n, groups, d)
 
 
-# ---------------------------------------------------------------------------------------------
-# Autograd.
-
-
-class _CausalAttention(torch.autograd.Function):
-    """Causal attention within each sample of packed rows."""
+class _Parts:
+    """The parts of a pack on PyTorch's kernels; see `parts.Parts`."""
 
     @staticmethod
-    def forward(ctx, q, k, v, batches, scale, window):  # type: ignore[no-untyped-def]
-        part = _Part(batches, True, scale, window)
-        out, lse, ctx.states = part.forward(q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.part = part
-        return out
+    def causal(
+        params: DecomposedSeqParams,
+        name: str,
+        lengths: tuple[int, ...],
+        options: AttentionOptions,
+        device: torch.device,
+    ) -> _Part:
+        batches = _causal_batches(params, name, lengths, device)
+        return _Part(batches, True, options.scale, options.window)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        q, k, v, out, lse = ctx.saved_tensors
-        return *ctx.part.backward(grad, q, k, v, out, lse, ctx.states), None, None, None
-
-
-class _JointAttention(torch.autograd.Function):
-    """Text rows over visual and over text keys, merged."""
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, q_v, q_t, k_v, v_v, k_t, v_t, blocks, causal, options
-    ):
-        over_visual = _Part(blocks, False, options.scale, None)
-        over_text = _Part(causal, True, options.scale, options.window)
-        out_v, lse_v, states_v = over_visual.forward(q_v, k_v, v_v)
-        out_t, lse_t, states_t = over_text.forward(q_t, k_t, v_t)
-        ctx.parts, ctx.states = (over_visual, over_text), (states_v, states_t)
-        if options.merge == "sum":
-            ctx.save_for_backward(q_v, q_t, k_v, v_v, k_t, v_t, out_v, lse_v, out_t, lse_t)
-            return out_v + out_t
-        lse = torch.logaddexp(lse_v, lse_t)
-        # Padding rows see nothing on either side: keep their weights finite, their output is zero.
-        lse = lse.masked_fill(lse.isinf(), 0.0)
-        out = (lse_v - lse).exp()[..., None] * out_v + (lse_t - lse).exp()[..., None] * out_t
-        out = out.to(q_v.dtype)
-        ctx.save_for_backward(q_v, q_t, k_v, v_v, k_t, v_t, out, lse, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        q_v, q_t, k_v, v_v, k_t, v_t, out_v, lse_v, out_t, lse_t = ctx.saved_tensors
-        over_visual, over_text = ctx.parts
-        states_v, states_t = ctx.states
-        dq_v, dk_v, dv_v = over_visual.backward(grad, q_v, k_v, v_v, out_v, lse_v, states_v)
-        dq_t, dk_t, dv_t = over_text.backward(grad, q_t, k_t, v_t, out_t, lse_t, states_t)
-        return dq_v, dq_t, dk_v, dv_v, dk_t, dv_t, None, None, None
+    def blocks(
+        params: DecomposedSeqParams, options: AttentionOptions, device: torch.device
+    ) -> _Part:
+        return _Part(_block_batches(params, device), False, options.scale, None)

@@ -173,7 +173,7 @@ def test_sliding_window_equals_oracle(backend, mode):
     options = options_for(mode, window=3)
     if backend == "sdpa" and mode[1] == "rope" and not options.is_baseline:
         with pytest.raises(ConfigError, match="sliding window"):
-            choose_backend("sdpa", options, "cpu", torch.float32)
+            choose_backend("sdpa", options, "cpu", torch.float32, DIM)
         return
     compare(backend, LAYOUTS, options)
 
@@ -244,7 +244,7 @@ def test_no_score_matrix_of_text_by_visual_rows():
 
 def test_backend_choice_names_the_reason():
     options = options_for(MODES[0], softcap=50.0)
-    choice = choose_backend("auto", options, "cpu", torch.float32)
+    choice = choose_backend("auto", options, "cpu", torch.float32, DIM)
     assert choice.name == "reference" and "soft-cap" in choice.reason
     with pytest.raises(ConfigError, match="attention.backend='fast'"):
-        choose_backend("fast", options, "cpu", torch.float32)
+        choose_backend("fast", options, "cpu", torch.float32, DIM)

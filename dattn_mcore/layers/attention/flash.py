@@ -1,0 +1,296 @@
+"""Decomposed attention on flash-attn 2 or 3 (varlen, soft-cap, window), for a GPU.
+
+`parts` says how the parts over visual and over text keys become one exact softmax. For its
+backward pass the public functions of flash-attn do not do: they recompute with their own output
+and log-sum-exp, and drop the latter's gradient. So the functions below them are called, which take
+both from outside.
+
+Source: Dao-AILab/flash-attention, `flash_attn/flash_attn_interface.py` (2.7 and later) and
+`hopper/flash_attn_interface.py` (3, as of October 2025 and later).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dattn_mcore.layers.attention.options import AttentionOptions
+from dattn_mcore.layers.attention.parts import attend_in_parts
+from dattn_mcore.layers.attention.rotary import Rotary
+from dattn_mcore.layers.layout import DecomposedSeqParams
+from dattn_mcore.parallel.platform import is_hopper
+
+_MODULES = {2: "flash_attn.flash_attn_interface", 3: "flash_attn_interface"}
+
+
+def flash_refuses(
+    options: AttentionOptions, device_type: str, dtype: torch.dtype, head_dim: int
+) -> str | None:
+    """Why flash-attn cannot run here or compute this; None if it can."""
+    if flash_version() is None:
+        return "the package flash-attn is not installed (pip install flash-attn)"
+    if device_type == "cpu":
+        return "it needs a GPU"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes bf16 and fp16, not {dtype} (train.precision)"
+    if head_dim > 256 or head_dim % 8:
+        return f"head size {head_dim} is no multiple of 8 up to 256"
+    if options.window is not None and not options.debiased and not options.is_baseline:
+        return "it has no sliding window between text and visual rows in this mixed mode"
+    return None
+
+
+def flash_version() -> int | None:
+    """The flash-attn that is used: 3 on a Hopper GPU where it is installed, else 2; or None."""
+    if is_hopper() and _installed(_MODULES[3]):
+        return 3
+    return 2 if _installed(_MODULES[2]) else None
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k_text: torch.Tensor,
+    v_text: torch.Tensor,
+    k_visual: torch.Tensor,
+    v_visual: torch.Tensor,
+    q_visual: torch.Tensor | None,
+    rotary: Rotary,
+    params: DecomposedSeqParams,
+    options: AttentionOptions,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `layers.attention` for shapes."""
+    return attend_in_parts(
+        *(q, k_text, v_text, k_visual, v_visual, q_visual, rotary, params, options, _Parts)
+    )
+
+
+def _installed(name: str) -> bool:
+    package = name.partition(".")[0]
+    return importlib.util.find_spec(package) is not None
+
+
+# ---------------------------------------------------------------------------------------------
+# Which rows of the pack form the sequences of one call.
+
+Rows = slice | torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """Sequences of one varlen call.
+
+    Attributes:
+        q_rows, k_rows: rows of the pack, one sequence after the other: a slice where they are
+            consecutive, else int64 indices. Keys that several sequences see stand there once each.
+        cu_q, cu_k: int32 [sequences + 1], starts of the sequences and the end of the last.
+        max_q, max_k: rows of the longest.
+        k_spans: the same rows of keys as (start, stop), sequence by sequence.
+        causal: whether queries are the keys' own rows.
+    """
+
+    q_rows: Rows
+    k_rows: Rows
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    max_q: int
+    max_k: int
+    k_spans: tuple[tuple[int, int], ...]
+    causal: bool
+
+
+def _sequences(
+    q_spans: Sequence[tuple[int, int]],
+    k_spans: Sequence[tuple[int, int]],
+    causal: bool,
+    device: torch.device,
+) -> _Sequences:
+    """Sequences from (start, stop) spans of queries and of the keys that they see."""
+
+    def lengths(spans: Sequence[tuple[int, int]]) -> list[int]:
+        return [stop - start for start, stop in spans]
+
+    def starts(spans: Sequence[tuple[int, int]]) -> torch.Tensor:
+        ends = [0, *itertools.accumulate(lengths(spans))]
+        return torch.tensor(ends, dtype=torch.int32, device=device)
+
+    return _Sequences(
+        q_rows=_rows(q_spans, device),
+        k_rows=_rows(k_spans, device),
+        cu_q=starts(q_spans),
+        cu_k=starts(k_spans),
+        max_q=max(lengths(q_spans), default=0),
+        max_k=max(lengths(k_spans), default=0),
+        k_spans=tuple(k_spans),
+        causal=causal,
+    )
+
+
+def _rows(spans: Sequence[tuple[int, int]], device: torch.device) -> Rows:
+    if all(before[1] == after[0] for before, after in itertools.pairwise(spans)):
+        return slice(spans[0][0], spans[-1][1]) if spans else slice(0, 0)
+    return torch.cat([torch.arange(*span) for span in spans]).to(device)
+
+
+class _Parts:
+    """The parts of a pack on flash-attn; see `parts.Parts`."""
+
+    @staticmethod
+    def causal(
+        params: DecomposedSeqParams,
+        name: str,
+        lengths: tuple[int, ...],
+        options: AttentionOptions,
+        device: torch.device,
+    ) -> _Part:
+        key = ("flash", name)
+        if key not in params.cache:
+            ends = list(itertools.accumulate(lengths))
+            spans = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+            spans = [span for span in spans if span[0] < span[1]]
+            params.cache[key] = _sequences(spans, spans, True, device)
+        return _Part(params.cache[key], options, options.window)
+
+    @staticmethod
+    def blocks(
+        params: DecomposedSeqParams, options: AttentionOptions, device: torch.device
+    ) -> _Part:
+        key = ("flash", "blocks")
+        if key not in params.cache:
+            blocks = params.blocks
+            params.cache[key] = _sequences(
+                [(block.text_start, block.text_stop) for block in blocks],
+                [(block.visual_start, block.visual_stop) for block in blocks],
+                False,
+                device,
+            )
+        return _Part(params.cache[key], options, None)
+
+
+# ---------------------------------------------------------------------------------------------
+# One part: a varlen call forward, and one backward with an output and log-sum-exp from outside.
+
+
+class _Part:
+    """Attention of the rows of a pack over one set of keys; see `parts.Part`."""
+
+    def __init__(self, sequences: _Sequences, options: AttentionOptions, window: int | None):
+        self.sequences, self.options = sequences, options
+        # flash-attn counts the keys to the left of the own one; -1 is no window.
+        self.left = -1 if window is None else window - 1
+        self.right = 0 if sequences.causal else -1
+        version = flash_version()
+        assert version is not None  # `choose_backend` has refused
+        self.version, self.module = version, importlib.import_module(_MODULES[version])
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        s = self.sequences
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
+        if s.max_q:
+            call = _forward_2 if self.version == 2 else _forward_3
+            part_out, part_lse = call(self, q[s.q_rows], k[s.k_rows], v[s.k_rows])
+            out[s.q_rows], lse[s.q_rows] = part_out, part_lse.transpose(0, 1)
+        return out, lse, None
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        state: None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        s = self.sequences
+        grads = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        if not s.max_q:
+            return grads  # type: ignore[return-value]
+        q_part, k_part, v_part = q[s.q_rows], k[s.k_rows], v[s.k_rows]
+        parts = tuple(
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_part, k_part, v_part)
+        )
+        call = _backward_2 if self.version == 2 else _backward_3
+        call(
+            self,
+            *(grad[s.q_rows], q_part, k_part, v_part, out[s.q_rows]),
+            lse[s.q_rows].transpose(0, 1).contiguous(),
+            *parts,
+        )
+        grads[0][s.q_rows] = parts[0]
+        for whole, part in zip(grads[1:], parts[1:], strict=True):
+            if isinstance(s.k_rows, slice):
+                whole[s.k_rows] = part
+            else:
+                # Several blocks may have seen a key: add in float32, in a fixed order.
+                total = torch.zeros(whole.shape, dtype=torch.float32, device=whole.device)
+                pieces = part.split([stop - start for start, stop in s.k_spans])
+                for (start, stop), piece in zip(s.k_spans, pieces, strict=True):
+                    total[start:stop] += piece
+                whole.copy_(total)
+        return grads  # type: ignore[return-value]
+
+
+def _forward_2(part: _Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
+    s, options = part.sequences, part.options
+    out, lse, _, _ = part.module._flash_attn_varlen_forward(
+        *(q, k, v, s.cu_q, s.cu_k, s.max_q, s.max_k),
+        dropout_p=0.0,
+        softmax_scale=options.scale,
+        causal=s.causal,
+        window_size_left=part.left,
+        window_size_right=part.right,
+        softcap=options.softcap or 0.0,
+    )
+    return out, lse
+
+
+def _forward_3(part: _Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
+    s, options = part.sequences, part.options
+    out, lse, *_ = part.module._flash_attn_forward(
+        *(q, k, v),
+        cu_seqlens_q=s.cu_q,
+        cu_seqlens_k=s.cu_k,
+        max_seqlen_q=s.max_q,
+        max_seqlen_k=s.max_k,
+        softmax_scale=options.scale,
+        causal=s.causal,
+        window_size_left=part.left,
+        window_size_right=part.right,
+        softcap=options.softcap or 0.0,
+    )
+    return out, lse
+
+
+def _backward_2(part: _Part, *tensors: torch.Tensor) -> None:
+    """tensors: d_out, q, k, v, out, lse [heads, rows]; d_q, d_k, d_v are filled."""
+    s, options = part.sequences, part.options
+    part.module._flash_attn_varlen_backward(
+        *(*tensors, s.cu_q, s.cu_k, s.max_q, s.max_k),
+        dropout_p=0.0,
+        softmax_scale=options.scale,
+        causal=s.causal,
+        window_size_left=part.left,
+        window_size_right=part.right,
+        softcap=options.softcap or 0.0,
+        alibi_slopes=None,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _backward_3(part: _Part, *tensors: torch.Tensor) -> None:
+    """As `_backward_2`. Positional: the name of the argument `causal` has changed over time."""
+    s, options = part.sequences, part.options
+    rows, grads = tensors[:6], tensors[6:]
+    part.module._flash_attn_backward(
+        *(*rows, s.cu_q, s.cu_k, None, None, s.max_q, s.max_k, *grads),
+        *(options.scale, s.causal, part.left, part.right, options.softcap or 0.0),
+        torch.are_deterministic_algorithms_enabled(),
+    )

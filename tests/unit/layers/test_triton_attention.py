@@ -1,0 +1,225 @@
+"""The joint Triton kernel, interpreted on a CPU, against `reference` in float64.
+
+Bounds come from `joint_bounds`, which works them out of the dtype and the numbers at hand.
+"""
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from dattn_mcore.layers.attention import AttentionOptions, Rotary
+from dattn_mcore.layers.attention.reference import reference_attention
+from dattn_mcore.layers.attention.rotary import rotary_angles
+from dattn_mcore.layers.attention.triton_tuning import Blocks, Tuning
+from dattn_mcore.layers.layout import build_seq_params
+from tests.unit.layers.joint_bounds import dense
+from tests.unit.layers.test_attention import LAYOUTS, MODES, compare, options_for
+
+triton = pytest.importorskip("triton", reason="needs triton (pip install triton)")
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret,
+    reason="TRITON_INTERPRET=1 was not set; tests/gpu runs these kernels natively",
+)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GRADIENTS = ("q", "k_text", "v_text", "k_visual", "v_visual")
+
+
+def tuning(queries=16, keys=16, visual_splits=1, key_splits=1):
+    blocks = Blocks(queries, keys)
+    return Tuning(blocks, blocks, blocks, visual_splits, key_splits)
+
+
+def check_joint(
+    layouts,
+    *,
+    heads=2,
+    groups=1,
+    dim=16,
+    dtype=torch.float32,
+    softcap=None,
+    window=None,
+    multiple=1,
+    tuned=None,
+    seed=0,
+    device="cpu",
+):
+    """Outputs, log-sum-exps and all gradients of one pack, element by element."""
+    from dattn_mcore.layers.attention.triton_attention import _setting, joint, text_plan
+
+    options = AttentionOptions(scale=dim**-0.5, softcap=softcap, window=window)
+    params = build_seq_params(layouts, t2v_position="none", multiple=multiple)
+    generator = torch.Generator().manual_seed(seed)
+    t, v = params.num_text, params.num_visual
+    sizes = [(t, heads), (t, groups), (t, groups), (v, groups), (v, groups), (t, heads)]
+    rows = [torch.randn(n, h, dim, generator=generator).to(dtype) for n, h in sizes]
+    *inputs, d_out = rows
+    real_rows = (params.sample_of_row[params.num_visual :] >= 0)[:, None, None]
+    d_out = d_out * real_rows  # nobody reads padding rows
+    angles = rotary_angles(params.text_positions, 100.0 ** -(torch.arange(0, dim, 2) / dim))
+
+    exact = [x.double().requires_grad_() for x in inputs]
+    rotary = Rotary(angles.double(), torch.zeros(v, 1, 1, dim, dtype=torch.float64))
+    want_out, _ = reference_attention(*exact, None, rotary, params, options)
+    want = (None,) * len(exact)
+    if want_out.requires_grad:
+        want = torch.autograd.grad(want_out, exact, d_out.double(), allow_unused=True)
+    oracle = dense(exact, d_out.double(), angles.double(), params, options, torch.finfo(dtype).eps)
+    reference = dict(zip(("out", *GRADIENTS), (want_out.detach(), *want), strict=True))
+
+    leaves = [x.to(device).requires_grad_() for x in inputs]
+    plan = text_plan(params, options, torch.device(device))
+    setting = _setting(options, tuned or Tuning(), has_visual=bool(params.blocks))
+    out, lse = joint(*leaves, angles.to(device), plan, setting)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    grads = torch.autograd.grad(out, leaves, d_out.to(device), allow_unused=True)
+
+    actual_lse, seen = lse.cpu().double(), oracle.lse > -torch.inf
+    assert (actual_lse[~seen] == -torch.inf).all()
+    assert ((actual_lse - oracle.lse).abs()[seen] <= oracle.lse_bound[seen]).all()
+    for name, actual in zip(("out", *GRADIENTS), (out, *grads), strict=True):
+        expected = reference[name]
+        if expected is None:
+            expected = torch.zeros_like(oracle.values[name])
+        # The bound's own arithmetic is exact to float64, as is `reference`.
+        torch.testing.assert_close(oracle.values[name], expected, atol=1e-10, rtol=1e-10)
+        actual = torch.zeros_like(expected) if actual is None else actual.cpu().double()
+        error, bound = (actual - expected).abs(), oracle.bounds[name] + 1e-12
+        if dtype is torch.float16:
+            bound = bound + 2.0**-24  # half of its smallest number: below, rounding is absolute
+        assert (error <= bound).all(), f"{name}: {(error / bound).max():.2f} times the bound"
+
+
+# Three packs that together hold: one token, text before an image, images between text, text-only
+# samples, images that nobody sees, and lengths on both sides of a block of 16.
+PACKS = (
+    (((True, 17), (False, 9)), ((False, 1),)),
+    (((False, 2), (True, 5), (False, 6), (True, 12), (False, 3)),),
+    (((False, 17),), ((True, 16), (False, 1), (True, 3))),
+)
+FIXED = [
+    (dim, dtype, softcap, window, splits)
+    for dim in (64, 128, 256)
+    for dtype in DTYPES
+    for softcap in (None, 1.5)
+    for window in (None, 3)
+    for splits in (1, 3)
+]
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_every_combination_equals_reference(dim, dtype, window, softcap, splits):
+    case = FIXED.index((dim, dtype, softcap, window, splits))
+    heads, groups = ((2, 1), (2, 2), (3, 1))[case // 2 % 3]
+    check_joint(
+        PACKS[case % 3],
+        heads=heads,
+        groups=groups,
+        dim=dim,
+        dtype=DTYPES[dtype],
+        softcap=softcap,
+        window=window,
+        multiple=(1, 8)[case // 3 % 2],
+        tuned=tuning(queries=32, visual_splits=splits, key_splits=splits),
+    )
+
+
+# Runs of a sample: text (zero rows included) before each image, and text after the last.
+runs = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 19)), max_size=2)
+samples = st.tuples(runs, st.integers(0, 21))
+
+
+# Without shrinking, which takes minutes here; the message names all that was drawn.
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    drawn=st.lists(samples, min_size=1, max_size=2),
+    shape=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 1)]),
+    dim=st.sampled_from([16, 32]),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    softcap=st.sampled_from([None, 0.9, 30.0]),
+    window=st.sampled_from([None, 1, 3, 100]),
+    multiple=st.sampled_from([1, 4]),
+    queries=st.sampled_from([16, 32]),
+    keys=st.sampled_from([8, 16]),
+    splits=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    seed=st.integers(0, 9),
+)
+def test_drawn_packs_equal_reference(
+    drawn, shape, dim, dtype, softcap, window, multiple, queries, keys, splits, seed
+):
+    layouts = []
+    for images, last in drawn:
+        layout = [run for text, v in images for run in ((False, text), (True, v)) if run[1]]
+        layouts.append((*layout, (False, last)) if last else tuple(layout))
+    check_joint(
+        tuple(layouts),
+        heads=shape[0],
+        groups=shape[1],
+        dim=dim,
+        dtype=DTYPES[dtype],
+        softcap=softcap,
+        window=window,
+        multiple=multiple,
+        tuned=tuning(queries, keys, *splits),
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        (((False, 1),),),
+        (((True, 1), (False, 1)),),
+        (((True, 3),),),  # nobody asks
+        ((),),  # a sample without rows
+        (((False, 2), (True, 4)), ((True, 20),)),  # an image after the text; a sample without text
+    ],
+    ids=["one-token", "one-of-each", "no-text", "empty", "unseen-images"],
+)
+def test_edges_equal_reference(layouts):
+    check_joint(layouts, multiple=2)
+
+
+@pytest.mark.parametrize("mode", MODES, ids="-".join)
+def test_all_modes_equal_the_oracle(mode):
+    """In float32, through the backend's own signature; the tolerance is that of `test_float32`."""
+    window = 3 if mode[1] == "none" or mode == ("causal", "rope", "alpha") else None
+    options = options_for(mode, softcap=0.8, window=window)
+    compare("triton", LAYOUTS[:1] + LAYOUTS[2:4], options, dtype=torch.float32, atol=2e-5)
+
+
+def test_results_do_not_depend_on_chance():
+    """The same call gives the same bits, whatever splits the loops; no sum is made by atomics."""
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        from dattn_mcore.layers.attention.triton_attention import _setting, joint, text_plan
+
+        options = options_for(MODES[0])
+        params = build_seq_params((((True, 40), (False, 5)),), t2v_position="none")
+        leaves = [torch.randn(n, 2, 16, requires_grad=True) for n in (5, 5, 5, 40, 40)]
+        angles = torch.randn(5, 1, 1, 16)
+        setting = _setting(options, tuning(visual_splits=3, key_splits=2))
+        plan = text_plan(params, options, torch.device("cpu"))
+        out, _ = joint(*leaves, angles, plan, setting)
+        results.append([out, *torch.autograd.grad(out.sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [(0, 1, 17), (5,)])
+@pytest.mark.parametrize("blocks", [1, 4, 16])
+def test_tiles_cover_each_row_once(lengths, blocks):
+    from dattn_mcore.layers.attention.visible_ranges import (
+        causal_ranges,
+        key_tiles,
+        query_tiles,
+    )
+
+    ranges = causal_ranges(lengths, 3)
+    for tiles in (query_tiles(lengths, blocks, ranges, ranges), key_tiles(lengths, blocks, ranges)):
+        covered = sorted(row for start, stop, *_ in tiles.tolist() for row in range(start, stop))
+        assert covered == list(range(sum(lengths)))
