@@ -1,5 +1,6 @@
 # make quickstart   installs into .venv, then trains, converts and evaluates the digits model
 # make test         installs into .venv, then runs all tests
+# make gpu-check    on a machine with a GPU: what only a GPU can show
 # make check        formatting, lint and types
 # make clean        removes .venv and what the tools left; keeps data/ and runs/
 
@@ -9,13 +10,16 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test gpu-check check clean
 
 quickstart: .venv/installed
 	@$(BIN)/python -m dattn_mcore.quickstart $(ARGS)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q $(ARGS)
+
+gpu-check: .venv/installed-dev
+	$(BIN)/python -m pytest -q tests/gpu $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -9,7 +9,9 @@ once by the entry points and test fixtures, never at import, and changes nothing
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
+import os
 from typing import Any
 
 import torch
@@ -61,6 +63,7 @@ def device_problem(device: str, local_rank: int) -> str | None:
             f"GPU {local_rank} is not visible (this machine shows {gpu_count()}); start no more "
             "processes on a machine than it has GPUs, or mend its driver"
         )
+    _order_kernels()
     try:
         torch.zeros(1024, device=torch.device("cuda", local_rank)).sum().item()
     except RuntimeError as error:
@@ -69,13 +72,18 @@ def device_problem(device: str, local_rank: int) -> str | None:
     return None
 
 
+def apex_adds_gradients() -> bool:
+    """Whether Apex's extension is built, which adds weight gradients into their buffers."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def device_name() -> str:
     """What the vendor calls this process's device; empty for a CPU."""
     return torch.cuda.get_device_name() if _installed == "gpu" else ""
 
 
 def peak_memory() -> int:
-    """Bytes of device memory at this process's peak since it started; 0 on a CPU."""
+    """Most bytes that tensors took on the GPU since `reset_peak_memory`; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if _installed == "gpu" else 0
 
 
@@ -101,6 +109,7 @@ def install(device: str, local_rank: int = 0) -> torch.device:
     if _installed not in (None, device):
         raise RuntimeError(f"platform {_installed} is installed; {device} needs a new process")
     if device == "gpu":
+        _order_kernels()
         torch.cuda.set_device(local_rank)
         _installed = device
         return torch.device("cuda", local_rank)
@@ -126,9 +135,16 @@ def reset_peak_memory() -> int:
     return torch.cuda.memory_allocated()
 
 
-def peak_memory() -> int:
-    """Most bytes that tensors took on the GPU since `reset_peak_memory`."""
-    return torch.cuda.max_memory_allocated()
+def profiled_activities() -> list[Any]:
+    """What PyTorch's profiler must record to see exchanges between ranks."""
+    from torch.profiler import ProfilerActivity
+
+    return [ProfilerActivity.CUDA if _installed == "gpu" else ProfilerActivity.CPU]
+
+
+def is_exchange(event_name: str) -> bool:
+    """Whether a profiled kernel (GPU) or operation (CPU) is an exchange between ranks."""
+    return event_name.startswith(("nccl", "gloo:"))
 
 
 def seed_model_parallel(seed: int) -> None:
@@ -156,6 +172,14 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.cuda.set_rng_state(state["device"])
     torch.set_rng_state(state["torch"])
     get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _order_kernels() -> None:
+    """Lets kernels start in the order of their calls, which overlapped exchanges rely on.
+
+    Read when the device is first used.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _is_gpu_device(value: Any) -> bool:
