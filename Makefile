@@ -1,7 +1,7 @@
 # make quickstart   installs into .venv, then trains, converts and evaluates the digits model
 # make test         installs into .venv, then runs all tests
-# make gpu-check    on a machine with a GPU: what only a GPU can show
 # make check        formatting, lint and types
+# make gpu-check    on a machine with a GPU: its tests, all benchmarks, docs/performance.md
 # make clean        removes .venv and what the tools left; keeps data/ and runs/
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test gpu-check check clean
+.PHONY: quickstart test check gpu-check clean
 
 quickstart: .venv/installed
 	@$(BIN)/python -m dattn_mcore.quickstart $(ARGS)
@@ -18,13 +18,13 @@ quickstart: .venv/installed
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q $(ARGS)
 
-gpu-check: .venv/installed-dev
-	$(BIN)/python -m pytest -q tests/gpu $(ARGS)
-
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+gpu-check: .venv/installed-dev
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

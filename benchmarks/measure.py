@@ -1,10 +1,10 @@
-"""Time and peak memory of a function, on a CPU or a GPU, and the tables and pictures of them."""
+"""Time and peak memory of a function, on a CPU or a GPU."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -34,25 +34,28 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def seconds_in_turn(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median wall time of each function; they take turns, so that a load on the machine hits all.
+def seconds_in_turn(
+    functions: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, float]:
+    """Median time of each function; they take turns, so that a load on the machine hits all.
 
-    Each runs once before without being measured.
+    On a GPU wall time; on a CPU the process's own time, which does not grow while other
+    processes run. Each function runs once before without being measured. One that runs out of
+    memory is left out of the result.
     """
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + 1):
-        for name, function in functions.items():
+        for name in list(times):
             platform.synchronize()
-            start = time.perf_counter()
-            function()
+            start = clock()
+            try:
+                functions[name]()
+            except torch.OutOfMemoryError:
+                del times[name]
+                platform.empty_cache()
+                continue
             platform.synchronize()
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A table as the documentation has them."""
-    columns = list(header)
-    lines = [columns, ["---"] * len(columns), *(list(map(str, row)) for row in rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 
 from dattn_mcore.config.checks import CHOICES
+from dattn_mcore.config.hints import is_list_of_sections
 from dattn_mcore.config.schema import Config
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -41,6 +42,8 @@ def _section(cls: type, prefix: str) -> list[str]:
         if dataclasses.is_dataclass(kind):
             below += _section(typing.cast(type, kind), f"{name}.")
             continue
+        if is_list_of_sections(kind):
+            below += _section(typing.get_args(kind)[0], f"{name}[].")
         meaning = comments.get(field.name, "")
         if name in CHOICES and not all(choice in meaning for choice in CHOICES[name]):
             meaning = f"{' or '.join(CHOICES[name])}. {meaning}".strip()
@@ -63,7 +66,7 @@ def _value(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+    return f"[{', '.join(map(_value, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def main() -> int:

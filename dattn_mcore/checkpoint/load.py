@@ -13,6 +13,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.checkpoint import folders, state
+from dattn_mcore.checkpoint.metadata import read_metadata
 from dattn_mcore.config.load import to_dict
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError
@@ -70,6 +71,8 @@ def _verify(folder: Path) -> str | None:
         files = folders.read_manifest(folder)["files"]
         names = sorted(files)[dist.get_rank() :: dist.get_world_size()]
         problem = folders.damage(folder, names, files)
+        if problem is None and dist.get_rank() == 0:  # before Megatron-Core unpickles it
+            read_metadata(folder)
     except (CheckpointError, OSError) as error:
         problem = str(error)
     problems: list[str | None] = [None] * dist.get_world_size()

@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.prepare": ("none", "digits"),
     "data.over_budget": ("skip", "truncate", "error"),
     "data.image_backend": ("auto", "dali", "pillow"),
-    "data.image_policy": ("stretch", "pad", "crop"),
+    "data.image_policy": ("stretch", "pad", "crop", "anyres_stretch", "anyres_letterbox"),
     "train.stage": ("align", "pretrain", "instruct"),
     "model.transformer_impl": ("auto", "local", "transformer_engine"),
     "train.precision": ("fp32", "bf16"),
@@ -43,18 +43,8 @@ def check_config(config: Config) -> None:
         ConfigError: the first rule that is broken.
     """
     for check in (
-        _choices,
-        _positive,
-        _heads,
-        _layers,
-        _vocabulary,
-        _vision,
-        _visual_chunk,
-        _training,
-        _overlap,
-        _recompute,
-        _fp8,
-        _unbuilt,
+        *(_choices, _positive, _sources, _heads, _layers, _vocabulary),
+        *(_vision, _visual_chunk, _training, _overlap, _recompute, _fp8, _unbuilt),
     ):
         for message in check(config):
             raise ConfigError(message)
@@ -234,11 +224,20 @@ def _vision(config: Config) -> Iterator[str]:
             f"model.vision.patch_size={vision.patch_size} must not exceed "
             f"model.vision.image_size={vision.image_size}"
         )
-    rows = vision.rows_per_tile
-    if rows > config.data.visual_budget:
+    data = config.data
+    grids = [list(grid) for grid in data.anyres_grids]
+    if not grids or any(min(grid) < 1 or grid == [1, 1] for grid in grids):
         yield (
-            f"data.visual_budget={config.data.visual_budget} must hold at least one image "
-            f"({rows} rows)"
+            f"data.anyres_grids={grids} must be pairs [columns, rows] of at least two tiles (one "
+            "tile is the base view, which every image has); write [[1, 2], [2, 1], [2, 2]]"
+        )
+        return
+    rows, tiles = vision.rows_per_tile, data.max_tiles
+    if rows * tiles > data.visual_budget:
+        of_tiles = f" of {tiles} tiles (data.image_policy={data.image_policy})" if tiles > 1 else ""
+        yield (
+            f"data.visual_budget={data.visual_budget} must hold at least one image{of_tiles}: "
+            f"{rows * tiles} rows"
         )
 
 
@@ -256,6 +255,19 @@ def _visual_chunk(config: Config) -> Iterator[str]:
         )
     if config.parallel.sp and chunk < tp:
         yield f"{name} must be at least parallel.tp={tp} with parallel.sp=true"
+
+
+def _sources(config: Config) -> Iterator[str]:
+    for number, source in enumerate(config.data.sources):
+        name = f"data.sources[{number}]"
+        if not source.annotations:
+            yield f"{name}.annotations is empty; name a file, or a pattern like shards/*.tar"
+        if source.weight <= 0:
+            yield f"{name}.weight={source.weight} must be greater than 0; leave the source out"
+        if source.format not in ("auto", "json", "tar", "parquet"):
+            yield f"{name}.format={source.format!r} is unknown; use one of auto, json, tar, parquet"
+    if not 0 <= config.data.max_bad_share <= 1:
+        yield f"data.max_bad_share={config.data.max_bad_share} must lie between 0 and 1"
 
 
 def _training(config: Config) -> Iterator[str]:

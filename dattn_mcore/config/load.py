@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,12 @@ from typing import Any
 
 import yaml
 
+from dattn_mcore.config.hints import (
+    first_leaf,
+    is_list_of_sections,
+    nearest_setting,
+    unknown_argument,
+)
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError
 
@@ -44,25 +49,31 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
         overrides: `section.key=value`, later ones win; values are YAML.
 
     Raises:
-        ConfigError: a file that is missing or malformed, an unknown key, a value of wrong type.
+        ConfigError: a file that is missing or malformed, an unknown key, a value of wrong type, or
+            epochs on the command line of a run that counts steps.
     """
     tree = read_yaml(Path(path)) if path is not None else {}
+    given: dict[str, str] = {}
     for override in overrides:
         name, separator, text = override.partition("=")
         if not separator or "." not in name:
-            raise ConfigError(
-                f"argument {override!r} is not understood; write section.key=value, "
-                "for example optim.lr=1e-4"
-            )
+            raise ConfigError(unknown_argument(override))
         try:
             value = yaml.load(text, _StrictLoader)  # noqa: S506 (a safe loader)
         except yaml.YAMLError:
             raise ConfigError(f"argument {override!r}: the value is not valid YAML") from None
+        given[name] = text
         branch: dict[str, Any] = value
         for part in reversed(name.split(".")):
             branch = {part: branch}
         tree = merge(tree, branch)
-    return from_dict(tree)
+    config = from_dict(tree)
+    if "train.epochs" in given and config.train.steps is not None:
+        raise ConfigError(
+            f"train.epochs={given['train.epochs']} has no effect while train.steps="
+            f"{config.train.steps} is set; add train.steps=null"
+        )
+    return config
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -147,10 +158,10 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     types_of = typing.get_type_hints(cls)
     unknown = [key for key in tree if key not in types_of]
     if unknown:
-        name = f"{prefix}{unknown[0]}"
-        known = _all_keys(Config)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3) or sorted(types_of)[:1]
-        raise ConfigError(f"unknown configuration key {name!r}; did you mean {near[0]!r}?")
+        name = first_leaf(f"{prefix}{unknown[0]}", tree[unknown[0]])
+        raise ConfigError(
+            f"unknown configuration key {name!r}; did you mean {nearest_setting(name)!r}?"
+        )
     values = {}
     for key, value in tree.items():
         kind, name = types_of[key], f"{prefix}{key}"
@@ -159,15 +170,6 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
         else:
             values[key] = _convert(kind, value, name)
     return cls(**values)
-
-
-def _all_keys(cls: type, prefix: str = "") -> list[str]:
-    keys = []
-    for key, kind in typing.get_type_hints(cls).items():
-        keys.append(f"{prefix}{key}")
-        if dataclasses.is_dataclass(kind):
-            keys += _all_keys(typing.cast(type, kind), f"{prefix}{key}.")
-    return keys
 
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
@@ -183,6 +185,9 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         fixed = Ellipsis not in args
         if fixed and len(items) != len(args):
             raise ConfigError(f"{name}={value!r} must have {len(args)} values, it has {len(items)}")
+        if is_list_of_sections(kind):
+            section = typing.cast(type, args[0])
+            return tuple(_build(section, item, f"{name}[{n}].") for n, item in enumerate(items))
         kinds = args if fixed else (args[0],) * len(items)
         return tuple(_convert(k, item, name) for k, item in zip(kinds, items, strict=True))
     if kind is float and not isinstance(value, bool):

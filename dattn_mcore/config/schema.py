@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (1, 4), (4, 1))
+
 
 @dataclass(frozen=True)
 class LlmConfig:
@@ -120,11 +122,29 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One source of samples; `data.sources` lists them where there are several."""
+
+    annotations: str = ""  # file, or a pattern like shards/*.tar: LLaVA JSON, tar, parquet
+    image_folder: str = ""  # folder that image paths start in; unused where images lie in the file
+    weight: float = 1.0  # how often each sample is seen in an epoch; 0.5: every other one, in turn
+    format: str = "auto"  # auto (by the file's name) | json | tar | parquet
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, and how samples become packed micro-batches."""
 
     annotations: str = "data/digits/pretrain.json"  # LLaVA JSON
     image_folder: str = "data/digits/images"
+    sources: tuple[SourceConfig, ...] = ()  # several, mixed, instead of the two settings above
+    index_dir: str | None = None  # where indexes are kept; null: .index beside the annotations
+    build_index: bool = (
+        True  # false: a run refuses to start without `python -m dattn_mcore.data index`
+    )
+    max_bad_share: float = (
+        0.01  # of the samples that may be unusable; 0: the first one ends the run
+    )
     template: str = "plain"  # plain | mistral | gemma
     tokenizer: str = "data/digits/tokenizer.model"  # SentencePiece file or Hugging Face folder
     prepare: str = "digits"  # digits: make the embedded data set if it is absent | none
@@ -136,10 +156,18 @@ class DataConfig:
     image_backend: str = "auto"  # auto | dali | pillow
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_policy: str = "stretch"  # stretch | pad | crop: how an image becomes a square
+    image_policy: str = "stretch"  # one square tile, or a base view and a canvas of tiles (AnyRes)
+    anyres_grids: tuple[tuple[int, int], ...] = ANYRES_GRIDS  # canvases in tiles: [columns, rows]
     max_image_pixels: int = 100_000_000  # larger images are refused before they are decoded
     decode_threads: int = 2
     prefetch: int = 2  # global batches prepared ahead of the step
+
+    @property
+    def max_tiles(self) -> int:
+        """Most tiles of one image."""
+        if not self.image_policy.startswith("anyres_"):
+            return 1
+        return 1 + max(columns * rows for columns, rows in self.anyres_grids)
 
 
 @dataclass(frozen=True)

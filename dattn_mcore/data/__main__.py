@@ -1,29 +1,94 @@
-"""`python -m dattn_mcore.data prepare-digits --output data/digits`: makes the embedded data set."""
+"""`python -m dattn_mcore.data COMMAND`: makes, indexes, checks and shows data sets."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
+from pathlib import Path
 
-from dattn_mcore.data.digits import DigitsPlan, prepare_digits
+from dattn_mcore.config.checks import check_config
+from dattn_mcore.config.load import load_config
+from dattn_mcore.config.schema import Config
+from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import DattnError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
+    """Runs the command; returns the exit status (2: a mistake, 1: `check` found something)."""
+    chosen = _parser().parse_args(arguments)
+    _set_up_logging()
+    try:
+        return int(chosen.run(chosen))
+    except DattnError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dattn_mcore.data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare-digits", help="write the embedded digits data set")
     prepare.add_argument("--output", default="data/digits", help="folder to make")
-    prepare.add_argument("--seed", type=int, default=DigitsPlan.seed, help="of every choice")
-    chosen = parser.parse_args(arguments)
-    try:
-        folder = prepare_digits(chosen.output, DigitsPlan(seed=chosen.seed))
-    except DattnError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    prepare.add_argument("--seed", type=int, help="of every choice")
+    prepare.set_defaults(run=_prepare_digits)
+    for name, run, meaning in (
+        ("index", _index, "make the index of a configuration's data; goes on where it stopped"),
+    ):
+        command = commands.add_parser(name, help=meaning, description=meaning)
+        command.add_argument("--config", help="YAML file (default: the embedded digits task)")
+        command.add_argument(
+            "--workers", type=int, default=os.cpu_count() or 1, help="processes that make the index"
+        )
+        command.set_defaults(run=run)
+        if name == "index":
+            command.add_argument("--again", action="store_true", help="even if it is there")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser
+
+
+def _prepare_digits(chosen: argparse.Namespace) -> int:
+    from dattn_mcore.data.digits import DigitsPlan, prepare_digits
+
+    seed = DigitsPlan.seed if chosen.seed is None else chosen.seed
+    folder = prepare_digits(chosen.output, DigitsPlan(seed=seed))
     sys.stdout.write(f"digits data set: {folder}\n")
     return 0
+
+
+def _configured(chosen: argparse.Namespace) -> tuple[Config, Tokenizer]:
+    config = load_config(chosen.config, chosen.overrides)
+    check_config(config)
+    if config.data.prepare == "digits" and not Path(config.data.annotations).exists():
+        from dattn_mcore.data.digits import prepare_digits
+
+        prepare_digits(Path(config.data.annotations).parent)
+    return config, load_tokenizer(config.data.tokenizer)
+
+
+def _index(chosen: argparse.Namespace) -> int:
+    from dattn_mcore.data.failures import check_share
+    from dattn_mcore.data.index.store import open_index
+
+    config, tokenizer = _configured(chosen)
+    index = open_index(config, tokenizer, chosen.workers, chosen.again)
+    sys.stdout.write(
+        f"{len(index):,} samples, {index.num_usable:,} usable, "
+        f"{index.content['num_images']:,} images: {index.folder}\n"
+    )
+    check_share(index, config.data.max_bad_share)
+    return 0
+
+
+def _set_up_logging() -> None:
+    logger = logging.getLogger("dattn_mcore")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # importing torch takes seconds, and making an index needs none of it
+    from torch import Tensor
+
+    from dattn_mcore.data.failures import SampleFailure
 
 # (is_visual, rows) of each run of a sample, in reading order. The same alias as in
 # dattn_mcore.layers.layout; spelled again so that the data path imports no model code.
@@ -22,11 +26,16 @@ class MicroBatch:
         labels: int64 [T], already shifted inside each sample: the id that row i must predict,
             -100 where there is no loss (always so on the last row of a sample).
         num_tiles: Tiles of the pack, known on every rank. A tile has
-            (image_size // patch_size) ** 2 rows, row-major.
-        tiles: uint8 [num_tiles, 3, image_size, image_size] RGB, not normalised. None on ranks
-            that need no pixels, and where num_tiles is 0.
+            (image_size // patch_size) ** 2 rows.
+        tiles: uint8 [num_tiles, 3, image_size, image_size] RGB, not normalised; of each image the
+            base view first, then the tiles of its canvas, row by row. None on ranks that need no
+            pixels, and where num_tiles is 0.
         sample_ids: Annotation id of each sample.
         num_samples: Number of samples; 0 for the empty packs that fill up a global batch.
+        image_grids: (columns, rows) of each image's canvas in tiles, known on every rank; (0, 0)
+            for an image of one tile. An image's visual rows are those of its base view, then
+            those of its canvas, both row-major. Empty: every tile is an image of its own.
+        samples: Number of each sample in the index, where there is one.
     """
 
     layouts: tuple[Layout, ...]
@@ -36,6 +45,8 @@ class MicroBatch:
     tiles: Tensor | None
     sample_ids: tuple[str, ...]
     num_samples: int
+    image_grids: tuple[tuple[int, int], ...] = ()
+    samples: tuple[int, ...] = ()
 
 
 @dataclass
@@ -46,17 +57,23 @@ class GlobalBatch:
         step: 0-based optimizer step.
         microbatches: This rank's packs. The same count on every rank, a multiple of the
             pipeline's `microbatch_multiple`.
-        sample_ids: All samples of the step in order, skipped ones included; same on every rank.
-        skipped: Ids that fit no micro-batch and were left out; same on every rank.
+        samples: Numbers in the index of all samples of the step, in order, skipped ones included;
+            same on every rank.
+        sample_ids: Annotation ids of these.
+        skipped: Samples that fit no micro-batch and were left out; same on every rank.
         truncated: Ids whose text was cut at the end to fit; same on every rank.
+        failures: Samples of this rank's packs that could not be read or decoded here. They keep
+            their shapes; every rank that holds one must `mask` it.
         text_tokens: Text rows of all samples that take part; same on every rank.
         visual_tokens: Visual rows of those samples.
     """
 
     step: int
     microbatches: list[MicroBatch]
+    samples: tuple[int, ...]
     sample_ids: tuple[str, ...]
-    skipped: tuple[str, ...]
+    skipped: tuple[SampleFailure, ...]
     truncated: tuple[str, ...]
+    failures: tuple[SampleFailure, ...]
     text_tokens: int
     visual_tokens: int

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dattn_mcore.data.decode_pillow import PillowDecoder
 from dattn_mcore.data.image_files import ImageFile
+from dattn_mcore.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 _MODES = {
@@ -75,19 +76,18 @@ class DaliDecoder:
         self._pipeline: Any = None
         self._pillow = PillowDecoder(threads)
 
-    def decode(self, images: Sequence[ImageFile]) -> list[Tensor]:
-        """Returns uint8 [3, height, width] RGB for each image, or raises DataError."""
-        decoded: list[Tensor | None] = [None] * len(images)
+    def decode(self, images: Sequence[ImageFile]) -> list[Tensor | DataError]:
+        """Returns for each image uint8 [3, height, width] RGB, or why it cannot be decoded."""
+        decoded: list[Tensor | DataError | None] = [None] * len(images)
         here = [index for index, image in enumerate(images) if suits_dali(image)]
         for batch in _batches(here, images):
             for index, tensor in zip(batch, self._decode_batch(images, batch), strict=True):
                 decoded[index] = tensor
         rest = [index for index, tensor in enumerate(decoded) if tensor is None]
-        for index, tensor in zip(
-            rest, self._pillow.decode([images[index] for index in rest]), strict=True
-        ):
-            decoded[index] = tensor
-        return [tensor for tensor in decoded if tensor is not None]
+        by_pillow = self._pillow.decode([images[index] for index in rest])
+        for index, result in zip(rest, by_pillow, strict=True):
+            decoded[index] = result
+        return [result for result in decoded if result is not None]
 
     def close(self) -> None:
         """Gives the pipeline and its memory back."""

@@ -48,6 +48,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _decode(image: ImageFile) -> Tensor | DataError:
+    try:
+        return decode_with_pillow(image)
+    except DataError as error:
+        return error
+
+
 class PillowDecoder:
     """Decodes lists of images in a few threads (Pillow releases the interpreter lock)."""
 
@@ -56,9 +63,9 @@ class PillowDecoder:
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="decode")
 
-    def decode(self, images: Sequence[ImageFile]) -> list[Tensor]:
-        """Returns uint8 [3, height, width] RGB for each image, or raises DataError."""
-        return list(self._pool.map(decode_with_pillow, images))
+    def decode(self, images: Sequence[ImageFile]) -> list[Tensor | DataError]:
+        """Returns for each image uint8 [3, height, width] RGB, or why it cannot be decoded."""
+        return list(self._pool.map(_decode, images))
 
     def close(self) -> None:
         """Ends the threads."""

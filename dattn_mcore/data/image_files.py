@@ -7,12 +7,16 @@ show (a truncated or damaged scan) is left to the decoder, unless the end marker
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -87,26 +91,86 @@ def read_image_file(folder: Path, relative: str, sample_id: str, max_pixels: int
         DataError: One line that names annotation id and path.
     """
     who = f"annotation {sample_id!r}: image '{relative}'"
-    data = _read(folder, relative, who, max_bytes=8 * max_pixels + 2**20)
-    if not data:
+    return check_image(who, read_bytes(folder, relative, who, max_pixels), max_pixels)
+
+
+def read_bytes(folder: Path, relative: str, who: str, max_pixels: int) -> bytes:
+    """Reads a file below the image folder, whatever is in it.
+
+    Raises:
+        DataError: It is missing, outside, no regular file, unreadable, or too large for an image.
+    """
+    with _opened(folder, relative, who, max_pixels) as file:
+        return file.read()
+
+
+def check_image(who: str, data: bytes, max_pixels: int) -> ImageFile:
+    """Checks the bytes of an image.
+
+    Args:
+        who: How messages name it.
+        data: All bytes of the file.
+        max_pixels: Most pixels (width x height) that will be decoded.
+
+    Raises:
+        DataError: One line that starts with `who`.
+    """
+    with _header(who, io.BytesIO(data), max_pixels) as header:
+        image_format = header.format or ""
+        return ImageFile(
+            who=who,
+            data=data,
+            format=image_format,
+            mode=header.mode,
+            deep=image_format == "PNG" and data[24] > 8,
+            transparent="A" in header.getbands() or "transparency" in header.info,
+            animated=image_format in ("PNG", "WEBP") and getattr(header, "is_animated", False),
+            width=header.width,
+            height=header.height,
+            ends_whole=_ends_whole(data, image_format),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """What an image's first bytes say: Pillow's name of its format, width and height."""
+
+    format: str
+    width: int
+    height: int
+
+
+def probe_image(who: str, data: bytes, max_pixels: int) -> ImageHeader:
+    """Checks bytes as `check_image` does, and returns the header's part only."""
+    with _header(who, io.BytesIO(data), max_pixels) as header:
+        return ImageHeader(header.format or "", header.width, header.height)
+
+
+def probe_image_file(folder: Path, relative: str, max_pixels: int) -> ImageHeader:
+    """Checks a file as `read_image_file` does, but reads its header only.
+
+    Raises:
+        DataError: One line that starts with the image's path.
+    """
+    who = f"image '{relative}'"
+    with (
+        _opened(folder, relative, who, max_pixels) as file,
+        _header(who, file, max_pixels) as header,
+    ):
+        return ImageHeader(header.format or "", header.width, header.height)
+
+
+@contextlib.contextmanager
+def _header(who: str, file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
+    """An image whose header is read, and no pixels; checked."""
+    start = file.read(16)
+    if not start:
         raise DataError(f"{who} is an empty file")
-    if not _known_signature(data):
-        raise DataError(f"{who} is not an image (unknown signature {data[:4].hex(' ')})")
+    if not _known_signature(start):
+        raise DataError(f"{who} is not an image (unknown signature {start[:4].hex(' ')})")
+    file.seek(0)
     try:
-        with Image.open(io.BytesIO(data)) as header:
-            image_format = header.format or ""
-            image = ImageFile(
-                who=who,
-                data=data,
-                format=image_format,
-                mode=header.mode,
-                deep=image_format == "PNG" and data[24] > 8,
-                transparent="A" in header.getbands() or "transparency" in header.info,
-                animated=image_format in ("PNG", "WEBP") and getattr(header, "is_animated", False),
-                width=header.width,
-                height=header.height,
-                ends_whole=_ends_whole(data, image_format),
-            )
+        opened = Image.open(file)
     except Image.DecompressionBombError as error:
         raise DataError(f"{who} is too large ({error})") from None
     except Exception as error:  # noqa: BLE001  (OSError, SyntaxError, struct.error, ...)
@@ -114,21 +178,28 @@ def read_image_file(folder: Path, relative: str, sample_id: str, max_pixels: int
             f"{who} has a signature but no readable header; it is truncated or damaged "
             f"({type(error).__name__})"
         ) from None
-    if image.width * image.height > max_pixels:
-        raise DataError(
-            f"{who} is too large: {image.width} x {image.height} pixels, data.max_image_pixels is "
-            f"{max_pixels}"
-        )
-    return image
+    with opened:
+        if opened.width * opened.height > max_pixels:
+            raise DataError(
+                f"{who} is too large: {opened.width} x {opened.height} pixels, "
+                f"data.max_image_pixels is {max_pixels}"
+            )
+        if not opened.width or not opened.height:
+            raise DataError(f"{who} has no pixels ({opened.width} x {opened.height})")
+        yield opened
 
 
-def _read(folder: Path, relative: str, who: str, max_bytes: int) -> bytes:
-    """Reads a regular file below `folder`; never blocks on a FIFO."""
+@contextlib.contextmanager
+def _opened(folder: Path, relative: str, who: str, max_pixels: int) -> Iterator[BinaryIO]:
+    """A regular file below `folder`, of a size that an image can have; never blocks on a FIFO."""
+    max_bytes = 8 * max_pixels + 2**20
     path = folder / relative
     try:
         resolved = path.resolve(strict=True)
     except FileNotFoundError:
-        raise DataError(f"{who} does not exist below '{folder}' (data.image_folder)") from None
+        raise DataError(
+            f"{who} does not exist below '{folder}' (data.image_folder){_sibling(path)}"
+        ) from None
     except (OSError, RuntimeError) as error:
         raise DataError(f"{who} cannot be resolved ({error})") from None
     if not resolved.is_relative_to(folder):
@@ -152,11 +223,20 @@ def _read(folder: Path, relative: str, who: str, max_bytes: int) -> bytes:
                 "data.max_image_pixels"
             )
         with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read()
+            yield file
     except OSError as error:
         raise DataError(f"{who} cannot be read ({error.strerror})") from None
     finally:
         os.close(handle)
+
+
+def _sibling(path: Path) -> str:
+    """A hint where the image is there under another extension (OCR-VQA is shipped so)."""
+    with contextlib.suppress(OSError, ValueError):
+        found = sorted(other.name for other in path.parent.glob(f"{glob.escape(path.stem)}.*"))
+        if found:
+            return f"; '{found[0]}' is there, with another extension"
+    return ""
 
 
 def _known_signature(data: bytes) -> bool:

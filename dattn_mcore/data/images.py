@@ -1,4 +1,4 @@
-"""Image files to square uint8 tiles, the same for every decoder.
+"""Image files to square uint8 tiles (one, or a base view and a canvas), whatever the decoder.
 
 Decoding is DALI's or Pillow's; resizing is torch's antialiased bicubic on uint8 for both, which
 follows Pillow's within two grey levels (DALI's own cubic resize is much further off). It works
@@ -11,9 +11,9 @@ decode.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,12 +22,13 @@ from torch.nn import functional
 
 from dattn_mcore.data.decode_dali import DaliDecoder
 from dattn_mcore.data.decode_pillow import PillowDecoder
-from dattn_mcore.data.image_files import ImageFile, check_folder, read_image_file
-from dattn_mcore.errors import ConfigError
+from dattn_mcore.data.image_files import ImageFile, check_image
+from dattn_mcore.data.tiles import ANYRES_POLICIES, POLICIES, Grid, plan_tiles
+from dattn_mcore.errors import ConfigError, DataError
 
 _LOG = logging.getLogger(__name__)
-POLICIES = ("stretch", "pad", "crop")
 BACKENDS = ("auto", "dali", "pillow")
+_GROUP = 32  # images that are decoded at once, while the ones before are resized
 _said: set[str] = set()  # what `auto` chose is logged once a process
 
 
@@ -36,8 +37,8 @@ class Decoder(Protocol):
 
     name: str
 
-    def decode(self, images: Sequence[ImageFile]) -> list[Tensor]:
-        """Returns uint8 [3, height, width] RGB for each image, or raises DataError."""
+    def decode(self, images: Sequence[ImageFile]) -> list[Tensor | DataError]:
+        """Returns for each image uint8 [3, height, width] RGB, or why it cannot be decoded."""
 
     def close(self) -> None:
         """Gives threads and memory back."""
@@ -78,15 +79,47 @@ def make_decoder(
     return decoder
 
 
+@dataclass(frozen=True)
+class ImageRequest:
+    """An image to load.
+
+    Attributes:
+        who: How messages name it.
+        read: Reads its file; the result is checked.
+        num_tiles: Tiles that were planned for it.
+        grid: (columns, rows) of its planned canvas; (0, 0) for one square.
+    """
+
+    who: str
+    read: Callable[[], bytes]
+    num_tiles: int = 1
+    grid: Grid = (0, 0)
+
+
+@dataclass(frozen=True)
+class ImageFailure:
+    """An image that could not be loaded.
+
+    Attributes:
+        index: Its place among the requests.
+        stage: `read` (file, header, size) or `decode`.
+        reason: One line.
+    """
+
+    index: int
+    stage: str
+    reason: str
+
+
 class ImageLoader:
-    """Loads images of one folder as tiles."""
+    """Loads images as tiles; one that is bad becomes grey tiles and a failure."""
 
     def __init__(
         self,
-        folder: str | Path,
         *,
         size: int,
         policy: str = "stretch",
+        grids: Sequence[Grid] = (),
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         backend: str = "auto",
         threads: int = 2,
@@ -94,70 +127,141 @@ class ImageLoader:
         device: str = "cpu",
         device_id: int | None = None,
     ) -> None:
-        """Opens the folder and chooses the decoder.
+        """Chooses the decoder.
 
         Args:
-            folder: Image folder; nothing outside it is ever read.
             size: Side of a tile in pixels.
-            policy: `stretch`, `pad` or `crop` (see `to_tile`).
-            mean: Per-channel mean in 0..1; its colour fills the borders of `pad`.
+            policy: How an image becomes tiles (see `to_tiles`).
+            grids: (columns, rows) of the canvases that AnyRes policies may choose.
+            mean: Per-channel mean in 0..1; its colour fills the borders of `pad`, and the tiles
+                of an image that cannot be loaded.
             backend: `auto`, `dali` or `pillow`.
-            threads: Threads that read and decode.
+            threads: Threads that read, decode and resize.
             max_pixels: Larger images are refused.
             device: Where DALI decodes: `cpu` or `gpu`.
             device_id: Index of the GPU.
 
         Raises:
-            DataError: The folder does not exist.
             ConfigError: Unknown policy or backend.
         """
         if policy not in POLICIES:
             raise ConfigError(
                 f"data.image_policy: '{policy}' is unknown; use {', '.join(POLICIES)}"
             )
-        self._folder = check_folder(folder)
         self._size = size
-        self._policy = policy
+        self._policy, self._grids = policy, tuple(grids)
         self._fill = tuple(int(channel * 255) for channel in mean)
         self._max_pixels = max_pixels
         self._decoder = make_decoder(backend, threads, device, device_id)
-        self._readers = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="read")
+        self._threads = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="images")
 
     @property
     def backend(self) -> str:
         """Name of the decoder in use."""
         return self._decoder.name
 
-    def load(self, items: Sequence[tuple[str, str]]) -> Tensor:
-        """Loads images.
-
-        Args:
-            items: (annotation id, path relative to the folder) of each image.
+    def load(self, requests: Sequence[ImageRequest]) -> tuple[Tensor, list[ImageFailure]]:
+        """Loads images: reading, decoding and resizing overlap.
 
         Returns:
-            uint8 [len(items), 3, size, size] RGB, contiguous; on the GPU if any was decoded there.
-
-        Raises:
-            DataError: The first bad image, by annotation id and path.
+            uint8 [planned tiles of all images, 3, size, size] RGB, contiguous; on the GPU if any
+            was decoded there. And what failed: those tiles have the mean's colour.
         """
-        if not items:
-            return torch.empty(0, 3, self._size, self._size, dtype=torch.uint8)
-        files = list(self._readers.map(self._read, items))
-        decoded = self._decoder.decode(files)
-        tiles = [to_tile(image, self._size, self._policy, self._fill) for image in decoded]
+        if not requests:
+            return torch.empty(0, 3, self._size, self._size, dtype=torch.uint8), []
+        failures: list[ImageFailure] = []
+        resized: list[Future[Tensor] | None] = [None] * len(requests)
+        reading = self._read_group(requests, 0)
+        for start in range(0, len(requests), _GROUP):
+            files = [future.result() for future in reading]
+            reading = self._read_group(requests, start + _GROUP)
+            good = []
+            for offset, file in enumerate(files):
+                if isinstance(file, DataError):
+                    failures.append(ImageFailure(start + offset, "read", str(file)))
+                else:
+                    good.append((start + offset, file))
+            # At most two groups of whole images are in memory: this one and the one before.
+            wait([future for future in resized[max(start - _GROUP, 0) : start] if future])
+            decoded = self._decoder.decode([file for _, file in good])
+            for (index, _), image in zip(good, decoded, strict=True):
+                if isinstance(image, DataError):
+                    failures.append(ImageFailure(index, "decode", str(image)))
+                else:
+                    resized[index] = self._threads.submit(self._to_tiles, image)
+            del decoded
+        tiles = [
+            future.result() if future is not None else self._grey(request.num_tiles)
+            for future, request in zip(resized, requests, strict=True)
+        ]
         elsewhere = [tile.device for tile in tiles if tile.device.type != "cpu"]
         if elsewhere:  # what Pillow decoded joins what DALI decoded on the GPU
             tiles = [tile.to(elsewhere[0]) for tile in tiles]
-        return torch.stack(tiles)
+        return torch.cat(tiles), sorted(failures, key=lambda failure: failure.index)
 
     def close(self) -> None:
         """Ends threads and gives the decoder's memory back."""
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
 
-    def _read(self, item: tuple[str, str]) -> ImageFile:
-        sample_id, path = item
-        return read_image_file(self._folder, path, sample_id, self._max_pixels)
+    def _read_group(
+        self, requests: Sequence[ImageRequest], start: int
+    ) -> list[Future[ImageFile | DataError]]:
+        group = requests[start : start + _GROUP]
+        return [self._threads.submit(self._read, request) for request in group]
+
+    def _read(self, request: ImageRequest) -> ImageFile | DataError:
+        """Reads and checks one image; its plan must be the one that its sample was packed with."""
+        try:
+            file = check_image(request.who, request.read(), self._max_pixels)
+        except DataError as error:
+            return error
+        plan = plan_tiles(
+            *(file.width, file.height),
+            policy=self._policy,
+            tile_size=self._size,
+            grids=self._grids,
+        )
+        if plan.grid != request.grid:
+            return DataError(
+                f"{request.who} is {file.width} x {file.height} pixels, a canvas of "
+                f"{list(plan.grid)} tiles, but {list(request.grid)} were planned; it changed since "
+                "the index was made"
+            )
+        return file
+
+    def _to_tiles(self, image: Tensor) -> Tensor:
+        return to_tiles(image, self._size, self._policy, self._fill, self._grids)
+
+    def _grey(self, num_tiles: int) -> Tensor:
+        fill = torch.tensor(self._fill, dtype=torch.uint8)[:, None, None]
+        return fill.expand(num_tiles, 3, self._size, self._size).contiguous()
+
+
+def to_tiles(
+    image: Tensor, size: int, policy: str, fill: Sequence[int], grids: Sequence[Grid] = ()
+) -> Tensor:
+    """Makes an image the tiles of its plan (`plan_tiles`).
+
+    Args:
+        image: uint8 [3, height, width].
+        size: Side of a tile in pixels.
+        policy: `anyres_stretch`, `anyres_letterbox`, or one of `to_tile`.
+        fill: RGB of the borders of `pad`, 0..255.
+        grids: (columns, rows) of the canvases that AnyRes may choose.
+
+    Returns:
+        uint8 [tiles, 3, size, size], contiguous: base view, then the canvas row by row.
+    """
+    if policy not in ANYRES_POLICIES:
+        return to_tile(image, size, policy, fill)[None]
+    height, width = image.shape[-2:]
+    plan = plan_tiles(width, height, policy=policy, tile_size=size, grids=grids)
+    (x, y), (wide, high) = plan.offset, plan.resized
+    canvas = image.new_zeros(3, plan.rows * size, plan.columns * size)
+    canvas[:, y : y + high, x : x + wide] = _resize(image, high, wide)
+    cut = canvas.view(3, plan.rows, size, plan.columns, size).permute(1, 3, 0, 2, 4)
+    return torch.cat([_resize(image, size, size)[None], cut.flatten(0, 1)]).contiguous()
 
 
 def to_tile(image: Tensor, size: int, policy: str, fill: Sequence[int]) -> Tensor:
@@ -178,11 +282,9 @@ def to_tile(image: Tensor, size: int, policy: str, fill: Sequence[int]) -> Tenso
     """
     height, width = image.shape[-2:]
     if policy == "crop":
-        short, long = min(height, width), max(height, width)
-        new_long = int(size * long / short)
-        new = (new_long, size) if width <= height else (size, new_long)
-        top, left = (new[0] - size) // 2, (new[1] - size) // 2
-        return _resize(image, *new)[:, top : top + size, left : left + size].contiguous()
+        plan = plan_tiles(width, height, policy=policy, tile_size=size, grids=())
+        (wide, high), left, top = plan.resized, -plan.offset[0], -plan.offset[1]
+        return _resize(image, high, wide)[:, top : top + size, left : left + size].contiguous()
     if policy == "pad" and height != width:
         side = max(height, width)
         top, left = (side - height) // 2, (side - width) // 2

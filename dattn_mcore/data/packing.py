@@ -7,10 +7,12 @@ need not talk to agree on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 Lengths = Sequence[tuple[int, int]]  # (text rows, visual rows) of each sample
 Pack = tuple[int, ...]  # sample positions within the global batch, ascending
+Order = Callable[[int, int, tuple[int, int]], float]
+Score = Callable[[int, int, int, int, tuple[int, int]], float]
 
 
 def plan_packs(
@@ -18,9 +20,10 @@ def plan_packs(
 ) -> tuple[Pack, ...]:
     """Distributes samples over as few packs as fit, in a count that is a multiple of `multiple`.
 
-    For each candidate count (from the smallest that the sums allow) two greedy placements are
-    tried: largest sample into the least loaded pack (balanced), then largest sample into the
-    fullest pack that still takes it (tight). Packing is NP-hard; greedy is within a pack or two.
+    For each candidate count (from the smallest that the sums allow) greedy placements are tried:
+    largest sample into the least loaded pack (balanced), then in several orders into the pack that
+    it fits best (tight). Packing is NP-hard; one of them nearly always reaches the smallest count
+    that the sums allow (see benchmarks/data_path.py).
 
     Args:
         lengths: (text rows, visual rows) of each sample. Each fits the budgets alone.
@@ -45,74 +48,84 @@ def plan_packs(
     )
     count = _ceil_div(need, multiple) * multiple
     while True:
-        for tight in (False, True):
-            packs = _place(lengths, budgets, count, tight)
+        for order, score in _GREEDY:
+            packs = _place(lengths, budgets, count, order, score)
             if packs is not None:
                 return packs
         count += multiple
 
 
-def split_over_ranks(
-    packs: Sequence[Pack], lengths: Lengths, dp_size: int
-) -> tuple[tuple[Pack, ...], ...]:
-    """Deals packs to data-parallel ranks: the same number each, rows as even as dealing allows.
-
-    Packs are dealt by falling size in snake order (0 1 2 2 1 0 ...).
-
-    Args:
-        packs: The plan; its length is a multiple of dp_size.
-        lengths: What the plan was made from.
-        dp_size: Number of data-parallel ranks.
-
-    Returns:
-        For each rank its packs.
-    """
-    if len(packs) % dp_size:
-        raise ValueError(f"{len(packs)} packs cannot be dealt evenly to {dp_size} ranks")
-    ranked = sorted(packs, key=lambda pack: (-sum(sum(lengths[i]) for i in pack), pack))
-    shares: list[list[Pack]] = [[] for _ in range(dp_size)]
-    for turn in range(0, len(ranked), dp_size):
-        deal = ranked[turn : turn + dp_size]
-        if (turn // dp_size) % 2:
-            deal = deal[::-1]
-        for share, pack in zip(shares, deal, strict=True):
-            share.append(pack)
-    return tuple(tuple(share) for share in shares)
-
-
 def _place(
-    lengths: Lengths, budgets: tuple[int, int], count: int, tight: bool
+    lengths: Lengths, budgets: tuple[int, int], count: int, order: Order, score: Score
 ) -> tuple[Pack, ...] | None:
     """Places every sample into one of `count` packs, or returns None where greedy cannot.
 
-    tight=False: falling number of rows, into the pack with the fewest rows that fits.
-    tight=True: falling share of the budgets, into the fullest pack that fits.
+    Args:
+        lengths: Rows of each sample.
+        budgets: Most text and visual rows of a pack.
+        count: Packs.
+        order: Samples with the largest of it come first.
+        score: Of the packs that still take a sample, the one with the lowest gets it.
     """
     text_budget, visual_budget = budgets
-
-    def share(text: int, visual: int) -> float:
-        return max(text / text_budget, visual / visual_budget)
-
-    def size(index: int) -> tuple[float, int]:
-        text, visual = lengths[index]
-        return (-share(text, visual) if tight else -(text + visual), index)
-
     members: list[list[int]] = [[] for _ in range(count)]
     loads = [(0, 0)] * count
-    for index in sorted(range(len(lengths)), key=size):
+    keys = [order(text, visual, budgets) for text, visual in lengths]
+    for index in sorted(range(len(lengths)), key=lambda i: (-keys[i], i)):
         text, visual = lengths[index]
         best, best_score = -1, float("inf")
         for pack, (pack_text, pack_visual) in enumerate(loads):
             if pack_text + text > text_budget or pack_visual + visual > visual_budget:
                 continue
-            score = -share(pack_text, pack_visual) if tight else pack_text + pack_visual
-            if score < best_score:
-                best, best_score = pack, score
+            found = score(text, visual, pack_text, pack_visual, budgets)
+            if found < best_score:
+                best, best_score = pack, found
         if best < 0:
             return None
         members[best].append(index)
         loads[best] = (loads[best][0] + text, loads[best][1] + visual)
     return tuple(tuple(sorted(pack)) for pack in members)
+
+
+def _rows(text: int, visual: int, _: tuple[int, int]) -> float:
+    return text + visual
+
+
+def _largest_share(text: int, visual: int, budgets: tuple[int, int]) -> float:
+    return max(text / budgets[0], visual / budgets[1])
+
+
+def _both_shares(text: int, visual: int, budgets: tuple[int, int]) -> float:
+    return text / budgets[0] + visual / budgets[1]
+
+
+def _emptiest(text: int, visual: int, in_text: int, in_visual: int, _: tuple[int, int]) -> float:
+    return in_text + in_visual
+
+
+def _fullest(
+    text: int, visual: int, in_text: int, in_visual: int, budgets: tuple[int, int]
+) -> float:
+    return -_largest_share(in_text, in_visual, budgets)
+
+
+def _best_match(
+    text: int, visual: int, in_text: int, in_visual: int, budgets: tuple[int, int]
+) -> float:
+    """Low where what the pack has left has the proportions of what the sample needs."""
+    left_text, left_visual = 1 - in_text / budgets[0], 1 - in_visual / budgets[1]
+    match = text / budgets[0] * left_text + visual / budgets[1] * left_visual
+    return -match / max((left_text**2 + left_visual**2) ** 0.5, 1e-9)
+
+
+# Balanced first: where it fits, the packs of a step are alike, which a pipeline likes best.
+_GREEDY: tuple[tuple[Order, Score], ...] = (
+    (_rows, _emptiest),
+    (_largest_share, _fullest),
+    (_both_shares, _best_match),
+    (_largest_share, _best_match),
+    (_both_shares, _fullest),
+)
 
 
 def _ceil_div(value: int, divisor: int) -> int:

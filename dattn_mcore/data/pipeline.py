@@ -1,56 +1,50 @@
 """The data path as the training loop sees it: step in, packed micro-batches out, ahead of time.
 
-Everything but the pixels is computed by every rank alike from the annotations and the step, so
-ranks never talk about data. Only ranks with `needs_pixels` open image files, and only those of
-their own packs.
+Everything but text and pixels is planned by every rank alike from the index and the step, so ranks
+never talk about data. A rank reads the text of its own packs only, and only ranks with
+`needs_pixels` open their images. A sample that cannot be read or decoded keeps its place and its
+shapes: its labels and tiles are blank, and it is among the batch's failures, which the training
+loop exchanges, so that every rank that holds the sample masks it (see `mask`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.annotations import Sample, read_annotations
+from dattn_mcore.data.balance import row_work, split_over_ranks
 from dattn_mcore.data.batch import GlobalBatch, Layout, MicroBatch
+from dattn_mcore.data.failures import SampleFailure, check_share
 from dattn_mcore.data.images import ImageLoader
-from dattn_mcore.data.order import SampleOrder
-from dattn_mcore.data.packing import Pack, plan_packs, split_over_ranks
-from dattn_mcore.data.templates import (
-    NO_LOSS,
-    EncodedSample,
-    check_template,
-    encode_conversation,
-    encode_sample,
-    truncate,
-)
+from dattn_mcore.data.index.store import Index, open_index
+from dattn_mcore.data.order import SampleOrder, Share
+from dattn_mcore.data.packing import Pack, plan_packs
+from dattn_mcore.data.prefetch import Prefetcher
+from dattn_mcore.data.samples import PlannedSample, SampleReader
+from dattn_mcore.data.templates import NO_LOSS, EncodedSample, encode_conversation
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import ConfigError, DataError
 
-__all__ = ["DataPipeline", "GlobalBatch", "Layout", "MicroBatch"]
+__all__ = ["DataPipeline", "GlobalBatch", "Layout", "MicroBatch", "mask"]
 
 _LOG = logging.getLogger(__name__)
-OVER_BUDGET = ("skip", "truncate", "error")
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A sample that takes part in a step."""
-
-    sample: Sample
-    encoded: EncodedSample
 
 
 class DataPipeline:
     """Global batches of one data-parallel rank, deterministic in the step.
 
     A thread prepares `data.prefetch` steps ahead, in order; it starts again when the step jumps.
+
+    Attributes:
+        index: Of the data set.
+        num_samples: Samples of an epoch.
+        fingerprint: SHA-256 of what the order and content of samples depend on.
     """
 
     def __init__(
@@ -65,10 +59,10 @@ class DataPipeline:
         image_device: str = "cpu",
         image_device_id: int | None = None,
     ) -> None:
-        """Reads and checks the annotations; opens no image yet.
+        """Opens the index (makes it where it is absent or stale); opens no image yet.
 
         Args:
-            config: The run; `data`, `model.vision`, `model.llm.vocab_size`, `train` are read.
+            config: The run, checked.
             tokenizer: From `load_tokenizer(config.data.tokenizer)`.
             dp_rank: This rank's place in its data-parallel group.
             dp_size: Size of that group.
@@ -79,45 +73,36 @@ class DataPipeline:
             image_device_id: Index of that GPU.
 
         Raises:
-            DataError: Annotations or image folder missing or malformed.
+            DataError: A source is missing or malformed, or too many of its samples are unusable.
             ConfigError: A setting of `data` that cannot run.
         """
-        data = config.data
+        data, vision = config.data, config.model.vision
         self._config = config
-        self._tokenizer = tokenizer
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._multiple = dp_size * microbatch_multiple
-        check_template(data.template)
-        if data.over_budget not in OVER_BUDGET:
-            raise ConfigError(
-                f"data.over_budget: '{data.over_budget}' is unknown; use {', '.join(OVER_BUDGET)}"
-            )
-        if data.text_budget < 1 or data.visual_budget < 1:
-            raise ConfigError(
-                f"data.text_budget ({data.text_budget}) and data.visual_budget "
-                f"({data.visual_budget}) must be at least 1 row"
-            )
+        self._rows_per_tile = vision.rows_per_tile
+        encode_conversation(tokenizer, data.template, ("", ""))  # does it lack a special token?
         if tokenizer.vocab_size > config.model.llm.vocab_size:
             raise ConfigError(
                 f"model.llm.vocab_size ({config.model.llm.vocab_size}) is smaller than the "
                 f"tokenizer's {tokenizer.vocab_size} ids (data.tokenizer '{data.tokenizer}'); "
                 "raise it"
             )
-        vision = config.model.vision
-        self._rows_per_image = vision.rows_per_tile
-        annotations = read_annotations(data.annotations)
-        self._samples = annotations.samples
-        self.num_samples = len(self._samples)
-        _check_samples(self._samples, data.annotations, data.template, tokenizer)
-        self._order = SampleOrder(self.num_samples, config.train.seed)
-        parts = (annotations.fingerprint, tokenizer.fingerprint, data.template)
-        self.fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        self.index = open_index(config, tokenizer)
+        check_share(self.index, data.max_bad_share)
+        self.order = SampleOrder(shares_of(self.index), config.train.seed)
+        self.num_samples = self.order.epoch_size
+        self.fingerprint = self.index.fingerprint
+        self._reader = SampleReader(
+            self.index, tokenizer, self._rows_per_tile, data.max_image_pixels
+        )
         self._images: ImageLoader | None = None
-        if needs_pixels and any(sample.images for sample in self._samples):
+        if needs_pixels and self.index.content["num_images"]:
+            self._reader.check_folders()
             self._images = ImageLoader(
-                data.image_folder,
                 size=vision.image_size,
                 policy=data.image_policy,
+                grids=data.anyres_grids,
                 mean=data.image_mean,
                 backend=data.image_backend,
                 threads=data.decode_threads,
@@ -125,14 +110,13 @@ class DataPipeline:
                 device=image_device,
                 device_id=image_device_id,
             )
-        self._prefetcher = _Prefetcher(self._build, data.prefetch)
+        self._prefetcher = Prefetcher(self._build, data.prefetch)
 
     def global_batch(self, step: int) -> GlobalBatch:
         """Returns this rank's part of optimizer step `step` (0-based).
 
         Raises:
-            DataError: A bad image among this rank's packs, or a sample over budget with
-                `data.over_budget=error`.
+            DataError: A sample over budget with `data.over_budget=error`.
         """
         return self._prefetcher.get(step)
 
@@ -148,172 +132,156 @@ class DataPipeline:
         self._prefetcher.close()
         if self._images is not None:
             self._images.close()
+        self._reader.close()
+
+    def plan(self, step: int) -> tuple[list[int], list[PlannedSample], list[SampleFailure]]:
+        """Plans a step from the index alone.
+
+        Returns:
+            Numbers of its samples in order; those that take part; those that fit no micro-batch.
+
+        Raises:
+            DataError: One of the latter, with `data.over_budget=error`.
+        """
+        numbers = self.order.numbers(step, self._config.train.global_batch_size)
+        rows = self.index.samples[np.array(numbers)]
+        planned, skipped = [], []
+        for number, row in zip(numbers, rows, strict=True):
+            found = self._fit(number, row)
+            if isinstance(found, PlannedSample):
+                planned.append(found)
+            else:
+                skipped.append(found)
+        return numbers, planned, skipped
 
     def _build(self, step: int) -> GlobalBatch:
         """Makes one global batch, start to end."""
-        size = self._config.train.global_batch_size
-        chosen = [self._samples[index] for index in self._order.indexes(step, size)]
-        entries, skipped, truncated = self._fit(chosen)
+        self._reader.make_room()
+        numbers, planned, skipped = self.plan(step)
         data = self._config.data
-        lengths = [(len(entry.encoded.text_ids), entry.encoded.visual_rows) for entry in entries]
-        packs = plan_packs(lengths, data.text_budget, data.visual_budget, self._multiple)
-        mine = split_over_ranks(packs, lengths, self._dp_size)[self._dp_rank]
+        budgets = (data.text_budget, data.visual_budget)
+        lengths = [(item.text_rows, item.num_tiles * self._rows_per_tile) for item in planned]
+        packs = plan_packs(lengths, *budgets, self._multiple)
+        work = row_work(self._config)
+        mine = split_over_ranks(packs, lengths, self._dp_size, budgets, work)[self._dp_rank]
+        failures: list[SampleFailure] = []
+        tiles = self._tiles([planned[index] for pack in mine for index in pack], failures)
         return GlobalBatch(
             step=step,
-            microbatches=[self._micro_batch(entries, pack) for pack in mine],
-            sample_ids=tuple(sample.id for sample in chosen),
+            microbatches=[self._micro_batch(planned, pack, tiles, failures) for pack in mine],
+            samples=tuple(numbers),
+            sample_ids=tuple(self.index.ids(numbers)),
             skipped=tuple(skipped),
-            truncated=tuple(truncated),
+            truncated=tuple(
+                item.indexed.id for item in planned if item.text_rows < item.indexed.text_rows
+            ),
+            failures=tuple(failures),
             text_tokens=sum(text for text, _ in lengths),
             visual_tokens=sum(visual for _, visual in lengths),
         )
 
-    def _fit(self, chosen: list[Sample]) -> tuple[list[_Entry], list[str], list[str]]:
-        """Encodes samples and applies `data.over_budget` to those that fit no pack.
+    def _fit(self, number: int, row: np.void) -> PlannedSample | SampleFailure:
+        """Applies `data.over_budget` to a sample that fits no pack.
 
         `truncate` cuts the text at the end. A sample that still fits no pack (its images alone
         are too many) or has nothing left to predict is skipped even then.
         """
         data = self._config.data
-        entries: list[_Entry] = []
-        skipped: list[str] = []
-        truncated: list[str] = []
-        for sample in chosen:
-            runs = encode_conversation(self._tokenizer, data.template, sample.turns)
-            encoded = encode_sample(runs, self._rows_per_image)
-            if self._fits(encoded):
-                entries.append(_Entry(sample, encoded))
-                continue
-            if data.over_budget == "error":
-                raise DataError(
-                    f"annotation {sample.id!r} has {len(encoded.text_ids)} text and "
-                    f"{encoded.visual_rows} visual rows; data.text_budget is {data.text_budget}, "
-                    f"data.visual_budget is {data.visual_budget}; raise them or set "
-                    "data.over_budget=skip"
-                )
-            if data.over_budget == "truncate":
-                cut = truncate(encoded, data.text_budget)
-                if self._fits(cut) and any(label != NO_LOSS for label in cut.labels):
-                    entries.append(_Entry(sample, cut))
-                    truncated.append(sample.id)
-                    continue
-            skipped.append(sample.id)
-        return entries, skipped, truncated
-
-    def _fits(self, encoded: EncodedSample) -> bool:
-        data = self._config.data
-        return (
-            len(encoded.text_ids) <= data.text_budget and encoded.visual_rows <= data.visual_budget
+        text, visual = int(row["text_rows"]), int(row["num_tiles"]) * self._rows_per_tile
+        if text <= data.text_budget and visual <= data.visual_budget:
+            return self._reader.plan(number)
+        if data.over_budget == "truncate" and int(row["first_label"]) < data.text_budget - 1:
+            cut = self._reader.plan(number, data.text_budget)
+            if cut.num_tiles * self._rows_per_tile <= data.visual_budget:
+                return cut
+        name = self.index.name(self.index.samples[number])
+        reason = (
+            f"{text} text and {visual} visual rows; data.text_budget is {data.text_budget}, "
+            f"data.visual_budget is {data.visual_budget}"
         )
-
-    def _micro_batch(self, entries: list[_Entry], pack: Pack) -> MicroBatch:
-        """Concatenates the samples of a pack and loads their images if this rank needs them."""
-        members = [entries[index] for index in pack]
-        ids = [index for entry in members for index in entry.encoded.text_ids]
-        labels = [label for entry in members for label in entry.encoded.labels]
-        shown = [
-            (entry.sample.id, path)
-            for entry in members
-            for path in entry.sample.images[: entry.encoded.num_images]
-        ]
-        tiles = self._images.load(shown) if self._images is not None and shown else None
-        return MicroBatch(
-            layouts=tuple(entry.encoded.layout for entry in members),
-            text_ids=torch.tensor(ids, dtype=torch.int64),
-            labels=torch.tensor(labels, dtype=torch.int64),
-            num_tiles=len(shown),
-            tiles=tiles,
-            sample_ids=tuple(entry.sample.id for entry in members),
-            num_samples=len(members),
-        )
-
-
-def _check_samples(samples: list[Sample], path: str, template: str, tokenizer: Tokenizer) -> None:
-    """Fails before the first step where a template cannot hold a sample or a tokenizer."""
-    encode_conversation(tokenizer, template, ("", ""))  # lacks the tokenizer a special token?
-    if template != "plain":
-        return
-    for index, sample in enumerate(samples):
-        if len(sample.turns) != 2:
+        if data.over_budget == "error":
             raise DataError(
-                f"data.annotations: '{path}' record {index} (id {sample.id!r}) has "
-                f"{len(sample.turns)} turns; data.template 'plain' takes one question and one "
-                "answer, use a chat template"
+                f"annotation {name!r} has {reason}; raise them or set data.over_budget=skip"
             )
+        return SampleFailure(number, name, None, "budget", reason)
 
+    def _tiles(
+        self, planned: list[PlannedSample], failures: list[SampleFailure]
+    ) -> Iterator[Tensor]:
+        """Loads the images of a rank's packs together; yields the tiles of each sample in order."""
+        if self._images is None:
+            return iter(())
+        shown = [(item.indexed, image) for item in planned for image in item.images]
+        tiles, bad = self._images.load([self._reader.request(*pair) for pair in shown])
+        for failure in bad:
+            sample, image = shown[failure.index]
+            failures.append(
+                SampleFailure(
+                    *(sample.number, sample.id, image.place.name, failure.stage, failure.reason)
+                )
+            )
+        return iter(tiles.split([item.num_tiles for item in planned]))
 
-class _Prefetcher:
-    """Builds global batches ahead of time in one thread, in order of steps."""
-
-    def __init__(self, build: Callable[[int], GlobalBatch], depth: int) -> None:
-        self._build = build
-        self._depth = depth
-        self._worker: _Worker | None = None
-
-    def get(self, step: int) -> GlobalBatch:
-        """Returns the batch of `step`, or raises what its making raised."""
-        if self._depth < 1:
-            return self._build(step)
-        if self._worker is None or self._worker.next_step != step:
-            self.close()
-            self._worker = _Worker(self._build, step, self._depth)
-        try:
-            return self._worker.take()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Stops the thread; what it prepared is dropped."""
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker = None
-
-
-class _Worker:
-    """One run of the thread, from one step on, until it is stopped or building fails."""
-
-    def __init__(self, build: Callable[[int], GlobalBatch], step: int, depth: int) -> None:
-        self.next_step = step
-        self._build = build
-        self._depth = depth
-        self._ready: deque[GlobalBatch | BaseException] = deque()
-        self._changed = threading.Condition()
-        self._stopped = False
-        self._thread = threading.Thread(
-            target=self._run, args=(step,), name="prefetch", daemon=True
+    def _micro_batch(
+        self,
+        planned: list[PlannedSample],
+        pack: Pack,
+        tiles: Iterator[Tensor],
+        failures: list[SampleFailure],
+    ) -> MicroBatch:
+        """Concatenates the samples of a pack."""
+        members = [planned[index] for index in pack]
+        encoded = [self._encode(item, failures) for item in members]
+        pixels = [next(tiles) for _ in members] if self._images is not None else []
+        num_tiles = sum(item.num_tiles for item in members)
+        return MicroBatch(
+            layouts=tuple(item.layout for item in encoded),
+            text_ids=torch.tensor([i for e in encoded for i in e.text_ids], dtype=torch.int64),
+            labels=torch.tensor([i for e in encoded for i in e.labels], dtype=torch.int64),
+            num_tiles=num_tiles,
+            tiles=torch.cat(pixels) if pixels and num_tiles else None,
+            samples=tuple(item.indexed.number for item in members),
+            sample_ids=tuple(item.indexed.id for item in members),
+            num_samples=len(members),
+            image_grids=tuple(image.grid for item in members for image in item.images),
         )
-        self._thread.start()
 
-    def take(self) -> GlobalBatch:
-        """Waits for the next batch."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready)
-            item = self._ready.popleft()
-            self._changed.notify_all()
-        if isinstance(item, BaseException):
-            raise item
-        self.next_step += 1
-        return item
+    def _encode(self, planned: PlannedSample, failures: list[SampleFailure]) -> EncodedSample:
+        """Reads a sample's text; one that cannot be read any more is blank and a failure."""
+        try:
+            return self._reader.encode(planned)
+        except (DataError, OSError) as error:
+            indexed = planned.indexed
+            failures.append(
+                SampleFailure(
+                    indexed.number, indexed.id, None, "read", f"annotation {indexed.id!r}: {error}"
+                )
+            )
+            return self._reader.blank(planned)
 
-    def stop(self) -> None:
-        """Ends the thread, after the batch it is at."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-        self._thread.join()
 
-    def _run(self, step: int) -> None:
-        while not self._stopped:
-            item: GlobalBatch | BaseException
-            try:
-                item = self._build(step)
-            except BaseException as error:  # noqa: BLE001  (raised again where it is asked for)
-                item = error
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopped or len(self._ready) < self._depth)
-                self._ready.append(item)
-                self._changed.notify_all()
-            if isinstance(item, BaseException):
-                return
-            step += 1
+def shares_of(index: Index) -> list[Share]:
+    """What an epoch takes of each source of an index."""
+    usable = np.asarray(index.usable)
+    return [
+        Share(start + np.flatnonzero(usable[start:end]), source.weight)
+        for (start, end), source in zip(index.source_ranges(), index.settings.sources, strict=True)
+    ]
+
+
+def mask(micro_batch: MicroBatch, failed: Collection[int]) -> MicroBatch:
+    """Takes the loss from samples that failed on any rank; shapes stay.
+
+    Args:
+        micro_batch: One pack.
+        failed: Numbers of failed samples.
+    """
+    if not any(number in failed for number in micro_batch.samples):
+        return micro_batch
+    labels, row = micro_batch.labels.clone(), 0
+    for number, layout in zip(micro_batch.samples, micro_batch.layouts, strict=True):
+        rows = sum(count for is_visual, count in layout if not is_visual)
+        if number in failed:
+            labels[row : row + rows] = NO_LOSS
+        row += rows
+    return replace(micro_batch, labels=labels)

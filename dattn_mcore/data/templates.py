@@ -19,11 +19,12 @@ merges a newline with what follows (Gemma's does not, nor does the digits task's
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dattn_mcore.data.annotations import IMAGE_MARK
 from dattn_mcore.data.batch import Layout
+from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import ConfigError, DataError
 
@@ -55,18 +56,23 @@ class EncodedSample:
         text_ids: Ids of its text rows; images take no part.
         labels: For each text row the id it must predict (the next text row's), or -100.
         layout: Its runs in reading order.
-        num_images: Images that stand in the layout.
+        image_rows: Visual rows of each image that stands in the layout.
     """
 
     text_ids: tuple[int, ...]
     labels: tuple[int, ...]
     layout: Layout
-    num_images: int
+    image_rows: tuple[int, ...]
+
+    @property
+    def num_images(self) -> int:
+        """Images that stand in the layout."""
+        return len(self.image_rows)
 
     @property
     def visual_rows(self) -> int:
         """Number of visual rows."""
-        return sum(rows for is_visual, rows in self.layout if is_visual)
+        return sum(self.image_rows)
 
 
 class _Writer:
@@ -143,30 +149,32 @@ def encode_conversation(
     return out.runs()
 
 
-def encode_sample(runs: Sequence[Run], rows_per_image: int) -> EncodedSample:
+def encode_sample(runs: Sequence[Run], image_rows: int | Sequence[int]) -> EncodedSample:
     """Turns runs into ids, shifted labels and a layout.
 
     Args:
         runs: From `encode_conversation`.
-        rows_per_image: Visual rows of one image.
+        image_rows: Visual rows of each image, in order; one number where all have as many.
     """
+    num_images = sum(isinstance(run, ImageRun) for run in runs)
+    rows_of = (image_rows,) * num_images if isinstance(image_rows, int) else tuple(image_rows)
+    assert len(rows_of) == num_images, (len(rows_of), num_images)
+    left = iter(rows_of)
     ids: list[int] = []
     supervised: list[bool] = []
     layout: list[tuple[bool, int]] = []
-    num_images = 0
     for run in runs:
         if isinstance(run, TextRun):
             ids += run.ids
             supervised += run.supervised
             layout.append((False, len(run.ids)))
         else:
-            num_images += 1
-            layout.append((True, rows_per_image))
+            layout.append((True, next(left)))
     labels = [
         after if counts else NO_LOSS for after, counts in zip(ids[1:], supervised[1:], strict=True)
     ]
     labels.append(NO_LOSS)
-    return EncodedSample(tuple(ids), tuple(labels), merge_runs(layout), num_images)
+    return EncodedSample(tuple(ids), tuple(labels), merge_runs(layout), rows_of)
 
 
 def merge_runs(layout: Sequence[tuple[bool, int]]) -> Layout:
@@ -188,7 +196,6 @@ def truncate(sample: EncodedSample, text_rows: int) -> EncodedSample:
     """
     if len(sample.text_ids) <= text_rows:
         return sample
-    rows_per_image = sample.visual_rows // sample.num_images if sample.num_images else 0
     layout: list[tuple[bool, int]] = []
     left = text_rows
     for is_visual, rows in sample.layout:
@@ -197,11 +204,12 @@ def truncate(sample: EncodedSample, text_rows: int) -> EncodedSample:
         layout.append((is_visual, rows if is_visual else min(rows, left)))
         left -= 0 if is_visual else min(rows, left)
     visual = sum(rows for is_visual, rows in layout if is_visual)
+    ends = itertools.accumulate(sample.image_rows)
     return EncodedSample(
         sample.text_ids[:text_rows],
         sample.labels[: text_rows - 1] + (NO_LOSS,),
         tuple(layout),
-        visual // rows_per_image if rows_per_image else 0,
+        sample.image_rows[: sum(end <= visual for end in ends)],
     )
 
 

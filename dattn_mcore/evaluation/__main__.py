@@ -1,4 +1,4 @@
-"""Command line: `python -m dattn_mcore.evaluation {answer,score-digits} ...`."""
+"""Command line: `python -m dattn_mcore.evaluation {run,check,score,submit,...} ...`."""
 
 from __future__ import annotations
 
@@ -6,42 +6,80 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 
 from dattn_mcore.errors import DattnError
+from dattn_mcore.evaluation import commands
+from dattn_mcore.evaluation.benchmarks import BY_NAME
+
+SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake and end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status (2 for a user's mistake)."""
+    """Runs one command; returns the exit status (1: a benchmark failed, 2: a user's mistake)."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        options.run(options)
+        return options.run(options) or 0
     except DattnError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if os.environ.get("RANK", "0") == "0":  # all ranks have the same mistake; one says so
+            sys.stderr.write(f"error: {error}\n")
+        else:
+            # torchrun ends all ranks when the first one ends: let that be the one that speaks.
+            time.sleep(SPEAKER_SECONDS)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dattn_mcore.evaluation", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    added = parser.add_subparsers(dest="command", required=True)
+    many = f"comma-separated, of {', '.join(BY_NAME)}; all if absent"
 
-    answer = commands.add_parser("answer", help="answer a LLaVA question file")
+    run = added.add_parser("run", help="answer and score benchmarks with a model")
+    run.add_argument("--model", required=True, help="exported Hugging Face folder")
+    run.add_argument("--data", required=True, help="folder that holds all benchmarks' folders")
+    run.add_argument("--benchmarks", help=many)
+    run.add_argument("--out", help="folder of this run (runs/evaluation/MODEL); goes on if there")
+    run.add_argument(
+        "--batch-size", type=_positive, default=16, help="questions at once, each process"
+    )
+    run.add_argument("--max-new-tokens", type=_positive, help="instead of each benchmark's own")
+    run.add_argument("--device", default="auto", help="auto, cpu or gpu")
+    run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    _scoring(run)
+    _judge(run)
+    run.set_defaults(run=commands.run)
+
+    check = added.add_parser("check", help="look at a data tree: what is there, what is missing")
+    check.add_argument("--data", required=True, help="folder that holds all benchmarks' folders")
+    check.add_argument("--benchmarks", help=many)
+    _scoring(check)
+    check.set_defaults(run=commands.check)
+
+    score = added.add_parser("score", help="score answers that exist already")
+    _existing(score)
+    _judge(score)
+    score.add_argument("--reviews", help="review file of a judge, instead of answers")
+    score.add_argument("--json", help="also write the score here")
+    score.set_defaults(run=commands.score)
+
+    submit = added.add_parser("submit", help="write the file that a server takes")
+    _existing(submit)
+    submit.add_argument("--out", required=True, help="folder to write into")
+    submit.add_argument("--name", help="name of the file; the answer file's if absent")
+    submit.set_defaults(run=commands.submit)
+
+    report = added.add_parser("report", help="HTML report of a run, or of two side by side")
+    report.add_argument("runs", nargs="+", help="folder of a run; give two to compare")
+    report.add_argument("--out", help="file to write (report.html of the first run)")
+    report.set_defaults(run=commands.report)
+
+    answer = added.add_parser("answer", help="answer a LLaVA question file")
     answer.add_argument("--model", required=True, help="exported Hugging Face folder")
     answer.add_argument("--questions", required=True, help="question file, JSON lines")
     answer.add_argument("--image-folder", required=True, help="folder that image paths start in")
@@ -51,12 +89,47 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("--device", default="auto", help="auto, cpu or gpu")
     answer.set_defaults(run=_answer)
 
-    score = commands.add_parser("score-digits", help="exact-match accuracy of digits answers")
-    score.add_argument("--questions", required=True, help="question file with expected answers")
-    score.add_argument("--answers", required=True, help="answer file")
-    score.add_argument("--json", help="also write the score here")
-    score.set_defaults(run=_score)
+    digits = added.add_parser("score-digits", help="exact-match accuracy of digits answers")
+    digits.add_argument("--questions", required=True, help="question file with expected answers")
+    digits.add_argument("--answers", required=True, help="answer file")
+    digits.add_argument("--json", help="also write the score here")
+    digits.set_defaults(run=_score_digits)
     return parser
+
+
+def _existing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--benchmark", required=True, choices=tuple(BY_NAME))
+    parser.add_argument("--data", default="data/val", help="folder of all benchmarks' folders")
+    parser.add_argument("--answers", help="answer file in LLaVA's form, ours or LLaVA's")
+    _scoring(parser)
+
+
+def _judge(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("judge of LLaVA-Bench and MM-Vet")
+    group.add_argument("--judge-url", help="base URL of any OpenAI-compatible endpoint")
+    group.add_argument("--judge-model", help="name of its model")
+    group.add_argument("--judge-key-env", default="OPENAI_API_KEY", help="variable with its key")
+    group.add_argument("--judge-attempts", type=_positive, default=5, help="for one judgement")
+    group.add_argument("--judge-wait-seconds", type=float, default=2.0, help="doubles each time")
+    group.add_argument("--judge-parallel", type=_positive, default=8, help="requests at once")
+
+
+def _scoring(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("scoring")
+    group.add_argument(
+        "--as-original",
+        action="store_true",
+        help="also where the original is wrong: failed judgements averaged in, POPE by position",
+    )
+    group.add_argument(
+        "--lenient-letters", action="store_true", help="SEED-Bench, ScienceQA: 'A.' counts as A"
+    )
+    group.add_argument(
+        "--textvqa-no-ocr", action="store_true", help="TextVQA without OCR tokens in the prompt"
+    )
+    group.add_argument(
+        "--seed-images-only", action="store_true", help="SEED-Bench without its video rows"
+    )
 
 
 def _positive(text: str) -> int:
@@ -65,34 +138,17 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-class _Rate(ProgressColumn):
-    """Questions per second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} questions/s")
-
-
 def _answer(options: argparse.Namespace) -> None:
     from dattn_mcore.evaluation.questions import read_questions, write_answers
 
     questions = read_questions(options.questions)  # before the slow imports: mistakes show at once
 
-    from transformers.utils import logging as transformers_logging
-
     from dattn_mcore.evaluation.answer import Answerer, Settings
+    from dattn_mcore.evaluation.progress import bars
 
-    transformers_logging.disable_progress_bar()
     settings = Settings(options.batch_size, options.max_new_tokens, options.device)
     answerer = Answerer(options.model, settings)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with bars(Console(stderr=True)) as bar:
         task = bar.add_task("answer", total=len(questions))
         answers = answerer.answer(
             questions,
@@ -103,7 +159,7 @@ def _answer(options: argparse.Namespace) -> None:
     sys.stdout.write(f"{len(answers)} answers -> {options.answers}\n")
 
 
-def _score(options: argparse.Namespace) -> None:
+def _score_digits(options: argparse.Namespace) -> None:
     from dattn_mcore.evaluation.score import Tally, score_digits, write_score
 
     score = score_digits(options.questions, options.answers)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -36,26 +39,50 @@ def check_images(folder: str | Path, paths: list[tuple[str, str]]) -> Path:
     return root
 
 
-def open_image(root: Path, path: str, who: str) -> Image.Image:
-    """Decodes an image, first frame.
+@dataclass(frozen=True)
+class Picture:
+    """An image that a question shows, not yet decoded.
 
-    Raises:
-        DataError: it is no image, truncated, or too large.
+    Attributes:
+        name: what messages and reports call it: a path below the image folder, or a row's id.
+        source: a file, encoded bytes, or base64 text.
     """
-    try:
-        with Image.open(root / path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(
-                    f"{who}: image {path!r} has {image.width} x {image.height} pixels; at most "
-                    f"{MAX_PIXELS} are decoded"
-                )
-            image.load()
-            return image if image.mode == "RGB" else _to_rgb(image)
-    except DataError:
-        raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{who}: image {path!r} cannot be decoded ({reason})") from None
+
+    name: str
+    source: Path | bytes | str
+
+    def exists(self) -> bool:
+        """Whether its file is there; encoded images always are."""
+        return not isinstance(self.source, Path) or self.source.is_file()
+
+    def open(self, who: str) -> Image.Image:
+        """Decodes the first frame as RGB.
+
+        Raises:
+            DataError: it is missing, no image, truncated, or too large.
+        """
+        try:
+            with Image.open(self._file()) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise DataError(
+                        f"{who}: image {self.name!r} has {image.width} x {image.height} pixels; at "
+                        f"most {MAX_PIXELS} are decoded"
+                    )
+                image.load()
+                return image if image.mode == "RGB" else _to_rgb(image)
+        except DataError:
+            raise
+        except FileNotFoundError:
+            raise DataError(f"{who}: image {self.name!r} is not there") from None
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{who}: image {self.name!r} cannot be decoded ({reason})") from None
+
+    def _file(self) -> Path | io.BytesIO:
+        if isinstance(self.source, Path):
+            return self.source
+        raw = base64.b64decode(self.source) if isinstance(self.source, str) else self.source
+        return io.BytesIO(raw)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,16 +6,20 @@ Answer: {question_id, prompt, text, answer_id, model_id, metadata}.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dattn_mcore.errors import DataError
+from dattn_mcore.evaluation.files import read_json_lines, write_json_lines
 
 IMAGE_MARK = "<image>"
+
+
+def mark_images(text: str, images: int) -> str:
+    """The text with one `<image>` per image; where there is none, they go in front."""
+    return f"{IMAGE_MARK}\n" * images + text if images and IMAGE_MARK not in text else text
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,7 @@ class Question:
     @property
     def marked_text(self) -> str:
         """The text with one `<image>` per image; marks that are not there go in front."""
-        if self.images and IMAGE_MARK not in self.text:
-            return f"{IMAGE_MARK}\n" * len(self.images) + self.text
-        return self.text
+        return mark_images(self.text, len(self.images))
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def read_questions(path: str | Path) -> list[Question]:
     """
     questions: list[Question] = []
     seen: dict[str | int, int] = {}
-    for number, record in _records(Path(path), "--questions"):
+    for number, record in read_json_lines(Path(path), "--questions"):
         where = f"{path}:{number}"
         question_id = _question_id(record, where)
         if question_id in seen:
@@ -107,7 +109,7 @@ def read_answers(path: str | Path) -> dict[str | int, str]:
             a question id.
     """
     answers: dict[str | int, str] = {}
-    for number, record in _records(Path(path), "--answers"):
+    for number, record in read_json_lines(Path(path), "--answers"):
         where = f"{path}:{number}"
         question_id = _question_id(record, where)
         if question_id in answers:
@@ -122,38 +124,7 @@ def write_answers(path: str | Path, answers: Sequence[Answer]) -> None:
     Raises:
         DataError: it cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"--answers {path} cannot be written ({error.strerror})") from None
-
-
-def _records(path: Path, flag: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and objects of a JSON lines file; empty lines are passed over."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{flag} {path} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{flag} {path} is not UTF-8 text; give a JSON lines file") from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(
-                f"{path}:{number}: is not JSON ({error}); write one object a line"
-            ) from None
-        if not isinstance(record, dict):
-            raise DataError(f"{path}:{number}: must be a JSON object, it is {line.strip()[:40]!r}")
-        yield number, record
+    write_json_lines(Path(path), [asdict(answer) for answer in answers], "--answers")
 
 
 def _question_id(record: dict[str, Any], where: str) -> str | int:

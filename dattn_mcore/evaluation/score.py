@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dattn_mcore.errors import DataError
+from dattn_mcore.evaluation.files import write_text
 from dattn_mcore.evaluation.questions import Question, read_answers, read_questions
 
 
@@ -89,11 +89,4 @@ def write_score(path: str | Path, score: Score) -> None:
     Raises:
         DataError: it cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(score.to_json(), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"--json {path} cannot be written ({error.strerror})") from None
+    write_text(Path(path), score.to_json(), "--json")

@@ -1,34 +1,68 @@
 """The Hugging Face model and processor: plain PyTorch and transformers, no Megatron.
 
 `register()` makes the Auto classes know model type `dattn`; exported folders need it not, they
-carry these files as remote code.
+carry these files as remote code. Names are imported when they are used: the configuration alone
+costs a fraction of what the model does.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from .configuration_dattn import AUTO_MAP, DattnConfig
-from .layout_dattn import DattnCache
-from .modeling_dattn import DattnForConditionalGeneration, DattnModel
-from .processing_dattn import DattnProcessor
+if TYPE_CHECKING:
+    from .configuration_dattn import AUTO_MAP, IMAGE_PROCESSOR_AUTO_MAP, DattnConfig
+    from .image_processing_dattn import DattnImageProcessor
+    from .layout_dattn import DattnCache
+    from .modeling_dattn import DattnForConditionalGeneration, DattnModel
+    from .processing_dattn import DattnProcessor
 
+_MODULES = {
+    "AUTO_MAP": "configuration_dattn",
+    "IMAGE_PROCESSOR_AUTO_MAP": "configuration_dattn",
+    "DattnConfig": "configuration_dattn",
+    "DattnCache": "layout_dattn",
+    "DattnImageProcessor": "image_processing_dattn",
+    "DattnForConditionalGeneration": "modeling_dattn",
+    "DattnModel": "modeling_dattn",
+    "DattnProcessor": "processing_dattn",
+}
 REMOTE_CODE_FILES = (
     "configuration_dattn.py",
     "layout_dattn.py",
     "attention_dattn.py",
     "visual_dattn.py",
     "modeling_dattn.py",
+    "image_processing_dattn.py",
     "processing_dattn.py",
 )
 
 
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
 def register() -> None:
     """Registers model type `dattn` with the Auto classes; harmless when called again."""
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+    )
+
+    from . import (
+        DattnConfig,
+        DattnForConditionalGeneration,
+        DattnImageProcessor,
+        DattnProcessor,
+    )
+
     AutoConfig.register("dattn", DattnConfig, exist_ok=True)
+    AutoImageProcessor.register(
+        DattnConfig, image_processor_classes={"pil": DattnImageProcessor}, exist_ok=True
+    )
     AutoProcessor.register(DattnConfig, DattnProcessor, exist_ok=True)
     AutoModelForImageTextToText.register(DattnConfig, DattnForConditionalGeneration, exist_ok=True)
     AutoModelForCausalLM.register(DattnConfig, DattnForConditionalGeneration, exist_ok=True)
@@ -36,10 +70,12 @@ def register() -> None:
 
 __all__ = [
     "AUTO_MAP",
+    "IMAGE_PROCESSOR_AUTO_MAP",
     "REMOTE_CODE_FILES",
     "DattnCache",
     "DattnConfig",
     "DattnForConditionalGeneration",
+    "DattnImageProcessor",
     "DattnModel",
     "DattnProcessor",
     "register",

@@ -18,6 +18,7 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_dattn.DattnForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_dattn.DattnForConditionalGeneration",
 }
+IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_dattn.DattnImageProcessor"}
 
 
 class DattnConfig(PreTrainedConfig):
@@ -110,4 +111,4 @@ def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
 
 
-__all__ = ["AUTO_MAP", "DattnConfig"]
+__all__ = ["AUTO_MAP", "IMAGE_PROCESSOR_AUTO_MAP", "DattnConfig"]

@@ -1,7 +1,8 @@
 """The D-Attn vision-language model for transformers: text, images, `generate`.
 
-`input_ids` holds one `config.image_token_id` per image, `pixel_values` the images in the same
-order over the whole batch. A text row sees the images of its own sample that stand before it.
+`input_ids` holds one `config.image_token_id` per image, `pixel_values` the tiles of the images in
+the same order over the whole batch, `image_grids` how many tiles each image has beside its base
+view. A text row sees the images of its own sample that stand before it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers.models.mistral.modeling_mistral import (
 from .attention_dattn import DattnDecoderLayer
 from .configuration_dattn import DattnConfig
 from .layout_dattn import DattnCache, Layout, Rows, build_layout
-from .visual_dattn import DattnProjector, build_vision_tower, tower_features
+from .visual_dattn import DattnProjector, build_vision_tower, place_images, tower_features
 
 
 class DattnTextModel(nn.Module):
@@ -149,9 +150,30 @@ class DattnModel(DattnPreTrainedModel):
         """Replaces the embedding of text tokens."""
         self.language_model.embed_tokens = value
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Visual rows [images, rows, hidden] of normalised pixels [images, 3, height, width]."""
-        return self.multi_modal_projector(tower_features(self.vision_tower, pixel_values))
+    def get_image_features(
+        self, pixel_values: Tensor, image_grids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Visual rows [rows, hidden] of each image.
+
+        Args:
+            pixel_values: normalised tiles [tiles of all images, 3, height, width]; of each image
+                the base view first, then the tiles of its canvas row by row.
+            image_grids: int64 [images, 2], columns and rows of each canvas in tiles, 0 and 0 for
+                an image of one tile; None: every tile is an image.
+
+        Raises:
+            ValueError: the tiles are not as many as the grids say.
+        """
+        tiles = pixel_values.shape[0]
+        grids = [[0, 0]] * tiles if image_grids is None else image_grids.tolist()
+        expected = sum(1 + columns * rows for columns, rows in grids)
+        if tiles != expected:
+            raise ValueError(
+                f"pixel_values hold {tiles} tiles, but image_grids name {expected} (a base view "
+                "and columns x rows for each image); pass both as the processor gives them"
+            )
+        features = tower_features(self.vision_tower, pixel_values)
+        return self.multi_modal_projector(features, grids)
 
     def forward(
         self,
@@ -159,6 +181,7 @@ class DattnModel(DattnPreTrainedModel):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: DattnCache | None = None,
+        image_grids: Tensor | None = None,
     ) -> Tensor:
         """Hidden states of the columns of `input_ids`; see `DattnForConditionalGeneration`."""
         text_live = (
@@ -172,58 +195,19 @@ class DattnModel(DattnPreTrainedModel):
         images_before: Tensor | int = 0
         if past_key_values is not None and past_key_values.image_starts is not None:
             images_before = past_key_values.image_starts.long().sum(1)
-        visual, visual_live, visual_image = self._place_images(
-            pixel_values, image_starts.sum(1), images_before, embedded
-        )
-        rows = (text_live, image_starts, visual_live, visual_image)
-        return self.language_model(embedded, visual, rows, past_key_values)
-
-    def _place_images(
-        self,
-        pixel_values: Tensor | None,
-        counts: Tensor,
-        images_before: Tensor | int,
-        like: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Puts each image's visual rows into its sample, padded to the sample with most rows.
-
-        Args:
-            pixel_values: [images, 3, height, width] in order of samples, or None.
-            counts: int64 [batch], images that each sample's new columns name.
-            images_before: int64 [batch], images that each sample's cache holds.
-            like: tensor whose dtype and device the visual rows take.
-
-        Returns:
-            Visual rows [batch, rows, hidden]; which are real, bool [batch, rows]; and the image
-            each belongs to, int64 [batch, rows].
-        """
-        batch, device = counts.shape[0], like.device
-        images = 0 if pixel_values is None else pixel_values.shape[0]
-        if images != int(counts.sum()):
+        images: tuple[Tensor, ...] = ()
+        if pixel_values is not None:
+            images = self.get_image_features(pixel_values.to(embedded.dtype), image_grids)
+        counts = image_starts.sum(1)
+        if len(images) != int(counts.sum()):
             raise ValueError(
                 f"input_ids hold {int(counts.sum())} image placeholders (token "
-                f"{self.config.image_token_id}), but pixel_values hold {images} images; "
+                f"{self.config.image_token_id}), but pixel_values hold {len(images)} images; "
                 "pass one image per placeholder"
             )
-        slots = int(counts.max()) if images else 0
-        number = torch.arange(slots, device=device)
-        present = number < counts[:, None]  # [batch, slots]
-        if pixel_values is None:
-            visual = like.new_zeros(batch, 0, like.shape[-1])
-            rows = 0
-        else:
-            features = self.get_image_features(pixel_values.to(like.dtype)).to(like.dtype)
-            rows = features.shape[1]
-            padded = features.new_zeros(batch, slots, rows, features.shape[-1])
-            padded[present] = features
-            visual = padded.flatten(1, 2)
-        image = number + (images_before[:, None] if isinstance(images_before, Tensor) else 0)
-        image = image.expand(batch, slots)
-        return (
-            visual,
-            present.repeat_interleave(rows, dim=1),
-            image.repeat_interleave(rows, dim=1),
-        )
+        visual, visual_live, visual_image = place_images(images, counts, images_before, embedded)
+        rows = (text_live, image_starts, visual_live, visual_image)
+        return self.language_model(embedded, visual, rows, past_key_values)
 
 
 class DattnForConditionalGeneration(DattnPreTrainedModel, GenerationMixin):
@@ -252,9 +236,11 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, GenerationMixin):
         """The output head."""
         return self.lm_head
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Visual rows [images, rows, hidden] of normalised pixels [images, 3, height, width]."""
-        return self.model.get_image_features(pixel_values)
+    def get_image_features(
+        self, pixel_values: Tensor, image_grids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Visual rows [rows, hidden] of each image; see `DattnModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_grids)
 
     def forward(
         self,
@@ -266,13 +252,14 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        image_grids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Computes logits of the new columns.
 
         Args:
             input_ids: int64 [batch, columns]; with a cache, the new columns only.
-            pixel_values: normalised pixels [images, 3, height, width] of the new columns' images.
+            pixel_values: normalised tiles [tiles, 3, height, width] of the new columns' images.
             attention_mask: [batch, columns], 0 for padding (left or right); with a cache it may
                 cover the earlier columns too.
             past_key_values: cache of the earlier columns, extended in place.
@@ -281,11 +268,13 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, GenerationMixin):
             use_cache: whether to make (or go on with) a cache.
             logits_to_keep: compute the last n logits only; 0: all.
             return_dict: False: a tuple instead of the output object.
+            image_grids: int64 [images, 2], columns and rows of each image's canvas in tiles; None:
+                every tile is an image.
             **kwargs: what transformers passes to every model; not used.
 
         Raises:
-            ValueError: if images and placeholders differ in number, or the cache is of another
-                kind.
+            ValueError: if images and placeholders, or tiles and grids, differ in number, or the
+                cache is of another kind.
         """
         if past_key_values is None and use_cache:
             past_key_values = DattnCache()
@@ -294,7 +283,7 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, GenerationMixin):
                 f"past_key_values is a {type(past_key_values).__name__}; this model keeps visual "
                 "keys as well, so pass a DattnCache or nothing"
             )
-        hidden = self.model(input_ids, pixel_values, attention_mask, past_key_values)
+        hidden = self.model(input_ids, pixel_values, attention_mask, past_key_values, image_grids)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, keep])
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)
@@ -346,22 +335,32 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Repeats samples; images are repeated sample by sample, not one by one."""
-        pixel_values = model_kwargs.pop("pixel_values", None)
+        names = ("pixel_values", "image_grids")
+        pixel_values, grids = (model_kwargs.pop(name, None) for name in names)
         if pixel_values is not None and expand_size > 1 and input_ids is not None:
             starts = input_ids == self.config.image_token_id
             if (mask := model_kwargs.get("attention_mask")) is not None:
                 starts = starts & mask[:, -starts.shape[1] :].bool()
-            samples = pixel_values.split(starts.sum(1).tolist())
-            pixel_values = torch.cat([s for s in samples for _ in range(expand_size)])
+            images = tiles = starts.sum(1).tolist()
+            if grids is not None:
+                tiles = [int((1 + grid.prod(1)).sum()) for grid in grids.split(images)]
+                grids = _repeat(grids, images, expand_size)
+            pixel_values = _repeat(pixel_values, tiles, expand_size)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,
             **model_kwargs,
         )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
+        for name, value in zip(names, (pixel_values, grids), strict=True):
+            if value is not None:
+                model_kwargs[name] = value
         return input_ids, model_kwargs
+
+
+def _repeat(x: Tensor, per_sample: list[int], times: int) -> Tensor:
+    """Repeats each sample's share of the first axis as a whole."""
+    return torch.cat([share for share in x.split(per_sample) for _ in range(times)])
 
 
 __all__ = ["DattnForConditionalGeneration", "DattnModel", "DattnPreTrainedModel"]

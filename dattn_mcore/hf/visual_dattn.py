@@ -78,21 +78,79 @@ class DattnProjector(nn.Module):
         self.visual_positions, self.grid = config.visual_positions, config.grid
         self.scale = hidden**0.5 if config.text_config.model_type == "gemma2" else None
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Projects [images, rows, width], rows in row-major order, to [images, rows, hidden]."""
+    def forward(self, features: Tensor, image_grids: list[list[int]]) -> tuple[Tensor, ...]:
+        """Projects tower features to the visual rows of each image.
+
+        Args:
+            features: [tiles, rows of a tile, width], rows in row-major order; of each image the
+                base view first, then the tiles of its canvas row by row.
+            image_grids: columns and rows of each image's canvas in tiles; [0, 0]: no canvas.
+
+        Returns:
+            For each image [rows, hidden]: its base view, then its stitched canvas, row-major.
+        """
         x = self.norm(self.linear_2(self.act(self.linear_1(features))))
-        if self.visual_positions:
-            rows, columns = self.grid
-            x = x.unflatten(1, self.grid)
-            place = self.row_position(rows, rows)[:, None] + self.column_position(columns, columns)
-            x = (x + place.to(x.dtype)).flatten(1, 2)
-        x = self.output_norm(x)
-        return x if self.scale is None else x * torch.tensor(self.scale, dtype=x.dtype)
+        height, width = self.grid
+        sizes = [(1, 1)] + [(rows, columns) for columns, rows in image_grids if columns]
+        places = {size: self._place(size, x.dtype) for size in set(sizes)}
+        images, tile = [], 0
+        for columns, rows in image_grids:
+            views = [x[tile] + places[1, 1]]
+            tile += 1
+            if columns:
+                canvas = x[tile : tile + rows * columns].view(rows, columns, height, width, -1)
+                tile += rows * columns
+                stitched = canvas.transpose(1, 2).flatten(0, 3)  # rows of the canvas, not of tiles
+                views.append(stitched + places[rows, columns])
+            y = self.output_norm(torch.cat(views))
+            images.append(y if self.scale is None else y * torch.tensor(self.scale, dtype=y.dtype))
+        return tuple(images)
+
+    def _place(self, tiles: tuple[int, int], dtype: torch.dtype) -> Tensor | float:
+        """Position embedding of a view of (rows, columns) tiles, [rows of the view, hidden]."""
+        if not self.visual_positions:
+            return 0.0
+        height, width = self.grid
+        rows = self.row_position(tiles[0] * height, height)
+        columns = self.column_position(tiles[1] * width, width)
+        return (rows[:, None] + columns).flatten(0, 1).to(dtype)
+
+
+def place_images(
+    images: tuple[Tensor, ...], counts: Tensor, images_before: Tensor | int, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Puts each image's visual rows into its sample, padded to the sample with most rows.
+
+    Args:
+        images: rows [rows, hidden] of each image, in order of samples.
+        counts: int64 [batch], images of each sample; they sum to the number of images.
+        images_before: int64 [batch], images that each sample's cache holds; or 0.
+        like: tensor whose dtype, device and last size the visual rows take.
+
+    Returns:
+        Visual rows [batch, rows, hidden]; which are real, bool [batch, rows]; and the image of its
+        sample that each belongs to, int64 [batch, rows].
+    """
+    batch, device = counts.shape[0], like.device
+    length = torch.tensor([len(image) for image in images], dtype=torch.long, device=device)
+    sample = torch.arange(batch, device=device).repeat_interleave(counts)  # of each image
+    first = counts.cumsum(0) - counts - images_before
+    number = torch.arange(len(images), device=device) - first[sample]
+    rows = torch.zeros(batch, dtype=torch.long, device=device).index_add(0, sample, length)
+    most = int(rows.max()) if images else 0
+    live = torch.arange(most, device=device) < rows[:, None]
+    visual = like.new_zeros(batch, most, like.shape[-1])
+    image_of_row = torch.zeros(batch, most, dtype=torch.long, device=device)
+    if images:  # the true places of `live`, sample after sample, are the images' rows in order
+        visual[live] = torch.cat(images).to(like.dtype)
+        image_of_row[live] = number.repeat_interleave(length)
+    return visual, live, image_of_row
 
 
 __all__ = [
     "DattnAxisPosition",
     "DattnProjector",
     "build_vision_tower",
+    "place_images",
     "tower_features",
 ]

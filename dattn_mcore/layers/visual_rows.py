@@ -6,20 +6,24 @@ chunk at a time and without autograd; kept are the rows that entered the stage, 
 keys and values (2 * groups * head_dim numbers a row). Then the text rows go through the layers.
 In backward the text rows come first and leave the gradients of all keys and values behind; then
 each chunk is computed again, with autograd, and gives its gradients to the weights and to the
-rows that entered. Megatron-Core's `TransformerLayer` does the work of both.
+rows that entered; with full recomputation it keeps no more than its rows between the layers.
+Megatron-Core's `TransformerLayer` does the work of both.
 
 Source: the design follows from arXiv 2502.01906, section 3 (V2V diagonalisation).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from dattn_mcore.layers.layout import DecomposedSeqParams, VisualChunk
 
@@ -127,7 +131,8 @@ class _VisualRows(torch.autograd.Function):
         d_visual = torch.empty_like(visual) if ctx.needs_input_grad[0] else None
         for rows in _chunks(visual, ctx.chunk):
             part = VisualChunk()
-            entered = visual[rows].detach().requires_grad_(ctx.needs_input_grad[0])
+            # Always: Megatron-Core's checkpoint leaves weights out if its input learns nothing.
+            entered = visual[rows].detach().requires_grad_()
             with torch.enable_grad():
                 out = ctx.layers(entered, part)
             roots, gradients = part.keys_values, ctx.kept.gradients_of(rows, ctx.shards)
@@ -205,5 +210,17 @@ class DecomposedBlock(TransformerBlock):
                 normed = layer.input_layernorm(rows)
                 chunk.keys_values.append(layer.self_attention.keys_values(normed))
                 return None
-            rows, _ = layer(rows, packed_seq_params=chunk, rotary_pos_emb=None)
+            through = functools.partial(_through_layer, layer)
+            if self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+                rows, keys_values = tensor_parallel.checkpoint(through, False, rows)
+            else:
+                rows, keys_values = through(rows)
+            chunk.keys_values.append(keys_values)
         return rows
+
+
+def _through_layer(layer: TransformerLayer, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Visual rows after a layer, and their keys and values in it."""
+    chunk = VisualChunk()
+    rows, _ = layer(rows, packed_seq_params=chunk, rotary_pos_emb=None)
+    return rows, *chunk.keys_values

@@ -41,12 +41,15 @@ class ModelInputs:
         text_ids: int64 [T], padded; the same on every tensor parallel rank.
         labels: int64 [T], the id each row must predict, -100 where there is no loss.
         tiles: uint8 [tiles, 3, size, size]; None off the first stage or without images.
+        image_grids: (columns, rows) of each image's canvas in tiles, (0, 0) for one tile; empty:
+            every tile is an image of its own.
     """
 
     params: DecomposedSeqParams
     text_ids: torch.Tensor
     labels: torch.Tensor
     tiles: torch.Tensor | None
+    image_grids: tuple[tuple[int, int], ...] = ()
 
 
 class DattnModel(LanguageModule):
@@ -168,7 +171,7 @@ class DattnModel(LanguageModule):
             return self._scale(text)
         visual = text.new_zeros(num_visual, 1, text.shape[-1])
         if inputs.tiles is not None:
-            rows = self._visual_rows(inputs.tiles, text.dtype)
+            rows = self._visual_rows(inputs.tiles, text.dtype, inputs.image_grids)
             visual = torch.cat([rows, visual[rows.shape[0] :]])
         if self.sequence_parallel:
             visual = tensor_parallel.scatter_to_sequence_parallel_region(
@@ -176,14 +179,19 @@ class DattnModel(LanguageModule):
             )
         return self._scale(torch.cat([visual, text]))
 
-    def _visual_rows(self, tiles: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _visual_rows(
+        self,
+        tiles: torch.Tensor,
+        dtype: torch.dtype,
+        image_grids: tuple[tuple[int, int], ...] = (),
+    ) -> torch.Tensor:
         """[tiles * patches, 1, hidden] of uint8 tiles, the same on every tensor parallel rank."""
         data = self.run_config.data
         tower_learns = any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
             pixels = normalize_pixels(tiles, data.image_mean, data.image_std, dtype)
             features = self.vision(pixels)
-        return self.projector(features)[:, None]
+        return self.projector(features, image_grids)[:, None]
 
     def _no_gradient_of_images(self) -> torch.Tensor:
         """Zero, through which visual parameters get a gradient of zero in a pack without images.

@@ -1,5 +1,8 @@
 """From patch features to the visual rows of the language model.
 
+AnyRes: the tiles of an image's canvas are stitched into one grid before positions are added, so
+that a position says where on the canvas a row stands; the base view comes first, with its own.
+
 Two-layer MLP, RMSNorm, row and column positions, and a final RMSNorm whose weight sets how large
 visual rows are beside text embeddings. Source: the released D-Attn successor (Vidi), whose visual
 rows are built this way; T2V attention itself carries no positions, so they must be in the rows.
@@ -8,6 +11,7 @@ rows are built this way; T2V attention itself carries no positions, so they must
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,12 +82,50 @@ class Projector(MegatronModule):
             self.column_position = AxisPosition(hidden, self.grid, projector.norm_eps)
         self.output_norm = Norm(transformer_config, hidden, projector.norm_eps)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Projects features of whole tiles, patches row by row; see the class."""
+    def forward(
+        self, features: torch.Tensor, image_grids: Sequence[tuple[int, int]] = ()
+    ) -> torch.Tensor:
+        """Projects features of whole tiles; see the class.
+
+        Args:
+            features: [tiles, patches, vision hidden], patches row by row; of each image the base
+                view first, then the tiles of its canvas row by row.
+            image_grids: (columns, rows) of each image's canvas in tiles, (0, 0) for one tile;
+                empty: every tile is an image of its own.
+
+        Returns:
+            [tiles * patches, hidden]; of each image the rows of its base view, then those of its
+            stitched canvas, both row by row.
+        """
         x, bias = self.mlp(features)
         x = self.norm(x + bias)
-        if self.row_position is not None and self.column_position is not None:
-            rows = self.row_position(self.grid)[:, None]
-            columns = self.column_position(self.grid)[None, :]
-            x = x + (rows + columns).flatten(0, 1).to(x.dtype)
-        return self.output_norm(x).flatten(0, 1)
+        if any(columns for columns, _ in image_grids):
+            x = self._stitched(x, image_grids)
+        else:
+            x = (x + self._positions(self.grid, self.grid, x.dtype)).flatten(0, 1)
+        return self.output_norm(x)
+
+    def _stitched(self, x: torch.Tensor, image_grids: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Rows [tiles * patches, hidden] of [tiles, patches, hidden], in order and in place."""
+        side, views, first = self.grid, [], 0
+        places = {
+            grid: self._positions(side * max(grid[1], 1), side * max(grid[0], 1), x.dtype)
+            for grid in {(0, 0), *image_grids}
+        }
+        for columns, rows in image_grids:
+            views.append(x[first] + places[0, 0])
+            first += 1
+            if columns:
+                canvas = x[first : first + rows * columns]
+                first += rows * columns
+                canvas = canvas.unflatten(0, (rows, columns)).unflatten(2, (side, side))
+                canvas = canvas.transpose(1, 2).flatten(0, 3)  # tile row, row, tile column, column
+                views.append(canvas + places[columns, rows])
+        return torch.cat(views)
+
+    def _positions(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor | float:
+        """[rows * columns, hidden], what is added to the rows of a grid; 0 without positions."""
+        if self.row_position is None or self.column_position is None:
+            return 0.0
+        place = self.row_position(rows)[:, None] + self.column_position(columns)[None, :]
+        return place.flatten(0, 1).to(dtype)

@@ -83,7 +83,7 @@ def device_name() -> str:
 
 
 def peak_memory() -> int:
-    """Most bytes that tensors took on the GPU since `reset_peak_memory`; 0 on a CPU."""
+    """Most bytes of GPU memory in use since the start or `reset_peak_memory`; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if _installed == "gpu" else 0
 
 
@@ -127,6 +127,11 @@ def current_device() -> torch.device:
 def synchronize() -> None:
     """Waits until the device has done what it was given; a CPU has when a call returns."""
     torch.cuda.synchronize()
+
+
+def empty_cache() -> None:
+    """Gives the GPU memory back that PyTorch keeps for later tensors."""
+    torch.cuda.empty_cache()
 
 
 def reset_peak_memory() -> int:

@@ -95,4 +95,5 @@ def to_model_inputs(
             device, non_blocking=True
         ),
         tiles=tiles,
+        image_grids=micro_batch.image_grids,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import math
 import time
@@ -24,8 +25,8 @@ from dattn_mcore.checkpoint.load import (
 from dattn_mcore.checkpoint.save import CheckpointSaver
 from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.batch import GlobalBatch
-from dattn_mcore.data.pipeline import DataPipeline
+from dattn_mcore.data.batch import MicroBatch
+from dattn_mcore.data.pipeline import DataPipeline, mask
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import ConfigError, DattnError
 from dattn_mcore.layers.implementation import TRANSFORMER_ENGINE, choose_implementation
@@ -36,6 +37,7 @@ from dattn_mcore.plan.flops import rows_of, step_work
 from dattn_mcore.training.agreement import agree
 from dattn_mcore.training.communication import with_communication_share
 from dattn_mcore.training.inputs import all_model_inputs, fixed_rows, needs_pixels
+from dattn_mcore.training.ledger import SampleLedger
 from dattn_mcore.training.not_finite import NotFiniteError, explain
 from dattn_mcore.training.optimizer import (
     build_optimizer,
@@ -50,6 +52,7 @@ from dattn_mcore.training.step import train_step
 from dattn_mcore.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+FINISHED = "finished.json"  # in the run folder after the last step: for whoever starts runs again
 
 
 def total_steps(config: Config, num_samples: int) -> int:
@@ -114,11 +117,17 @@ def _train(
     speaks = dist.get_rank() == 0
     check_checkpoint_folder(run_dir, device)
     data, problem = None, None
-    try:
-        data = open_data(config, pg_collection, device)
-    except DattnError as error:
-        problem = error
-    agree(problem, False, device)
+    # The first rank makes the index where it is absent; the others find it, or, on a machine that
+    # shares no disk with the first, their first one makes it there.
+    for opens in (speaks, not speaks):
+        try:
+            if opens:
+                data = open_data(config, pg_collection, device)
+            if opens and speaks:
+                (run_dir / FINISHED).unlink(missing_ok=True)
+        except DattnError as error:
+            problem = error
+        agree(problem, False, device)
     assert data is not None
 
     watchdog.phase(
@@ -144,15 +153,17 @@ def _train(
         first = resume(folder, manifest, chunks, optimizer, pg_collection)
         scheduler.step(first)
         logger.info("resumed at step %d of %d", first, last)
-    reporter = None
+    reporter = ledger = None
     if speaks:
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         reporter = Reporter(config, run_dir, first, last)
+        ledger = SampleLedger(run_dir, data.index, config.data.max_bad_share, first)
     saver = CheckpointSaver(
         *(run_dir / "checkpoints", config, chunks, optimizer, pg_collection, data.fingerprint)
     )
     stop = StopRequest()
-    step, interval = first, config.log.interval
+    step = saved = first
+    interval = config.log.interval
 
     def save(step: int) -> None:
         watchdog.phase(
@@ -168,17 +179,18 @@ def _train(
         if folder is not None:
             logger.info("saved %s", folder)
 
+    problem = None
     try:
         while step < last:
             watchdog.phase(
                 f"waiting for data of step {step + 1}",
                 *(health.step_timeout_seconds, "health.step_timeout_seconds"),
             )
-            batch, problem, asked = None, None, time.perf_counter()
+            batch, asked = None, time.perf_counter()
             try:
                 batch = data.global_batch(step)
             except DattnError as error:
-                problem = error
+                problem = problem or error
             waited = time.perf_counter() - asked
             watchdog.phase(
                 f"step {step + 1}", health.step_timeout_seconds, "health.step_timeout_seconds"
@@ -187,14 +199,17 @@ def _train(
                 problem,
                 stop.received is not None,
                 device,
+                failures=batch.failures if batch is not None else (),
                 data_wait=waited,
                 peak_memory=platform.peak_memory(),
             )
             if agreed.stop:
                 break
             assert batch is not None
-            inputs = all_model_inputs(batch.microbatches, config, pg_collection, device)
-            flops = _model_flops(config, batch)
+            failed = {failure.sample for failure in agreed.failures}
+            micro_batches = [mask(item, failed) for item in batch.microbatches]
+            inputs = all_model_inputs(micro_batches, config, pg_collection, device)
+            flops = _model_flops(config, micro_batches)
             one_step = functools.partial(
                 train_step, model, optimizer, scheduler, inputs, pg_collection, flops
             )
@@ -208,20 +223,28 @@ def _train(
                 raise explain(error, step + 1, batch) from None
             step += 1
             say_saved(saver.poll())
-            if reporter is not None:
+            if reporter is not None and ledger is not None:
                 rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
                 reporter.step(step, result, rate, batch, agreed, share)
+                problem = ledger.step(step, batch, agreed.failures)
             if step % config.checkpoint.save_interval == 0 and step < last:
                 save(step)
-        if step > first:
+                saved = step
+        if step > saved:
             save(step)
-            say_saved(saver.poll(blocking=True))
+        say_saved(saver.poll(blocking=True))
+    except DattnError:  # the same on every rank: a save that is under way is finished
+        say_saved(saver.poll(blocking=True))
+        raise
     finally:
         saver.close()
         stop.restore()
         data.close()
-    if reporter is not None:
+    if reporter is not None and ledger is not None:
         reporter.close(step)
+        ledger.close(config.train.global_batch_size, data.num_samples)
+        if step == last:
+            (run_dir / FINISHED).write_text(json.dumps({"step": step}), encoding="utf-8")
     if step < last:
         logger.info("stopped by a signal at step %d of %d; start again to go on", step, last)
     return step == last
@@ -244,10 +267,10 @@ def _start_overlap(config: Config, device: torch.device) -> None:
     )
 
 
-def _model_flops(config: Config, batch: GlobalBatch) -> float:
+def _model_flops(config: Config, micro_batches: list[MicroBatch]) -> float:
     """Operations of this replica's packs, by their real rows."""
     total = 0.0
-    for pack in batch.microbatches:
+    for pack in micro_batches:
         labelled = int((pack.labels != IGNORED_LABEL).sum())
         rows = rows_of(config, pack.layouts, labelled)
         rows = dataclasses.replace(rows, packs=1.0)

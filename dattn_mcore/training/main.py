@@ -11,17 +11,12 @@ import warnings
 from pathlib import Path
 
 from dattn_mcore.config.checks import check_config, data_parallel_size, processes_per_replica
+from dattn_mcore.config.hints import SHORT_FLAGS, unknown_flag
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
-from dattn_mcore.errors import DattnError, RankError
+from dattn_mcore.errors import ConfigError, DattnError, RankError
 from dattn_mcore.training.launch import restart_under_torchrun
 
-SHORT_FLAGS = {
-    "tp": "parallel.tp",
-    "pp": "parallel.pp",
-    "cp": "parallel.cp",
-    "device": "train.device",
-}
 SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake and end
 logger = logging.getLogger("dattn_mcore")
 
@@ -42,7 +37,9 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, bool]:
         "--dry-run", action="store_true", help="print configuration, layout and sizes, and stop"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    chosen = parser.parse_intermixed_args(arguments)
+    chosen, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        raise ConfigError(unknown_flag(unknown[0]))
     flags = [
         f"{name}={getattr(chosen, flag)}"
         for flag, name in SHORT_FLAGS.items()

@@ -32,11 +32,13 @@ def describe(config: Config, world_size: int) -> str:
         total, trained, holds = stage_summary(config, stage)
         lines.append(f"{stage:>5}  {total:>20,}  {trained:>14,}  {holds}")
     shards = parallel.tp if parallel.sp else 1
+    most = config.data.max_tiles
+    tiles = "1" if most == 1 else f"up to {most}"
     text, visual = config.data.text_budget, config.data.visual_budget
     lines += [
         "",
-        f"rows of a full micro-batch: {visual:,} visual ({visual // rows} images of {rows} rows) "
-        f"and {text:,} text",
+        f"rows of a full micro-batch: {visual:,} visual ({visual // rows} tiles of {rows} rows; "
+        f"an image has {tiles}) and {text:,} text",
         f"rows per rank between layers: {visual // shards:,} visual and {text // shards:,} text",
         f"global batch: {config.train.global_batch_size} samples",
         "",

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,18 +16,12 @@ from dattn_mcore.data.batch import GlobalBatch
 from dattn_mcore.parallel import platform
 from dattn_mcore.plan.hardware import peak_flops
 from dattn_mcore.training.agreement import Agreement
+from dattn_mcore.training.lines import drop_after, open_lines
 from dattn_mcore.training.step import StepResult
+from dattn_mcore.units import duration, rate
 
 logger = logging.getLogger(__name__)
 WORTH_SAYING = 0.1  # share of the time spent waiting for data from which the line says so
-
-
-def duration(seconds: float) -> str:
-    """1h 02m, 3m 05s or 7s."""
-    seconds = max(0, round(seconds))
-    if seconds >= 3600:
-        return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
-    return f"{seconds // 60}m {seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
 
 
 def _further(row: dict[str, Any]) -> str:
@@ -40,14 +34,6 @@ def _further(row: dict[str, Any]) -> str:
     if row["data_wait_share"] > WORTH_SAYING:
         parts.append(f"waits for data {row['data_wait_share']:.0%}")
     return "".join(f"  {part}" for part in parts)
-
-
-def rate(value: float) -> str:
-    """Three significant digits, thousands as k: 87.2, 4.1k, 1.2M."""
-    for limit, unit in ((1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.1f}{unit}"
-    return f"{value:.1f}"
 
 
 class Reporter:
@@ -71,10 +57,10 @@ class Reporter:
         fp8 = config.train.fp8 != "none"
         self.peak = peak_flops(platform.device_name(), "fp8" if fp8 else config.train.precision)
         self.seen_over_budget: set[str] = set()
-        _drop_after(run_dir / "metrics.jsonl", first_step)
-        _drop_after(run_dir / "samples.jsonl", first_step)
-        self.metrics = _open_lines(run_dir / "metrics.jsonl")
-        self.samples = _open_lines(run_dir / "samples.jsonl")
+        drop_after(run_dir / "metrics.jsonl", first_step)
+        drop_after(run_dir / "samples.jsonl", first_step)
+        self.metrics = open_lines(run_dir / "metrics.jsonl")
+        self.samples = open_lines(run_dir / "samples.jsonl")
         self.tensorboard: Any = None
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -99,19 +85,25 @@ class Reporter:
             result: what it did.
             learning_rate: of the parts without a rate of their own.
             batch: the global batch it was done on.
-            agreed: what the ranks measured before it.
+            agreed: what the ranks exchanged before it.
             communication_share: of this rank's time in the step, where it was measured.
         """
-        self._note_over_budget(batch.skipped, batch.truncated)
+        skipped = tuple(sample.id for sample in batch.skipped)
+        masked = tuple(sample.id for sample in agreed.failures)
+        self._note_over_budget(skipped, batch.truncated)
+        self.counts["masked"] += len(masked)
         self.interval.update(
-            samples=len(batch.sample_ids) - len(batch.skipped),
+            samples=len(batch.sample_ids) - len(skipped) - len(masked),
             text=batch.text_tokens,
             visual=batch.visual_tokens,
         )
         self.model_flops += result.model_flops
         self.data_wait += agreed.data_wait
         self.peak_memory = agreed.peak_memory
-        done = {"step": step, "ids": batch.sample_ids, "skipped": batch.skipped}
+        done = {
+            **{"step": step, "ids": batch.sample_ids, "samples": batch.samples},
+            **{"skipped": skipped, "masked": masked},
+        }
         json.dump(done, self.samples)
         self.samples.write("\n")
         if step % self.config.log.interval and step != self.total_steps:
@@ -132,6 +124,7 @@ class Reporter:
             "supervised_tokens": result.supervised_tokens,
             "skipped": self.counts["skipped"],
             "truncated": self.counts["truncated"],
+            "masked": self.counts["masked"],
             "eta_seconds": remaining,
         }
         if self.peak_memory:
@@ -194,22 +187,3 @@ class Reporter:
                         *(sample_id, self.config.data.text_budget, self.config.data.visual_budget),
                         *(outcome, self.config.data.over_budget),
                     )
-
-
-def _open_lines(path: Path) -> TextIO:
-    """A file that is written line by line until `Reporter.close`."""
-    return open(path, "a", encoding="utf-8", buffering=1)
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Removes lines of steps that a resumed run will do again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
-            continue
-    path.write_text("".join(kept), encoding="utf-8")

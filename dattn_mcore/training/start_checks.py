@@ -33,6 +33,7 @@ from dattn_mcore.training.agreement import agree
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "triton")
 SHARED_FOLDER_SECONDS = 10.0  # network file systems show a new file late
+_READING_SECONDS = 20.0  # a rank that takes longer to read why the run ends has ended itself
 
 
 @functools.cache
@@ -93,8 +94,20 @@ def check_ranks(
         store.set("start/verdict", verdict)
     store.wait(["start/verdict"], datetime.timedelta(seconds=2 * timeout_seconds))
     verdict = store.get("start/verdict").decode()
-    if verdict:
-        raise ConfigError(verdict)
+    if not verdict:
+        return
+    store.add("start/readers", 1)
+    if rank == 0:
+        _wait_for_readers(store, world_size)
+    raise ConfigError(verdict)
+
+
+def _wait_for_readers(store: Any, world_size: int) -> None:
+    """The store ends with rank 0, and ranks that are here must have read the verdict by then."""
+    arrived = sum(store.check([f"start/{rank}"]) for rank in range(world_size))
+    until = time.monotonic() + _READING_SECONDS
+    while store.add("start/readers", 0) < arrived and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def _missing(store: Any, world_size: int, timeout_seconds: float) -> str:

@@ -15,6 +15,7 @@ from tests.distributed.jobs import GEMMA, SMALL_MODEL, read_metrics, run_trainin
 from tests.distributed.test_parity import assert_same
 from tests.distributed.visual_jobs import (
     oracle_gradients,
+    reductions,
     step_memory,
     tower_graph,
     trained_gradients,
@@ -32,8 +33,8 @@ SETTINGS = {
     "both": ({}, {"loss_chunk": 5}),
     "chunked": ({}, {"recompute_visual_chunk": 20}),
     "chunked-plain": (PLAIN, {"recompute_visual_chunk": 96}),
-    "chunked-full": ({}, {"recompute_visual_chunk": 1, "recompute": "full"}),
-    "chunked-selective": ({}, {"recompute_visual_chunk": 33, "recompute": "selective"}),
+    "chunked-full": ({}, {"recompute_visual_chunk": 37, "recompute": "full"}),
+    "chunked-selective": ({}, {"recompute_visual_chunk": 1, "recompute": "selective"}),
 }
 MODELS = {"mistral": {}, "gemma2": GEMMA}
 
@@ -115,6 +116,17 @@ def test_chunks_with_a_frozen_language_model(plain):
     run, expected = plain
     train = {**CHUNKS, "trains": ("projector",)}
     assert_same(run(2, parallel={"pp": 2}, train=train), expected(frozen=True))
+
+
+@pytest.mark.parametrize("sp", [False, True], ids=["tp2", "tp2-sp"])
+def test_folding_reduces_once(pool, sp):
+    """Visual and text rows of the projection share a reduction, as they do unfolded."""
+    counts = set()
+    for fold in (False, True):
+        tree = {"model": SMALL_MODEL, "attention": {"fold_visual_projection": fold}}
+        tree["parallel"] = {"tp": 2, "sp": sp}
+        counts |= set(pool.run(reductions, 2, tree, LAYOUTS))
+    assert len(counts) == 1 and counts.pop() >= 4 * 4  # layers; two each way
 
 
 @pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learning"])

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import layers, mappings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import peak_bytes
 from dattn_mcore.config.checks import row_multiple
+from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.layers.vocabulary import chunked_cross_entropy
 from dattn_mcore.models.build import build_model
@@ -102,6 +104,40 @@ def tower_graph(tree: dict[str, Any], layouts: Any) -> tuple[bool, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model._visual_rows(inputs.tiles, torch.float32)
     return asked[0], sum(kept)
+
+
+def reductions(tree: dict[str, Any], layouts: Any) -> int:
+    """All-reduces and reduce-scatters of the language model's layers, forward and backward."""
+    config, _, model = _model(tree)
+    inputs = random_inputs(config, layouts)
+    hidden = model._embed(inputs).detach().requires_grad_()
+    positions = torch.cat([inputs.params.visual_positions, inputs.params.text_positions])
+    scatter, count = "dist_reduce_scatter_func", 0
+    places = [(dist, "all_reduce"), (mappings, scatter), (layers, scatter)]
+    originals = [getattr(module, name) for module, name in places]
+
+    def counting(original: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            return original(*args, **kwargs)
+
+        return counted
+
+    try:
+        for (module, name), original in zip(places, originals, strict=True):
+            setattr(module, name, counting(original))
+        out = model.decoder(
+            hidden_states=hidden * 1.0,
+            attention_mask=None,
+            rotary_pos_emb=rotary_angles(positions, model.inv_freq),
+            packed_seq_params=inputs.params,
+        )
+        out.sum().backward()
+    finally:
+        for (module, name), original in zip(places, originals, strict=True):
+            setattr(module, name, original)
+    return count
 
 
 class WidestRows(TorchDispatchMode):

@@ -29,11 +29,12 @@ def _list(name: str) -> list[str]:
 def test_the_extras_are_these():
     block = PROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0]
     extras = re.findall(r"^(\w+) = \[", block, re.MULTILINE)
-    assert extras == ["dali", "te", "flash", "triton", "eval", "dev"]
+    assert extras == ["dali", "parquet", "te", "flash", "triton", "eval", "dev"]
 
 
 def test_everything_that_is_imported_is_asked_for():
     asked = {re.split(r"[\[<>=; ]", entry)[0].lower() for entry in _list("dependencies")}
+    asked |= {re.split(r"[><=]", entry)[0] for entry in _list("eval")}
     asked |= {"nvidia-dali-" + "cu" + "da120"}  # an extra; Pillow decodes without it
     asked |= {"transformer-engine"}  # an extra; the local linears do without it
     distributions = packages_distributions()

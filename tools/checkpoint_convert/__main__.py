@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+import rich.progress
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    Progress,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -22,12 +24,17 @@ from rich.table import Table
 
 from dattn_mcore.errors import CheckpointError, DattnError
 
+if TYPE_CHECKING:
+    from tools.checkpoint_convert.workers import Progress
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (1: `verify` found a difference; 2: an error)."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Large pages for PyTorch's memory, before it is imported: page faults cost more than copies.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         return options.run(options) or 0
     except DattnError as error:
@@ -44,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("output", help="folder to make; must not exist")
     export.add_argument("--tokenizer", help="instead of data.tokenizer of the run")
     export.add_argument("--template", help="plain, mistral or gemma; instead of data.template")
+    _add_processes(export)
     export.add_argument("--max-shard-size", type=_size, default=_size("5GB"), metavar="SIZE")
     export.set_defaults(run=_mcore_to_hf)
 
@@ -54,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     load.add_argument("folder", nargs="?", help="exported folder")
     load.add_argument("output", help="checkpoint folder to make; must not exist")
+    _add_processes(load)
     load.add_argument("--vocab-pad-multiple", type=int, default=128, metavar="N")
     load.add_argument("--llm", metavar="DIR", help="Hugging Face folder of Mistral or Gemma 2")
     load.add_argument("--vision", metavar="DIR", help="Hugging Face folder of SigLIP or CLIP")
@@ -70,6 +79,22 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--tensors", action="store_true", help="list every tensor")
     look.set_defaults(run=_inspect)
     return parser
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--processes",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="how many share the work (default 1); each takes a core and a few tensors of memory",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes; write for example 2")
+    return int(text)
 
 
 def _size(text: str) -> int:
@@ -89,7 +114,8 @@ def _size(text: str) -> int:
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(title: str) -> Iterator[Progress]:
+    """A progress bar that appears with the first tensor: not before an error, nor before a fork."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -97,15 +123,26 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = rich.progress.Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(title, total=None)
+
+    def update(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def _mcore_to_hf(options: argparse.Namespace) -> None:
     from tools.checkpoint_convert.mcore_to_hf import ExportOptions, convert
 
-    chosen = ExportOptions(options.tokenizer, options.template, options.max_shard_size)
+    chosen = ExportOptions(
+        options.tokenizer, options.template, options.max_shard_size, options.processes
+    )
     with _progress("mcore-to-hf") as progress:
         source = convert(options.checkpoint, options.output, chosen, progress)
     sys.stdout.write(f"{source} -> {options.output}\n")
@@ -123,13 +160,19 @@ def _hf_to_mcore(options: argparse.Namespace) -> None:
         )
     if options.folder is not None:
         with _progress("hf-to-mcore") as progress:
-            convert(options.folder, options.output, options.vocab_pad_multiple, progress)
+            convert(
+                *(options.folder, options.output, options.vocab_pad_multiple),
+                *(progress, options.processes),
+            )
         sys.stdout.write(f"{options.folder} -> {options.output}\n")
         return
     config = load_config(options.config)
     check_config(config)
     with _progress("hf-to-mcore") as progress:
-        convert_parts(options.llm, options.vision, config, options.output, progress)
+        convert_parts(
+            *(options.llm, options.vision, config, options.output),
+            *(progress, options.processes),
+        )
     sys.stdout.write(f"{options.llm} + {options.vision} -> {options.output}\n")
 
 
@@ -184,4 +227,5 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up on its way
     sys.exit(main())

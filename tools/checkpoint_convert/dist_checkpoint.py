@@ -10,31 +10,31 @@ import io
 import json
 import os
 import pickle
-import shutil
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
+from torch.distributed.checkpoint import TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dattn_mcore.checkpoint.folders import (
     FORMAT,
     MANIFEST,
-    damage,
     data_files,
     digest,
     find_checkpoints,
     read_manifest,
 )
+from dattn_mcore.checkpoint.metadata import NAME, read_metadata
 from dattn_mcore.config.load import from_dict, to_dict
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError
 from tools.checkpoint_convert.mapping import Shape
-from tools.checkpoint_convert.streaming import Planned, Progress, write_tensors
+from tools.checkpoint_convert.safetensors_folder import PICKLES
+from tools.checkpoint_convert.streaming import Planned, write_tensors
+from tools.checkpoint_convert.workers import Progress
 
 NOT_THE_MODEL = ("optimizer.", "chained_")  # key prefixes of what a conversion leaves behind
 
@@ -57,11 +57,12 @@ class DistCheckpoint:
         Raises:
             CheckpointError: it is missing or unreadable.
         """
-        self.path = find_checkpoints(Path(path))[0]
+        self.path = _find(Path(path))
         manifest = read_manifest(self.path)
         self.step = int(manifest["step"])
         self._files: dict[str, Any] = manifest["files"]
         for name, (size, _) in sorted(self._files.items()):
+            self._check_inside(name, MANIFEST)
             found = (self.path / name).stat().st_size if (self.path / name).is_file() else None
             if found != size:
                 what = "is missing" if found is None else f"has {found} bytes instead of {size}"
@@ -70,13 +71,14 @@ class DistCheckpoint:
             self.config: Config = from_dict(manifest["config"])
         except ConfigError as error:
             raise CheckpointError(f"{self.path / MANIFEST}: {error}") from None
-        try:
-            self._metadata = FileSystemReader(str(self.path)).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise CheckpointError(
-                f"{self.path / '.metadata'} cannot be read ({type(error).__name__}); the "
-                "checkpoint is damaged, use an earlier one"
-            ) from None
+        self._metadata = read_metadata(self.path)
+        for place in self._metadata.storage_data.values():
+            self._check_inside(place.relative_path, NAME)
+            if place.relative_path not in self._files:
+                raise CheckpointError(
+                    f"{self.path / NAME} names {place.relative_path}, which {MANIFEST} does not; "
+                    "use another checkpoint"
+                )
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.ignored: list[str] = []
@@ -87,18 +89,17 @@ class DistCheckpoint:
             self.shapes[key] = tuple(stored.size)
             self.dtypes[key] = stored.properties.dtype
 
-    def check_digests(self, stop: threading.Event | None = None) -> None:
-        """Reads all files once and compares their SHA-256; meant to run beside a conversion.
+    @property
+    def digests(self) -> dict[str, tuple[int, str]]:
+        """Size and SHA-256 of every file, as the manifest promises."""
+        return {name: (size, sha256) for name, (size, sha256) in self._files.items()}
 
-        Raises:
-            CheckpointError: a file was altered.
-        """
-        for name in sorted(self._files):
-            if stop is not None and stop.is_set():
-                return
-            harm = damage(self.path, [name], self._files)
-            if harm is not None:
-                raise CheckpointError(f"{self.path}: {harm}; use an earlier checkpoint")
+    def _check_inside(self, name: str, index: str) -> None:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(
+                f"{self.path / index} names {name!r}; an index may only name files of its own "
+                "folder"
+            )
 
     def place(self, key: str, layer: int | None = None) -> tuple[str, int]:
         """File and offset where a tensor, or one layer of it, begins."""
@@ -157,6 +158,25 @@ class DistCheckpoint:
             ) from None
 
 
+def _find(path: Path) -> Path:
+    """The newest checkpoint behind a path; what else was given is named in the error."""
+    try:
+        return find_checkpoints(path)[0]
+    except CheckpointError:
+        if (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path} is a Hugging Face folder; name a run folder or a folder step_... in it"
+            ) from None
+        found = (file for end in PICKLES for file in path.rglob(f"*{end}"))
+        pickles = sorted(file for file in found if file.name != "common.pt")  # an unfinished save
+        if pickles:
+            raise CheckpointError(
+                f"{path} holds pickled weights ({pickles[0].relative_to(path)}); only checkpoints "
+                "of this trainer are read, because a pickle can run code"
+            ) from None
+        raise
+
+
 class _Section(io.RawIOBase):
     """Part of a file as a file, so that a tensor is read straight into its memory."""
 
@@ -194,6 +214,7 @@ def write_checkpoint(
     tensors: list[Planned],
     config: Config,
     progress: Progress = lambda done, total: None,
+    processes: int = 1,
 ) -> None:
     """Writes a checkpoint that a run can start from (`checkpoint.init_from`).
 
@@ -202,9 +223,11 @@ def write_checkpoint(
         tensors: what to write; each is made when its turn comes.
         config: written beside them.
         progress: called after every tensor.
+        processes: how many share the work.
     """
     path.mkdir(parents=True, exist_ok=True)
-    write_manifest(path, config, step=0, known=write_tensors(path, tensors, progress))
+    known = write_tensors(path, tensors, progress, processes)
+    write_manifest(path, config, step=0, known=known)
 
 
 def write_manifest(
@@ -218,30 +241,3 @@ def write_manifest(
     }
     manifest = {"format": FORMAT, "step": step, "config": to_dict(config), "files": files}
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-class AtomicFolder:
-    """A folder that appears under its name only when the block ends without an error.
-
-    Raises:
-        CheckpointError: on entry, if the name is taken or cannot be made.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
-
-    def __enter__(self) -> Path:
-        if self.path.exists():
-            raise CheckpointError(f"{self.path} exists; give another output folder or remove it")
-        try:
-            self.temporary.mkdir(parents=True)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be made ({error.strerror})") from None
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.temporary.rename(self.path)
-        else:
-            shutil.rmtree(self.temporary, ignore_errors=True)

@@ -15,8 +15,9 @@ from dattn_mcore.config.schema import Config, DataConfig
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.hf import DattnConfig
 from tools.checkpoint_convert import projector
+from tools.checkpoint_convert.atomic_folder import AtomicFolder
 from tools.checkpoint_convert.configs import from_hf
-from tools.checkpoint_convert.dist_checkpoint import AtomicFolder, write_checkpoint
+from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
 from tools.checkpoint_convert.mapping import Entry, Shape, in_order_of_layers
 from tools.checkpoint_convert.raw_folders import (
     check_fits,
@@ -24,7 +25,7 @@ from tools.checkpoint_convert.raw_folders import (
     open_vision_tower,
 )
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
-from tools.checkpoint_convert.streaming import Planned, Progress
+from tools.checkpoint_convert.streaming import Planned
 from tools.checkpoint_convert.tables import (
     LLM_TABLES,
     VISION_TABLES,
@@ -33,6 +34,7 @@ from tools.checkpoint_convert.tables import (
     model_table,
     part_of,
 )
+from tools.checkpoint_convert.workers import Progress
 
 TEMPLATES = {"mistral": "mistral", "gemma2": "gemma"}
 
@@ -73,6 +75,7 @@ def convert(
     output: str | Path,
     vocab_pad_multiple: int = 128,
     progress: Progress = lambda done, total: None,
+    processes: int = 1,
 ) -> None:
     """Writes a checkpoint that a run can start from (`checkpoint.init_from`).
 
@@ -81,6 +84,7 @@ def convert(
         output: checkpoint folder to make.
         vocab_pad_multiple: the embedding gets zero rows up to a multiple of this.
         progress: called after every tensor with bytes done and in all.
+        processes: how many share the work.
 
     Raises:
         CheckpointError: the folder is damaged or of another model, or the output exists.
@@ -103,7 +107,7 @@ def convert(
     )
     plan = planned(table, source, str(folder))
     with AtomicFolder(output) as temporary:
-        write_checkpoint(temporary, plan, config, progress)
+        write_checkpoint(temporary, plan, config, progress, processes)
 
 
 def convert_parts(
@@ -112,6 +116,7 @@ def convert_parts(
     config: Config,
     output: str | Path,
     progress: Progress = lambda done, total: None,
+    processes: int = 1,
 ) -> None:
     """Writes a checkpoint from a language model and a tower; the projector starts afresh.
 
@@ -121,6 +126,7 @@ def convert_parts(
         config: of the run that will start from it; its seed makes the projector.
         output: checkpoint folder to make.
         progress: called after every tensor with bytes done and in all.
+        processes: how many share the work.
 
     Raises:
         CheckpointError: a folder is damaged or of another model, or the output exists.
@@ -140,7 +146,7 @@ def convert_parts(
     plan += planned(table, language, str(llm))
     plan += fresh_projector(config, next(iter(language.dtypes.values())))
     with AtomicFolder(output) as temporary:
-        write_checkpoint(temporary, plan, config, progress)
+        write_checkpoint(temporary, plan, config, progress, processes)
 
 
 def planned(table: list[Entry], source: Source, where: str) -> list[Planned]:
@@ -194,7 +200,7 @@ def fresh_projector(config: Config, dtype: torch.dtype) -> list[Planned]:
 
 
 def image_settings(folder: Path) -> DataConfig:
-    """Image policy, mean and standard deviation of the folder's processor.
+    """Image policy, AnyRes grids, mean and standard deviation of the folder's processor.
 
     Raises:
         CheckpointError: there is no processor.
@@ -211,4 +217,10 @@ def image_settings(folder: Path) -> DataConfig:
     )
     mean: Any = tuple(float(x) for x in fields["image_mean"])
     std: Any = tuple(float(x) for x in fields["image_std"])
-    return replace(DataConfig(), image_policy=policy, image_mean=mean, image_std=std)
+    grids: Any = DataConfig().anyres_grids
+    if fields.get("image_processor_type") == "DattnImageProcessor":
+        policy = fields["image_policy"]
+        grids = tuple((int(columns), int(rows)) for columns, rows in fields["anyres_grids"])
+    return replace(
+        DataConfig(), image_policy=policy, anyres_grids=grids, image_mean=mean, image_std=std
+    )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +12,19 @@ from transformers import GenerationConfig
 
 import dattn_mcore.hf
 from dattn_mcore.hf import REMOTE_CODE_FILES
+from tools.checkpoint_convert.atomic_folder import AtomicFolder
 from tools.checkpoint_convert.configs import TokenIds, to_hf
-from tools.checkpoint_convert.dist_checkpoint import AtomicFolder, DistCheckpoint
+from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
+from tools.checkpoint_convert.following_digest import FollowingDigest
 from tools.checkpoint_convert.mapping import Entry, Shape, in_order_of_layers
 from tools.checkpoint_convert.safetensors_folder import SafetensorsWriter
 from tools.checkpoint_convert.tables import check_keys, mcore_shapes, model_table
 from tools.checkpoint_convert.tokenizers_out import export_processor
+from tools.checkpoint_convert.workers import Progress, Report, in_shares, run_shares
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 THREADS = 2
 EMBEDDING = "embedding.word_embeddings.weight"
+Step = tuple[Entry, int | None]  # a line of the table and a layer
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class ExportOptions:
         tokenizer: SentencePiece file or Hugging Face folder; None: data.tokenizer of the run.
         template: conversation template of the chat template; None: data.template of the run.
         max_shard_bytes: largest safetensors file.
+        processes: how many share the work.
     """
 
     tokenizer: str | None = None
     template: str | None = None
     max_shard_bytes: int = 5_000_000_000
+    processes: int = 1
 
 
 def convert(
@@ -67,7 +70,7 @@ def convert(
     table = model_table(source.config.model)
     check_keys(str(source.path), mcore_shapes(table), source.shapes, source.dtypes)
     data = source.config.data
-    with AtomicFolder(output) as folder, ThreadPoolExecutor(1) as beside:
+    with AtomicFolder(output) as folder:
         ids = export_processor(
             folder,
             source.config.model,
@@ -81,14 +84,7 @@ def convert(
         _generation_config(ids, source.config.model.llm.vocab_size).save_pretrained(folder)
         for name in REMOTE_CODE_FILES:
             shutil.copyfile(Path(dattn_mcore.hf.__path__[0]) / name, folder / name)
-        stop = threading.Event()
-        digests = beside.submit(source.check_digests, stop)
-        try:
-            _write_weights(source, table, dtype, folder, options.max_shard_bytes, progress)
-        except BaseException:
-            stop.set()
-            raise
-        digests.result()
+        _write_weights(source, table, dtype, folder, options, progress)
     return source.path
 
 
@@ -110,43 +106,61 @@ def _write_weights(
     table: list[Entry],
     dtype: torch.dtype,
     folder: Path,
-    max_shard_bytes: int,
+    options: ExportOptions,
     progress: Progress,
 ) -> None:
-    """Lays files out layer by layer; `THREADS` tensors are in memory at a time."""
+    """Lays files out layer by layer; in each process `THREADS` tensors are in memory at a time."""
     announced: dict[str, tuple[Shape, torch.dtype]] = {}
     steps = in_order_of_layers(table)
     for entry, layer in steps:
         kind = dtype if entry.key is None else source.dtypes[entry.key]
         for name, shape in zip(entry.names(layer), entry.parts.values(), strict=True):
             announced[name] = (shape, kind)
-    total = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in announced.values())
 
-    def move(step: tuple[Entry, int | None]) -> int:
-        entry, layer = step
-        if entry.key is None:
-            parts = [torch.zeros(shape, dtype=dtype) for shape in entry.parts.values()]
-        else:
-            parts = entry.mix.split(source.read(entry.key, layer))
-        for name, part in zip(entry.names(layer), parts, strict=True):
-            writer.add(name, part)
-        return sum(part.nbytes for part in parts)
+    def nbytes(step: Step) -> int:
+        return sum(
+            torch.Size(announced[name][0]).numel() * announced[name][1].itemsize
+            for name in step[0].names(step[1])
+        )
 
-    def place(step: tuple[Entry, int | None]) -> tuple[str, int]:
+    def place(step: Step) -> tuple[str, int]:
         entry, layer = step
         return ("", 0) if entry.key is None else source.place(entry.key, layer)
 
-    done = 0
-    with (
-        SafetensorsWriter(folder, announced, max_shard_bytes) as writer,
-        ThreadPoolExecutor(THREADS) as threads,
-    ):
-        try:
-            # In the order of the files, as the check of the digests that runs beside reads them.
-            for moved in threads.map(move, sorted(steps, key=place)):
-                done += moved
-                progress(done, total)
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
-        writer.close()
+    shares = in_shares(sorted(steps, key=place), options.processes, nbytes)
+    names = sorted(source.digests, key=lambda name: source.digests[name][0], reverse=True)
+    checked = [names[share :: len(shares)] for share in range(len(shares))]
+    total = sum(map(nbytes, steps))
+
+    with SafetensorsWriter(folder, announced, options.max_shard_bytes) as writer:
+
+        def move(step: Step) -> Step:
+            entry, layer = step
+            if entry.key is None:
+                parts = [torch.zeros(shape, dtype=dtype) for shape in entry.parts.values()]
+            else:
+                parts = entry.mix.split(source.read(entry.key, layer))
+            for name, part in zip(entry.names(layer), parts, strict=True):
+                writer.add(name, part)
+            return step
+
+        def job(share: int, report: Report) -> list[str]:
+            digests = {name: source.digests[name] for name in checked[share]}
+            written = []
+            with (
+                FollowingDigest(source.path, digests) as behind,
+                ThreadPoolExecutor(THREADS) as threads,
+            ):
+                try:
+                    for step in threads.map(move, shares[share]):
+                        written += step[0].names(step[1])
+                        behind.follow(*place(step))
+                        report(nbytes(step))
+                except BaseException:
+                    threads.shutdown(cancel_futures=True)
+                    raise
+                behind.finish()
+            return written
+
+        written = run_shares(job, len(shares), total, progress)
+        writer.close(name for names in written for name in names)

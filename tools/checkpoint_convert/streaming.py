@@ -1,42 +1,38 @@
-"""Writes Megatron-Core's `torch_dist` format tensor by tensor.
+"""Writes Megatron-Core's `torch_dist` format tensor by tensor, from one process or several.
 
-The format is PyTorch's distributed checkpoint with two small files of Megatron-Core beside it, so
-PyTorch's own writer does the work; a planner hands it tensors that are made when they are written
-and forgotten afterwards. Files are hashed as they are written.
+The format is PyTorch's distributed checkpoint with two small files of Megatron-Core beside it: one
+file a process, tensors saved one behind another, and `.metadata`, which says what lies where.
+Tensors are made when they are written and forgotten afterwards. Files are hashed as they are
+written.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
+    TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
 
-from dattn_mcore.errors import CheckpointError
 from tools.checkpoint_convert.mapping import Shape
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+from tools.checkpoint_convert.workers import Progress, Report, in_shares, run_shares
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Planned:
         layers: how many layers the key stacks.
         shape: without the layer axis.
         dtype: of the tensor.
-        make: makes it; called once, in another thread.
+        make: makes it; called once, in another thread, perhaps of another process.
     """
 
     key: str
@@ -64,138 +60,143 @@ class Planned:
         """Bytes of the tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """Which part of the whole tensor it is."""
+        if self.layer is None:
+            return ChunkStorageMetadata(torch.Size([0] * len(self.shape)), torch.Size(self.shape))
+        offsets = (self.layer, *(0 for _ in self.shape))
+        return ChunkStorageMetadata(torch.Size(offsets), torch.Size((1, *self.shape)))
+
 
 def write_tensors(
     path: Path,
     tensors: list[Planned],
     progress: Progress = lambda done, total: None,
+    processes: int = 1,
 ) -> dict[str, list[Any]]:
     """Writes tensors as a checkpoint that `megatron.core.dist_checkpointing.load` reads.
 
-    While one tensor is written and hashed, the next one is made: two are in memory at a time.
+    In each process, while one tensor is written and hashed, the next one is made: two are in
+    memory at a time.
 
     Args:
         path: an empty folder.
         tensors: what to write, in this order.
         progress: called after every tensor.
+        processes: how many share the work; each writes one file.
 
     Returns:
         Size and SHA-256 of every file of tensors, by name.
 
     Raises:
-        CheckpointError: a tensor could not be made or written.
+        CheckpointError: a tensor could not be made.
+        OSError: a file could not be written.
     """
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
-    # More than one thread of this writer would lose errors: they end the thread, and the
-    # checkpoint is finished without its tensors.
-    # Copying ahead is for tensors on a GPU, and changes the order.
-    writer = FileSystemWriter(path, thread_count=1, per_thread_copy_ahead=0)
-    files = writer.fs = _HashingFiles()
-    with ThreadPoolExecutor(1) as maker:
-        planner = _LazyPlanner(tensors, progress, maker)
-        try:
-            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
-        except CheckpointException as wrapper:
-            error = next(iter(wrapper.failures.values()))[0]
-            if isinstance(error, OSError | RuntimeError):
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise CheckpointError(
-                    f"{path} cannot be written ({reason}); free space or choose another place"
-                ) from None
-            raise error from None
+    shares = in_shares(tensors, processes, lambda tensor: tensor.nbytes)
+    total = sum(tensor.nbytes for tensor in tensors)
+    files = [f"__{share}_0.distcp" for share in range(len(shares))]
+
+    def write(share: int, report: Report) -> tuple[list[WriteResult], list[Any]]:
+        return _write_file(path / files[share], shares[share], report)
+
+    with _no_second_checksum():
+        written = run_shares(write, len(shares), total, progress)
+    index = FileSystemWriter(path)
+    index.finish(_describe(tensors), [results for results, _ in written])
     torch.save({}, path / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(path))
-    return files.digests
+    return {file: digest for file, (_, digest) in zip(files, written, strict=True)}
 
 
-class _LazyPlanner(DefaultSavePlanner):
-    """Plans from shapes; tensors exist only while they are written."""
-
-    def __init__(
-        self, tensors: list[Planned], progress: Progress, maker: ThreadPoolExecutor
-    ) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._items = {_index(tensor): tensor for tensor in tensors}
-        self._waiting = list(reversed(self._items))  # not asked for yet, next one last
-        self._made: dict[MetadataIndex, Future[Tensor]] = {}
-        self._maker, self._progress, self._done = maker, progress, 0
-        self._total = sum(tensor.nbytes for tensor in tensors)
-
-    def create_local_plan(self) -> SavePlan:
-        items = []
-        for index, tensor in self._items.items():
-            assert index.offset is not None
-            leading = () if tensor.layer is None else (1,)
+def _describe(tensors: list[Planned]) -> Metadata:
+    """Shape, dtype and chunks of every key."""
+    described: dict[str, Any] = {}
+    for tensor in tensors:
+        if tensor.key not in described:
             stacked = () if tensor.layers is None else (tensor.layers,)
-            data = TensorWriteData(
-                chunk=ChunkStorageMetadata(index.offset, torch.Size((*leading, *tensor.shape))),
+            described[tensor.key] = TensorStorageMetadata(
                 properties=TensorProperties(dtype=tensor.dtype),
                 size=torch.Size((*stacked, *tensor.shape)),
+                chunks=[],
             )
-            items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        planned = self._items[write_item.index]
-        future = self._made.pop(write_item.index, None)
-        if future is None:  # the first one, or the writer has an order of its own
-            self._waiting.remove(write_item.index)
-            future = self._maker.submit(planned.make)
-        tensor = future.result()
-        assert tuple(tensor.shape) == planned.shape and tensor.dtype == planned.dtype, planned.key
-        if self._waiting and not self._made:
-            following = self._waiting.pop()
-            self._made[following] = self._maker.submit(self._items[following].make)
-        self._done += planned.nbytes
-        self._progress(self._done, self._total)
-        # The writer copies a view of something larger, so that only its own bytes are saved.
-        return tensor.contiguous() if planned.layer is None else tensor.contiguous()[None]
+        described[tensor.key].chunks.append(tensor.chunk)
+    return Metadata(described)
 
 
-def _index(tensor: Planned) -> MetadataIndex:
-    leading = () if tensor.layer is None else (tensor.layer,)
-    return MetadataIndex(
-        tensor.key, torch.Size((*leading, *(0 for _ in tensor.shape))), tensor.layer or 0
-    )
+def _write_file(
+    path: Path, tensors: list[Planned], report: Report
+) -> tuple[list[WriteResult], list[Any]]:
+    """Writes one file; returns where each tensor lies in it, and its size and SHA-256."""
+    results = []
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(2) as threads:
+        stream = _HashingStream(file, threads)
+        following = threads.submit(tensors[0].make)
+        for number, planned in enumerate(tensors, start=1):
+            tensor = following.result()
+            assert tuple(tensor.shape) == planned.shape, planned.key
+            assert tensor.dtype == planned.dtype, planned.key
+            if number < len(tensors):
+                following = threads.submit(tensors[number].make)
+            offset = stream.size
+            stream.save(_alone(tensor if planned.layer is None else tensor[None]))
+            index = MetadataIndex(planned.key, planned.chunk.offsets)
+            place = _StorageInfo(path.name, offset, stream.size - offset)
+            results.append(WriteResult(index, place.length, place))
+            report(planned.nbytes)
+        os.fsync(file.fileno())
+    return results, [stream.size, stream.sha256.hexdigest()]
 
 
-class _HashingFiles(FileSystem):
-    """Files of tensors are hashed as they are written."""
-
-    def __init__(self) -> None:
-        self.digests: dict[str, list[Any]] = {}
-
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as stream:
-            if Path(path).suffix != ".distcp":
-                yield stream
-                return
-            with ThreadPoolExecutor(1) as hasher:
-                hashing = _HashingStream(stream, hasher)
-                yield hashing
-        self.digests[Path(path).name] = [hashing.size, hashing.sha256.hexdigest()]
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor without the rest of what it is a view of, which `torch.save` would write too."""
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 class _HashingStream:
     """A file that is only ever appended to; hashing runs beside the writing."""
 
-    def __init__(self, stream: Any, hasher: ThreadPoolExecutor) -> None:
-        self._stream, self._hasher = stream, hasher
+    def __init__(self, file: BinaryIO, threads: ThreadPoolExecutor) -> None:
+        self._file, self._threads = file, threads
         self.sha256, self.size = hashlib.sha256(), 0
+        self._failure: OSError | None = None
+
+    def save(self, tensor: Tensor) -> None:
+        """Appends a tensor as `torch.save` writes it."""
+        try:
+            torch.save(tensor, cast(IO[bytes], self))
+        except RuntimeError as error:  # how PyTorch wraps what `write` raised
+            raise self._failure or error from None
 
     def write(self, data: Any) -> int:
-        hashed = self._hasher.submit(self.sha256.update, data)
-        written = self._stream.write(data)
-        hashed.result()
-        self.size += written
-        return written
+        """Appends bytes; for `torch.save`."""
+        hashed = self._threads.submit(self.sha256.update, data)
+        rest = memoryview(data)
+        try:
+            while len(rest):  # one call writes 2 GiB at most
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._failure = error
+            raise
+        finally:
+            hashed.result()  # the bytes are the caller's again
+        self.size += len(data)
+        return len(data)
 
-    def tell(self) -> int:
-        return self.size
+    def flush(self) -> None:
+        """Nothing waits in memory; `torch.save` asks for it."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+
+@contextmanager
+def _no_second_checksum() -> Iterator[None]:
+    """Without the CRC-32 that `torch.save` computes and `torch.load` ignores: SHA-256 covers it."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)

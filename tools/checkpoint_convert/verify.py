@@ -27,8 +27,8 @@ from tools.checkpoint_convert.raw_folders import (
     vision_config,
 )
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
-from tools.checkpoint_convert.streaming import Progress
 from tools.checkpoint_convert.tables import check_keys, mcore_shapes, model_table, part_of
+from tools.checkpoint_convert.workers import Progress
 
 ALL = frozenset({"vision", "projector", "positions", "llm"})
 SMALL = 50_000_000  # parameters up to which logits are compared

@@ -8,6 +8,7 @@ from dattn_mcore.config.checks import check_config, data_parallel_size
 from dattn_mcore.config.load import from_dict, load_config, to_dict, to_yaml
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError
+from dattn_mcore.training.main import parse_arguments
 
 
 def checked(*overrides):
@@ -83,8 +84,14 @@ def test_frozen():
             "optim.weightdecay=1",
             r"unknown .* 'optim.weightdecay'; did you mean 'optim.weight_decay'",
         ),
-        ("paralel.tp=2", "unknown configuration key 'paralel'; did you mean 'parallel'"),
-        ("lr=1", "write section.key=value"),
+        ("paralel.tp=2", "unknown configuration key 'paralel.tp'; did you mean 'parallel.tp'"),
+        ("attn.v2v=causal", "unknown configuration key 'attn.v2v'; did you mean 'attention.v2v'"),
+        ("optim.steps=3", "did you mean 'train.steps'"),
+        ("lr=1", "write section.key=value, optim.lr=1$"),
+        ("tp=2", r"'tp=2' is not understood; write .*, parallel.tp=2 or --tp 2$"),
+        ("learning", "write section.key=value, for example optim.lr=1e-4$"),
+        ("num_layers=2", "model.llm.num_layers=2 or model.vision.num_layers=2$"),
+        ("train.epochs=2", "has no effect while train.steps=300 is set; add train.steps=null"),
         ("optim.lr=fast", "optim.lr='fast' must be of type float"),
         ("train.seed=1.5", "train.seed=1.5 must be of type int"),
         ("parallel.sp=1", "parallel.sp=1 must be of type bool"),
@@ -101,6 +108,9 @@ def test_frozen():
         ("model.llm.head_dim=7", "must be even"),
         ("model.vision.select_layer=0", "must lie between"),
         ("model.vision.image_size=1120", "visual_budget=512 must hold at least one image"),
+        ("data.anyres_grids=[]", "must be pairs .columns, rows. of at least two tiles"),
+        ("data.anyres_grids=[[1, 1]]", "one tile is the base view"),
+        ("data.anyres_grids=[[2, 0]]", "must be pairs .columns, rows."),
         ("attention.v2v=full", "attention.v2v='full' is unknown; use one of diagonal, causal"),
         ("train.trains=[llm,tower]", "must name one or more of vision, projector, llm"),
         ("train.recompute_visual_chunk=0", "must be greater than 0, or null"),
@@ -113,6 +123,27 @@ def test_one_clear_line(override, message):
     with pytest.raises(ConfigError, match=message) as caught:
         checked(override)
     assert "\n" not in str(caught.value)
+
+
+def test_epochs_count_where_steps_do_not():
+    assert checked("train.epochs=2", "train.steps=null").train.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("--tensor-model-parallel-size", "did you mean --tp?"),
+        ("--pipeline-model-parallel-size=2", "did you mean --pp?"),
+        ("--global-batch-size", "did you mean train.global_batch_size=...?"),
+        ("--lr=1", "did you mean optim.lr=...?"),
+        ("--devices", "did you mean --device?"),
+        ("--zzz", "--help lists the flags."),
+    ],
+)
+def test_unknown_flags(flag, hint):
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments([flag, "2"])
+    assert str(caught.value).startswith(f"flag {flag.partition('=')[0]} is unknown; {hint}")
 
 
 def test_wrong_process_count():
@@ -151,3 +182,11 @@ def test_bad_files(tmp_path, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read .*No such file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_the_visual_budget_holds_the_largest_anyres_plan():
+    """The digits' tile has 4 rows; a base view and 2 x 2 tiles have 20."""
+    overrides = ["data.image_policy=anyres_stretch", "data.anyres_grids=[[1, 2], [2, 2]]"]
+    assert checked(*overrides, "data.visual_budget=20").data.max_tiles == 5
+    with pytest.raises(ConfigError, match="of 5 tiles .* 20 rows"):
+        checked(*overrides, "data.visual_budget=19")

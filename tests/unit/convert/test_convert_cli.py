@@ -56,17 +56,22 @@ def test_inspect(run, capsys):
     assert "Hugging Face folder" in capsys.readouterr().out
 
 
-def test_existing_output_is_refused(run, tmp_path, capsys):
+@pytest.mark.parametrize("several", [(), ("--processes", "2")])
+def test_existing_output_is_refused(run, tmp_path, capsys, several):
     """And left as it is."""
     (tmp_path / "out").mkdir()
-    assert "exists" in fails(capsys, "mcore-to-hf", run, tmp_path / "out")
-    assert "exists" in fails(capsys, "hf-to-mcore", run / "hf", tmp_path / "out")
+    assert "exists" in fails(capsys, "mcore-to-hf", run, tmp_path / "out", *several)
+    assert "exists" in fails(capsys, "hf-to-mcore", run / "hf", tmp_path / "out", *several)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_no_checkpoint(tmp_path, capsys):
-    """A folder without a checkpoint."""
-    assert "no finished checkpoint" in fails(capsys, "mcore-to-hf", tmp_path, tmp_path / "out")
+    """A folder without a checkpoint, or no folder at all: the error is all that is printed."""
+    for source in (tmp_path, tmp_path / "none"):
+        assert main(["mcore-to-hf", str(source), str(tmp_path / "out")]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == "" and len(printed.err.splitlines()) == 1
+        assert printed.err.startswith("error: ") and "no finished checkpoint" in printed.err
 
 
 def test_every_key_that_does_not_fit_is_named(tmp_path, capsys):
@@ -100,16 +105,6 @@ def test_models_that_the_architecture_cannot_express(tmp_path, capsys):
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_damaged_checkpoint(tmp_path, capsys):
-    """A truncated data file is found before anything is written."""
-    config = small_config(make_tokenizer(tmp_path))
-    make_checkpoint(tmp_path / "a", config)
-    file = max(tmp_path.glob("a/*.distcp"), key=lambda f: f.stat().st_size)
-    file.write_bytes(file.read_bytes()[:-100])
-    assert file.name in fails(capsys, "mcore-to-hf", tmp_path / "a", tmp_path / "out")
-    assert not list(tmp_path.glob("*out*"))
-
-
 def copy_export(run, folder):
     """A copy of the export, with links to nothing."""
     folder.mkdir()
@@ -118,35 +113,41 @@ def copy_export(run, folder):
     return folder
 
 
-def test_damaged_exports(run, tmp_path, capsys):
-    """Missing shard, truncated shard, index outside the folder, another architecture."""
+@pytest.mark.parametrize("several", [(), ("--processes", "2")])
+def test_damaged_exports(run, tmp_path, capsys, several):
+    """Missing shard, truncated shard, index outside the folder, another architecture, a pickle."""
     out = tmp_path / "out"
+
+    pickled = copy_export(run, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    assert "only safetensors are read" in fails(capsys, "hf-to-mcore", pickled, out, *several)
 
     missing = copy_export(run, tmp_path / "missing")
     (missing / "model.safetensors").unlink()
-    assert "model.safetensors is missing" in fails(capsys, "hf-to-mcore", missing, out)
+    assert "model.safetensors is missing" in fails(capsys, "hf-to-mcore", missing, out, *several)
 
     cut = copy_export(run, tmp_path / "cut")
     data = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(data[:-50])
-    assert "is damaged" in fails(capsys, "hf-to-mcore", cut, out)
+    assert "is damaged" in fails(capsys, "hf-to-mcore", cut, out, *several)
 
     outside = copy_export(run, tmp_path / "outside")
-    index = {"weight_map": {"lm_head.weight": "../x.safetensors"}}
-    (outside / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "own folder" in fails(capsys, "hf-to-mcore", outside, out)
+    for file in ("../x.safetensors", "/x.safetensors", "a/../../x.safetensors", ".."):
+        index = {"weight_map": {"lm_head.weight": file}}
+        (outside / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert "own folder" in fails(capsys, "hf-to-mcore", outside, out, *several)
 
     partial = copy_export(run, tmp_path / "partial")
     weights = load_file(partial / "model.safetensors")
     weights.pop("lm_head.weight")
     weights["surprise"] = torch.ones(2)
     save_file(weights, partial / "model.safetensors")
-    error = fails(capsys, "hf-to-mcore", partial, out)
+    error = fails(capsys, "hf-to-mcore", partial, out, *several)
     assert "missing lm_head.weight" in error and "extra surprise" in error
 
     other = copy_export(run, tmp_path / "other")
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    assert "'llama'" in fails(capsys, "hf-to-mcore", other, out)
+    assert "'llama'" in fails(capsys, "hf-to-mcore", other, out, *several)
     assert not list(tmp_path.glob("*out")) and not list(tmp_path.glob(".out*"))
 
 

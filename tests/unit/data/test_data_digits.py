@@ -12,10 +12,10 @@ from PIL import Image
 
 from dattn_mcore.data import digits
 from dattn_mcore.data.__main__ import main
-from dattn_mcore.data.annotations import read_annotations
 from dattn_mcore.data.digits import CELLS, DigitsPlan, bag_of_digits_ceiling, prepare_digits
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import DataError
+from tests.unit.data.read_json import read_json
 
 PLAN = DigitsPlan(align=40, pretrain=60, instruct=300, heldout=200)
 
@@ -50,7 +50,7 @@ def test_annotations_read_and_point_at_images(prepared: Path) -> None:
     counts = {"align": 40, "pretrain": 60, "instruct": 300}
     kinds: Counter[int] = Counter()
     for name, count in counts.items():
-        samples = read_annotations(prepared / f"{name}.json").samples
+        samples = read_json(prepared / f"{name}.json")
         assert len(samples) == count
         for sample in samples:
             kinds[len(sample.images)] += 1
@@ -66,10 +66,10 @@ def test_annotations_read_and_point_at_images(prepared: Path) -> None:
 def test_captions_and_answers_agree(prepared: Path) -> None:
     truth = {
         sample.images[0]: sample.turns[1].split()
-        for sample in read_annotations(prepared / "pretrain.json").samples
+        for sample in read_json(prepared / "pretrain.json")
     }
     checked: Counter[str] = Counter()
-    for sample in read_annotations(prepared / "instruct.json").samples:
+    for sample in read_json(prepared / "instruct.json"):
         shown = truth.get(sample.images[0]) if sample.images else None
         if shown is None:
             continue
@@ -155,7 +155,7 @@ def test_mosaics_show_what_the_caption_says() -> None:
 def test_tokenizer_knows_every_word_in_few_ids(prepared: Path) -> None:
     tokenizer = load_tokenizer(prepared / "tokenizer.model")
     assert tokenizer.vocab_size <= 320
-    for sample in read_annotations(prepared / "instruct.json").samples:
+    for sample in read_json(prepared / "instruct.json"):
         for turn in sample.turns:
             text = turn.replace("<image>", "")
             ids = tokenizer.encode(text)
@@ -225,7 +225,7 @@ def test_command(
     assert capsys.readouterr().err.startswith("error: ")
     made = []
     monkeypatch.setattr(
-        "dattn_mcore.data.__main__.prepare_digits",
+        "dattn_mcore.data.digits.prepare_digits",
         lambda output, plan: made.append((output, plan)) or output,
     )
     assert main(["prepare-digits", "--output", "x", "--seed", "3"]) == 0

@@ -23,8 +23,9 @@ from dattn_mcore.data import decode_dali, images
 from dattn_mcore.data.decode_dali import DaliDecoder, suits_dali
 from dattn_mcore.data.decode_pillow import decode_with_pillow
 from dattn_mcore.data.image_files import read_image_file
-from dattn_mcore.data.images import ImageLoader, make_decoder, to_tile
+from dattn_mcore.data.images import make_decoder, to_tile
 from dattn_mcore.errors import ConfigError, DataError
+from tests.unit.data.folder_loader import FolderLoader as ImageLoader
 
 HAS_DALI = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed (extra 'dali')")
@@ -145,20 +146,6 @@ def _padded(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
     square = Image.new("RGB", (side, side), fill)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
-
-
-@pytest.fixture
-def columns_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes Pillow resize along x, then along y, as all releases before 13 do, and torch.
-
-    Pillow 13 starts with y where that is less work; rounding between the passes then differs.
-    """
-    resize = Image.Image.resize
-
-    def in_two(self: Image.Image, size: tuple[int, int], *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
-        return resize(resize(self, (size[0], self.height), *args, **kwargs), size, *args, **kwargs)
-
-    monkeypatch.setattr(Image.Image, "resize", in_two)
 
 
 @pytest.mark.usefixtures("columns_first")
@@ -416,7 +403,7 @@ def test_tiles_of_two_devices_end_on_the_decoders(
     loader = ImageLoader(tmp_path, size=56, backend="pillow")
     on_cpu = torch.zeros(3, 80, 60, dtype=torch.uint8)
     # "meta" stands for a GPU: a device that is not the CPU.
-    monkeypatch.setattr(loader._decoder, "decode", lambda files: [on_cpu, on_cpu.to("meta")])
+    monkeypatch.setattr(loader.inner._decoder, "decode", lambda files: [on_cpu, on_cpu.to("meta")])
     tiles = loader.load([("a", "a.png"), ("b", "a.png")])
     assert (tiles.device.type, tiles.shape, tiles.dtype) == ("meta", (2, 3, 56, 56), torch.uint8)
     loader.close()

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dattn_mcore.data.packing import plan_packs, split_over_ranks
+from dattn_mcore.data.balance import split_over_ranks
+from dattn_mcore.data.packing import plan_packs
 
 TEXT, VISUAL = 50, 64
 LENGTHS = st.lists(
@@ -31,10 +32,16 @@ def test_every_sample_once_within_both_budgets(
         assert sum(lengths[i][1] for i in pack) <= VISUAL
         assert list(pack) == sorted(pack)
     assert plan_packs(list(lengths), TEXT, VISUAL, multiple) == packs
-    shares = split_over_ranks(packs, lengths, dp_size)
+    shares = split_over_ranks(packs, lengths, dp_size, (TEXT, VISUAL))
     assert len(shares) == dp_size
     assert {len(share) for share in shares} == {len(packs) // dp_size}
-    assert sorted(pack for share in shares for pack in share) == sorted(packs)
+    assert sorted(i for share in shares for pack in share for i in pack) == list(
+        range(len(lengths))
+    )
+    for pack in (pack for share in shares for pack in share):
+        assert sum(lengths[i][0] for i in pack) <= TEXT
+        assert sum(lengths[i][1] for i in pack) <= VISUAL
+    assert split_over_ranks(packs, list(lengths), dp_size, (TEXT, VISUAL)) == shares
 
 
 @settings(max_examples=100, deadline=None)
@@ -58,7 +65,7 @@ def test_loads_are_balanced() -> None:
     rows = [sum(sum(lengths[i]) for i in pack) for pack in packs]
     longest = max(sum(one) for one in lengths)
     assert max(rows) - min(rows) <= longest
-    shares = split_over_ranks(packs, lengths, 4)
+    shares = split_over_ranks(packs, lengths, 4, (512, 512))
     totals = [sum(sum(lengths[i]) for pack in share for i in pack) for share in shares]
     assert max(totals) - min(totals) <= longest
 
@@ -75,4 +82,22 @@ def test_a_sample_over_a_budget_is_a_mistake_of_the_caller() -> None:
 
 def test_packs_that_cannot_be_dealt() -> None:
     with pytest.raises(ValueError, match="dealt"):
-        split_over_ranks([(0,), (1,), (2,)], [(1, 0)] * 3, 2)
+        split_over_ranks([(0,), (1,), (2,)], [(1, 0)] * 3, 2, (TEXT, VISUAL))
+
+
+def test_ranks_of_unlike_samples_have_equal_work() -> None:
+    """Long and short answers, one to five tiles: dealing packs alone leaves ranks 10 % apart."""
+    rng = random.Random(2)
+    lengths = [
+        (int(rng.lognormvariate(4.5, 1.0)) % 1500 + 8, 729 * rng.choice([0, 1, 3, 4, 5]))
+        for _ in range(128)
+    ]
+    budgets, work = (4096, 11664), (1.0, 1.4)
+    for dp_size in (2, 4, 8):
+        packs = plan_packs(lengths, *budgets, dp_size)
+        shares = split_over_ranks(packs, lengths, dp_size, budgets, work)
+        loads = [
+            sum(lengths[i][0] + 1.4 * lengths[i][1] for pack in share for i in pack)
+            for share in shares
+        ]
+        assert max(loads) <= 1.05 * sum(loads) / dp_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from dattn_mcore.config.schema import Config, LlmConfig
+from dattn_mcore.config.schema import Config, LlmConfig, SourceConfig
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
-from dattn_mcore.data.pipeline import DataPipeline
+from dattn_mcore.data.pipeline import DataPipeline, mask
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import ConfigError, DataError
 
@@ -153,9 +155,11 @@ def test_ranks_without_pixels_open_no_image(
 ) -> None:
     with opened(make_config(), toy_tokenizer) as pipeline:
         with_pixels = pipeline.global_batch(0)
-    config = make_config(image_folder=str(tmp_path / "nowhere"))
+    config = _copied(make_config(), tmp_path)
     with opened(config, toy_tokenizer, needs_pixels=False) as pipeline:
+        shutil.rmtree(tmp_path / "images")
         batch = pipeline.global_batch(0)
+    assert batch.failures == ()
     assert all(micro.tiles is None for micro in batch.microbatches)
     for mine, theirs in zip(batch.microbatches, with_pixels.microbatches, strict=True):
         assert mine.num_tiles == theirs.num_tiles
@@ -199,47 +203,106 @@ def test_prefetch_runs_ahead_but_not_further(
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
-def _spoil(config: Config, tmp_path: Path, path: str) -> Config:
-    """The toy annotations with one image path that does not exist."""
-    records = json.loads(Path(config.data.annotations).read_text())
-    records[11]["image"] = path
-    (tmp_path / "spoilt.json").write_text(json.dumps(records))
-    data = dataclasses.replace(config.data, annotations=str(tmp_path / "spoilt.json"))
+def _copied(config: Config, tmp_path: Path) -> Config:
+    """The toy data in a folder of its own, to be spoilt."""
+    shutil.copytree(config.data.image_folder, tmp_path / "images")
+    shutil.copy(config.data.annotations, tmp_path / "toy.json")
+    data = dataclasses.replace(
+        config.data,
+        annotations=str(tmp_path / "toy.json"),
+        image_folder=str(tmp_path / "images"),
+    )
     return dataclasses.replace(config, data=data)
 
 
 @pytest.mark.parametrize("depth", [0, 2])
-def test_a_bad_image_surfaces_at_its_step_only(
+def test_a_bad_image_is_grey_and_a_failure_at_its_step_only(
     make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path, depth: int
 ) -> None:
-    config = _spoil(make_config(prefetch=depth), tmp_path, "lost.png")
+    config = _copied(make_config(prefetch=depth), tmp_path)
     with opened(config, toy_tokenizer) as pipeline:
-        bad_step = None
+        whole = {}
+        for step in range(4):
+            whole |= {step: by_sample(pipeline.global_batch(step))}
+    # Lost after the index was made: shapes are known, pixels are not.
+    (tmp_path / "images" / "11.png").unlink()
+    with opened(config, toy_tokenizer) as pipeline:
         for step in range(4):  # 48 samples: one whole epoch and a bit
-            try:
-                assert "r11" not in pipeline.global_batch(step).sample_ids
-            except DataError as error:
-                assert "annotation 'r11': image 'lost.png' does not exist" in str(error)
-                bad_step = step
-                break
-        assert bad_step is not None
-        with pytest.raises(DataError):  # asking again says so again
-            pipeline.global_batch(bad_step)
-        assert pipeline.global_batch(bad_step + 4).step == bad_step + 4
+            batch = pipeline.global_batch(step)
+            found = by_sample(batch)
+            assert ("r11" in found) == bool(batch.failures)
+            for failure in batch.failures:
+                assert (failure.id, failure.path, failure.stage) == ("r11", "11.png", "read")
+                assert "annotation 'r11': image '11.png' does not exist" in failure.reason
+                assert found["r11"][0] == whole[step]["r11"][0]
+                assert set(np.array(found["r11"][3]).ravel()) == {127}
+                masked = [mask(micro, {failure.sample}) for micro in batch.microbatches]
+                batch.microbatches = masked
+                for name, sample in by_sample(batch).items():
+                    if name == "r11":
+                        assert set(sample[2]) == {-100}
+                    else:
+                        assert sample == found[name] == whole[step][name]
 
 
-def test_only_the_rank_that_meets_a_bad_image_fails(
+def test_a_record_that_changed_under_the_run_is_a_failure(
     make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
-    config = _spoil(make_config(global_batch_size=40), tmp_path, "lost.png")
-    failed = []
+    config = _copied(make_config(global_batch_size=40), tmp_path)
+    path = Path(config.data.annotations)
+    with opened(config, toy_tokenizer) as pipeline:
+        whole = by_sample(pipeline.global_batch(0))
+        text = path.read_text()
+        with open(path, "r+") as file:  # in place: the run has the file open
+            file.write(text.replace("which?", r"\n\n\n", 1))
+        batch = pipeline.global_batch(0)
+    (failure,) = batch.failures
+    assert failure.id == "r0" and "no longer the one that was indexed" in failure.reason
+    found = by_sample(batch)
+    assert found["r0"][0] == whole["r0"][0]
+    assert set(found["r0"][2]) == {-100}
+    assert {name: found[name] for name in whole if name != "r0"} == {
+        name: whole[name] for name in whole if name != "r0"
+    }
+
+
+def test_only_the_rank_that_meets_a_bad_image_reports_it(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    config = _copied(make_config(global_batch_size=40), tmp_path)
+    found = []
     for rank in range(2):
         with opened(config, toy_tokenizer, dp_rank=rank, dp_size=2) as pipeline:
-            try:
-                pipeline.global_batch(0)
-            except DataError:
-                failed.append(rank)
-    assert len(failed) == 1
+            if rank == 0:
+                (tmp_path / "images" / "11.png").unlink()
+            found += pipeline.global_batch(0).failures
+    assert [failure.id for failure in found] == ["r11"]
+
+
+def test_what_the_index_finds_unusable_takes_no_part(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    config = _copied(make_config(global_batch_size=39, max_bad_share=0.1), tmp_path)
+    (tmp_path / "images" / "11.png").unlink()
+    with opened(config, toy_tokenizer) as pipeline:
+        assert pipeline.num_samples == 39
+        before = pipeline.fingerprint
+        assert sorted(pipeline.global_batch(0).samples) == [n for n in range(40) if n != 11]
+        ((entry),) = pipeline.index.bad()
+    assert (entry["sample"], entry["id"], entry["path"]) == (11, "r11", "11.png")
+    assert entry["stage"] == "image" and "does not exist" in entry["reason"]
+    strict = dataclasses.replace(config.data, max_bad_share=0.0)
+    message = "1 of 40 samples are unusable, data.max_bad_share=0 allows 0: .*toy.json' line 1 "
+    with (
+        pytest.raises(DataError, match=message),
+        opened(dataclasses.replace(config, data=strict), toy_tokenizer),
+    ):
+        pass
+    # Mended: found when the index is opened next.
+    shutil.copy(tmp_path / "images" / "12.png", tmp_path / "images" / "11.png")
+    with opened(dataclasses.replace(config, data=strict), toy_tokenizer) as pipeline:
+        assert pipeline.num_samples == 40
+        assert pipeline.fingerprint != before
 
 
 def _with_long_samples(
@@ -266,7 +329,8 @@ def test_over_budget_skip(
     config = _with_long_samples(make_config(global_batch_size=13), tmp_path, "skip", record)
     with opened(config, toy_tokenizer) as pipeline:
         batch = pipeline.global_batch(0)
-    assert set(batch.skipped) == {"L", "V", "Q"}
+    assert {sample.id for sample in batch.skipped} == {"L", "V", "Q"}
+    assert {sample.stage for sample in batch.skipped} == {"budget"}
     assert batch.truncated == ()
     assert len(batch.sample_ids) == 13
     assert set(by_sample(batch)) == set(batch.sample_ids) - {"L", "V", "Q"}
@@ -282,7 +346,7 @@ def test_over_budget_truncate(
     with opened(config, toy_tokenizer) as pipeline:
         batch = pipeline.global_batch(0)
     # V stays too large without its text; nothing of Q's answer would be left.
-    assert set(batch.skipped) == {"V", "Q"}
+    assert {sample.id for sample in batch.skipped} == {"V", "Q"}
     assert batch.truncated == ("L",)
     layout, ids, labels, _ = by_sample(batch)["L"]
     assert len(ids) == config.data.text_budget
@@ -326,7 +390,14 @@ def test_the_fingerprint_knows_annotations_tokenizer_and_template(
     same = fingerprint(make_config())
     assert fingerprint(make_config(text_budget=900, global_batch_size=3, seed=9)) == same
     assert fingerprint(make_config(template="gemma")) != same
-    assert fingerprint(_spoil(make_config(), tmp_path, "x.png")) != same
+    copy = _copied(make_config(), tmp_path)
+    assert fingerprint(copy) == same  # what counts is the content
+    path = Path(copy.data.annotations)
+    path.write_text(path.read_text().replace("which?", "whose?", 1))
+    assert fingerprint(copy) != same
+    halved = SourceConfig(copy.data.annotations, copy.data.image_folder, weight=0.5)
+    data = dataclasses.replace(make_config().data, sources=(halved,))
+    assert fingerprint(dataclasses.replace(copy, data=data)) != fingerprint(copy)
 
 
 def test_settings_that_cannot_run(
@@ -339,22 +410,21 @@ def test_settings_that_cannot_run(
         with opened(config, toy_tokenizer):
             pass
 
-    with pytest.raises(ConfigError, match="data.over_budget: 'drop' is unknown"):
-        build(make_config(over_budget="drop"))
-    with pytest.raises(ConfigError, match="data.template: 'vicuna' is unknown"):
-        build(make_config(template="vicuna"))
-    with pytest.raises(ConfigError, match=r"data.visual_budget \(0\) must be at least 1"):
-        build(make_config(visual_budget=0))
     small = make_config()
     model = dataclasses.replace(small.model, llm=LlmConfig(vocab_size=100))
     with pytest.raises(ConfigError, match=r"model.llm.vocab_size \(100\) is smaller"):
         build(dataclasses.replace(small, model=model))
-    with pytest.raises(DataError, match="data.image_folder: .* does not exist"):
+    with pytest.raises(ConfigError, match="data.template: 'vicuna' is unknown"):
+        build(make_config(template="vicuna"))
+    with pytest.raises(DataError, match="36 of 40 samples are unusable.*nowhere' does not exist"):
         build(make_config(image_folder=str(tmp_path / "nowhere")))
     talk = [record("t", [], "a", "b", "c", "d")]
     (tmp_path / "talk.json").write_text(json.dumps(talk))
-    with pytest.raises(DataError, match=r"record 0 \(id 't'\) has 4 turns; data.template 'plain'"):
+    with pytest.raises(DataError, match="line 1 sample 't': template 'plain' holds one .* 4 turns"):
         build(make_config(annotations=str(tmp_path / "talk.json"), template="plain"))
+    never = make_config(build_index=False, index_dir=str(tmp_path / "none"))
+    with pytest.raises(DataError, match="cannot be used: it is absent; data.build_index is false"):
+        build(never)
 
 
 def test_imports_no_megatron() -> None:

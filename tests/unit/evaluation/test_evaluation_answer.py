@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from dattn_mcore.evaluation.__main__ import main
-from dattn_mcore.evaluation.answer import Answerer, Settings, resolve_device
+from dattn_mcore.evaluation.answer import Answerer, Settings
+from dattn_mcore.evaluation.generation import resolve_device
 from dattn_mcore.evaluation.questions import read_questions
 from tests.unit.convert.convert_helpers import make_checkpoint, make_tokenizer, small_config
 from tools.checkpoint_convert import mcore_to_hf
@@ -82,7 +83,7 @@ def test_answers_equal_plain_generation(world):
         images=[Image.open(world / "images/sub/0.png")],
         return_tensors="pt",
     )
-    out = answerer.model.generate(**inputs, max_new_tokens=5)
+    out = answerer.generator.model.generate(**inputs, max_new_tokens=5)
     expected = answerer.processor.decode(
         out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )

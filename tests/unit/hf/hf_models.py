@@ -62,12 +62,13 @@ def make_model(
     *,
     seed: int = 0,
     text=None,
+    vision=None,
     **changes,
 ) -> DattnForConditionalGeneration:
     """A model with large random weights everywhere, so that every term of it matters."""
     config = DattnConfig(
         text_config=text_config(family, **(text or {})),
-        vision_config=vision_config(kind),
+        vision_config=vision_config(kind, **(vision or {})),
         image_token_id=IMAGE,
         **{"projector_hidden_size": 40, **changes},
     )

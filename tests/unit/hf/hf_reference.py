@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def reference_logits(
-    weights: dict[str, Tensor], config, tokens: list[int], features: Tensor
+    weights: dict[str, Tensor], config, tokens: list[int], features: Tensor, grids=None
 ) -> Tensor:
     """Logits [text rows, vocab] of one sample.
 
@@ -20,12 +20,13 @@ def reference_logits(
         weights: state dict of the model.
         config: DattnConfig.
         tokens: one sample's input ids, with one placeholder per image.
-        features: tower features [images, rows, width] of the sample.
+        features: tower features [tiles, rows, width] of the sample.
+        grids: columns and rows of each image's canvas; None: one tile an image.
     """
     w = {name: tensor.double() for name, tensor in weights.items()}
     text = config.text_config
     gemma = text.model_type == "gemma2"
-    visual_rows = project(w, config, features.double())
+    visual_rows = project(w, config, features.double(), grids or [(0, 0)] * len(features))
     embedding = w["model.language_model.embed_tokens.weight"]
     scale = math.sqrt(text.hidden_size) if gemma else 1.0
 
@@ -56,26 +57,41 @@ def gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def project(w: dict[str, Tensor], config, features: Tensor) -> Tensor:
+def project(w: dict[str, Tensor], config, features: Tensor, grids) -> list[Tensor]:
+    """Rows of each image, each row at its place in a view of its own size."""
     p = "model.multi_modal_projector."
     eps = config.projector_norm_eps
     x = gelu(features @ w[p + "linear_1.weight"].T + w[p + "linear_1.bias"])
     x = x @ w[p + "linear_2.weight"].T + w[p + "linear_2.bias"]
     x = rms(x, w[p + "norm.weight"], eps, False)
-    if config.visual_positions:
-        side, half = config.grid[0], x.shape[-1] // 2
-        for index in range(x.shape[1]):
-            for axis, place in (("row", index // side), ("column", index % side)):
-                q = p + f"{axis}_position."
-                angles = [place * 10000 ** (-k / half) for k in range(half)]
-                s = torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles])
-                s = s.double()
-                y = gelu(w[q + "fc1.weight"] @ s + w[q + "fc1.bias"])
-                y = w[q + "fc2.weight"] @ y + w[q + "fc2.bias"]
-                x[:, index] = x[:, index] + y / torch.sqrt((y * y).mean() + eps)
-    x = rms(x, w[p + "output_norm.weight"], eps, False)
-    gemma = config.text_config.model_type == "gemma2"
-    return x * math.sqrt(x.shape[-1]) if gemma else x
+    side, half = config.grid[0], x.shape[-1] // 2
+
+    def embedding(axis: str, place: float) -> Tensor:
+        q = p + f"{axis}_position."
+        angles = [place * 10000 ** (-k / half) for k in range(half)]
+        s = torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles]).double()
+        y = gelu(w[q + "fc1.weight"] @ s + w[q + "fc1.bias"])
+        y = w[q + "fc2.weight"] @ y + w[q + "fc2.bias"]
+        return y / torch.sqrt((y * y).mean() + eps)
+
+    images, first = [], 0
+    for columns, rows in grids:
+        image = []
+        for wide, high in [(1, 1)] + [(columns, rows)] * (columns > 0):
+            for row in range(high * side):
+                for column in range(wide * side):
+                    tile = first + row // side * wide + column // side
+                    y = x[tile, row % side * side + column % side]
+                    if config.visual_positions:
+                        # 0 .. entries - 1 whatever the size of the view
+                        y = y + embedding("row", row * (side - 1) / (high * side - 1))
+                        y = y + embedding("column", column * (side - 1) / (wide * side - 1))
+                    image.append(y)
+            first += wide * high
+        y = rms(torch.stack(image), w[p + "output_norm.weight"], eps, False)
+        gemma = config.text_config.model_type == "gemma2"
+        images.append(y * math.sqrt(y.shape[-1]) if gemma else y)
+    return images
 
 
 def rotate(x: Tensor, position: int, base: float) -> Tensor:

@@ -75,9 +75,9 @@ def test_gemma2_embeddings_are_scaled_inside_the_embedding():
     token = torch.tensor([5])
     torch.testing.assert_close(embed(token), embed.weight[token] * 32**0.5)
     with torch.no_grad():
-        rows = model.get_image_features(pixels(1))
+        (rows,) = model.get_image_features(pixels(1))
         model.model.multi_modal_projector.scale = None
-        torch.testing.assert_close(rows, model.get_image_features(pixels(1)) * 32**0.5)
+        torch.testing.assert_close(rows, model.get_image_features(pixels(1))[0] * 32**0.5)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])

@@ -1,0 +1,90 @@
+"""Runs the GPU's tests and all benchmarks, and writes their tables into docs/performance.md.
+
+    make gpu-check                                  # on a machine with a GPU: everything there
+    python -m benchmarks.gpu_check --device cpu     # small sizes, the page's CPU tables
+
+Every benchmark is a process of its own; its Markdown table goes between its two markers on the
+page, with machine, versions, commit and command; pictures and JSON files go into
+docs/performance. What fails is said on the page too, the rest goes on.
+Exit status 1: a test failed, or a benchmark did, or one missed its own bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.results import ROOT, provenance, write_section
+
+PAGE = ROOT / "docs" / "performance.md"
+PYTHON = [sys.executable, "-W", "ignore", "-m"]
+# On one GPU of 80 to 141 GB: D-Attn, baseline and LLaVA stand side by side in the step.
+STEP = ["benchmarks.training_step", "--layers", "4", "--text", "512", "--visual"]
+MEMORY = ["benchmarks.peak_memory", "--layers", "16", "--text", "512", "--chunk", "2048"]
+GPU = {
+    "attention-backends": ["benchmarks.attention_backends"],
+    "training-step-mistral": [*STEP, "576", "2880", "8064", "16128", "32256", "--size", "mistral"],
+    "training-step-gemma": [*STEP, "576", "2880", "8064", "--size", "gemma"],
+    "peak-memory-mistral": [*MEMORY, "--size", "mistral"],
+    "peak-memory-gemma": [*MEMORY, "--size", "gemma"],
+}
+CPU = {
+    "attention-backends": ["benchmarks.attention_backends"],
+    "training-step-small": ["benchmarks.training_step", "--visual", "576", "1152", "2304", "4608"],
+    "flops": ["benchmarks.count_flops"],
+    "peak-memory-tiny": ["benchmarks.peak_memory"],
+}
+
+
+def commands(device: str) -> dict[str, list[str]]:
+    """Name of the section on the page, without the device, and command of every benchmark."""
+    plan = GPU if device == "gpu" else CPU
+    options = ["--device", device, "--out", "docs/performance"]
+    return {name: [*PYTHON, *command, *options] for name, command in plan.items()}
+
+
+def run_benchmark(name: str, command: list[str], device: str, page: Path) -> bool:
+    """Runs one benchmark and writes its section; False if it failed or missed its bound."""
+    shown = shlex.join(["python", *command[1:]]).replace(" -W ignore", "")
+    sys.stdout.write(f"\n{shown}\n")
+    sys.stdout.flush()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    table = "".join(f"{line}\n" for line in done.stdout.splitlines() if line.startswith("|"))
+    sys.stdout.write(done.stdout)
+    origin = f"{provenance(device)}; `{shown}`"
+    picture = f"performance/{name}-{device}.png"
+    if (page.parent / picture).exists():
+        origin += f"\n\n![{name}]({picture})"
+    if table:
+        note = "\nIt missed its own bound (see the file).\n" if done.returncode else ""
+        write_section(page, f"{name}-{device}", f"{table}\n{origin}\n{note}")
+    else:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        problem = f"failed (exit status {done.returncode}): {last}"
+        sys.stdout.write(f"{problem}\n")
+        write_section(page, f"{name}-{device}", f"{problem}\n\n{origin}\n")
+    return done.returncode == 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs everything; see the file's docstring."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--only", nargs="+", default=None, help="names of benchmarks to run")
+    args = parser.parse_args(arguments)
+    good = True
+    if args.device == "gpu":
+        tests = subprocess.run([*PYTHON, "pytest", "-q", "tests/gpu"], cwd=ROOT, check=False)
+        good = tests.returncode == 0
+    for name, command in commands(args.device).items():
+        if args.only is None or name in args.only:
+            good &= run_benchmark(name, command, args.device, args.page)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Time of one training step over the number of visual rows: D-Attn, baseline, Hugging Face's LLaVA.
+
+    python -m benchmarks.training_step                          # small model, CPU
+    python -m benchmarks.training_step --device gpu --size mistral --layers 8
+
+Forward, backward and optimizer; see benchmarks.steps for what runs. The three take turns in one
+process, so that the ratios hold on a machine that does other things too; on a CPU the time is the
+processor's, not the wall clock's. Exit status 1 on a CPU: a
+peer was faster at some number of visual rows, or a ratio did not grow from the first to the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks.measure import seconds_in_turn
+from benchmarks.results import add_arguments, hand_over, markdown_table
+from benchmarks.steps import BASELINE, SIZES, llava_step, our_step, sized_config
+from dattn_mcore.flops import Pack, step_flops
+from dattn_mcore.parallel import platform, single_process
+
+PEERS = ("baseline", "llava")
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each number of visual rows."""
+    rows = []
+    with single_process(args.device) as groups:
+        device = platform.current_device()
+        ours = sized_config(args.size, args.device, args.layers)
+        base = sized_config(args.size, args.device, args.layers, **BASELINE)
+        torch.manual_seed(0)
+        steps = {
+            "dattn": our_step(ours, groups, device, args.visual, args.text),
+            "baseline": our_step(base, groups, device, args.visual, args.text),
+            "llava": llava_step(ours, device, args.visual, args.text),
+        }
+        for visual in args.visual:
+            runs = {name: step[visual] for name, step in steps.items()}
+            times: dict[str, float | None] = dict.fromkeys(runs)  # None: too little memory
+            times |= seconds_in_turn(runs, args.repeats, device)
+            pack = Pack((((True, visual), (False, args.text)),), args.text - args.text // 2)
+            costs = {
+                name: sum(part.total for part in step_flops(config, [pack]).values())
+                for name, config in (("dattn", ours), ("baseline", base))
+            }
+            rows.append({"visual": visual, **times, "flops": costs})
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures and hands over; see the file's docstring."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--layers", type=int, default=None, help="of the language model")
+    parser.add_argument("--text", type=int, default=64)
+    parser.add_argument("--visual", type=int, nargs="+", default=[576, 1152, 2304])
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args(arguments)
+    rows = measure(args)
+    ratios = {
+        name: {
+            row["visual"]: row[name] / row["dattn"] for row in rows if row[name] and row["dattn"]
+        }
+        for name in PEERS
+    }
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        visual, ours = row["visual"], row["dattn"]
+        seconds = (row[name] for name in ("dattn", *PEERS))
+        compared = (ratios[name].get(visual) for name in PEERS)
+        return [
+            str(visual),
+            *(f"{value:.3f}" if value else "no memory" for value in seconds),
+            *(f"{value:.2f}" if value else "" for value in compared),
+            f"{row['flops']['baseline'] / row['flops']['dattn']:.2f}",
+            f"{row['flops']['dattn'] / ours / 1e12:.3f}" if ours else "",
+        ]
+
+    table = markdown_table(
+        (
+            *("visual rows", "D-Attn, s", "baseline, s", "LLaVA, s", "baseline / D-Attn"),
+            *("LLaVA / D-Attn", "in FLOPs: baseline / D-Attn", "D-Attn, TFLOP/s"),
+        ),
+        map(cells, rows),
+    )
+
+    def draw(axes: Any) -> None:
+        for name, label in (("baseline", "baseline in this code"), ("llava", "LLaVA, SDPA")):
+            axes.plot(*zip(*ratios[name].items(), strict=True), "o-", label=label)
+        axes.axhline(1.0, color="grey", linewidth=0.8)
+        axes.set(xlabel="visual rows", ylabel="time of a step, D-Attn's = 1", xscale="log")
+        axes.set_title(f"training step, {args.size}, {args.text} text rows, {args.device}")
+        axes.minorticks_off()
+        axes.set_xticks(args.visual, [str(v) for v in args.visual])
+        axes.legend()
+
+    hand_over(f"training-step-{args.size}", args, table, rows, draw)
+    measured = [list(ratios[name].values()) for name in PEERS]
+    missed = any(min(values) <= 1 or values[-1] <= values[0] for values in measured)
+    return int(missed and args.device == "cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

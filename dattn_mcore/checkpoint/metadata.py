@@ -1,0 +1,74 @@
+"""Reads `.metadata` of a checkpoint without running code from it.
+
+PyTorch keeps the file index of a distributed checkpoint as a pickle; PyTorch and Megatron-Core read
+it with plain `pickle.load`, which calls whatever the file names. Everything that reads a checkpoint
+here goes through this file first: a name that no index needs is refused before anything is called.
+All other files of a checkpoint are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from dattn_mcore.errors import CheckpointError
+
+NAME = ".metadata"
+_METADATA, _PLANNER = (f"torch.distributed.checkpoint.{x}" for x in ("metadata", "planner"))
+# What indices consist of: PyTorch's, and the save plans that Megatron-Core adds.
+NEEDED = frozenset(
+    {
+        *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
+        *((_METADATA, name) for name in ("TensorStorageMetadata", "BytesStorageMetadata")),
+        *((_METADATA, name) for name in ("ChunkStorageMetadata", "TensorProperties")),
+        (_METADATA, "_MEM_FORMAT_ENCODING"),
+        *((_PLANNER, name) for name in ("SavePlan", "WriteItem", "WriteItemType")),
+        *((_PLANNER, name) for name in ("TensorWriteData", "BytesIOWriteData")),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),
+    }
+)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names of an index only."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) not in NEEDED and not is_dtype:
+            raise CheckpointError(
+                f"names {module}.{name}, which no checkpoint needs and which could run code; "
+                "take a checkpoint from a place you trust"
+            )
+        return super().find_class(module, name)
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Reads the file index of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or names what an index does not need.
+    """
+    path = folder / NAME
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from None
+    except Exception as error:  # noqa: BLE001 (a damaged pickle can raise anything)
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}); the checkpoint is damaged, use an "
+            "earlier one"
+        ) from None
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path} is no index of a checkpoint; use an earlier checkpoint")
+    return metadata

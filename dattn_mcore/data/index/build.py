@@ -1,0 +1,311 @@
+"""Makes an index: in parallel, in parts that a killed build goes on from, renamed when whole."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dattn_mcore.data.index.layout import IMAGE, SAMPLE, IndexSettings, digest
+from dattn_mcore.data.index.rows import RowMaker
+from dattn_mcore.data.sources.source import Place, open_source_file
+from dattn_mcore.data.tokenizer import Tokenizer
+from dattn_mcore.errors import DataError, DattnError
+from dattn_mcore.units import duration, rate
+
+_LOG = logging.getLogger(__name__)
+PART = 2048  # records
+_SECONDS_BETWEEN_LINES = 5.0
+_maker: RowMaker | None = None  # of a worker process
+
+
+def build_index(
+    folder: Path, settings: IndexSettings, tokenizer: Tokenizer | None = None, workers: int = 0
+) -> None:
+    """Writes an index, or finishes one that was begun.
+
+    Args:
+        folder: Where it goes; what stands there is replaced when the new one is whole.
+        settings: What it is made from.
+        tokenizer: Opened already, or None.
+        workers: Processes; 0 works in this one.
+
+    Raises:
+        DataError: A source that is no whole file of its format, or a folder that cannot be written.
+    """
+    begun = folder.with_name(folder.name + ".partial")
+    try:
+        files = [describe_file(settings, number) for number in range(len(settings.files))]
+        plan = {"settings": settings.as_json(), "files": files, "part": PART}
+        _begin(begun, plan)
+        counts = _make_parts(begun, settings, tokenizer, workers)
+        _join_parts(begun, settings, counts, plan)
+        _replace(begun, folder)
+    except OSError as error:
+        raise DataError(
+            f"index '{folder}' cannot be written ({error.strerror or error}); "
+            "set data.index_dir to a folder that can"
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lets one process after the other work on an index, where the file system has locks."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder.with_name(folder.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise DataError(
+            f"index '{folder}' cannot be written ({error.strerror}); "
+            "set data.index_dir to a folder that can"
+        ) from None
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def describe_file(settings: IndexSettings, number: int) -> dict[str, Any]:
+    """Size, time and digest of a source file."""
+    within, source = settings.files[number]
+    path = source.files[within]
+    status = path.stat()
+    opened = open_source_file(path, source.format, source.image_folder)
+    try:
+        content = opened.digest()
+    finally:
+        opened.close()
+    return {
+        **{"path": str(path), "size": status.st_size, "time": status.st_mtime_ns},
+        **{"digest": content},
+    }
+
+
+def _begin(begun: Path, plan: dict[str, Any]) -> None:
+    """Makes the folder of parts; parts of another plan go."""
+    marker = begun / "plan.json"
+    try:
+        same = json.loads(marker.read_text("utf-8")) == plan
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        shutil.rmtree(begun, ignore_errors=True)
+        begun.mkdir(parents=True)
+        marker.write_text(json.dumps(plan), encoding="utf-8")
+
+
+def _jobs(settings: IndexSettings) -> Iterator[tuple[int, list[Place], float]]:
+    """(file, places, share of all files that is behind) for every part, in order."""
+    sizes = [source.files[number].stat().st_size for number, source in settings.files]
+    whole, behind = max(sum(sizes), 1), 0
+    for file, (number, source) in enumerate(settings.files):
+        opened = open_source_file(source.files[number], source.format, source.image_folder)
+        places: list[Place] = []
+        try:
+            for place in opened.scan():
+                places.append(place)
+                if len(places) == PART:
+                    within = place.offset if source.format != "parquet" else 0
+                    yield file, places, (behind + min(within, sizes[file])) / whole
+                    places = []
+        finally:
+            opened.close()
+        behind += sizes[file]
+        if places:
+            yield file, places, behind / whole
+
+
+def _make_parts(
+    begun: Path, settings: IndexSettings, tokenizer: Tokenizer | None, workers: int
+) -> list[Path]:
+    """Makes the parts that are missing; returns all in order."""
+    progress = _Progress()
+    paths: list[Path] = []
+    with contextlib.ExitStack() as stack:
+        pool: ProcessPoolExecutor | None = None
+        maker = None
+        running: set[Future[int]] = set()
+        if workers > 0:
+            # Not forked: a parent may have threads.
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(workers, context, _start_worker, (settings,))
+            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        for number, (file, places, share) in enumerate(_jobs(settings)):
+            paths.append(begun / f"part-{number:06d}.npz")
+            if paths[-1].exists():
+                progress.found(len(places), share)
+            elif pool is None:
+                maker = maker or RowMaker(settings, tokenizer)
+                progress.made(_write_part(maker, paths[-1], file, places), share)
+            else:
+                running.add(pool.submit(_work, paths[-1], file, places))
+                while len(running) > 2 * workers:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        progress.made(future.result(), share)
+        for future in running:
+            progress.made(future.result(), 1.0)
+    if not paths:
+        raise DataError(
+            f"data: '{settings.sources[0].files[0]}' holds no records; "
+            "a LLaVA JSON is a non-empty list"
+        )
+    progress.close()
+    return paths
+
+
+def _start_worker(settings: IndexSettings) -> None:
+    global _maker
+    _maker = RowMaker(settings)
+
+
+def _work(path: Path, file: int, places: list[Place]) -> int:
+    assert _maker is not None
+    try:
+        return _write_part(_maker, path, file, places)
+    except DattnError as error:
+        raise type(error)(str(error)) from None
+
+
+def _write_part(maker: RowMaker, path: Path, file: int, places: list[Place]) -> int:
+    """Writes one part, whole or not at all."""
+    part = maker.part(file, places)
+    temporary = path.with_suffix(".tmp")
+    arrays: dict[str, Any] = part.arrays()
+    arrays["bad"] = np.frombuffer(json.dumps(part.bad).encode(), np.uint8)
+    with open(temporary, "wb") as out:
+        np.savez(out, **arrays)
+    os.replace(temporary, path)
+    return len(places)
+
+
+def _join_parts(
+    begun: Path, settings: IndexSettings, parts: list[Path], plan: dict[str, Any]
+) -> None:
+    """Writes the final files beside the parts; counted first, so that nothing is held in memory."""
+    counts = []
+    for path in parts:
+        with np.load(path) as part:
+            counts.append([len(part[name]) for name in ("samples", "images", "names")])
+    totals = [int(total) for total in np.sum(counts, axis=0)]
+    samples = np.lib.format.open_memmap(begun / "samples.npy", "w+", SAMPLE, (totals[0],))
+    images = np.lib.format.open_memmap(begun / "images.npy", "w+", IMAGE, (max(totals[1], 1),))
+    usable = np.lib.format.open_memmap(begun / "usable.npy", "w+", np.uint8, (totals[0],))
+    places = _Places(settings)
+    num_bad, per_file = 0, np.zeros((len(settings.files), 2), np.int64)
+    done = np.zeros(3, np.int64)
+    with open(begun / "names.bin", "wb") as names, open(begun / "bad.jsonl", "w") as bad:
+        for path, count in zip(parts, counts, strict=True):
+            sample_at, image_at, name_at = (int(number) for number in done)
+            with np.load(path) as part:
+                rows, pictures = part["samples"], part["images"]
+                rows["name_start"] += np.uint64(name_at)
+                rows["first_image"] += np.uint64(image_at)
+                pictures["name_start"] += np.uint64(name_at)
+                samples[sample_at : sample_at + len(rows)] = rows
+                usable[sample_at : sample_at + len(rows)] = part["usable"]
+                images[image_at : image_at + len(pictures)] = pictures
+                names.write(part["names"].tobytes())
+                np.add.at(
+                    per_file, rows["file"], np.stack([part["usable"] * 0 + 1, part["usable"]], 1)
+                )
+                for entry in json.loads(part["bad"].tobytes()):
+                    entry["sample"] += sample_at
+                    entry["where"] = places.where(entry["file"], entry.pop("offset"))
+                    bad.write(json.dumps(entry) + "\n")
+                    num_bad += 1
+            done += count
+    for table in (samples, images, usable):
+        table.flush()
+    content = {
+        **plan,
+        "num_samples": totals[0],
+        "num_images": totals[1],
+        "num_usable": totals[0] - num_bad,
+        "records": per_file[:, 0].tolist(),
+        "usable": hashlib.sha256(np.asarray(usable).tobytes()).hexdigest(),
+        "content": digest([file["digest"] for file in plan["files"]]),
+    }
+    (begun / "index.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    places.close()
+    for path in parts:
+        path.unlink()
+    (begun / "plan.json").unlink()
+
+
+class _Places:
+    """Says where bad records stand; files are opened as they come."""
+
+    def __init__(self, settings: IndexSettings) -> None:
+        self._settings = settings
+        self._opened: tuple[int, Any] | None = None
+
+    def where(self, file: int, offset: int) -> str:
+        number, source = self._settings.files[file]
+        path = source.files[number]
+        if self._opened is None or self._opened[0] != file:
+            self.close()
+            self._opened = (file, open_source_file(path, source.format, source.image_folder))
+        return f"'{path}' {self._opened[1].line(offset)}"
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened[1].close()
+
+
+def _replace(begun: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(begun, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class _Progress:
+    """Says every few seconds how far an index is."""
+
+    def __init__(self) -> None:
+        self._started = self._said = time.monotonic()
+        self._made = self._found = 0
+        self._share_found = 0.0
+
+    def found(self, count: int, share: float) -> None:
+        """Counts records whose part was there already."""
+        self._found += count
+        self._share_found = share
+
+    def made(self, count: int, share: float) -> None:
+        """Counts records that were worked on; says so now and then."""
+        self._made += count
+        now = time.monotonic()
+        if now - self._said < _SECONDS_BETWEEN_LINES:
+            return
+        self._said = now
+        seconds = now - self._started
+        fresh = max(share - self._share_found, 1e-9)
+        _LOG.info(
+            "index  %s samples  %.0f%%  %s samples/s  ETA %s",
+            *(f"{self._made + self._found:,}", 100 * share, rate(self._made / seconds)),
+            duration(seconds * (1 - share) / fresh),
+        )
+
+    def close(self) -> None:
+        """Says how long it took, if it took long."""
+        seconds = time.monotonic() - self._started
+        if seconds >= _SECONDS_BETWEEN_LINES:
+            _LOG.info("index  %s samples in %s", f"{self._made + self._found:,}", duration(seconds))

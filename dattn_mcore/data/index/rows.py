@@ -1,0 +1,188 @@
+"""One record becomes one row of the index: read, checked, tokenised, its images' headers read."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dattn_mcore.data.image_files import (
+    ImageHeader,
+    check_folder,
+    probe_image,
+    probe_image_file,
+)
+from dattn_mcore.data.index.layout import FORMATS, IMAGE, NEVER, SAMPLE, IndexSettings
+from dattn_mcore.data.sources.record import RecordError, Sample
+from dattn_mcore.data.sources.source import ImagePlace, Place, SourceFile, open_source_file
+from dattn_mcore.data.templates import TextRun, encode_conversation
+from dattn_mcore.data.tiles import plan_tiles
+from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from dattn_mcore.errors import DataError
+
+
+@dataclass
+class Part:
+    """Rows of some neighbouring records.
+
+    Attributes:
+        samples: SAMPLE rows as tuples; names and images counted from the part's start.
+        images: IMAGE rows as tuples.
+        usable: Whether each sample can be used.
+        names: Bytes of names.bin.
+        bad: What is unusable; `sample` counted from the part's start.
+    """
+
+    samples: list[tuple[Any, ...]] = field(default_factory=list)
+    images: list[tuple[Any, ...]] = field(default_factory=list)
+    usable: list[bool] = field(default_factory=list)
+    names: bytearray = field(default_factory=bytearray)
+    bad: list[dict[str, Any]] = field(default_factory=list)
+
+    def name(self, text: str) -> tuple[int, int]:
+        """Stores a name; returns where it starts and its length in bytes."""
+        raw = text.encode("utf-8", "replace")[:65535]
+        start = len(self.names)
+        self.names += raw
+        return start, len(raw)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The tables."""
+        return {
+            "samples": np.array(self.samples, SAMPLE),
+            "images": np.array(self.images, IMAGE),
+            "usable": np.array(self.usable, np.uint8),
+            "names": np.frombuffer(bytes(self.names), np.uint8),
+        }
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """What the index keeps of a sample's text."""
+
+    text_rows: int
+    first_label: int
+    supervised: int
+    text_before: tuple[int, ...]  # text rows before each image
+
+
+class RowMaker:
+    """Makes rows; one for each process that works on an index."""
+
+    def __init__(self, settings: IndexSettings, tokenizer: Tokenizer | None = None) -> None:
+        """Opens the tokenizer (files are opened as they come).
+
+        Raises:
+            DataError: The tokenizer, or an image folder, cannot be read.
+        """
+        self._settings = settings
+        self._tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
+        self._files: dict[int, SourceFile] = {}
+        self._folders: dict[str, Path] = {}
+        # Conversations about one image stand near each other in the usual data sets.
+        self._probe = functools.lru_cache(maxsize=4096)(self._probe_file)
+
+    def part(self, file: int, places: list[Place]) -> Part:
+        """Makes the rows of some records of one file."""
+        made = Part()
+        source = self._open(file)
+        for number, place in enumerate(places):
+            found: tuple[ImagePlace, ...] = ()
+            name, stage, path, reason = place.key, "annotation", None, None
+            try:
+                sample, found = source.read(place)
+                name = sample.id
+                encoded = self._encode(sample)
+                stage = "image"
+                rows = []
+                for image, before in zip(found, encoded.text_before, strict=True):
+                    path = image.name
+                    rows.append(self._image_row(made, source, place, image, before))
+            except DataError as error:
+                reason = str(error)
+                name = error.id if isinstance(error, RecordError) else name
+                encoded, rows = _Encoded(0, NEVER, 0, ()), []
+            start, length = made.name(name)
+            made.samples.append(
+                (
+                    *(place.offset, place.length, file, start, len(made.images)),
+                    *(encoded.text_rows, encoded.first_label, encoded.supervised, length),
+                    *(len(rows), sum(row[6] for row in rows)),
+                )
+            )
+            made.images += rows
+            made.usable.append(reason is None)
+            if reason is not None:
+                made.bad.append(
+                    {
+                        **{"sample": number, "id": name, "file": file, "offset": place.offset},
+                        **{"path": path, "stage": stage, "reason": reason},
+                    }
+                )
+        return made
+
+    def still_bad(self, path: str, file: int) -> bool:
+        """Whether an image file that was unusable still is (images in shards always are)."""
+        try:
+            folder = self._open(file).image_folder
+            if folder is not None:
+                self._probe_file(folder, path)
+                return False
+        except DataError:
+            pass
+        return True
+
+    def _open(self, file: int) -> SourceFile:
+        if file not in self._files:
+            number, source = self._settings.files[file]
+            self._files[file] = open_source_file(
+                source.files[number], source.format, source.image_folder
+            )
+        return self._files[file]
+
+    def _encode(self, sample: Sample) -> _Encoded:
+        runs = encode_conversation(self._tokenizer, self._settings.template, sample.turns)
+        rows, first, supervised = 0, NEVER, 0
+        before = []
+        for run in runs:
+            if not isinstance(run, TextRun):
+                before.append(rows)
+                continue
+            count = sum(run.supervised) - (rows == 0 and run.supervised[0])
+            if count and first == NEVER:
+                # Row i predicts row i + 1, so the label stands one row before what it predicts.
+                first = rows + run.supervised.index(True, int(rows == 0)) - 1
+            supervised += count
+            rows += len(run.ids)
+        return _Encoded(rows, first, supervised, tuple(before))
+
+    def _image_row(
+        self, made: Part, source: SourceFile, place: Place, image: ImagePlace, before: int
+    ) -> tuple[Any, ...]:
+        settings = self._settings
+        if image.length or source.image_folder is None:
+            who = f"image '{image.name}'"
+            header = probe_image(who, source.image(place, image), settings.max_pixels)
+        else:
+            header = self._probe(source.image_folder, image.name)
+        plan = plan_tiles(
+            *(header.width, header.height),
+            policy=settings.policy,
+            tile_size=settings.tile_size,
+            grids=settings.grids,
+        )
+        start, length = made.name(image.name)
+        columns, rows = plan.grid
+        kind = FORMATS.index(header.format) if header.format in FORMATS else 0
+        return (
+            *(image.offset, start, image.length, header.width, header.height, before),
+            *(plan.num_tiles, length, columns, rows, kind),
+        )
+
+    def _probe_file(self, folder: str, path: str) -> ImageHeader:
+        if folder not in self._folders:
+            self._folders[folder] = check_folder(folder)
+        return probe_image_file(self._folders[folder], path, self._settings.max_pixels)

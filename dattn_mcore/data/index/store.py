@@ -1,0 +1,253 @@
+"""Finds, checks and opens the index of a configuration; makes it where that is allowed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.data.index.build import build_index, describe_file, locked
+from dattn_mcore.data.index.layout import IndexSettings, digest, settings_of
+from dattn_mcore.data.index.rows import RowMaker
+from dattn_mcore.data.sources.source import ImagePlace, Place
+from dattn_mcore.data.tokenizer import Tokenizer
+from dattn_mcore.errors import DataError
+
+_LOG = logging.getLogger(__name__)
+_MOST_BAD_LOOKED_AT = 1000  # bad images that are tried again when an index is opened
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedImage:
+    """An image, as the index knows it.
+
+    Attributes:
+        place: Where its bytes are.
+        width: Pixels.
+        height: Pixels.
+        num_tiles: Tiles it is cut into.
+        grid: AnyRes columns and rows; (0, 0) for one square.
+        text_before: Text rows of its sample that stand before it.
+    """
+
+    place: ImagePlace
+    width: int
+    height: int
+    num_tiles: int
+    grid: tuple[int, int]
+    text_before: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedSample:
+    """A sample, as the index knows it.
+
+    Attributes:
+        number: In the index.
+        id: Annotation id.
+        file: Number of its file.
+        place: Where its record stands.
+        text_rows: Text rows under the index's template.
+        images: Its images.
+    """
+
+    number: int
+    id: str
+    file: int
+    place: Place
+    text_rows: int
+    images: tuple[IndexedImage, ...]
+
+
+class Index:
+    """An index, mapped from its files: constant memory, however many samples.
+
+    Attributes:
+        folder: Where it is.
+        content: What index.json says.
+        samples: SAMPLE rows.
+        images: IMAGE rows.
+        usable: uint8, one per sample.
+    """
+
+    def __init__(self, folder: Path, settings: IndexSettings) -> None:
+        """Maps the files.
+
+        Raises:
+            DataError: One of them is missing or damaged.
+        """
+        self.folder, self.settings = folder, settings
+        try:
+            self.content: dict[str, Any] = json.loads((folder / "index.json").read_text("utf-8"))
+            self.samples = np.load(folder / "samples.npy", mmap_mode="r")
+            self.images = np.load(folder / "images.npy", mmap_mode="r")
+            self.usable = np.load(folder / "usable.npy", mmap_mode="r")
+            if (folder / "names.bin").stat().st_size:
+                self._names: np.ndarray = np.memmap(folder / "names.bin", np.uint8, "r")
+            else:
+                self._names = np.zeros(0, np.uint8)
+            if len(self.samples) != self.content["num_samples"]:
+                raise ValueError("tables of unequal length")
+        except (OSError, EOFError, ValueError, KeyError) as error:
+            raise DataError(
+                f"index '{folder}' is damaged ({error}); remove the folder, it is made again"
+            ) from None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def num_usable(self) -> int:
+        """Samples that can be trained on."""
+        return int(self.content["num_usable"])
+
+    def name(self, row: Any) -> str:
+        """Id of a SAMPLE row, or name of an IMAGE row."""
+        start = int(row["name_start"])
+        return self._names[start : start + int(row["name_length"])].tobytes().decode("utf-8")
+
+    def ids(self, numbers: Sequence[int] | np.ndarray) -> list[str]:
+        """Annotation ids of samples."""
+        return [self.name(self.samples[number]) for number in numbers]
+
+    def sample(self, number: int) -> IndexedSample:
+        """Everything about one sample."""
+        row = self.samples[number]
+        first, count = int(row["first_image"]), int(row["num_images"])
+        name = self.name(row)
+        images = tuple(self._image(image) for image in self.images[first : first + count])
+        inside = tuple(image.place for image in images if image.place.length)
+        return IndexedSample(
+            number=number,
+            id=name,
+            file=int(row["file"]),
+            place=Place(int(row["offset"]), int(row["length"]), name, inside),
+            text_rows=int(row["text_rows"]),
+            images=images,
+        )
+
+    def bad(self) -> Iterator[dict[str, Any]]:
+        """Yields what is unusable: sample, id, file, where, path, stage, reason."""
+        with open(self.folder / "bad.jsonl", encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)
+
+    def source_ranges(self) -> list[tuple[int, int]]:
+        """First and behind-last sample number of every source."""
+        ranges, start, file = [], 0, 0
+        for source in self.settings.sources:
+            count = sum(self.content["records"][file : file + len(source.files)])
+            ranges.append((start, start + count))
+            start, file = start + count, file + len(source.files)
+        return ranges
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the order and content of samples depend on, weights included."""
+        settings = self.settings
+        return digest(
+            {
+                "content": self.content["content"],
+                "usable": self.content["usable"],
+                "weights": [source.weight for source in settings.sources],
+                "tokenizer": settings.tokenizer_fingerprint,
+                "template": settings.template,
+            }
+        )
+
+    def _image(self, row: Any) -> IndexedImage:
+        return IndexedImage(
+            place=ImagePlace(self.name(row), int(row["offset"]), int(row["length"])),
+            width=int(row["width"]),
+            height=int(row["height"]),
+            num_tiles=int(row["num_tiles"]),
+            grid=(int(row["columns"]), int(row["rows"])),
+            text_before=int(row["text_before"]),
+        )
+
+
+def index_folder(config: Config, settings: IndexSettings) -> Path:
+    """Where the index of a configuration is, or would be."""
+    if config.data.index_dir is not None:
+        return Path(config.data.index_dir) / settings.name
+    return settings.sources[0].files[0].parent / ".index" / settings.name
+
+
+def open_index(
+    config: Config, tokenizer: Tokenizer, workers: int = 0, again: bool = False
+) -> Index:
+    """Opens the index of a configuration; makes it where it is absent or stale.
+
+    Args:
+        config: The run.
+        tokenizer: Its tokenizer, opened.
+        workers: Processes that make it; 0: this one.
+        again: Make it whatever is there.
+
+    Raises:
+        DataError: A source is missing or malformed, or the index is absent or stale and
+            `data.build_index` is false.
+    """
+    settings = settings_of(config, tokenizer)
+    folder = index_folder(config, settings)
+    why = "it was asked for" if again else why_stale(folder, settings, tokenizer)
+    if why is None:
+        return Index(folder, settings)
+    if not config.data.build_index:
+        raise DataError(
+            f"index '{folder}' cannot be used: {why}; data.build_index is false, so make it first: "
+            "python -m dattn_mcore.data index --config ..."
+        )
+    with locked(folder):
+        if again or (why := why_stale(folder, settings, tokenizer)) is not None:
+            if (folder / "index.json").exists():
+                _LOG.info("index '%s' is made again: %s", folder, why)
+            build_index(folder, settings, tokenizer, workers)
+    return Index(folder, settings)
+
+
+def why_stale(folder: Path, settings: IndexSettings, tokenizer: Tokenizer) -> str | None:
+    """Why an index cannot be used; None where it can.
+
+    Its folder's name stands for the settings, so what is left to check is whether the files are
+    what they were, and whether an image that was unusable has been mended.
+    """
+    try:
+        content = json.loads((folder / "index.json").read_text("utf-8"))
+        files = content["files"]
+    except (OSError, ValueError, KeyError):
+        return "it is absent"
+    if content["settings"] != settings.as_json():
+        return "it was made with other settings"
+    for number, known in enumerate(files):
+        path = Path(known["path"])
+        status = path.stat()
+        if status.st_size != known["size"]:
+            return f"'{path}' has changed"
+        # A copy has another time and the same content.
+        touched = status.st_mtime_ns != known["time"]
+        if touched and describe_file(settings, number)["digest"] != known["digest"]:
+            return f"'{path}' has changed"
+    return _mended(folder, settings, tokenizer)
+
+
+def _mended(folder: Path, settings: IndexSettings, tokenizer: Tokenizer) -> str | None:
+    """Looks again at the first images that were unusable."""
+    maker: RowMaker | None = None
+    with open(folder / "bad.jsonl", encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            if number == _MOST_BAD_LOOKED_AT:
+                break
+            entry = json.loads(line)
+            if entry["stage"] != "image":
+                continue
+            maker = maker or RowMaker(settings, tokenizer)
+            if not maker.still_bad(entry["path"], entry["file"]):
+                return f"image '{entry['path']}' was unusable and has been mended"
+    return None

@@ -1,0 +1,177 @@
+"""Reads samples by their number in the index: text to ids and labels, images to bytes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dattn_mcore.data.batch import Layout
+from dattn_mcore.data.image_files import check_folder, read_bytes
+from dattn_mcore.data.images import ImageRequest
+from dattn_mcore.data.index.store import Index, IndexedImage, IndexedSample
+from dattn_mcore.data.sources.record import Sample
+from dattn_mcore.data.sources.source import SourceFile, open_source_file
+from dattn_mcore.data.templates import (
+    NO_LOSS,
+    EncodedSample,
+    encode_conversation,
+    encode_sample,
+    merge_runs,
+    truncate,
+)
+from dattn_mcore.data.tokenizer import Tokenizer
+from dattn_mcore.errors import DataError
+
+_MOST_OPEN = 256  # files of sources; shards can be thousands
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """A sample of a step, as the index plans it: shapes are known, nothing is read yet.
+
+    Attributes:
+        indexed: What the index says.
+        text_rows: Text rows that take part; fewer than the sample has where it is cut.
+        images: Its images that take part.
+    """
+
+    indexed: IndexedSample
+    text_rows: int
+    images: tuple[IndexedImage, ...]
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the images that take part."""
+        return sum(image.num_tiles for image in self.images)
+
+    def layout(self, rows_per_tile: int) -> Layout:
+        """Its runs in reading order, without reading it."""
+        runs, text = [], 0
+        for image in self.images:
+            if image.text_before > text:
+                runs.append((False, image.text_before - text))
+                text = image.text_before
+            runs.append((True, image.num_tiles * rows_per_tile))
+        if self.text_rows > text:
+            runs.append((False, self.text_rows - text))
+        return merge_runs(runs)
+
+
+class SampleReader:
+    """Opens the files of an index as they are needed.
+
+    Args:
+        index: Of the run.
+        tokenizer: The one the index was made with.
+        rows_per_tile: Visual rows of a tile.
+        max_pixels: Files too large for such an image are refused.
+    """
+
+    def __init__(
+        self, index: Index, tokenizer: Tokenizer, rows_per_tile: int, max_pixels: int
+    ) -> None:
+        self._index, self._tokenizer = index, tokenizer
+        self._rows_per_tile, self._max_pixels = rows_per_tile, max_pixels
+        self._files: OrderedDict[int, SourceFile] = OrderedDict()
+        self._folders: dict[str, Path] = {}
+
+    def check_folders(self) -> None:
+        """Fails early where an image folder is missing.
+
+        Raises:
+            DataError: Names the folder.
+        """
+        for source in self._index.settings.sources:
+            if source.format == "json":
+                self._folder(source.image_folder)
+
+    def plan(self, number: int, text_budget: int | None = None) -> PlannedSample:
+        """Plans a sample, cut after `text_budget` text rows if that is given.
+
+        Images that stand behind the cut go as well: no row that is left can see them.
+        """
+        indexed = self._index.sample(number)
+        if text_budget is None or indexed.text_rows <= text_budget:
+            return PlannedSample(indexed, indexed.text_rows, indexed.images)
+        images = tuple(image for image in indexed.images if image.text_before < text_budget)
+        return PlannedSample(indexed, text_budget, images)
+
+    def record(self, sample: IndexedSample) -> Sample:
+        """Reads and checks a sample's record.
+
+        Raises:
+            DataError: It cannot be read any more.
+        """
+        return self._file(sample.file).read(sample.place)[0]
+
+    def encode(self, planned: PlannedSample) -> EncodedSample:
+        """Reads a sample's text and turns it into ids, labels and a layout.
+
+        Raises:
+            DataError: The record cannot be read, or is no longer what was indexed.
+        """
+        record = self.record(planned.indexed)
+        rows = [image.num_tiles * self._rows_per_tile for image in planned.indexed.images]
+        runs = encode_conversation(self._tokenizer, self._index.settings.template, record.turns)
+        if len(record.images) == len(rows):
+            encoded = truncate(encode_sample(runs, rows), planned.text_rows)
+            if encoded.layout == planned.layout(self._rows_per_tile):
+                return encoded
+        raise DataError("the record is no longer the one that was indexed")
+
+    def blank(self, planned: PlannedSample) -> EncodedSample:
+        """What stands in for a sample whose text cannot be read: the same shapes, no loss."""
+        return EncodedSample(
+            text_ids=(self._tokenizer.bos_id,) * planned.text_rows,
+            labels=(NO_LOSS,) * planned.text_rows,
+            layout=planned.layout(self._rows_per_tile),
+            image_rows=tuple(image.num_tiles * self._rows_per_tile for image in planned.images),
+        )
+
+    def make_room(self) -> None:
+        """Closes files not used lately; only while no request is being served."""
+        while len(self._files) > _MOST_OPEN:
+            self._files.popitem(last=False)[1].close()
+
+    def close(self) -> None:
+        """Closes all files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def request(self, sample: IndexedSample, image: IndexedImage) -> ImageRequest:
+        """What loads an image of a sample; reading happens in the loader's threads."""
+        who = f"annotation {sample.id!r}: image '{image.place.name}'"
+        source = self._file(sample.file)
+        if image.place.length or source.image_folder is None:
+            read = partial(_prefixed, who, partial(source.image, sample.place, image.place))
+        else:
+            folder = source.image_folder
+            read = partial(self._read_file, folder, image.place.name, who)
+        return ImageRequest(who, read, image.num_tiles, image.grid)
+
+    def _read_file(self, folder: str, name: str, who: str) -> bytes:
+        return read_bytes(self._folder(folder), name, who, self._max_pixels)
+
+    def _folder(self, folder: str) -> Path:
+        if folder not in self._folders:
+            self._folders[folder] = check_folder(folder)
+        return self._folders[folder]
+
+    def _file(self, number: int) -> SourceFile:
+        if number not in self._files:
+            within, source = self._index.settings.files[number]
+            self._files[number] = open_source_file(
+                source.files[within], source.format, source.image_folder
+            )
+        self._files.move_to_end(number)
+        return self._files[number]
+
+
+def _prefixed(who: str, read: partial[bytes]) -> bytes:
+    try:
+        return read()
+    except DataError as error:
+        raise DataError(f"{who} {error}") from None

@@ -1,0 +1,159 @@
+"""LLaVA JSON (one list) and JSON lines, scanned for the places of records without parsing them.
+
+The scanner works on the bytes of the mapped file: a record is what stands between matching braces,
+strings skipped as a whole. So a record that is malformed inside, or not UTF-8, is one bad sample;
+only a file whose brackets do not match is refused as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from dattn_mcore.data.sources.record import Sample, parse_record
+from dattn_mcore.data.sources.source import ImagePlace, Place
+from dattn_mcore.errors import DataError
+
+_BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(rb"[ \t\r\n]*")
+_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
+_SCALAR = re.compile(rb'(?:"[^"\\]*(?:\\.[^"\\]*)*"|[^,\[\]{}"])+', re.DOTALL)
+_OPEN, _CLOSE = frozenset(b"{["), frozenset(b"}]")
+
+
+class JsonFile:
+    """A LLaVA JSON file, as `SourceFile` describes it."""
+
+    def __init__(self, path: Path, image_folder: str) -> None:
+        """Opens the file.
+
+        Raises:
+            DataError: It cannot be opened.
+        """
+        self.path = path
+        self.image_folder: str | None = image_folder
+        try:
+            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"'{path}' cannot be read ({error.strerror})") from None
+        self._lines_to = (0, 1)  # an offset, and the line it is on
+
+    def scan(self) -> Iterator[Place]:
+        """Yields the place of every record; raises DataError with line and column."""
+        size = os.fstat(self._handle).st_size
+        if size == 0:
+            raise DataError(f"'{self.path}' is empty; a LLaVA JSON is a non-empty list")
+        with mmap.mmap(self._handle, size, access=mmap.ACCESS_READ) as data:
+            start = 3 if data[:3] == _BOM else 0
+            start = _skip_space(data, start)
+            if data[start : start + 1] == b"[":
+                yield from self._scan_list(data, start + 1)
+            else:
+                yield from _scan_lines(data, start)
+
+    def digest(self) -> str:
+        """Returns the SHA-256 of the file."""
+        digest = hashlib.sha256()
+        with open(self.path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+        return digest.hexdigest()
+
+    def read(self, place: Place) -> tuple[Sample, tuple[ImagePlace, ...]]:
+        """Reads and checks one record."""
+        raw = os.pread(self._handle, place.length, place.offset)
+        try:
+            record = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+        except json.JSONDecodeError as error:
+            raise DataError(f"malformed JSON ({error.msg} at character {error.pos})") from None
+        except RecursionError:
+            raise DataError("nested too deeply for a LLaVA record") from None
+        sample = parse_record(record)
+        return sample, tuple(ImagePlace(name) for name in sample.images)
+
+    def image(self, place: Place, image: ImagePlace) -> bytes:
+        """Never called: images lie in the folder."""
+        raise NotImplementedError
+
+    def line(self, offset: int) -> str:
+        """Line of a byte; cheap for rising offsets."""
+        before, line = self._lines_to if self._lines_to[0] <= offset else (0, 1)
+        while before < offset:
+            part = os.pread(self._handle, min(1 << 20, offset - before), before)
+            if not part:
+                break
+            line += part.count(b"\n")
+            before += len(part)
+        self._lines_to = (before, line)
+        return f"line {line}"
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._handle)
+
+    def _scan_list(self, data: mmap.mmap, place: int) -> Iterator[Place]:
+        """Walks over the elements of a list, from behind its opening bracket."""
+        place = _skip_space(data, place)
+        if data[place : place + 1] == b"]":
+            self._check_end(data, place + 1)
+            return
+        while True:
+            end = self._element_end(data, place)
+            yield Place(place, end - place)
+            place = _skip_space(data, end)
+            separator = data[place : place + 1]
+            if separator == b"]":
+                self._check_end(data, place + 1)
+                return
+            if separator != b",":
+                raise self._malformed(place, "',' or ']' expected after a record")
+            place = _skip_space(data, place + 1)
+
+    def _element_end(self, data: mmap.mmap, start: int) -> int:
+        """Returns where the element that starts at `start` ends."""
+        if data[start : start + 1] not in (b"{", b"["):
+            match = _SCALAR.match(data, start)
+            if match is None:
+                raise self._malformed(start, "a record expected")
+            return match.end()
+        depth = 0
+        for token in _TOKEN.finditer(data, start):
+            first = data[token.start()]
+            if first in _OPEN:
+                depth += 1
+            elif first in _CLOSE:
+                depth -= 1
+                if depth == 0:
+                    return token.end()
+        raise self._malformed(start, "this record never ends")
+
+    def _check_end(self, data: mmap.mmap, place: int) -> None:
+        place = _skip_space(data, place)
+        if place < len(data):
+            raise self._malformed(place, "nothing may stand behind the list")
+
+    def _malformed(self, place: int, what: str) -> DataError:
+        return DataError(f"'{self.path}' {self.line(place)}: malformed JSON ({what})")
+
+
+def _scan_lines(data: mmap.mmap, start: int) -> Iterator[Place]:
+    while start < len(data):
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        # A line without anything but space is no record.
+        if data[start:end].strip():
+            yield Place(start, end - start)
+        start = end + 1
+
+
+def _skip_space(data: mmap.mmap, place: int) -> int:
+    match = _SPACE.match(data, place)
+    assert match is not None  # it matches nothing as well
+    return match.end()

@@ -1,0 +1,152 @@
+"""Parquet files as Hugging Face's data sets ship them: a row is a record.
+
+Columns: `conversations` (list of {from, value}, or its JSON), `id` (optional), and `image` or
+`images`: bytes, {bytes, path} (the Image feature of `datasets`), a path below the image folder, or
+a list of any of these. A row is read with its row group, so files with small row groups (some
+hundred rows) serve random access best; the groups used last are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dattn_mcore.data.sources.record import Sample, parse_record
+from dattn_mcore.data.sources.source import ImagePlace, Place
+from dattn_mcore.errors import ConfigError, DataError
+
+_GROUPS_KEPT = 8
+_IN_FILE = "row {row} image {number}"
+
+
+class ParquetFile:
+    """A parquet file, as `SourceFile` describes it."""
+
+    def __init__(self, path: Path, image_folder: str) -> None:
+        """Opens the file and reads its footer.
+
+        Raises:
+            DataError: It is no parquet file or lacks a column.
+            ConfigError: pyarrow is not installed.
+        """
+        try:
+            parquet: Any = importlib.import_module("pyarrow.parquet")
+        except ImportError:
+            raise ConfigError(
+                f"'{path}' is parquet, and pyarrow is not installed; install the extra 'parquet'"
+            ) from None
+        self.path = path
+        try:
+            self._file = parquet.ParquetFile(path)
+        except Exception as error:  # noqa: BLE001  (pyarrow raises classes of its own)
+            reason = " ".join(str(error).split())[:120]
+            raise DataError(f"'{path}' is no whole parquet file ({reason})") from None
+        names = self._file.schema_arrow.names
+        if "conversations" not in names:
+            raise DataError(f"'{path}' has no column 'conversations', only {', '.join(names)}")
+        self._image_column = next((name for name in ("image", "images") if name in names), None)
+        self._text_columns = [name for name in ("id", "conversations") if name in names]
+        self.image_folder: str | None = image_folder
+        self._groups: OrderedDict[tuple[int, bool], list[dict[str, Any]]] = OrderedDict()
+        self._lock = threading.Lock()  # of the file and the groups: readers are threads
+
+    def scan(self) -> Iterator[Place]:
+        """Yields (row group, row in it) of every row."""
+        row = 0
+        for group in range(self._file.metadata.num_row_groups):
+            for within in range(self._file.metadata.row_group(group).num_rows):
+                yield Place(group, within, key=f"{self.path.stem}-{row}")
+                row += 1
+
+    def digest(self) -> str:
+        """Returns a SHA-256 of the text columns and of where the images' data lie."""
+        digest = hashlib.sha256()
+        for group in range(self._file.metadata.num_row_groups):
+            info = self._file.metadata.row_group(group)
+            digest.update(f"{info.num_rows} {info.total_byte_size}\0".encode())
+            table = self._file.read_row_group(group, columns=self._text_columns)
+            digest.update(json.dumps(table.to_pylist(), sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    def read(self, place: Place) -> tuple[Sample, tuple[ImagePlace, ...]]:
+        """Reads and checks one row."""
+        record = dict(self._row(place, images=False))
+        if isinstance(record.get("conversations"), str):
+            try:
+                record["conversations"] = json.loads(record["conversations"])
+            except ValueError:
+                raise DataError("column 'conversations' holds malformed JSON") from None
+        if record.get("id") is None:
+            record["id"] = place.key
+        cells = self._cells(place)
+        paths = [_path_of(cell) for cell in cells]
+        places = tuple(
+            ImagePlace(path or _IN_FILE.format(row=place.length, number=number), number + 1, 1)
+            if _bytes_of(cell) is not None
+            else ImagePlace(path or "")
+            for number, (cell, path) in enumerate(zip(cells, paths, strict=True))
+        )
+        # The path of an image that lies in the file is a mere name: it may look like anything.
+        names = [
+            image.name if not image.length else f"{number}" for number, image in enumerate(places)
+        ]
+        record["image"] = names or None
+        return parse_record(record), places
+
+    def image(self, place: Place, image: ImagePlace) -> bytes:
+        """Takes an image's bytes out of its row."""
+        data = _bytes_of(self._cells(place)[image.offset - 1])
+        if data is None:
+            raise DataError(f"is no longer in '{self.path}'")
+        return data
+
+    def line(self, offset: int) -> str:
+        """Row group."""
+        return f"row group {offset}"
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _cells(self, place: Place) -> list[Any]:
+        if self._image_column is None:
+            return []
+        value = self._row(place, images=True)[self._image_column]
+        if value is None:
+            return []
+        return list(value) if isinstance(value, list) else [value]
+
+    def _row(self, place: Place, images: bool) -> dict[str, Any]:
+        """One row: its text, or its images. Whole row groups are read and some of them kept."""
+        key = (place.offset, images)
+        with self._lock:
+            if key not in self._groups:
+                columns = [self._image_column] if images else self._text_columns
+                try:
+                    table = self._file.read_row_group(place.offset, columns=columns)
+                except Exception as error:  # noqa: BLE001  (pyarrow raises classes of its own)
+                    reason = " ".join(str(error).split())[:120]
+                    raise DataError(f"row group {place.offset} is damaged ({reason})") from None
+                self._groups[key] = table.to_pylist()
+                while len(self._groups) > _GROUPS_KEPT:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(key)
+            return self._groups[key][place.length]
+
+
+def _bytes_of(cell: Any) -> bytes | None:
+    if isinstance(cell, bytes):
+        return cell
+    data = cell.get("bytes") if isinstance(cell, dict) else None
+    return data if isinstance(data, bytes) else None
+
+
+def _path_of(cell: Any) -> str | None:
+    path = cell.get("path") if isinstance(cell, dict) else cell
+    return path if isinstance(path, str) else None

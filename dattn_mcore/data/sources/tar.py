@@ -1,0 +1,166 @@
+"""Tar shards in WebDataset's form: members that share a name up to its first dot are one sample.
+
+    000123.jpg  000123.json      a LLaVA record and its image
+    000124.0.jpg 000124.1.jpg 000124.json   several images, in the order of their marks
+    000125.jpg  000125.txt       an image and its caption
+
+A record's `image` may name members; without it, the images of the sample are taken in the order
+they stand in the shard. Members are read at their place: nothing is unpacked, and a shard can be
+of any size. Source: https://github.com/webdataset/webdataset (naming of members).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dattn_mcore.data.sources.record import IMAGE_MARK, Sample, parse_record
+from dattn_mcore.data.sources.source import ImagePlace, Place
+from dattn_mcore.errors import DataError
+
+_TEXT = ("json", "txt", "caption")
+_IMAGES = (
+    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif"),
+    *("tiff", "jp2", "ppm", "pgm", "avif", "ico"),
+)
+
+
+class TarFile:
+    """A tar shard, as `SourceFile` describes it."""
+
+    image_folder: str | None = None
+
+    def __init__(self, path: Path) -> None:
+        """Opens the shard.
+
+        Raises:
+            DataError: It cannot be opened.
+        """
+        self.path = path
+        try:
+            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"'{path}' cannot be read ({error.strerror})") from None
+        self._rows: dict[int, int] = {}
+
+    def scan(self) -> Iterator[Place]:
+        """Yields the place of every sample's text, with its images; reads headers only."""
+        size = os.fstat(self._handle).st_size
+        key = ""
+        members: list[tarfile.TarInfo] = []
+        for member in self._members():
+            if member.offset_data + member.size > size:
+                raise DataError(f"'{self.path}' is truncated inside its member '{member.name}'")
+            name = PurePosixPath(member.name)
+            found = str(name.parent / name.name.partition(".")[0])
+            if found != key and members:
+                yield _place(key, members)
+                members = []
+            key = found
+            members.append(member)
+        if members:
+            yield _place(key, members)
+
+    def digest(self) -> str:
+        """Returns a SHA-256 of the members' names and sizes and of all text."""
+        digest = hashlib.sha256()
+        for member in self._members():
+            digest.update(f"{member.name}\0{member.size}\0".encode())
+            if member.name.rpartition(".")[2] in _TEXT:
+                digest.update(os.pread(self._handle, member.size, member.offset_data))
+        return digest.hexdigest()
+
+    def read(self, place: Place) -> tuple[Sample, tuple[ImagePlace, ...]]:
+        """Reads and checks one record."""
+        if not place.length:
+            raise DataError("this sample of the shard has no .json or .txt member, or an empty one")
+        raw = os.pread(self._handle, place.length, place.offset)
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+        record = _record(text, place.images)
+        record.setdefault("id", place.key)
+        if record.get("image") is None and place.images:
+            record["image"] = [image.name for image in place.images]
+        sample = parse_record(record)
+        return sample, _match(sample.images, place.images)
+
+    def image(self, place: Place, image: ImagePlace) -> bytes:
+        """Reads the bytes of a member."""
+        try:
+            return os.pread(self._handle, image.length, image.offset)
+        except OSError as error:
+            raise DataError(f"cannot be read from '{self.path}' ({error.strerror})") from None
+
+    def line(self, offset: int) -> str:
+        """Byte of the shard."""
+        return f"byte {offset}"
+
+    def close(self) -> None:
+        """Closes the shard."""
+        os.close(self._handle)
+
+    def _members(self) -> Iterator[tarfile.TarInfo]:
+        """Regular members, one at a time; a link or a folder is none."""
+        try:
+            # Not the mode "r|": it reads every byte. tarfile keeps all members: they are dropped.
+            with tarfile.open(self.path, "r:") as shard:
+                while (member := shard.next()) is not None:
+                    shard.members = []  # type: ignore[attr-defined]
+                    if member.isreg():
+                        yield member
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise DataError(f"'{self.path}' is no whole tar file ({error})") from None
+
+
+def _place(key: str, members: list[tarfile.TarInfo]) -> Place:
+    """One sample of the shard."""
+    texts, images = {}, []
+    for member in members:
+        suffix = member.name.rpartition(".")[2].lower()
+        if suffix in _TEXT:
+            texts[suffix] = member
+        elif suffix in _IMAGES:
+            images.append(ImagePlace(member.name, member.offset_data, member.size))
+    for suffix in _TEXT:
+        if suffix in texts:
+            text = texts[suffix]
+            return Place(text.offset_data, text.size, key, tuple(images))
+    return Place(members[0].offset_data, 0, key, tuple(images))
+
+
+def _record(text: str, images: tuple[ImagePlace, ...]) -> dict[str, Any]:
+    """A LLaVA record of a .json member, or of a caption."""
+    if text.lstrip()[:1] == "{":
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"malformed JSON ({error.msg} at character {error.pos})") from None
+        except RecursionError:
+            raise DataError("nested too deeply for a LLaVA record") from None
+        return dict(record)
+    marks = "\n".join([IMAGE_MARK] * len(images))
+    return {
+        "conversations": [{"from": "human", "value": marks}, {"from": "gpt", "value": text.strip()}]
+    }
+
+
+def _match(names: tuple[str, ...], images: tuple[ImagePlace, ...]) -> tuple[ImagePlace, ...]:
+    """The members that a record's image names mean."""
+    by_name = {image.name: image for image in images}
+    by_name |= {PurePosixPath(image.name).name: image for image in images}
+    if len(names) == len(images) == 1:
+        return images  # one image, whatever the record calls it
+    found = []
+    for name in names:
+        image = by_name.get(name) or by_name.get(PurePosixPath(name).name)
+        if image is None:
+            raise DataError(f"image '{name}' is no member of this sample in the shard")
+        found.append(image)
+    return tuple(found)

@@ -1,0 +1,122 @@
+"""How an image is cut into tiles, from its size alone: no pixels, no torch.
+
+One square: `stretch`, `pad`, `crop` (see `dattn_mcore.data.images`). AnyRes: a base view, the whole
+image squashed to the square, and a canvas of columns x rows tiles that shows it at a higher
+resolution. `anyres_stretch` resizes the image to the canvas; `anyres_letterbox` keeps its aspect
+ratio and centres it on the canvas, whose borders are 0 before normalisation.
+
+Source: grids, best fit and letterbox as in LLaVA-NeXT (transformers: `select_best_resolution`,
+`get_patch_output_size`, `LlavaNextImageProcessorPil`); stretching as the D-Attn successors do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dattn_mcore.errors import ConfigError
+
+SQUARE_POLICIES = ("stretch", "pad", "crop")
+ANYRES_POLICIES = ("anyres_stretch", "anyres_letterbox")
+POLICIES = SQUARE_POLICIES + ANYRES_POLICIES
+
+Grid = tuple[int, int]  # columns, rows
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """The views of one image.
+
+    Attributes:
+        columns: Tiles of the canvas from left to right.
+        rows: Tiles of the canvas from top to bottom; the canvas is (columns * tile_size, rows *
+            tile_size) pixels.
+        base_view: Whether the whole image, squashed to one tile, comes before those of the canvas.
+        resized: Width and height to which the image is resized for the canvas (`pad`: after a
+            border has made it a square).
+        offset: x and y of its upper left corner on the canvas; negative where `crop` cuts.
+    """
+
+    columns: int
+    rows: int
+    base_view: bool
+    resized: tuple[int, int]
+    offset: tuple[int, int]
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles in all: 1 for a single square, else the base view and those of the canvas."""
+        return self.columns * self.rows + self.base_view
+
+    @property
+    def grid(self) -> Grid:
+        """Columns and rows beside a base view; (0, 0) for a single square."""
+        return (self.columns, self.rows) if self.base_view else (0, 0)
+
+
+def plan_tiles(
+    width: int, height: int, *, policy: str, tile_size: int, grids: Sequence[Grid]
+) -> TilePlan:
+    """Chooses the views of an image.
+
+    Args:
+        width: Pixels of the image, at least 1.
+        height: Pixels of the image, at least 1.
+        policy: One of `POLICIES` (setting data.image_policy).
+        tile_size: Side of a tile in pixels.
+        grids: (columns, rows) of the canvases that AnyRes may choose (setting data.anyres_grids);
+            of equally good ones the first is taken.
+
+    Raises:
+        ConfigError: Unknown policy, or AnyRes without grids.
+    """
+    if policy not in POLICIES:
+        raise ConfigError(f"data.image_policy: '{policy}' is unknown; use {', '.join(POLICIES)}")
+    if policy == "crop":
+        return _crop(width, height, tile_size)
+    if policy not in ANYRES_POLICIES:
+        return TilePlan(1, 1, False, (tile_size, tile_size), (0, 0))
+    if not grids:
+        raise ConfigError(f"data.anyres_grids: data.image_policy={policy} needs at least one grid")
+    columns, rows = best_grid(width, height, tile_size, grids)
+    canvas = (columns * tile_size, rows * tile_size)
+    if policy == "anyres_stretch":
+        return TilePlan(columns, rows, True, canvas, (0, 0))
+    resized = _fit(width, height, *canvas)
+    offset = ((canvas[0] - resized[0]) // 2, (canvas[1] - resized[1]) // 2)
+    return TilePlan(columns, rows, True, resized, offset)
+
+
+def best_grid(width: int, height: int, tile_size: int, grids: Sequence[Grid]) -> Grid:
+    """The grid that shows most pixels of the image, and wastes least among those.
+
+    Effective are the image's pixels that survive fitting it into the canvas with its aspect ratio
+    kept (never more than it has); wasted is the rest of the canvas.
+
+    Source: `select_best_resolution` of transformers, roundings included.
+    """
+
+    def merit(grid: Grid) -> tuple[int, int]:
+        canvas_width, canvas_height = grid[0] * tile_size, grid[1] * tile_size
+        scale = min(canvas_width / width, canvas_height / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        return effective, effective - canvas_width * canvas_height
+
+    return max(grids, key=merit)  # the first of equals
+
+
+def _fit(width: int, height: int, canvas_width: int, canvas_height: int) -> tuple[int, int]:
+    """Width and height of the image inside the canvas, aspect ratio kept, rounded up."""
+    scale_x, scale_y = canvas_width / width, canvas_height / height
+    if scale_x < scale_y:
+        return canvas_width, min(math.ceil(height * scale_x), canvas_height)
+    return min(math.ceil(width * scale_y), canvas_width), canvas_height
+
+
+def _crop(width: int, height: int, tile_size: int) -> TilePlan:
+    """Shortest edge to the tile's side, the middle cut out; CLIP's processor's own rounding."""
+    long = int(tile_size * max(width, height) / min(width, height))
+    resized = (tile_size, long) if width <= height else (long, tile_size)
+    offset = (-((resized[0] - tile_size) // 2), -((resized[1] - tile_size) // 2))
+    return TilePlan(1, 1, False, resized, offset)

@@ -1,0 +1,225 @@
+"""MMBench: multiple choice, each question asked with its options in every rotation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.evaluation.benchmarks.base import (
+    Benchmark,
+    Row,
+    all_answered,
+    unanswered_note,
+)
+from dattn_mcore.evaluation.files import read_tsv
+from dattn_mcore.evaluation.images import Picture
+from dattn_mcore.evaluation.scores import Outcome, Score, bars, percent
+from dattn_mcore.evaluation.text import LETTER_ANSWER, leading_letter
+
+FILE = "mmbench_dev_20230712.tsv"
+CHOICES = "ABCD"
+ROTATION = 1_000_000
+DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
+PREDICTION_COLUMN = 6
+
+
+class MmBench(Benchmark):
+    """Submission (xlsx), and the circular score where the file has the answers.
+
+    Circular: a question is right only if it is right in all rotations, which stand under
+    index + k x 10^6. A question that lacks rotations in the file is left out and counted. The
+    server reads free-form answers with a language model; here only letters and options count.
+
+    Source: LLaVA's model_vqa_mmbench.py and convert_mmbench_for_submission.py, MMBench's paper.
+    """
+
+    name = "mmbench"
+    title = "MMBench"
+    folder = "mmbench"
+    full_rows = 4377
+    max_new_tokens = 1024
+    scores = True
+    submits = True
+
+    @property
+    def file(self) -> str:
+        """The released file, or the only TSV of the folder."""
+        others = sorted(path.name for path in self.root.glob("*.tsv"))
+        return others[0] if FILE not in others and len(others) == 1 else FILE
+
+    def required(self) -> list[str]:
+        """See the interface."""
+        return [self.file]
+
+    @cached_property
+    def table(self) -> tuple[list[str], list[dict[str, str | None]]]:
+        """Columns and cells of the TSV.
+
+        Raises:
+            DataError: it is missing, or lacks a column.
+        """
+        path = self.root / self.file
+        header, cells = read_tsv(path, "question file")
+        lacking = [c for c in ("index", "question", "image", "A") if c not in header]
+        if lacking:
+            raise DataError(f"{path} lacks the column {lacking[0]!r}; it has {', '.join(header)}")
+        for number, cell in enumerate(cells, start=2):
+            if not (cell["index"] or "").isdecimal() or not cell["question"] or not cell["image"]:
+                raise DataError(f"{path}: row {number} needs index, question and image")
+        return header, cells
+
+    def load_rows(self) -> list[Row]:
+        """See the interface."""
+        rows = []
+        for cell in self.table[1]:
+            choices = options(cell)
+            lines = [cell["question"] or ""]
+            lines = [cell["hint"], *lines] if cell.get("hint") else lines  # type: ignore[list-item]
+            letters = CHOICES[: len(choices)]
+            lines += [f"{letter}. {o}" for letter, o in zip(letters, choices, strict=True)]
+            index = int(cell["index"] or 0)
+            rows.append(
+                Row(
+                    index,
+                    "\n".join(lines),
+                    (Picture(f"{index}.jpg", cell["image"] or ""),),
+                    cell.get("category") or "",
+                    suffix=LETTER_ANSWER,
+                    extra={"round_id": 0, "options": choices, "option_char": list(letters)},
+                )
+            )
+        return rows
+
+    def rotations(self) -> tuple[dict[int, list[int]], int]:
+        """Row numbers of each base question with all its rotations; how many lack some."""
+        groups: dict[int, list[int]] = {}
+        for number, row in enumerate(self.rows):
+            groups.setdefault(int(row.question_id) % ROTATION, []).append(number)
+        whole = {
+            base: numbers
+            for base, numbers in groups.items()
+            if len(numbers) == len(self.rows[numbers[0]].extra["options"])
+        }
+        return whole, len(groups) - len(whole)
+
+    def unscored(self) -> str:
+        """The file of the test split has no answers."""
+        header, cells = self.table
+        known = "answer" in header and all(cell["answer"] is not None for cell in cells)
+        return "" if known else f"{self.file} has no answers; submit it to the server"
+
+    def check_truth(self) -> list[str]:
+        """See the interface."""
+        if self.unscored():
+            return [self.unscored()]
+        missing = self.rotations()[1]
+        return [f"{missing} questions lack rotations; left out of the circular score"] * bool(
+            missing
+        )
+
+    def score(self, answers: Sequence[str | None]) -> Score:
+        """See the interface.
+
+        Raises:
+            ConfigError: the file has no answers.
+        """
+        if self.unscored():
+            raise ConfigError(f"{self.root}: {self.unscored()}")
+        cells = self.table[1]
+        notes = [f"file {self.file}", *self.check_truth(), *unanswered_note(answers)]
+        outcomes = []
+        for answer, row, cell in zip(answers, self.rows, cells, strict=True):
+            letter = choice(answer or "", row.extra["options"])
+            truth = cell["answer"] or ""
+            outcomes.append(Outcome(float(letter == truth), letter, truth))
+        unread = sum(not o.parsed for o in outcomes)
+        if unread:
+            notes.append(f"{unread} answers name no option; the server may read them otherwise")
+        whole, _ = self.rotations()
+        circular = [
+            Outcome(min(outcomes[i].credit or 0.0 for i in numbers), "", "")
+            for numbers in whole.values()
+        ]
+        base = [
+            o for o, r in zip(outcomes, self.rows, strict=True) if int(r.question_id) < ROTATION
+        ]
+        figures = {"accuracy in one pass": percent(base), "base questions": len(base)}
+        if not circular:
+            notes.append("no question has all its rotations: this is the accuracy in one pass")
+            return Score("accuracy", percent(base), "%", figures, {}, notes, outcomes)
+        categories = [self.rows[numbers[0]].category for numbers in whole.values()]
+        return Score(
+            "circular accuracy",
+            percent(circular),
+            figures=figures,
+            categories=bars(categories, circular),
+            notes=notes,
+            outcomes=outcomes,
+        )
+
+    def submit(self, answers: Sequence[str | None], folder: Path, name: str) -> Path:
+        """The table without images and hints, with a column of predictions.
+
+        Raises:
+            ConfigError: openpyxl is not installed.
+            DataError: an answer is missing, or the file cannot be written.
+        """
+        texts = all_answered(self.title, self.rows, answers)
+        try:
+            from openpyxl import Workbook
+            from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+        except ImportError:
+            raise ConfigError(
+                "writing xlsx needs openpyxl; pip install 'dattn-mcore[eval]'"
+            ) from None
+        header, cells = self.table
+        kept = [column for column in header if column not in DROPPED]
+        columns = [*kept[:PREDICTION_COLUMN], "prediction", *kept[PREDICTION_COLUMN:]]
+        book = Workbook(write_only=False)
+        sheet = book.active
+        sheet.append(columns)
+        for line, (cell, text) in enumerate(zip(cells, texts, strict=True), start=2):
+            values = {**cell, "prediction": text}
+            for number, column in enumerate(columns, start=1):
+                value = values[column]
+                place = sheet.cell(line, number)
+                if column == "index":
+                    place.value = int(value or 0)
+                elif value:
+                    place.value = ILLEGAL_CHARACTERS_RE.sub("", value)
+                    place.data_type = "s"  # an answer that begins with "=" is no formula
+        path = folder / f"{name}.xlsx"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            book.save(path)
+        except OSError as error:
+            raise DataError(f"submission {path} cannot be written ({error.strerror})") from None
+        return path
+
+
+def options(cell: dict[str, str | None]) -> list[str]:
+    """Options up to the first that is missing."""
+    found = []
+    for letter in CHOICES:
+        value = cell.get(letter)
+        if value is None:
+            break
+        found.append(value)
+    return found
+
+
+def choice(text: str, choices: Sequence[str]) -> str:
+    """The letter that an answer names, by letter or by the option's text; empty: none."""
+    letters = CHOICES[: len(choices)]
+    letter = leading_letter(text, letters)
+    if letter is None:
+        found = re.findall(r"answer is \(?([A-D])(?![A-Za-z0-9])", text)
+        letter = found[0] if len(found) == 1 and found[0] in letters else None
+    if letter is None:
+        plain = text.strip().rstrip(".").lower()
+        equal = [i for i, option in enumerate(choices) if option.strip().lower() == plain]
+        letter = letters[equal[0]] if len(equal) == 1 else None
+    return letter or ""

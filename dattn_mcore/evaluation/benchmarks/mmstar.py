@@ -1,0 +1,117 @@
+"""MMStar: six axes of 250 questions that cannot be answered without the image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.evaluation.benchmarks.base import Benchmark, Row, unanswered_note
+from dattn_mcore.evaluation.files import read_tsv
+from dattn_mcore.evaluation.images import Picture
+from dattn_mcore.evaluation.scores import Outcome, Score, bars, mean, percent
+from dattn_mcore.evaluation.text import LETTER_ANSWER
+
+FILES = ("mmstar.parquet", "MMStar.tsv")
+PREFIXES = ("", "(", "option ", "the answer is ")
+
+
+class MmStar(Benchmark):
+    """Accuracy by axis and over all; the letter comes first in the answer, or after a prefix.
+
+    An answer that begins with the article "a" counts as A, as in the original; the score says how
+    many did.
+
+    Source: MMStar's eval/vlmeval/evaluate/mmstar.py.
+    """
+
+    name = "mmstar"
+    title = "MMStar"
+    folder = "mmstar"
+    full_rows = 1500
+    max_new_tokens = 32
+    scores = True
+
+    @property
+    def file(self) -> str:
+        """The parquet file of the release, or VLMEvalKit's TSV."""
+        found = (name for name in FILES if (self.root / name).is_file())
+        return next(found, FILES[0])
+
+    def required(self) -> list[str]:
+        """See the interface."""
+        return [self.file]
+
+    @cached_property
+    def table(self) -> list[dict[str, Any]]:
+        """Cells by row.
+
+        Raises:
+            DataError: the file is missing, damaged, or lacks a column.
+        """
+        path = self.root / self.file
+        records = read_tsv(path, "file")[1] if path.suffix == ".tsv" else _read_parquet(path)
+        for column in ("index", "question", "answer", "category", "image"):
+            if records and column not in records[0]:
+                raise DataError(f"{path} lacks the column {column!r}")
+        return records
+
+    def load_rows(self) -> list[Row]:
+        """See the interface; options stand in the question, or in columns of their own."""
+        rows = []
+        for number, record in enumerate(self.table):
+            source, index = record["image"], record["index"]
+            source = source.get("bytes") if isinstance(source, dict) else source
+            if not (source and record["question"] and record["answer"]):
+                raise DataError(
+                    f"{self.root / self.file}: row {number} needs question, answer and image"
+                )
+            lines = [record["question"]]
+            lines += [f"{letter}. {record[letter]}" for letter in "ABCD" if record.get(letter)]
+            picture = Picture(f"{index}.jpg", source)
+            prompt = "\n".join(lines) + LETTER_ANSWER
+            rows.append(Row(int(index), prompt, (picture,), str(record["category"] or "")))
+        return rows
+
+    def score(self, answers: Sequence[str | None]) -> Score:
+        """See the interface."""
+        outcomes = []
+        articles = 0
+        for answer, record in zip(answers, self.table, strict=True):
+            text = (answer or "").lower().strip().replace("\n", " ")
+            truth = str(record["answer"]).lower().strip()
+            right = any(text.startswith(prefix + truth) for prefix in PREFIXES)
+            articles += bool(re.match(r"a [a-z]", text))
+            outcomes.append(Outcome(float(right), text[:20], truth.upper()))
+        notes = unanswered_note(answers)
+        if articles:
+            notes.append(f'{articles} answers begin with the article "a" and are read as A')
+        categories = bars([row.category for row in self.rows], outcomes)
+        return Score(
+            "accuracy",
+            percent(outcomes),
+            figures={"average of axes": mean(bar.value for bar in categories.values())},
+            categories=categories,
+            notes=notes,
+            outcomes=outcomes,
+        )
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table
+    except ImportError:
+        raise ConfigError(
+            f"reading {path} needs pyarrow (pip install 'dattn-mcore[eval]'), or give MMStar.tsv"
+        ) from None
+    if not path.is_file():
+        raise DataError(f"{path} is not there; put it or {FILES[1]} there")
+    try:
+        return read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is no parquet file ({reason})") from None

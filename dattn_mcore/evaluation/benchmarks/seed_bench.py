@@ -1,0 +1,129 @@
+"""SEED-Bench: twelve types of question about images and middle frames of videos."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dattn_mcore.errors import DataError
+from dattn_mcore.evaluation.benchmarks.base import (
+    Benchmark,
+    Row,
+    all_answered,
+    unanswered_note,
+)
+from dattn_mcore.evaluation.files import read_json, write_text
+from dattn_mcore.evaluation.scores import Outcome, Score, bars, percent
+from dattn_mcore.evaluation.text import leading_letter
+
+FRAMES = "SEED-Bench-video-image"
+
+
+class SeedBench(Benchmark):
+    """Accuracy by exact letter: per type, images, videos, all.
+
+    Ids are numbers in one file and text in the other; both are read as text. With
+    `--lenient-letters` an answer like `A.` counts as A, which the original does not do.
+
+    Source: LLaVA's scripts/convert_seed_for_submission.py.
+    """
+
+    name = "seed"
+    title = "SEED-Bench"
+    folder = "seed_bench"
+    full_rows = 19242
+    scores = True
+    submits = True
+
+    def required(self) -> list[str]:
+        """See the interface."""
+        frames = [] if self.options.seed_images_only else [FRAMES]
+        return ["llava-seed-bench.jsonl", "SEED-Bench.json", "SEED-Bench-image", *frames]
+
+    def load_rows(self) -> list[Row]:
+        """See the interface.
+
+        Raises:
+            DataError: video rows are asked and the frames are not there.
+        """
+        rows = self.llava_rows("llava-seed-bench.jsonl", "")
+        video = [row for row in rows if row.pictures and row.pictures[0].name.startswith(FRAMES)]
+        if self.options.seed_images_only:
+            asked = set(map(id, video))
+            return [row for row in rows if id(row) not in asked]
+        if video and not (self.root / FRAMES).is_dir():
+            raise DataError(
+                f"{self.root / FRAMES} is not there, and {len(video)} rows are about videos; "
+                "extract their middle frames, or give --seed-images-only"
+            )
+        return rows
+
+    def truths(self) -> list[tuple[str, str, str]]:
+        """Answer, name of the question's type, image or video, for each row.
+
+        Raises:
+            DataError: the annotation file is missing, or lacks a question that is asked.
+        """
+        path = self.root / "SEED-Bench.json"
+        data = read_json(path, "annotation file")
+        try:
+            names = {kind: name for name, kind in data["question_type"].items()}
+            entries: dict[str, Any] = {str(q["question_id"]): q for q in data["questions"]}
+        except (TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{path} is no SEED-Bench annotation file ({error!r})") from None
+        truths = []
+        for row in self.rows:
+            entry = entries.get(str(row.question_id))
+            if entry is None:
+                raise DataError(f"{path} has no question {row.question_id!r}, which is asked")
+            kind = entry["question_type_id"]
+            truths.append((entry["answer"], names.get(kind, str(kind)), entry["data_type"]))
+        return truths
+
+    def check_truth(self) -> list[str]:
+        """See the interface."""
+        return self._unasked(self.truths())
+
+    def _unasked(self, truths: Sequence[tuple[str, str, str]]) -> list[str]:
+        absent = [kind for kind in ("image", "video") if kind not in {t[2] for t in truths}]
+        return [f"no rows about {kind}s are asked; the score is over the others" for kind in absent]
+
+    def score(self, answers: Sequence[str | None]) -> Score:
+        """See the interface."""
+        truths = self.truths()
+        outcomes = []
+        for answer, (truth, _, _) in zip(answers, truths, strict=True):
+            parsed = answer or ""
+            if self.options.lenient_letters:
+                parsed = leading_letter(parsed, "ABCD") or parsed
+            outcomes.append(Outcome(float(parsed == truth), parsed, truth))
+        figures = {}
+        for kind in ("image", "video"):
+            group = [o for o, t in zip(outcomes, truths, strict=True) if t[2] == kind]
+            if group:
+                figures[kind] = percent(group)
+        unread = sum(len(o.parsed) != 1 for o in outcomes)
+        notes = self._unasked(truths) + unanswered_note(answers)
+        if unread:
+            notes.append(f"{unread} answers are no single letter and count as wrong")
+        if self.options.lenient_letters:
+            notes.append("letters read leniently; the original wants the letter alone")
+        return Score(
+            "accuracy",
+            percent(outcomes),
+            figures=figures,
+            categories=bars([t[1] for t in truths], outcomes),
+            notes=notes,
+            outcomes=outcomes,
+        )
+
+    def submit(self, answers: Sequence[str | None], folder: Path, name: str) -> Path:
+        """JSON lines for the leaderboard."""
+        texts = all_answered(self.title, self.rows, answers)
+        lines = (
+            json.dumps({"question_id": str(row.question_id), "prediction": text}) + "\n"
+            for row, text in zip(self.rows, texts, strict=True)
+        )
+        return write_text(folder / f"{name}.jsonl", "".join(lines), "submission")

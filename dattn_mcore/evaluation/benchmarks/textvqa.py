@@ -1,0 +1,118 @@
+"""TextVQA, validation split 0.5.1."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+from dattn_mcore.errors import DataError
+from dattn_mcore.evaluation.benchmarks.base import Benchmark, Row, unanswered_note
+from dattn_mcore.evaluation.files import read_json
+from dattn_mcore.evaluation.scores import Outcome, Score, mean, percent
+from dattn_mcore.evaluation.text import normalise_answer
+
+ANNOTATIONS = "TextVQA_0.5.1_val.json"
+OCR_MARK = "Reference OCR token:"
+
+
+class TextVqa(Benchmark):
+    """Mean soft accuracy over ten human answers.
+
+    A question's id is its image's id, which is not unique: answers and annotations are joined by
+    image and lower-case question. Prompts carry reference OCR tokens, which is worth more than ten
+    points: the score says whether they did.
+
+    Source: LLaVA's llava/eval/{eval_textvqa,m4c_evaluator}.py.
+    """
+
+    name = "textvqa"
+    title = "TextVQA"
+    folder = "textvqa"
+    full_rows = 5000
+    scores = True
+
+    def required(self) -> list[str]:
+        """See the interface."""
+        return ["llava_textvqa_val_v051_ocr.jsonl", "train_images", ANNOTATIONS]
+
+    def load_rows(self) -> list[Row]:
+        """See the interface; without OCR, its line is taken out of the prompt."""
+        rows = self.llava_rows("llava_textvqa_val_v051_ocr.jsonl", "train_images")
+        if self.options.textvqa_ocr:
+            return rows
+        return [replace(row, prompt=_without_ocr(row.prompt)) for row in rows]
+
+    def join_key(self, question_id: str | int, prompt: str) -> Hashable:
+        """Image and question."""
+        return str(question_id), question_of(prompt)
+
+    def truths(self) -> list[list[str]]:
+        """The human answers for each row.
+
+        Raises:
+            DataError: the annotation file is missing, or lacks a question that is asked.
+        """
+        path = self.root / ANNOTATIONS
+        data = read_json(path, "annotation file")
+        try:
+            found = {
+                (str(e["image_id"]), e["question"].lower()): e["answers"] for e in data["data"]
+            }
+        except (TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{path} is no TextVQA annotation file ({error!r})") from None
+        truths = []
+        for row in self.rows:
+            answers = found.get((str(row.question_id), question_of(row.prompt)))
+            if answers is None:
+                raise DataError(
+                    f"{path} has no question {question_of(row.prompt)!r} about image "
+                    f"{row.question_id!r}, which is asked"
+                )
+            if len(answers) != 10:
+                raise DataError(
+                    f"{path}: image {row.question_id!r} has {len(answers)} answers, not 10"
+                )
+            truths.append(answers)
+        return truths
+
+    def check_truth(self) -> list[str]:
+        """See the interface."""
+        self.truths()
+        return []
+
+    def score(self, answers: Sequence[str | None]) -> Score:
+        """See the interface."""
+        outcomes = []
+        for answer, humans in zip(answers, self.truths(), strict=True):
+            parsed = normalise_answer(answer or "")
+            normal = [normalise_answer(human) for human in humans]
+            credit = 0.0 if answer is None else soft_accuracy(parsed, normal)
+            common = max(dict.fromkeys(normal), key=normal.count)
+            outcomes.append(Outcome(credit, parsed, common))
+        with_ocr = sum(OCR_MARK in row.prompt for row in self.rows)
+        label = "with" if with_ocr == len(self.rows) else "partly with" if with_ocr else "without"
+        return Score(
+            "accuracy",
+            percent(outcomes),
+            figures={"rows with OCR tokens": with_ocr},
+            notes=[f"{label} reference OCR tokens in the prompt", *unanswered_note(answers)],
+            outcomes=outcomes,
+        )
+
+
+def soft_accuracy(answer: str, humans: list[str]) -> float:
+    """Mean over leaving one human out of min(1, equal answers among the others / 3)."""
+    if answer not in humans:
+        return 0.0
+    equal = humans.count(answer)
+    return mean(min(1.0, (equal - (human == answer)) / 3) for human in humans)
+
+
+def question_of(prompt: str) -> str:
+    """The lower-case question in a prompt, which OCR tokens may precede or follow."""
+    lines = prompt.split("\n")
+    return lines[1 if lines[0].startswith(OCR_MARK) and len(lines) > 1 else 0].lower()
+
+
+def _without_ocr(prompt: str) -> str:
+    return "\n".join(line for line in prompt.split("\n") if not line.startswith(OCR_MARK))

@@ -1,0 +1,76 @@
+"""Checks a data tree: what is missing, how many rows and images, what is not as expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.table import Table
+
+from dattn_mcore.errors import DattnError
+from dattn_mcore.evaluation.benchmarks.base import Benchmark
+
+
+@dataclass
+class Finding:
+    """What is there of one benchmark.
+
+    Attributes:
+        title: as people write it.
+        rows: questions.
+        images: different images that they name.
+        problems: what keeps it from being run, scored or submitted.
+        notes: what is unusual and harmless.
+    """
+
+    title: str
+    rows: int = 0
+    images: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check(benchmark: Benchmark) -> Finding:
+    """Looks at all files of a benchmark, without decoding images."""
+    finding = Finding(benchmark.title)
+    if not benchmark.root.is_dir():
+        finding.problems.append(f"{benchmark.root} is no folder")
+        return finding
+    for name in benchmark.required():
+        if not (benchmark.root / name).exists():
+            finding.problems.append(f"{name} is missing")
+    try:
+        rows = benchmark.rows
+    except DattnError as error:
+        if not finding.problems:
+            finding.problems.append(str(error))
+        return finding
+    pictures = {p.name: p for row in rows for p in row.pictures}
+    missing = [name for name, picture in pictures.items() if not picture.exists()]
+    finding.rows, finding.images = len(rows), len(pictures) - len(missing)
+    if missing:
+        finding.problems.append(f"{len(missing)} images are missing (first: {missing[0]})")
+    if len(rows) != benchmark.full_rows:
+        finding.notes.append(f"the released file has {benchmark.full_rows:,} rows")
+    without = sum(not row.pictures for row in rows)
+    if without:
+        finding.notes.append(f"{without} rows have no image")
+    try:
+        finding.notes += benchmark.check_truth()
+    except DattnError as error:
+        if not finding.problems:
+            finding.problems.append(str(error))
+    return finding
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    """One row for each benchmark."""
+    shown = Table("benchmark", "rows", "images", "state", "notes")
+    for column in (1, 2):
+        shown.columns[column].justify = "right"
+    for finding in findings:
+        counts = (f"{finding.rows:,}", f"{finding.images:,}") if finding.rows else ("", "")
+        state = f"{len(finding.problems)} problems" if finding.problems else "complete"
+        notes = "; ".join([*finding.problems, *finding.notes])
+        shown.add_row(finding.title, *counts, state, notes)
+    return shown

@@ -1,0 +1,115 @@
+"""Reads and writes the files of benchmarks: JSON, JSON lines, TSV; every mistake is one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dattn_mcore.errors import DataError
+
+# What pandas.read_table takes for a missing value, and LLaVA's "none": MMBench's files need it.
+MISSING_CELLS = frozenset(
+    {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"}
+    | {"<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "none", "NAN", "NONE"}
+)
+
+
+def read_text(path: Path, what: str) -> str:
+    """Text of a UTF-8 file.
+
+    Raises:
+        DataError: it is missing, unreadable or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{what} {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{what} {path} is not UTF-8 text") from None
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Value of a JSON file.
+
+    Raises:
+        DataError: it is missing, or no JSON.
+    """
+    try:
+        return json.loads(read_text(path, what))
+    except ValueError as error:
+        raise DataError(f"{what} {path} is not JSON ({error})") from None
+
+
+def read_json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers, from 1, and objects of a JSON lines file; empty lines are passed over.
+
+    Raises:
+        DataError: the file is missing, or a line (named) is no JSON object.
+    """
+    for number, line in enumerate(read_text(path, what).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(
+                f"{path}:{number}: is not JSON ({error}); write one object a line"
+            ) from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}:{number}: must be a JSON object, it is {line.strip()[:40]!r}")
+        yield number, record
+
+
+def read_tsv(path: Path, what: str) -> tuple[list[str], list[dict[str, str | None]]]:
+    """Columns and rows of a tab-separated file with a header; missing cells are None.
+
+    Raises:
+        DataError: it is missing, or a row has another number of cells than the header.
+    """
+    csv.field_size_limit(sys.maxsize)  # images stand in cells
+    rows: list[dict[str, str | None]] = []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.reader(file, delimiter="\t")
+            header = next(reader, [])
+            for cells in reader:
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{path}:{reader.line_num}: has {len(cells)} cells, the header has "
+                        f"{len(header)}; the file is cut or damaged"
+                    )
+                values = (None if cell in MISSING_CELLS else cell for cell in cells)
+                rows.append(dict(zip(header, values, strict=True)))
+    except OSError as error:
+        raise DataError(f"{what} {path} cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{what} {path} is no tab-separated UTF-8 text ({error})") from None
+    return header, rows
+
+
+def write_text(path: Path, text: str, what: str) -> Path:
+    """Writes a file that appears under its name when whole; makes its folder.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{what} {path} cannot be written ({error.strerror})") from None
+    return path
+
+
+def write_json_lines(path: Path, records: list[dict[str, Any]], what: str) -> Path:
+    """Writes one object a line; see `write_text`."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return write_text(path, "".join(lines), what)

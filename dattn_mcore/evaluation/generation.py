@@ -1,0 +1,157 @@
+"""Answers prompts with images by a Hugging Face model: batched greedy generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging as transformers_logging
+
+import dattn_mcore.hf
+from dattn_mcore.errors import CheckpointError, ConfigError
+from dattn_mcore.evaluation.images import Picture
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt.
+
+    Attributes:
+        who: what messages call it.
+        text: the user's turn, with one `<image>` for every picture.
+        pictures: its images, decoded when their batch is prepared.
+    """
+
+    who: str
+    text: str
+    pictures: tuple[Picture, ...]
+
+
+def resolve_device(device: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """Turns auto, cpu or gpu into a device; processes of one machine take one GPU each.
+
+    Raises:
+        ConfigError: the word is unknown, there is no GPU, or fewer GPUs than processes.
+    """
+    if device not in ("auto", "cpu", "gpu"):
+        raise ConfigError(f"--device is {device!r}; it must be auto, cpu or gpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if device == "gpu" and found is None:
+        raise ConfigError("--device gpu needs a GPU that PyTorch can see; use --device cpu")
+    if device == "cpu" or found is None:
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    if local_size > count:
+        raise ConfigError(
+            f"{local_size} processes need a GPU each, this machine has {count}; run torchrun "
+            f"--nproc-per-node {count}, or give --device cpu"
+        )
+    return torch.device(found.type, local_rank)
+
+
+class Generator:
+    """A loaded model with its processor.
+
+    Args:
+        folder: exported folder.
+        device: where it runs.
+        dtype: auto (as stored), float32 or bfloat16.
+
+    Raises:
+        CheckpointError: the folder cannot be loaded.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device, dtype: str = "auto") -> None:
+        self.folder = Path(folder)
+        self.device = device
+        self.model_id = self.folder.resolve().name
+        check_model_folder(self.folder)
+        dattn_mcore.hf.register()
+        transformers_logging.disable_progress_bar()
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            self.processor: Any = AutoProcessor.from_pretrained(str(folder), **local)
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                str(folder), dtype=DTYPES[dtype], **local
+            )
+        except Exception as error:  # transformers raises whatever its parts raise
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"--model {folder} cannot be loaded ({reason})") from error
+        self.model = model.eval().to(device)
+
+    def chat_prompt(self, text: str) -> str:
+        """A user's turn in the model's chat template."""
+        chat = [{"role": "user", "content": text}]
+        return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
+
+    def generate(
+        self, requests: Sequence[Request], batch_size: int, max_new_tokens: int, **more: Any
+    ) -> Iterator[dict[int, str]]:
+        """Answers requests batch by batch, those of like size together and the largest first.
+
+        Memory runs out at once or never. The next batch is prepared while one generates.
+
+        Args:
+            requests: what to answer.
+            batch_size: requests generated at once.
+            max_new_tokens: longest answer, in tokens.
+            **more: further settings of `generate`.
+
+        Yields:
+            Answers of one batch by index of their request.
+
+        Raises:
+            DataError: an image is missing or damaged.
+        """
+        prompts = [self.chat_prompt(request.text) for request in requests]
+        order = sorted(
+            range(len(requests)),
+            key=lambda i: (len(requests[i].pictures), len(prompts[i])),
+            reverse=True,
+        )
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        settings = {**greedy(max_new_tokens), **more}
+        with ThreadPoolExecutor(1) as pool:
+            ready = [pool.submit(self._inputs, requests, prompts, b) for b in batches[:1]]
+            for number, batch in enumerate(batches):
+                inputs = ready.pop().result()
+                for following in batches[number + 1 : number + 2]:
+                    ready.append(pool.submit(self._inputs, requests, prompts, following))
+                yield dict(zip(batch, self._answers(inputs, settings), strict=True))
+
+    def _inputs(self, requests: Sequence[Request], prompts: list[str], batch: list[int]) -> Any:
+        images = [p.open(requests[i].who) for i in batch for p in requests[i].pictures]
+        return self.processor(
+            text=[prompts[i] for i in batch],
+            images=images or None,
+            padding=True,
+            return_tensors="pt",
+        )
+
+    @torch.inference_mode()
+    def _answers(self, inputs: Any, settings: dict[str, Any]) -> list[str]:
+        inputs = inputs.to(self.device)
+        tokens = self.model.generate(**inputs, **settings)
+        new = tokens[:, inputs["input_ids"].shape[1] :].cpu()
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises CheckpointError where a folder is clearly no exported model."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"--model {folder} has no config.json; give an exported folder (python -m "
+            "tools.checkpoint_convert mcore-to-hf RUN FOLDER)"
+        )
+
+
+def greedy(max_new_tokens: int) -> dict[str, Any]:
+    """Settings of `generate` for LLaVA's temperature 0 and one beam."""
+    return {"max_new_tokens": max_new_tokens, "num_beams": 1, "do_sample": False}

@@ -1,0 +1,155 @@
+"""From answers to results: score, submission, details of every row, one table, one JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dattn_mcore.errors import DattnError
+from dattn_mcore.evaluation.benchmarks.base import Benchmark
+from dattn_mcore.evaluation.benchmarks.judged import Judged
+from dattn_mcore.evaluation.files import write_json_lines, write_text
+from dattn_mcore.evaluation.run_folder import RunFolder
+from dattn_mcore.evaluation.scores import Outcome, Score
+
+# Scores a judged benchmark's answers, given the file that keeps the judgements.
+JudgeAnswers = Callable[[Judged, Sequence[str | None], Path], Score]
+
+
+@dataclass
+class Result:
+    """What became of one benchmark.
+
+    Attributes:
+        name: on the command line.
+        title: as people write it.
+        rows: questions.
+        score: None where it was not scored here.
+        submission: file for a server, if it has one.
+        error: why it failed.
+        note: what is left to do.
+        more: further fields for the JSON: prompt, decoding, answer file.
+    """
+
+    name: str
+    title: str
+    rows: int = 0
+    score: Score | None = None
+    submission: Path | None = None
+    error: str | None = None
+    note: str = ""
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        """failed, scored, submission or answered."""
+        if self.error:
+            return "failed"
+        return "scored" if self.score else "submission" if self.submission else "answered"
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the outcomes."""
+        return {
+            "title": self.title,
+            "status": self.status,
+            "rows": self.rows,
+            **({} if self.error is None else {"error": self.error}),
+            **({} if self.score is None else self.score.summary()),
+            **({} if self.submission is None else {"submission": str(self.submission)}),
+            **({"note": self.note} if self.note else {}),
+            **self.more,
+        }
+
+
+def evaluate(
+    benchmark: Benchmark,
+    answers: Sequence[str | None],
+    folder: RunFolder,
+    model_id: str,
+    judge: JudgeAnswers | None,
+) -> Result:
+    """Scores answers, writes the submission and the details; a failure is part of the result.
+
+    Args:
+        benchmark: whose rows were answered.
+        answers: text for each row, None where there is none.
+        folder: where the files go.
+        model_id: names the submission.
+        judge: asks the judge; None: there is none.
+    """
+    result = Result(benchmark.name, benchmark.title, len(benchmark.rows))
+    try:
+        if benchmark.submits:
+            target = folder.submissions / benchmark.name
+            result.submission = benchmark.submit(answers, target, model_id)
+            result.note = "submission written"
+        if isinstance(benchmark, Judged):
+            if judge is None:
+                result.note = "not judged; give --judge-url and --judge-model"
+            else:
+                reviews = folder.reviews / f"{benchmark.name}.jsonl"
+                result.score = judge(benchmark, answers, reviews)
+        elif benchmark.scores and not benchmark.unscored():
+            result.score = benchmark.score(answers)
+        elif benchmark.scores:
+            result.note = benchmark.unscored()
+    except DattnError as error:
+        result.error = str(error)
+    if result.score:
+        result.note = "; ".join(result.score.notes)
+    outcomes = result.score.outcomes if result.score else []
+    write_details(folder.details / f"{benchmark.name}.jsonl", benchmark, answers, outcomes)
+    return result
+
+
+def write_details(
+    path: Path,
+    benchmark: Benchmark,
+    answers: Sequence[str | None],
+    outcomes: Sequence[Outcome],
+) -> None:
+    """One line for each row: question, images, answer, and where scored what became of it."""
+    records = []
+    for number, (row, answer) in enumerate(zip(benchmark.rows, answers, strict=True)):
+        record: dict[str, Any] = {
+            "row": number,
+            "question_id": row.question_id,
+            "question": row.prompt,
+            "images": [picture.name for picture in row.pictures],
+            "category": row.category,
+            "answer": answer,
+        }
+        if number < len(outcomes):
+            outcome = outcomes[number]
+            record |= {
+                "parsed": outcome.parsed,
+                "truth": outcome.truth,
+                "credit": outcome.credit,
+            }
+        records.append(record)
+    write_json_lines(path, records, "details")
+
+
+def write_scores(path: Path, run: dict[str, Any], results: Sequence[Result]) -> None:
+    """One JSON of all scores, with what they depend on."""
+    value = {**run, "benchmarks": {result.name: result.to_json() for result in results}}
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", "scores")
+
+
+def table(results: Sequence[Result], title: str) -> Table:
+    """One row for each benchmark: metric, score, rows, and what to know or what failed."""
+    shown = Table("benchmark", "metric", "score", "rows", "notes", title=title)
+    for column in (2, 3):
+        shown.columns[column].justify = "right"
+    for result in results:
+        score = result.score
+        metric = score.metric if score else result.status
+        figure = "" if score is None else f"{score.value:.2f}{'%' if score.unit == '%' else ''}"
+        note = f"failed: {result.error}" if result.error else result.note
+        shown.add_row(result.title, metric, figure, str(result.rows or ""), note)
+    return shown

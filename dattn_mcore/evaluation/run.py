@@ -1,0 +1,249 @@
+"""A run: every process answers its share of every benchmark, rank 0 puts together and scores."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dattn_mcore.errors import ConfigError, DataError, DattnError
+from dattn_mcore.evaluation.answer_files import AnswerStore
+from dattn_mcore.evaluation.benchmarks import Options, make_benchmark
+from dattn_mcore.evaluation.benchmarks.base import Benchmark
+from dattn_mcore.evaluation.generation import (
+    Generator,
+    Request,
+    check_model_folder,
+    greedy,
+    resolve_device,
+)
+from dattn_mcore.evaluation.processes import Processes
+from dattn_mcore.evaluation.progress import RunProgress
+from dattn_mcore.evaluation.results import JudgeAnswers, Result, evaluate, write_scores
+from dattn_mcore.evaluation.run_folder import RunFolder, model_fingerprint, versions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is asked for.
+
+    Attributes:
+        model: exported Hugging Face folder.
+        data: folder that holds the folders of all benchmarks.
+        out: the run's folder.
+        benchmarks: names, in order.
+        batch_size: questions generated at once by each process.
+        max_new_tokens: longest answer; None: each benchmark's own.
+        device: auto, cpu or gpu.
+        dtype: auto (as stored), float32 or bfloat16.
+        options: choices about scoring.
+    """
+
+    model: Path
+    data: Path
+    out: Path
+    benchmarks: tuple[str, ...]
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    options: Options = Options()
+
+
+def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result]:
+    """Answers and scores all benchmarks; what fails is part of the results.
+
+    Returns:
+        Results in the order of benchmarks on rank 0, nothing on the others.
+
+    Raises:
+        CheckpointError: the model folder is none.
+        ConfigError: a name is unknown, the device is not there, or its memory is too small.
+        DataError: the run's folder belongs to another run.
+    """
+    benchmarks = [make_benchmark(n, settings.data, settings.options) for n in settings.benchmarks]
+    check_model_folder(settings.model)
+    processes = Processes()
+    device = resolve_device(settings.device, processes.local_rank, processes.local_size)
+    folder = RunFolder(settings.out)
+    begun = time.time()
+    _claim(folder, settings, processes)
+    generator = Generator(settings.model, device, settings.dtype)
+    with RunProgress(processes.rank == 0) as progress:
+        shares = [
+            Share(benchmark, settings, generator, folder, processes, progress)
+            for benchmark in benchmarks
+        ]
+        words = [share.answer() for share in shares]
+        if processes.rank:
+            return []
+        failures = [share.gather(own) for share, own in zip(shares, words, strict=True)]
+    results = []
+    for share, failure in zip(shares, failures, strict=True):
+        results.append(share.result(failure, generator.model_id, judge))
+    about = _about(settings, generator, processes.size, time.time() - begun)
+    write_scores(folder.scores, about, results)
+    return results
+
+
+def _claim(folder: RunFolder, settings: RunSettings, processes: Processes) -> None:
+    """Rank 0 takes the run's folder before any process writes into it."""
+    if processes.rank:
+        problem = processes.wait("claim", 0)
+        if problem:
+            raise DataError(problem)
+        return
+    identity = {
+        "model": str(settings.model.resolve()),
+        "model fingerprint": model_fingerprint(settings.model),
+        "dtype": settings.dtype,
+    }
+    try:
+        folder.claim(identity)
+    except DattnError as error:
+        processes.post("claim", str(error))
+        raise
+    processes.post("claim", "")
+
+
+class Share:
+    """One process's part of one benchmark.
+
+    Args:
+        benchmark: whose rows are answered.
+        settings: of the run.
+        generator: the model.
+        folder: of the run.
+        processes: this one among all.
+        progress: told after each batch.
+    """
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        settings: RunSettings,
+        generator: Generator,
+        folder: RunFolder,
+        processes: Processes,
+        progress: RunProgress,
+    ) -> None:
+        self.benchmark, self.settings, self.generator = benchmark, settings, generator
+        self.folder, self.processes, self.progress = folder, processes, progress
+        self.tokens = settings.max_new_tokens or benchmark.max_new_tokens
+        metadata = greedy(self.tokens)
+        self.store = AnswerStore(folder.answers, benchmark, generator.model_id, metadata)
+        self.before = 0
+
+    def answer(self) -> str:
+        """Answers this process's open rows; returns why it failed, or nothing."""
+        try:
+            self._answer()
+            word = ""
+        except DattnError as error:
+            word = str(error)
+        self.processes.post(self.benchmark.name, word)
+        return word
+
+    def _answer(self) -> None:
+        rows, processes = self.benchmark.rows, self.processes
+        done = self.store.read()
+        self.before = len(done)
+        mine = [i for i in range(processes.rank, len(rows), processes.size) if i not in done]
+        check_pictures(self.benchmark, mine)
+        self.progress.begin(self.benchmark.name, self.before, len(rows))
+        if not mine:
+            return
+        name = self.benchmark.title
+        requests = [
+            Request(f"{name}, question {rows[i].question_id!r}", rows[i].text, rows[i].pictures)
+            for i in mine
+        ]
+        with self.store.open_part(processes.rank) as part:
+            try:
+                for batch in self.generator.generate(
+                    requests, self.settings.batch_size, self.tokens
+                ):
+                    part.append({mine[i]: text for i, text in batch.items()})
+                    self._show(processes.add(self.benchmark.name, len(batch)))
+            except torch.OutOfMemoryError:
+                raise ConfigError(
+                    f"--batch-size {self.settings.batch_size} does not fit the GPU's memory; what "
+                    "is answered is kept, run again with a smaller one"
+                ) from None
+
+    def _show(self, new: int) -> None:
+        total = len(self.benchmark.rows)
+        self.progress.update(self.benchmark.name, min(self.before + new, total), total)
+
+    def gather(self, own: str) -> str:
+        """Waits for the other processes; returns why one of them failed, or nothing."""
+
+        def show() -> None:
+            if not own:
+                self._show(self.processes.add(self.benchmark.name, 0))
+
+        words = self.processes.collect(self.benchmark.name, own, show)
+        return next((word for word in words if word), "")
+
+    def result(self, failure: str, model_id: str, judge: JudgeAnswers | None) -> Result:
+        """Puts the parts together and scores them."""
+        benchmark = self.benchmark
+        if failure:
+            return Result(benchmark.name, benchmark.title, error=failure)
+        try:
+            answers = self.store.merge()
+        except DattnError as error:
+            return Result(benchmark.name, benchmark.title, error=str(error))
+        result = evaluate(benchmark, list(answers), self.folder, model_id, judge)
+        result.more |= {
+            "answers": str(self.store.whole),
+            "max_new_tokens": self.tokens,
+            "prompt": self.generator.chat_prompt(benchmark.rows[0].text),
+        }
+        return result
+
+
+def check_pictures(benchmark: Benchmark, numbers: Sequence[int]) -> None:
+    """Raises DataError where images of rows are missing, before anything slow begins."""
+    pictures = {p.name: p for i in numbers for p in benchmark.rows[i].pictures}
+    missing = [name for name, picture in pictures.items() if not picture.exists()]
+    if missing:
+        raise DataError(
+            f"{benchmark.title}: {len(missing)} of {len(pictures)} images are not there (first: "
+            f"{missing[0]!r} below {benchmark.root})"
+        )
+
+
+def _about(
+    settings: RunSettings, generator: Generator, processes: int, seconds: float
+) -> dict[str, Any]:
+    """What the scores depend on."""
+    run_file = json.loads((settings.out / "run.json").read_text(encoding="utf-8"))
+    return {
+        "run": {
+            **run_file,
+            "model_id": generator.model_id,
+            "data": str(settings.data.resolve()),
+            "template": generator.processor.chat_template,
+            "decoding": {
+                "greedy": True,
+                "num_beams": 1,
+                "dtype": str(generator.model.dtype).removeprefix("torch."),
+                "device": generator.device.type,
+                "batch_size": settings.batch_size,
+                "processes": processes,
+            },
+            "options": asdict(settings.options),
+            "versions": versions(),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(seconds, 1),
+        }
+    }

@@ -1,0 +1,91 @@
+"""What a scorer returns: one headline figure, further figures, and what became of every answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one answer.
+
+    Attributes:
+        credit: 0 to 1; None where nothing was scored (a failed judgement).
+        parsed: what the scorer read in the answer.
+        truth: what would have been right.
+    """
+
+    credit: float | None
+    parsed: str
+    truth: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One category's figure.
+
+    Attributes:
+        value: in the unit of its score.
+        count: rows behind it.
+        most: the largest value possible.
+    """
+
+    value: float
+    count: int
+    most: float = 100.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of one benchmark.
+
+    Attributes:
+        metric: name of the headline figure.
+        value: headline figure.
+        unit: "%" or "points".
+        figures: all further figures by name.
+        categories: figure of each category.
+        notes: what a reader must know to compare the score.
+        outcomes: one for each row, in the order of rows.
+    """
+
+    metric: str
+    value: float
+    unit: str = "%"
+    figures: dict[str, float] = field(default_factory=dict)
+    categories: dict[str, Bar] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """All but the outcomes, for JSON."""
+        bars = {k: {"value": b.value, "rows": b.count} for k, b in self.categories.items()}
+        return {
+            "metric": self.metric,
+            "value": self.value,
+            "unit": self.unit,
+            "figures": self.figures,
+            "categories": bars,
+            "notes": self.notes,
+        }
+
+
+def mean(values: Iterable[float]) -> float:
+    """Mean; 0 of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def percent(outcomes: Iterable[Outcome]) -> float:
+    """Mean credit of the scored outcomes, in percent."""
+    return 100 * mean(o.credit for o in outcomes if o.credit is not None)
+
+
+def bars(categories: Sequence[str], outcomes: Sequence[Outcome]) -> dict[str, Bar]:
+    """Mean credit in percent by category, in the order in which categories first appear."""
+    groups: dict[str, list[Outcome]] = {}
+    for category, outcome in zip(categories, outcomes, strict=True):
+        groups.setdefault(category, []).append(outcome)
+    return {name: Bar(percent(group), len(group)) for name, group in groups.items()}

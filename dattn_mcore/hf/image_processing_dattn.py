@@ -1,0 +1,119 @@
+"""Image processor for AnyRes: a base view and a canvas of tiles for each image (Pillow).
+
+`anyres_stretch` resizes an image to the canvas; `anyres_letterbox` keeps its aspect ratio and
+centres it on a canvas of zeros (before normalisation), as LLaVA-NeXT does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import (
+    BatchFeature,
+    get_patch_output_size,
+    select_best_resolution,
+)
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs
+
+POLICIES = ("anyres_stretch", "anyres_letterbox")
+
+
+class DattnImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """What this processor takes beside the options of all image processors.
+
+    image_policy: `anyres_stretch` or `anyres_letterbox`.
+    anyres_grids: canvases that may be chosen, in tiles: [columns, rows].
+    """
+
+    image_policy: str
+    anyres_grids: list[list[int]]
+
+
+class DattnImageProcessor(PilBackend):
+    """Cuts images into tiles of `size`.
+
+    Gives `pixel_values` [tiles of all images, 3, height, width], of each image the base view (the
+    image squashed to one tile) first, then the tiles of its canvas row by row; and `image_grids`
+    [images, 2], columns and rows of each canvas. The canvas is the one of `anyres_grids` that
+    shows most pixels of the image and wastes least, chosen as LLaVA-NeXT does.
+    """
+
+    valid_kwargs = DattnImagesKwargs
+    model_input_names = ["pixel_values", "image_grids"]
+    resample = PILImageResampling.BICUBIC
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    size = {"height": 384, "width": 384}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    image_policy = "anyres_stretch"
+    anyres_grids = [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1], [1, 4], [4, 1]]
+
+    def _preprocess(  # type: ignore[override]
+        self,
+        images: list[np.ndarray],
+        size: SizeDict,
+        resample: Any,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+        image_policy: str,
+        anyres_grids: list[list[int]],
+        return_tensors: Any,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Tiles of uint8 images [3, height, width], rescaled and normalised.
+
+        Raises:
+            ValueError: the policy is unknown.
+        """
+        if image_policy not in POLICIES:
+            raise ValueError(
+                f"image_policy is {image_policy!r}; it must be one of {', '.join(POLICIES)}"
+            )
+        height, width = size.height, size.width
+        pixel_values, grids = [], []
+        for image in images:
+            targets = [(rows * height, columns * width) for columns, rows in anyres_grids]
+            canvas_size = select_best_resolution(image.shape[-2:], targets)
+            canvas = self._canvas(image, canvas_size, resample, image_policy)
+            tiles = [self._resized(image, (height, width), resample)]
+            for top in range(0, canvas_size[0], height):
+                for left in range(0, canvas_size[1], width):
+                    tiles.append(canvas[:, top : top + height, left : left + width])
+            for tile in tiles:
+                if do_rescale:
+                    tile = self.rescale(image=tile, scale=rescale_factor)
+                if do_normalize:
+                    tile = self.normalize(image=tile, mean=image_mean, std=image_std)
+                pixel_values.append(tile)
+            grids.append([canvas_size[1] // width, canvas_size[0] // height])
+        data = {"pixel_values": np.array(pixel_values), "image_grids": np.array(grids)}
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def _canvas(
+        self, image: np.ndarray, size: tuple[int, int], resample: Any, policy: str
+    ) -> np.ndarray:
+        """The image on its canvas, [3, *size]."""
+        if policy == "anyres_stretch":
+            return self._resized(image, size, resample)
+        inner = get_patch_output_size(image, size, input_data_format=ChannelDimension.FIRST)
+        margins = [
+            (math.floor((outer - side) / 2), math.ceil((outer - side) / 2))
+            for outer, side in zip(size, inner, strict=True)
+        ]
+        return np.pad(self._resized(image, inner, resample), ((0, 0), *margins))
+
+    def _resized(self, image: np.ndarray, size: tuple[int, int], resample: Any) -> np.ndarray:
+        return self.resize(image, SizeDict(height=size[0], width=size[1]), resample=resample)
+
+
+__all__ = ["DattnImageProcessor"]

@@ -1,0 +1,140 @@
+"""What became of every sample: bad_samples.jsonl as a run goes, data_report.json at its end.
+
+`bad_samples.jsonl` has a line for each sample that was not trained on when its turn came: id, path,
+stage, reason and step (0: found when the index was made). `data_report.json` counts each sample of
+each epoch once: trained, masked, skipped, unusable, or not reached.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dattn_mcore.data.batch import GlobalBatch
+from dattn_mcore.data.failures import SampleFailure, too_many, unusable
+from dattn_mcore.data.index.store import Index
+from dattn_mcore.errors import DataError
+from dattn_mcore.training.lines import drop_after, open_lines, read_lines
+
+logger = logging.getLogger(__name__)
+_SAID = 10  # samples that are named in the log
+
+
+class SampleLedger:
+    """Keeps account of samples. Exists on rank 0 only.
+
+    Args:
+        run_dir: the run's folder; its samples.jsonl says which samples each step had.
+        index: of the data set.
+        max_share: data.max_bad_share.
+        first_step: step the run starts or resumes at.
+    """
+
+    def __init__(self, run_dir: Path, index: Index, max_share: float, first_step: int) -> None:
+        self.run_dir, self.index, self.max_share = run_dir, index, max_share
+        self.path = run_dir / "bad_samples.jsonl"
+        self.said = 0
+        drop_after(self.path, first_step)
+        kept = [line for line in read_lines(self.path) if line["step"] > 0]
+        self.masked = {line["sample"] for line in kept if line["stage"] != "budget"}
+        with open(self.path, "w", encoding="utf-8") as file:
+            for failure in unusable(index):
+                file.write(json.dumps(failure.line(0)) + "\n")
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        self.lines = open_lines(self.path)
+        if len(index) > index.num_usable:
+            logger.warning(
+                "%d of %d samples are unusable and left out; see %s",
+                *(len(index) - index.num_usable, len(index), self.path),
+            )
+
+    def step(
+        self, step: int, batch: GlobalBatch, failures: Sequence[SampleFailure]
+    ) -> DataError | None:
+        """Notes what a step could not train on.
+
+        Args:
+            step: 1-based number of the step.
+            batch: what it was done on.
+            failures: samples that were masked, of all ranks.
+
+        Returns:
+            The error that ends the run, if too many samples are bad by now.
+        """
+        for failure in (*batch.skipped, *failures):
+            self.lines.write(json.dumps(failure.line(step)) + "\n")
+        for failure in failures:
+            if self.said < _SAID:
+                self.said += 1
+                logger.warning("masked in step %d: %s", step, failure.reason)
+        if not failures:
+            return None
+        self.masked |= {failure.sample for failure in failures}
+        bad = len(self.index) - self.index.num_usable + len(self.masked)
+        if bad <= self.max_share * len(self.index):
+            return None
+        # Several images of one sample may have failed; it is named once.
+        named = {failure.sample: failure.reason for failure in reversed(failures)}
+        reasons = list(named.values())[::-1][:3]
+        return too_many(bad, len(self.index), self.max_share, reasons, str(self.path))
+
+    def close(self, global_batch_size: int, epoch_size: int) -> None:
+        """Writes data_report.json and says what it counts."""
+        self.lines.close()
+        report = data_report(self.run_dir, self.index, global_batch_size, epoch_size)
+        text = json.dumps(report, indent=1) + "\n"
+        (self.run_dir / "data_report.json").write_text(text, encoding="utf-8")
+        left_out = [name for name in ("masked", "skipped", "unusable") if report[name]]
+        if left_out:
+            logger.warning(
+                "samples not trained on: %s; see data_report.json and bad_samples.jsonl",
+                ", ".join(f"{report[name]} {name}" for name in left_out),
+            )
+
+
+def data_report(
+    run_dir: Path, index: Index, global_batch_size: int, epoch_size: int
+) -> dict[str, Any]:
+    """Counts what became of every sample of every epoch.
+
+    Args:
+        run_dir: the run's folder, with samples.jsonl and bad_samples.jsonl.
+        index: of the data set.
+        global_batch_size: samples of a step.
+        epoch_size: samples an epoch draws (all that can be used, unless sources have weights).
+    """
+    bad: dict[tuple[int, int], str] = {}
+    reasons: dict[str, Counter[str]] = defaultdict(Counter)
+    for line in read_lines(run_dir / "bad_samples.jsonl"):
+        outcome = {"budget": "skipped"}.get(line["stage"], "masked" if line["step"] else "unusable")
+        if bad.setdefault((line["step"], line["sample"]), outcome) == outcome:
+            reasons[outcome][line["stage"]] += 1
+    num_unusable = len(index) - index.num_usable
+    epochs: list[dict[str, int]] = []
+    for line in read_lines(run_dir / "samples.jsonl"):
+        first = (line["step"] - 1) * global_batch_size
+        for position, sample in enumerate(line["samples"], start=first):
+            while len(epochs) <= position // epoch_size:
+                epochs.append(_epoch(len(epochs) + 1, num_unusable, epoch_size))
+            epoch = epochs[position // epoch_size]
+            epoch[bad.get((line["step"], sample), "trained")] += 1
+            epoch["not_reached"] -= 1
+    totals = {
+        name: sum(epoch[name] for epoch in epochs) for name in ("trained", "masked", "skipped")
+    }
+    return {
+        **{"samples": len(index), "usable": index.num_usable, "unusable": num_unusable},
+        **{"samples_per_epoch": epoch_size, **totals, "epochs": epochs},
+        "found_at": {outcome: dict(counts) for outcome, counts in reasons.items()},
+    }
+
+
+def _epoch(number: int, num_unusable: int, epoch_size: int) -> dict[str, int]:
+    return {
+        **{"epoch": number, "trained": 0, "masked": 0, "skipped": 0},
+        **{"unusable": num_unusable, "not_reached": epoch_size},
+    }

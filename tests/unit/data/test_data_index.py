@@ -1,0 +1,304 @@
+"""The index: what it says of samples, how it is made, when it is stale; every source format."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dattn_mcore.config.load import from_dict, to_dict
+from dattn_mcore.config.schema import Config, SourceConfig
+from dattn_mcore.data.__main__ import main
+from dattn_mcore.data.index import build
+from dattn_mcore.data.index.store import Index, open_index
+from dattn_mcore.data.pipeline import shares_of
+from dattn_mcore.data.samples import SampleReader
+from dattn_mcore.data.templates import NO_LOSS
+from dattn_mcore.data.tokenizer import SentencePieceTokenizer
+from dattn_mcore.errors import DataError
+
+MakeConfig = Callable[..., Config]
+
+
+def with_sources(config: Config, tmp_path: Path, *sources: SourceConfig) -> Config:
+    data = dataclasses.replace(config.data, sources=sources, index_dir=str(tmp_path / "index"))
+    return dataclasses.replace(config, data=data)
+
+
+def contents(index: Index, tokenizer: SentencePieceTokenizer) -> list[Any]:
+    """What the trainer would see of every sample: text, labels, layout, image bytes' size."""
+    reader = SampleReader(index, tokenizer, 16, 10**8)
+    seen = []
+    for number in np.flatnonzero(index.usable):
+        planned = reader.plan(int(number))
+        encoded = reader.encode(planned)
+        pixels = []
+        for image in planned.images:
+            with Image.open(io.BytesIO(reader.request(planned.indexed, image).read())) as opened:
+                assert opened.size == (image.width, image.height)
+                pixels.append(np.asarray(opened).tolist()[0][0])
+        seen.append((planned.indexed.id, encoded.text_ids, encoded.labels, encoded.layout, pixels))
+    reader.close()
+    return seen
+
+
+@pytest.fixture
+def records(toy_data: Path) -> list[dict[str, Any]]:
+    return json.loads((toy_data / "toy.json").read_text())
+
+
+def write_tar(path: Path, records: list[dict[str, Any]], images: Path, style: str) -> None:
+    """style: named (json names its images), unnamed, or caption (.txt)."""
+    with tarfile.open(path, "w") as shard:
+
+        def add(name: str, data: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            shard.addfile(info, io.BytesIO(data))
+
+        for record in records:
+            names = record.get("image") or []
+            names = [names] if isinstance(names, str) else names
+            key = f"part/{record['id']}"
+            for number, name in enumerate(names):
+                member = f"{key}.{name}" if style == "named" else f"{key}.{number}.png"
+                add(member, (images / name).read_bytes())
+            if style == "caption":
+                add(f"{key}.txt", record["conversations"][1]["value"].encode())
+                continue
+            copy = dict(record)
+            if style == "unnamed":
+                copy.pop("image", None)
+                copy.pop("id")
+            elif names:
+                copy["image"] = [f"{record['id']}.{name}" for name in names]
+            add(f"{key}.json", json.dumps(copy).encode())
+
+
+@pytest.mark.parametrize("style", ["named", "unnamed"])
+def test_tar_shards_hold_the_same_samples(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    toy_data: Path,
+    tmp_path: Path,
+    records: list[dict[str, Any]],
+    style: str,
+) -> None:
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", records[shard::2], toy_data / "images", style)
+    source = SourceConfig(annotations=str(tmp_path / "*.tar"))
+    index = open_index(with_sources(make_config(), tmp_path, source), toy_tokenizer)
+    plain = {
+        entry[0]: entry
+        for entry in contents(open_index(make_config(), toy_tokenizer), toy_tokenizer)
+    }
+    found = contents(index, toy_tokenizer)
+    assert len(found) == 40
+    for entry in found:
+        assert (entry[0].removeprefix("part/"), *entry[1:]) == plain[entry[0].removeprefix("part/")]
+
+
+def test_tar_captions(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    toy_data: Path,
+    tmp_path: Path,
+    records: list[dict[str, Any]],
+) -> None:
+    write_tar(tmp_path / "a.tar", records[:3], toy_data / "images", "caption")
+    source = SourceConfig(annotations=str(tmp_path / "a.tar"))
+    config = with_sources(make_config(template="plain"), tmp_path, source)
+    found = contents(open_index(config, toy_tokenizer), toy_tokenizer)
+    assert [entry[4] for entry in found] == [[[n, *found[n][4][0][1:]]] for n in range(3)]
+    for entry, record in zip(found, records, strict=False):
+        answer = toy_tokenizer.encode(record["conversations"][1]["value"].strip())
+        assert entry[1][1:-1] == tuple(answer)
+
+
+def test_bad_tars(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    toy_data: Path,
+    records: list[dict[str, Any]],
+) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path, records[:4], toy_data / "images", "named")
+    whole = path.read_bytes()
+    config = with_sources(make_config(), tmp_path, SourceConfig(annotations=str(path)))
+    for raw, message in (
+        (whole[:9000], "truncated inside its member|no whole tar"),
+        (b"<html>" * 400, "no whole tar file"),
+    ):
+        path.write_bytes(raw)
+        with pytest.raises(DataError, match=message):
+            open_index(config, toy_tokenizer)
+    compressed = SourceConfig(annotations=str(tmp_path / "a.tar.gz"))
+    (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match="is compressed; samples are read at random, so unpack"):
+        open_index(with_sources(make_config(), tmp_path, compressed), toy_tokenizer)
+    nothing = SourceConfig(annotations=str(tmp_path / "b*.tar"))
+    with pytest.raises(
+        DataError, match=r"data.sources\[0\].annotations: pattern .* matches no file"
+    ):
+        open_index(with_sources(make_config(), tmp_path, nothing), toy_tokenizer)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_parquet_holds_the_same_samples(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    toy_data: Path,
+    tmp_path: Path,
+    records: list[dict[str, Any]],
+    inside: bool,
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra 'parquet' is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = []
+    for record in records:
+        names = record.get("image") or []
+        names = [names] if isinstance(names, str) else names
+        read = [
+            {"bytes": (toy_data / "images" / n).read_bytes(), "path": "/x/../" + n} for n in names
+        ]
+        rows.append(
+            {
+                "id": record["id"],
+                "conversations": record["conversations"],
+                "images": read if inside else names,
+            }
+        )
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=7)
+    source = SourceConfig(
+        annotations=str(tmp_path / "a.parquet"), image_folder=str(toy_data / "images")
+    )
+    found = contents(
+        open_index(with_sources(make_config(), tmp_path, source), toy_tokenizer), toy_tokenizer
+    )
+    assert found == contents(open_index(make_config(), toy_tokenizer), toy_tokenizer)
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
+    broken = SourceConfig(annotations=str(tmp_path / "b.parquet"))
+    with pytest.raises(DataError, match="is no whole parquet file"):
+        open_index(with_sources(make_config(), tmp_path, broken), toy_tokenizer)
+
+
+def test_the_index_knows_what_encoding_gives(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer
+) -> None:
+    for template in ("mistral", "gemma"):
+        index = open_index(make_config(template=template), toy_tokenizer)
+        reader = SampleReader(index, toy_tokenizer, 16, 10**8)
+        for number in range(len(index)):
+            planned = reader.plan(number)
+            encoded = reader.encode(planned)  # raises where the planned layout differs
+            row = index.samples[number]
+            labels = [i for i, label in enumerate(encoded.labels) if label != NO_LOSS]
+            assert int(row["text_rows"]) == len(encoded.text_ids)
+            assert (int(row["first_label"]), int(row["supervised"])) == (labels[0], len(labels))
+            for budget in (3, 9, len(encoded.text_ids) - 1):
+                cut = reader.plan(number, budget)
+                assert reader.encode(cut).layout == cut.layout(16)
+        reader.close()
+
+
+def test_parts_in_parallel_and_after_a_kill_give_the_same_index(
+    make_config: MakeConfig,
+    toy_model: Path,
+    toy_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "PART", 7)
+    config = make_config(index_dir=str(tmp_path / "one"), tokenizer=str(toy_model))
+    one = open_index(config, toy_tokenizer)
+
+    def folder_of(name: str) -> Config:
+        data = dataclasses.replace(config.data, index_dir=str(tmp_path / name))
+        return dataclasses.replace(config, data=data)
+
+    two = open_index(folder_of("two"), toy_tokenizer, workers=2)
+    write, calls = build._write_part, []
+
+    def killed(*args: Any) -> int:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(args[1].name)
+        return write(*args)
+
+    monkeypatch.setattr(build, "_write_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_index(folder_of("three"), toy_tokenizer)
+    monkeypatch.setattr(
+        build, "_write_part", lambda *args: calls.append(args[1].name) or write(*args)
+    )
+    three = open_index(folder_of("three"), toy_tokenizer)
+    assert calls == [f"part-{n:06d}.npz" for n in range(6)]  # none was made twice
+    for other in (two, three):
+        for name in ("samples.npy", "images.npy", "usable.npy", "names.bin", "bad.jsonl"):
+            assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes(), name
+        assert other.fingerprint == one.fingerprint
+    assert not list(tmp_path.glob("*/*.partial"))
+
+
+def test_stale_indexes_are_made_again_or_refused(
+    make_config: MakeConfig, toy_data: Path, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "toy.json"
+    path.write_bytes((toy_data / "toy.json").read_bytes())
+    config = make_config(annotations=str(path))
+    first = open_index(config, toy_tokenizer)
+    made = (first.folder / "index.json").stat().st_mtime_ns
+    path.touch()  # a copy of the same content
+    assert open_index(config, toy_tokenizer).fingerprint == first.fingerprint
+    assert (first.folder / "index.json").stat().st_mtime_ns == made
+    path.write_text(path.read_text().replace("which?", "WHICH?", 1))
+    never = dataclasses.replace(config, data=dataclasses.replace(config.data, build_index=False))
+    with pytest.raises(DataError, match="cannot be used: '.*toy.json' has changed"):
+        open_index(never, toy_tokenizer)
+    again = open_index(config, toy_tokenizer)
+    assert again.folder == first.folder and again.fingerprint != first.fingerprint
+    other = open_index(make_config(annotations=str(path), template="gemma"), toy_tokenizer)
+    assert other.folder != first.folder  # both stay
+    (again.folder / "samples.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="is damaged .*; remove the folder, it is made again"):
+        open_index(config, toy_tokenizer)
+
+
+def test_sources_are_mixed_by_weight(
+    make_config: MakeConfig, toy_data: Path, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    both = [
+        SourceConfig(str(toy_data / "toy.json"), str(toy_data / "images"), weight)
+        for weight in (0.5, 2.0)
+    ]
+    config = with_sources(make_config(), tmp_path, *both)
+    assert from_dict(to_dict(config)) == config
+    index = open_index(config, toy_tokenizer)
+    assert index.source_ranges() == [(0, 40), (40, 80)]
+    assert [share.per_epoch for share in shares_of(index)] == [20, 80]
+    other = with_sources(make_config(), tmp_path, both[0], dataclasses.replace(both[1], weight=1.0))
+    assert open_index(other, toy_tokenizer).folder == index.folder  # weights change no index
+    assert open_index(other, toy_tokenizer).fingerprint != index.fingerprint
+
+
+def test_the_command(
+    toy_data: Path, toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [
+        *(f"data.annotations={toy_data / 'toy.json'}", f"data.image_folder={toy_data / 'images'}"),
+        *(f"data.tokenizer={toy_model}", "data.template=mistral", f"data.index_dir={tmp_path}"),
+        *("model.vision.image_size=56", "data.prepare=none"),
+    ]
+    assert main(["index", "--workers", "1", *settings]) == 0
+    assert "40 samples, 40 usable, 40 images: " in capsys.readouterr().out
+    assert main(["index", "data.tokenizer=nowhere", "data.prepare=none"]) == 2
+    assert capsys.readouterr().err.startswith("error: data.tokenizer: 'nowhere' does not exist")

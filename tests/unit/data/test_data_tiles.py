@@ -1,0 +1,126 @@
+"""Tile plans against transformers: the grid it chooses, and where it puts the image."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+from transformers.image_utils import ChannelDimension
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+
+from dattn_mcore.config.schema import DataConfig
+from dattn_mcore.data.tiles import POLICIES, best_grid, plan_tiles
+from dattn_mcore.errors import ConfigError
+
+GRIDS = DataConfig().anyres_grids
+SIZE = st.integers(1, 3000)
+TILE = st.sampled_from([28, 336, 384])
+
+
+def resolutions(tile_size: int, grids=GRIDS) -> list[list[int]]:
+    """Grids as transformers names them: (height, width) in pixels."""
+    return [[rows * tile_size, columns * tile_size] for columns, rows in grids]
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIZE, SIZE, TILE)
+@example(1, 3000, 28)  # nothing survives any grid
+@example(384, 384, 384)  # every grid shows the whole image: least waste decides, then the order
+@example(768, 384, 384)
+def test_the_grid_is_transformers_choice(width, height, tile_size):
+    columns, rows = best_grid(width, height, tile_size, GRIDS)
+    expected = select_best_resolution((height, width), resolutions(tile_size))
+    assert (rows * tile_size, columns * tile_size) == tuple(expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZE, SIZE, TILE)
+def test_the_letterbox_is_transformers_size_and_place(width, height, tile_size):
+    plan = plan_tiles(width, height, policy="anyres_letterbox", tile_size=tile_size, grids=GRIDS)
+    target = (plan.rows * tile_size, plan.columns * tile_size)
+    image = np.broadcast_to(np.uint8(0), (3, height, width))
+    new_height, new_width = get_patch_output_size(image, target, ChannelDimension.FIRST)
+    assert plan.resized == (new_width, new_height)
+    (top, _), (left, _) = LlavaNextImageProcessorPil()._get_padding_size(
+        (new_height, new_width), target
+    )
+    assert plan.offset == (left, top)
+
+
+@pytest.mark.parametrize("size", [(40, 90), (90, 40), (60, 60), (300, 20), (21, 300), (500, 480)])
+def test_tiles_of_a_white_image_are_llava_nexts(size):
+    """Count and placement end to end: white where the image is, 0 around it."""
+    tile_size = 28
+    plan = plan_tiles(*size, policy="anyres_letterbox", tile_size=tile_size, grids=GRIDS)
+    processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": tile_size},
+        crop_size={"height": tile_size, "width": tile_size},
+        image_grid_pinpoints=resolutions(tile_size),
+        do_rescale=False,
+        do_normalize=False,
+    )
+    found = processor(Image.new("RGB", size, "white"), return_tensors="np").pixel_values[0]
+    assert len(found) == plan.num_tiles
+    canvas = np.zeros((plan.rows * tile_size, plan.columns * tile_size))
+    (x, y), (width, height) = plan.offset, plan.resized
+    canvas[y : y + height, x : x + width] = 255
+    tiles = [
+        canvas[r : r + tile_size, c : c + tile_size]
+        for r in range(0, canvas.shape[0], tile_size)
+        for c in range(0, canvas.shape[1], tile_size)
+    ]
+    assert np.array_equal(found[1:, 0], np.stack(tiles))
+    assert (found[0] == 255).all()
+
+
+@pytest.mark.parametrize("size", [(40, 90), (91, 40), (28, 28), (29, 28)])
+def test_crop_is_clips_window(size):
+    """A column and row ramp shows which pixels CLIP's processor keeps."""
+    tile_size = 28
+    plan = plan_tiles(*size, policy="crop", tile_size=tile_size, grids=GRIDS)
+    assert min(plan.resized) == tile_size and plan.num_tiles == 1
+    ramp = np.zeros((plan.resized[1], plan.resized[0], 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.indices(ramp.shape[:2])
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": tile_size},
+        crop_size={"height": tile_size, "width": tile_size},
+        do_rescale=False,
+        do_normalize=False,
+    )
+    found = processor(Image.fromarray(ramp), return_tensors="np").pixel_values[0]
+    assert (-int(found[1, 0, 0]), -int(found[0, 0, 0])) == plan.offset
+
+
+def test_what_a_plan_says():
+    """Figures worked out by hand."""
+    args = dict(tile_size=384, grids=GRIDS)
+    plan = plan_tiles(1000, 500, policy="anyres_stretch", **args)
+    assert (plan.grid, plan.num_tiles) == ((2, 1), 3)
+    assert (plan.resized, plan.offset) == ((768, 384), (0, 0))
+    plan = plan_tiles(900, 700, policy="anyres_letterbox", **args)
+    assert (plan.grid, plan.num_tiles) == ((2, 2), 5)
+    assert (plan.resized, plan.offset) == ((768, 598), (0, 85))
+    for policy in ("stretch", "pad", "crop"):
+        plan = plan_tiles(900, 700, policy=policy, **args)
+        assert (plan.grid, plan.num_tiles, plan.base_view) == ((0, 0), 1, False)
+
+
+def test_bad_settings():
+    with pytest.raises(ConfigError, match="data.image_policy: 'anyres' is unknown; use stretch"):
+        plan_tiles(3, 4, policy="anyres", tile_size=8, grids=GRIDS)
+    with pytest.raises(ConfigError, match="data.anyres_grids: .*=anyres_stretch needs at least"):
+        plan_tiles(3, 4, policy="anyres_stretch", tile_size=8, grids=())
+
+
+@given(SIZE, SIZE, st.sampled_from(POLICIES))
+@settings(max_examples=200, deadline=None)
+def test_no_plan_exceeds_the_largest(width, height, policy):
+    """The bound that the visual budget is checked against."""
+    plan = plan_tiles(width, height, policy=policy, tile_size=56, grids=GRIDS)
+    assert 1 <= plan.num_tiles <= DataConfig(image_policy=policy).max_tiles

@@ -1,0 +1,235 @@
+"""Runs over all twelve benchmarks: what is written, batches, resuming, and bad input."""
+
+import json
+import shutil
+
+import pytest
+
+from dattn_mcore.evaluation.__main__ import main
+from dattn_mcore.evaluation.benchmarks import ALL
+from tests.unit.evaluation import trees
+
+ROWS = {"scienceqa": 3, "mme": 8, "pope": 6, "llava-bench": 3, "mmbench": 4}  # others have 2
+
+
+def run(world, out, *more, data=None):
+    return main(
+        [
+            *("run", f"--model={world / 'tiny'}", f"--data={data or world / 'val'}"),
+            *(f"--out={out}", "--max-new-tokens=6", "--device=cpu", *more),
+        ]
+    )
+
+
+def answers(out):
+    """All answer files of a run, as text, by benchmark."""
+    return {path.stem: path.read_text() for path in sorted((out / "answers").glob("*.jsonl"))}
+
+
+def scores(out):
+    return json.loads((out / "scores.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model):
+    """An undisturbed run over everything."""
+    out = tiny_model / "whole"
+    assert run(tiny_model, out, "--batch-size=8") == 0
+    return out
+
+
+def test_a_run_answers_everything(whole, tiny_model):
+    """LLaVA's form, in the order of the questions, with a score or a submission each."""
+    found = answers(whole)
+    assert set(found) == {kind.name for kind in ALL}
+    for kind in ALL:
+        records = [json.loads(line) for line in found[kind.name].splitlines()]
+        rows = kind(tiny_model / "val").rows
+        assert len(records) == ROWS.get(kind.name, 2)
+        assert [r["question_id"] for r in records] == [r.question_id for r in rows]
+        assert [r["prompt"] for r in records] == [r.prompt for r in rows]
+        assert all({"text", "answer_id", "model_id", "metadata"} <= set(r) for r in records)
+    texts = {json.loads(line)["text"] for file in found.values() for line in file.splitlines()}
+    assert len(texts) > 10  # the model answers differently to different rows
+    assert not list((whole / "answers/parts").rglob("*.jsonl"))
+
+
+def test_the_json_says_what_the_scores_depend_on(whole, tiny_model):
+    found = scores(whole)
+    about = found["run"]
+    assert about["model"] == str(tiny_model / "tiny")
+    assert "[INST]" in about["template"]
+    assert about["decoding"]["dtype"] == "float32" and about["decoding"]["batch_size"] == 8
+    assert {"torch", "transformers", "dattn_mcore", "pillow"} <= set(about["versions"])
+    states = {name: entry["status"] for name, entry in found["benchmarks"].items()}
+    unscored = {"llava-bench": "answered", "mm-vet": "submission"}
+    unscored |= {"vqav2": "submission", "vizwiz": "submission"}
+    assert states == {kind.name: unscored.get(kind.name, "scored") for kind in ALL}
+    assert found["benchmarks"]["gqa"]["prompt"].startswith("<s>[INST] <image>\nWhat is red?\nAns")
+    assert found["benchmarks"]["gqa"]["max_new_tokens"] == 6
+    for name in ("vqav2", "vizwiz", "mmbench", "mme", "gqa", "seed", "mm-vet"):
+        assert (whole / "submissions" / name).is_dir()
+
+
+def test_score_of_a_run_again(whole, tiny_model, tmp_path):
+    """The answer files of a run give its scores, by the command for answers that exist."""
+    for name in ("scienceqa", "mme", "pope", "textvqa", "mmstar", "mmbench", "seed", "gqa"):
+        arguments = [f"--benchmark={name}", f"--data={tiny_model / 'val'}"]
+        arguments += [f"--answers={whole / 'answers' / name}.jsonl", f"--json={tmp_path / name}"]
+        assert main(["score", *arguments]) == 0
+        again = json.loads((tmp_path / name).read_text())[name]
+        entry = scores(whole)["benchmarks"][name]
+        assert (again["value"], again["figures"]) == (entry["value"], entry["figures"])
+
+
+def test_batch_size_changes_no_answer(whole, tiny_model, tmp_path):
+    """Greedy in float32: batches of 8 and rows alone give the same answers.
+
+    Padding is masked, so a row's logits differ between batches by rounding only (1e-6 of logits of
+    order one); the random model's best two tokens lie further apart.
+    """
+    assert run(tiny_model, tmp_path / "one", "--batch-size=1") == 0
+    assert answers(tmp_path / "one") == answers(whole)
+
+
+def test_resume(whole, tiny_model, tmp_path):
+    """Half of the answers, a cut line, and another batch size: nothing is answered twice or lost."""
+    out = tmp_path / "half"
+    shutil.copytree(whole, out)
+    marked = 0
+    for path in sorted((out / "answers").glob("*.jsonl")):
+        kept = [json.loads(line) for line in path.read_text().splitlines()][::2]
+        for record in kept:
+            record["text"] = "KEPT"  # would be lost if the row were answered again
+            marked += 1
+        part = trees.lines(out / "answers/parts" / path.stem / "5.jsonl", kept)
+        with part.open("a") as file:
+            file.write('{"question_id": "cut')  # what a kill leaves
+        path.unlink()
+    assert run(tiny_model, out, "--batch-size=3") == 0
+    resumed, undisturbed = answers(out), answers(whole)
+    assert set(resumed) == set(undisturbed)
+    kept = 0
+    for name, text in resumed.items():
+        pairs = zip(text.splitlines(), undisturbed[name].splitlines(), strict=True)
+        for number, (now, then) in enumerate(pairs):
+            kept += '"KEPT"' in now
+            assert ('"KEPT"' in now) == (number % 2 == 0)
+            assert now == then or '"KEPT"' in now
+    assert kept == marked == 20
+    before = answers(out)
+    assert run(tiny_model, out) == 0  # all is answered: only scored again
+    assert answers(out) == before
+
+
+def test_a_folder_belongs_to_one_model_and_data(whole, tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model / "tiny", other)
+    config = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**config, "top_k": 7}))
+    arguments = ["run", f"--data={tiny_model / 'val'}", f"--out={out}", "--max-new-tokens=6"]
+    assert main([*arguments, f"--model={other}"]) == 2
+    assert "holds answers with model " in last_error(capsys)
+    assert run(tiny_model, out, "--dtype=bfloat16") == 2
+    assert "holds answers with dtype 'auto', this run has 'bfloat16'" in last_error(capsys)
+    assert run(tiny_model, out, "--max-new-tokens=9", "--benchmarks=gqa") == 1
+    failed = scores(out)["benchmarks"]["gqa"]["error"]
+    assert "was generated with" in failed and "give another --out" in failed
+    data = tmp_path / "val"
+    trees.make_tree(data)
+    path = data / "gqa/llava_gqa_testdev_balanced.jsonl"
+    path.write_text(path.read_text().replace("red", "blue"))
+    assert run(tiny_model, out, "--benchmarks=gqa", data=data) == 1
+    assert "holds answers to other questions" in scores(out)["benchmarks"]["gqa"]["error"]
+
+
+def last_error(capsys) -> str:
+    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_what_fails_leaves_the_others_alone(tiny_model, tree, tmp_path, capsys):
+    """A missing image, a missing annotation file, a damaged image, a broken file, no folder."""
+    (tree / "gqa/data/images/n1.jpg").unlink()
+    (tree / "textvqa/TextVQA_0.5.1_val.json").unlink()
+    whole = (tree / "vizwiz/test/VizWiz_test_1.jpg").read_bytes()
+    (tree / "vizwiz/test/VizWiz_test_1.jpg").write_bytes(whole[: len(whole) // 2])
+    (tree / "pope/llava_pope_test.jsonl").write_text('{"question_id": 1, "text"\n')
+    shutil.rmtree(tree / "mmstar")
+    (tree / "MME/llava_mme.jsonl").write_bytes(b"\xff\xfe")
+    names = "gqa,textvqa,vizwiz,pope,mmstar,mme,vqav2,scienceqa"
+    assert run(tiny_model, tmp_path / "out", f"--benchmarks={names}", data=tree) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    found = scores(tmp_path / "out")["benchmarks"]
+    for name, message in {
+        "gqa": "GQA: 1 of 2 images are not there (first: 'n1.jpg'",
+        "textvqa": "TextVQA_0.5.1_val.json cannot be read (No such file",
+        "vizwiz": "VizWiz, question 1: image 'VizWiz_test_1.jpg' cannot be decoded",
+        "pope": "llava_pope_test.jsonl:1: is not JSON",
+        "mmstar": "is no folder; put the files of MMStar there",
+        "mme": "is not UTF-8 text",
+    }.items():
+        assert found[name]["status"] == "failed"
+        assert message in found[name]["error"] and "\n" not in found[name]["error"]
+    assert (found["vqav2"]["status"], found["scienceqa"]["status"]) == ("submission", "scored")
+    assert shown.count("failed:") == 6
+    # TextVQA was answered; with its annotations it is scored without being asked again.
+    trees.textvqa(tree / "textvqa")
+    assert run(tiny_model, tmp_path / "out", "--benchmarks=textvqa", data=tree) == 0
+
+
+def test_bad_arguments(tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(tiny_model, out, "--benchmarks=popo") == 2
+    assert "did you mean pope?" in last_error(capsys)
+    data = f"--data={tiny_model / 'val'}"
+    assert main(["run", data, f"--model={tmp_path}", f"--out={out}"]) == 2
+    assert "has no config.json" in last_error(capsys)
+    assert not out.exists()
+    pope = tiny_model / "whole/answers/pope.jsonl"
+    assert main(["score", data, "--benchmark=gqa", f"--answers={pope}"]) == 2
+    assert "6 of 6 answers are to questions that GQA does not ask" in last_error(capsys)
+    assert main(["score", data, "--benchmark=vizwiz", f"--answers={pope}"]) == 2
+    last_error(capsys)
+    assert main(["score", data, "--benchmark=gqa"]) == 2
+    assert "--answers is missing" in last_error(capsys)
+    assert main(["score", data, "--benchmark=gqa", "--answers=none.jsonl"]) == 2
+    assert "--answers none.jsonl cannot be read" in last_error(capsys)
+
+
+def test_check(tree, capsys):
+    """All complete; then what is missing, by name."""
+    assert main(["check", f"--data={tree}"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("complete") == 12 and "1 rows have no image" in shown
+    (tree / "scienceqa/images/test/2/image.png").unlink()
+    (tree / "scienceqa/problems.json").unlink()
+    (tree / "seed_bench/SEED-Bench.json").write_text("[]")
+    path = tree / "pope/coco/coco_pope_popular.json"
+    path.write_text(path.read_text().replace("thing 1", "thing 9"))
+    (tree / "gqa/data/images/n0.jpg").rename(tree / "gqa/data/images/n0.JPG")
+    shutil.rmtree(tree / "mm-vet")
+    assert main(["check", f"--data={tree}"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("complete") == 7
+    for message in (
+        "problems.json is missing; 1 images are missing (first: 2/image.png)",
+        "SEED-Bench.json is no SEED-Bench annotation file",
+        "1 images are missing (first: n0.jpg)",
+        "popular.json has no label for image",
+        "mm-vet is no folder",
+    ):
+        assert message in shown
+
+
+def test_images_stay_inside(tree):
+    from dattn_mcore.errors import DataError
+    from dattn_mcore.evaluation.benchmarks import make_benchmark
+
+    path = tree / "vizwiz/llava_test.jsonl"
+    path.write_text(path.read_text().replace("VizWiz_test_1", "../../secret"))
+    with pytest.raises(DataError, match="leads outside"):
+        _ = make_benchmark("vizwiz", tree).rows

@@ -1,0 +1,396 @@
+"""Every scorer against hand-counted answers, and the traps of the original formats."""
+
+import json
+
+import pytest
+from openpyxl import load_workbook
+
+from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.evaluation.answer_files import read_answers_for
+from dattn_mcore.evaluation.benchmarks import ALL, Options, make_benchmark
+from dattn_mcore.evaluation.text import leading_letter, normalise_answer, says_no, yes_or_no
+from tests.unit.evaluation import trees
+
+
+def score(tree, name, answers, **options):
+    return make_benchmark(name, tree, Options(**options)).score(answers)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("answer", "normal"),
+    [
+        ("A", ""),
+        ("a/b", "b"),
+        ("none", "0"),
+        ("3. 5", "3 5"),
+        ("3.5", "3.5"),
+        ("The U.S.A.", "usa"),
+        ("dont", "don't"),
+        ("couldnt've", "couldn't've"),
+        ("couldntve", "couldntve"),
+        ("1,000", "1000"),
+        ("what?", "what"),
+        ("mother's", "mother 's"),
+        ("well-known", "well known"),
+        ("well -known", "well known"),
+        ("line\nbreak\ttab", "line break tab"),
+        ("", ""),
+        ("x. " * 34, "x " * 32 + "x. x."),  # a flag was passed as a count: 32 full stops go
+    ],
+)
+def test_normaliser_quirks(answer, normal):
+    """As LLaVA's m4c_evaluator gives them when run."""
+    assert normalise_answer(answer) == normal
+
+
+@pytest.mark.parametrize(
+    ("text", "no", "four"),
+    [
+        ("No", True, "no"),
+        ("no.", True, "no"),
+        ("Yes, there is not one", True, "yes"),
+        ("Yes. There is no dog", False, "yes"),
+        ("No, there is", True, "no"),
+        ("None", False, "no"),
+        ("nothing", False, "no"),
+        ("NO", False, "no"),
+        ("I see no dog", True, "other"),
+        ("", False, "other"),
+        ("yes\tno\nyes", False, "yes"),
+    ],
+)
+def test_yes_and_no(text, no, four):
+    """POPE looks for words in the first sentence, MME in the first four letters."""
+    assert says_no(text) is no
+    assert yes_or_no(text) == four
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("B.", "B"),
+        ("(c) the cat", "C"),
+        ("b: dog", "B"),
+        ("A dog", None),
+        ("a dog", None),
+        ("Apple", None),
+        ("", None),
+        ("A. dog", "A"),
+        ("G", None),
+    ],
+)
+def test_leading_letter(text, letter):
+    assert leading_letter(text) == letter
+
+
+def test_scienceqa(tree):
+    """Only the forms that the original takes, and no letter beyond the choices."""
+    right = ["A", "B", "A"]
+    assert score(tree, "scienceqa", right).value == 100
+    full = score(tree, "scienceqa", ["A. left", "The answer is B.", "A"])
+    assert full.value == 100 and full.figures["IMG accuracy"] == 100
+    none = score(tree, "scienceqa", ["A.", "(B)", "E"])  # "A." alone is no form of the original
+    assert none.value == 0
+    assert "2 answers name no choice" in none.notes[0]
+    lenient = score(tree, "scienceqa", ["A.", "(B)", "E"], lenient_letters=True)
+    assert lenient.value == pytest.approx(200 / 3)
+    twice = score(tree, "scienceqa", ["The answer is A. The answer is A.", "", "A"])
+    assert [o.credit for o in twice.outcomes] == [0, 0, 1]
+    assert twice.figures["IMG accuracy"] == 50  # rows 0 and 2 have an image
+    assert twice.categories["text only"].count == 1
+    missing = score(tree, "scienceqa", [None, "B", None])
+    assert missing.value == pytest.approx(100 / 3)
+    assert any("2 of 3 rows have no answer" in note for note in missing.notes)
+
+
+def test_mme(tree):
+    """Accuracy and pairs; endings with two spaces; the two files' places."""
+    benchmark = make_benchmark("mme", tree)
+    truth = [answer for _, answer in benchmark.truths()]
+    assert truth == ["yes", "no"] * 4
+    assert benchmark.score(truth).categories["existence"].value == 200
+    result = benchmark.score(["Yes", "yes", "Yes", "No\t", "Yes", "No", None, "maybe"])
+    assert result.categories["existence"].value == 75 + 50
+    assert result.categories["artwork"].value == 50 + 50
+    assert result.value == 225 and result.figures["cognition"] == 0
+    assert "12 of 14 tasks" in " ".join(result.notes)
+
+
+def test_mme_answers_with_tabs_and_newlines(tree, tmp_path):
+    """They would break the tool's file: cells stay four, lines stay eight."""
+    answers = ["Yes\tindeed", "No\nnever", "", "No", "Yes", "No", "Yes", "No"]
+    target = make_benchmark("mme", tree).submit(answers, tmp_path, "m")
+    rows = [
+        line.split("\t") for f in sorted(target.iterdir()) for line in f.read_text().splitlines()
+    ]
+    assert len(rows) == 8 and all(len(row) == 4 for row in rows)
+    assert {"Yes indeed", "No never", ""} <= {row[3] for row in rows}
+    assert rows[4][1:3] == ["Is there thing 0 in it? Please answer yes or no.", "Yes"]
+    assert rows[5][1].endswith("it?  Please answer yes or no.")  # as in the ground truth
+
+
+def test_mme_broken_pairs(tree):
+    path = tree / "MME/llava_mme.jsonl"
+    trees.lines(path, read(path)[:-1])
+    with pytest.raises(DataError, match="has 1 questions; every image has two"):
+        _ = make_benchmark("mme", tree).rows
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(DataError, match="every image has two"):
+        _ = make_benchmark("mme", tree).rows
+
+
+def test_gqa(tree, tmp_path):
+    result = score(tree, "gqa", ["Ball.", "Yes"])
+    assert (result.value, result.figures) == (100, {"open": 100, "binary": 100})
+    half = score(tree, "gqa", ["the ball", "yes"])
+    assert half.value == 50 and half.categories["query"].value == 0
+    path = make_benchmark("gqa", tree).submit(["Ball.", "Yes"], tmp_path, "m")
+    assert json.loads(path.read_text()) == [
+        {"questionId": "200", "prediction": "ball"},
+        {"questionId": "201", "prediction": "yes"},
+    ]
+
+
+def test_pope(tree):
+    perfect = score(tree, "pope", ["Yes", "No"] * 3)
+    assert perfect.value == 100 and perfect.figures["random yes ratio"] == 50
+    # all yes: precision 1/2, recall 1
+    result = score(tree, "pope", ["Yes", "Yes"] * 3)
+    assert result.value == pytest.approx(200 / 3)
+    assert result.figures["popular accuracy"] == 50 and result.figures["popular recall"] == 100
+    nothing = score(tree, "pope", ["No", "No"] * 3)
+    assert nothing.value == 0 and nothing.figures["random precision"] == 0  # undefined, no crash
+
+
+def test_pope_labels_out_of_order(tree):
+    """Joined by image and question: the order of the label file does not matter."""
+    path = tree / "pope/coco/coco_pope_random.json"
+    trees.lines(path, read(path)[::-1])
+    answers = ["Yes", "No"] * 3
+    assert score(tree, "pope", answers).value == 100
+    original = score(tree, "pope", answers, as_original=True)
+    assert original.categories["random"].value == 0  # by position: silently wrong
+    assert original.categories["popular"].value == 100
+    assert any("joined by position" in note for note in original.notes)
+
+
+def test_pope_files_of_both_releases(tree):
+    """2,910 questions with the 3,000 labels of the newer `random`, inserted in between."""
+    path = tree / "pope/coco/coco_pope_random.json"
+    rows, questions = [], []
+    for number in range(3000):
+        image = f"COCO_val2014_{number // 6}.jpg"
+        text = f"Is there a thing {number} in the image?"
+        label = "yes" if number % 2 == 0 else "no"
+        rows.append({"question_id": number + 1, "image": image, "text": text, "label": label})
+        if number % 100 >= 3:  # 2,910 of them
+            questions.append(
+                {
+                    "question_id": number,
+                    "image": image,
+                    "text": text + trees.SHORT_ANSWER,
+                    "category": "random",
+                }
+            )
+    assert len(questions) == 2910
+    trees.lines(path, rows)
+    trees.lines(tree / "pope/llava_pope_test.jsonl", questions)
+    answers = ["Yes" if q["question_id"] % 2 == 0 else "No" for q in questions]
+    result = score(tree, "pope", answers)
+    assert result.value == 100
+    assert "random: 2910 rows are asked, the label file has 3000" in result.notes
+    assert score(tree, "pope", answers, as_original=True).value < 60
+    trees.lines(path, rows[:2910])
+    with pytest.raises(DataError, match="has no label for image"):
+        score(tree, "pope", answers)
+    trees.lines(path, rows[:2000])
+    with pytest.raises(DataError, match="2000 labels for 2910 rows"):
+        score(tree, "pope", answers, as_original=True)
+
+
+def test_textvqa(tree):
+    """Ten humans: 4 x stop, 2 x other, 4 x none (which is 0)."""
+    # 4 equal: (4 x min(1, 3/3) + 6 x min(1, 4/3)) / 10; 2 equal: (2 x 1/3 + 8 x 2/3) / 10
+    result = score(tree, "textvqa", ["STOP.", "other"])
+    assert [o.credit for o in result.outcomes] == [1, pytest.approx(0.6)]
+    assert score(tree, "textvqa", ["0", "Zero"]).value == 100
+    assert result.notes == ["with reference OCR tokens in the prompt"]
+    without = make_benchmark("textvqa", tree, Options(textvqa_ocr=False))
+    assert all("OCR" not in row.prompt for row in without.rows)
+    assert without.score([None, ""]).notes[0].startswith("without")
+    assert without.score([None, ""]).value == 0
+
+
+def test_textvqa_repeated_ids(tree, tmp_path):
+    """Both questions have the id of their image; prompts with and without OCR tokens join."""
+    benchmark = make_benchmark("textvqa", tree)
+    assert len({row.question_id for row in benchmark.rows}) == 1
+    prompts = [
+        f"What COLOR is it?{trees.SHORT_ANSWER}",
+        f"Reference OCR token: a\nWhat does it say?{trees.SHORT_ANSWER}",
+    ]
+    answers = [
+        {"question_id": "abc", "prompt": prompt, "text": text}
+        for prompt, text in zip(prompts, ("red", "stop"), strict=True)
+    ]
+    path = trees.lines(tmp_path / "a.jsonl", answers)
+    joined = read_answers_for(benchmark, path)
+    assert joined == ["stop", "red"]
+    assert benchmark.score(joined).value == 100
+
+
+def test_seed(tree):
+    """Ids are numbers in one file and text in the other; "A." only behind the flag."""
+    result = score(tree, "seed", ["A", "B."])
+    assert (result.value, result.figures) == (50, {"image": 100, "video": 0})
+    assert result.categories["Action Recognition"].value == 0
+    assert any("1 answers are no single letter" in note for note in result.notes)
+    lenient = score(tree, "seed", ["A", "B."], lenient_letters=True)
+    assert lenient.value == 100
+
+
+def test_seed_without_videos(tree):
+    """An image-only tree says what to do, and runs and scores with the flag."""
+    import shutil
+
+    shutil.rmtree(tree / "seed_bench/SEED-Bench-video-image")
+    with pytest.raises(DataError, match="1 rows are about videos.*--seed-images-only"):
+        _ = make_benchmark("seed", tree).rows
+    result = score(tree, "seed", ["A"], seed_images_only=True)
+    assert result.value == 100 and list(result.figures) == ["image"]
+    assert any("no rows about videos" in note for note in result.notes)
+
+
+def test_vqav2(tree, tmp_path):
+    """Every id of test2015, in its order; empty where nothing was asked or answered."""
+    path = make_benchmark("vqav2", tree).submit(["A dog.", None], tmp_path, "m")
+    assert json.loads(path.read_text()) == [
+        {"question_id": 7, "answer": ""},
+        {"question_id": 262144000, "answer": "dog"},
+        {"question_id": 262144001, "answer": ""},
+    ]
+
+
+def test_vizwiz_needs_every_answer(tree, tmp_path):
+    benchmark = make_benchmark("vizwiz", tree)
+    with pytest.raises(DataError, match=r"1 of 2 rows have no answer \(first: 1\)"):
+        benchmark.submit(["x", None], tmp_path, "m")
+    with pytest.raises(ConfigError, match="scored by its server"):
+        benchmark.score(["x", "y"])
+
+
+def test_mmbench_prompt(tree):
+    """Hint, question, options up to the first that is missing; the suffix is not saved."""
+    rows = make_benchmark("mmbench", tree).rows
+    assert rows[1].prompt == "Look closely.\nWhat is 1?\nA. cat\nB. dog"
+    assert rows[0].prompt.startswith("What is 0?")  # its hint is "nan"
+    assert rows[0].text == f"<image>\n{rows[0].prompt}{trees.LETTER_ANSWER}"
+    assert rows[0].extra["options"] == ["cat", "dog"]
+
+
+def test_mmbench_circular(tree):
+    """Right only if right in every rotation."""
+    right = ["A", "A.", "B", "dog is wrong"]
+    result = score(tree, "mmbench", right)
+    assert result.metric == "circular accuracy" and result.value == 50
+    assert result.figures == {"accuracy in one pass": 100, "base questions": 2}
+    assert score(tree, "mmbench", ["cat", "The answer is A", "(B)", "Cat."]).value == 100
+
+
+def test_mmbench_rotations_missing(tree):
+    """A question without all its rotations is left out and counted."""
+    path = tree / "mmbench/mmbench_dev_20230712.tsv"
+    trees.write_tsv(path, trees.mmbench_rows()[:3], trees.MMBENCH_COLUMNS)
+    result = score(tree, "mmbench", ["A", "A", "B"])
+    assert result.value == 100 and sum(b.count for b in result.categories.values()) == 1
+    assert any("1 questions lack rotations" in note for note in result.notes)
+    trees.write_tsv(path, trees.mmbench_rows()[:2], trees.MMBENCH_COLUMNS)
+    once = score(tree, "mmbench", ["A", "B"])
+    assert (once.metric, once.value) == ("accuracy", 50)
+
+
+def test_mmbench_submission(tree, tmp_path):
+    """Columns as LLaVA writes them; an answer that begins with = is no formula."""
+    answers = ["A", "=1+1", "tab\there\nline", "ctrl\x07"]
+    path = make_benchmark("mmbench", tree).submit(answers, tmp_path, "m")
+    header, *cells = load_workbook(path).active.iter_rows()
+    names = [cell.value for cell in header]
+    assert names == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
+    assert [row[0].value for row in cells] == [0, 1, 1_000_000, 1_000_001]
+    assert [row[6].value for row in cells] == ["A", "=1+1", "tab\there\nline", "ctrl"]
+    assert {row[6].data_type for row in cells} == {"s"}
+    assert cells[0][4].value is None
+
+
+def test_mmbench_test_split(tree):
+    """A file without answers is submitted, not scored."""
+    rows = [{k: v for k, v in row.items() if k != "answer"} for row in trees.mmbench_rows()]
+    columns = [c for c in trees.MMBENCH_COLUMNS if c != "answer"]
+    trees.write_tsv(tree / "mmbench/mmbench_dev_20230712.tsv", rows, columns)
+    benchmark = make_benchmark("mmbench", tree)
+    assert "no answers" in benchmark.unscored()
+    with pytest.raises(ConfigError, match="no answers"):
+        benchmark.score(["A"] * 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("A", 1),
+        ("a", 1),
+        ("A: x", 1),
+        ("(A)", 1),
+        ("Option A", 1),
+        ("The answer is A.", 1),
+        ("a dog", 1),  # the article, as in the original
+        ("It is A", 0),
+        ("", 0),
+        ("B", 0),
+    ],
+)
+def test_mmstar(tree, text, right):
+    result = score(tree, "mmstar", [text, "B"])
+    assert result.outcomes[0].credit == right
+    assert result.value == 50 + 50 * right
+    assert any("article" in note for note in result.notes) == (text == "a dog")
+
+
+def test_mmstar_from_tsv(tree):
+    import base64
+
+    (tree / "mmstar/mmstar.parquet").unlink()
+    rows = [
+        {**row, "image": base64.b64encode(row["image"]).decode(), "A": "x", "B": "y"}
+        for row in trees.mmstar_rows()
+    ]
+    trees.write_tsv(tree / "mmstar/MMStar.tsv", rows, list(rows[0]))
+    benchmark = make_benchmark("mmstar", tree)
+    assert benchmark.rows[0].prompt.endswith(f"\nA. x\nB. y{trees.LETTER_ANSWER}")
+    assert benchmark.rows[0].pictures[0].open("row").size == (30, 20)
+    assert benchmark.score(["A", "A"]).value == 50
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+def test_answers_join_by_id_in_any_order(tree, tmp_path, kind):
+    """Our answers and LLaVA's, shuffled; strangers and repetitions are refused."""
+    benchmark = kind(tree)
+    records = [
+        {"question_id": row.question_id, "prompt": row.prompt, "text": f"answer {number}\t\n"}
+        for number, row in enumerate(benchmark.rows)
+    ]
+    expected = [record["text"] for record in records]
+    path = trees.lines(tmp_path / "a.jsonl", records[::-1])
+    assert read_answers_for(benchmark, path) == expected
+    trees.lines(path, records[1:])
+    assert read_answers_for(benchmark, path) == [None, *expected[1:]]
+    trees.lines(path, [*records, records[0]])
+    with pytest.raises(DataError, match="is answered twice"):
+        read_answers_for(benchmark, path)
+    trees.lines(path, [*records, {"question_id": "x9", "prompt": "?", "text": ""}])
+    with pytest.raises(DataError, match="belong to another benchmark or split"):
+        read_answers_for(benchmark, path)

@@ -1,0 +1,177 @@
+"""The sbatch files as they are shipped: well formed, and right at their true configuration."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dattn_mcore.config.load import load_config
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "examples/slurm"
+STAGES = ("import", "aln", "pt", "it", "export", "eval")
+KINDS = [f"{model}_{stage}" for model in ("mistral", "gemma") for stage in STAGES]
+TRAINING = [name for name in KINDS if name.endswith(("aln", "pt", "it"))]
+SCRIPTS = sorted(path.name for path in FOLDER.iterdir())
+
+
+def dry_run(name, *arguments, **environment):
+    return subprocess.run(
+        ["bash", str(FOLDER / f"{name}.sbatch"), "--dry-run", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "DATTN_VENV": sys.prefix, **environment},
+        timeout=60,
+    )
+
+
+def python_arguments(output):
+    """What follows the interpreter in the printed srun command."""
+    words = shlex.split(output.splitlines()[0])
+    return words[words.index(f"{sys.prefix}/bin/python") + 1 :]
+
+
+def test_there_is_a_file_for_every_stage_of_every_model():
+    assert {f"{name}.sbatch" for name in KINDS} | {"launch.sh", "rank.sh", "submit.sh"} == set(
+        SCRIPTS
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bash_reads_it(name):
+    assert subprocess.run(["bash", "-n", str(FOLDER / name)], capture_output=True).stderr == b""
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_eval(name):
+    code = [line.split("#")[0] for line in (FOLDER / name).read_text().splitlines()]
+    assert not [line for line in code if re.search(r"(^|[\s;&|(])eval\s", line)]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    files = [str(FOLDER / name) for name in SCRIPTS]
+    found = subprocess.run(["shellcheck", *files], cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_stopped_job_comes_back_and_keeps_its_output(name):
+    text = (FOLDER / f"{name}.sbatch").read_text()
+    for flag in ("--requeue", "--open-mode=append", f"--job-name={name}"):
+        assert f"#SBATCH {flag}\n" in text
+    warned = int(re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", text, re.MULTILINE).group(1))
+    assert warned >= 120
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_dry_run_of_a_training_stage(name):
+    """The trainer itself accepts the file's configuration on the file's nodes x GPUs."""
+    result = dry_run(name)
+    assert (result.returncode, result.stderr) == (0, "")
+    config = load_config(ROOT / f"configs/{name}.yaml")
+    arguments = python_arguments(result.stdout)
+    assert arguments == [
+        *("pretrain_dattn.py", "--config", f"configs/{name}.yaml"),
+        f"log.run_dir={config.log.run_dir}",
+    ]
+    text = (FOLDER / f"{name}.sbatch").read_text()
+    nodes, per_node, gpus = (
+        int(re.search(rf"^#SBATCH --{flag}=(\d+)$", text, re.MULTILINE).group(1))
+        for flag in ("nodes", "ntasks-per-node", "gpus-per-node")
+    )
+    assert per_node == gpus
+    parallel = config.parallel
+    dp = nodes * per_node // (parallel.tp * parallel.pp)
+    assert (
+        f"layout: {nodes * per_node} processes = tp {parallel.tp} x pp {parallel.pp} x dp {dp},"
+        in result.stdout
+    )
+    assert f"srun --nodes={nodes} --ntasks={nodes * per_node} " in result.stdout
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name.endswith("port")])
+def test_dry_run_of_a_conversion(name):
+    """The converter's own parser takes the printed command, and folders fit the stages'."""
+    from tools.checkpoint_convert.__main__ import _parser
+
+    result = dry_run(name)
+    assert (result.returncode, result.stderr) == (0, "")
+    module, *arguments = python_arguments(result.stdout)[1:]
+    assert module == "tools.checkpoint_convert"
+    chosen = _parser().parse_args(arguments)
+    model = name.split("_")[0]
+    if name.endswith("import"):
+        config = load_config(ROOT / chosen.config)
+        assert chosen.output == config.checkpoint.init_from
+        assert chosen.llm == config.data.tokenizer
+    else:
+        assert chosen.checkpoint == load_config(ROOT / f"configs/{model}_it.yaml").log.run_dir
+
+
+@pytest.mark.parametrize("model", ["mistral", "gemma"])
+def test_dry_run_of_an_evaluation(model):
+    """The evaluation's own parser takes the printed command, for the folder that was exported."""
+    from dattn_mcore.evaluation.__main__ import _parser
+
+    result = dry_run(f"{model}_eval", "--benchmarks", "pope,mme")
+    assert (result.returncode, result.stderr) == (0, "")
+    module, *arguments = python_arguments(result.stdout)[1:]
+    assert module == "dattn_mcore.evaluation"
+    if "run" not in _parser().format_help():
+        pytest.skip("this version has no `evaluation run` yet")
+    chosen = _parser().parse_args(arguments)
+    assert chosen.model == python_arguments(dry_run(f"{model}_export").stdout)[-1]
+
+
+def test_flags_and_settings_reach_the_command():
+    """Any number of nodes, arguments for the trainer, another run folder."""
+    result = dry_run(
+        *("gemma_pt", "optim.lr=1e-6", "log.run_dir=runs/two words"),
+        *("--config", "configs/gemma_it.yaml"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert python_arguments(result.stdout) == [
+        *("pretrain_dattn.py", "--config", "configs/gemma_pt.yaml", "log.run_dir=runs/two words"),
+        *("optim.lr=1e-6", "--config", "configs/gemma_it.yaml"),
+    ]
+    assert "run_dir: runs/two words" in result.stdout
+    assert "stage: instruct" in result.stdout
+
+
+def test_what_the_trainer_refuses_ends_the_dry_run():
+    result = dry_run("gemma_pt", "parallel.tp=3")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        ([], {"DATTN_REPO": "/nowhere"}, "error: REPO=/nowhere is not the repository; submit"),
+        ([], {"DATTN_VENV": "/nowhere"}, "error: VENV=/nowhere has no bin/python; make it"),
+        (
+            [],
+            {"DATTN_CONTAINER": "a.sif", "DATTN_CONTAINER_RUNTIME": "docker"},
+            "error: CONTAINER_RUNTIME=docker is unknown; use pyxis or apptainer",
+        ),
+        ([], {"DATTN_CONTAINER": "a.sqsh"}, "error: pyxis starts containers in jobs only: sbatch"),
+    ],
+)
+def test_mistakes_in_settings_give_one_line(arguments, environment, message):
+    result = dry_run("gemma_pt", *arguments, **environment)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(message)
+
+
+def test_started_without_sbatch_it_says_how():
+    result = subprocess.run(
+        ["bash", str(FOLDER / "gemma_pt.sbatch")], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 2
+    assert "this is a batch script: sbatch " in result.stderr
