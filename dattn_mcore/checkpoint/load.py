@@ -23,7 +23,8 @@ from dattn_mcore.parallel import platform
 logger = logging.getLogger(__name__)
 
 # Settings of the model that shape no parameter and may differ from the checkpoint's.
-_FREE = {
+_FREE: dict[str, set[str | None]] = {
+    "transformer_impl": {None},  # both have the same parameters
     "llm": {"init_std"},
     "vision": {"init_std"},
     "projector": {"output_norm_init"},

@@ -1,11 +1,21 @@
-"""Writes a checkpoint under a temporary name and renames it when it is whole."""
+"""Writes a checkpoint under a temporary name and renames it when it is whole.
+
+A synchronous save returns when the checkpoint is whole. An asynchronous one stages it in memory,
+leaves the writing to a forked process and the hashing to a thread, and is finished by a later call
+of `poll`; training goes on in between. Either way nobody sees a checkpoint that is not whole.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import queue
 import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +23,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
@@ -27,93 +38,216 @@ from dattn_mcore.errors import CheckpointError
 from dattn_mcore.models.dattn import DattnModel
 
 
-def save_checkpoint(
-    root: Path,
-    step: int,
-    config: Config,
-    chunks: list[DattnModel],
-    optimizer: MegatronOptimizer,
-    pg_collection: ProcessGroupCollection,
-    data_fingerprint: str,
-) -> Path:
-    """Saves model, optimizer, RNG and position; called by all ranks.
+@dataclass
+class _Pending:
+    """A save whose files are on their way."""
+
+    final: Path
+    manifest: dict[str, Any]
+    hashing: threading.Thread | None = None
+    hashed: dict[str, list[Any]] = field(default_factory=dict)
+    problem: str | None = None
+
+    @property
+    def temporary(self) -> Path:
+        """Where the files are until the checkpoint is whole."""
+        return self.final.with_suffix(".tmp")
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of a run; every rank has one and calls it alike.
 
     Args:
         root: folder of checkpoints.
-        step: optimizer steps done; also the position in the data.
-        config: written into the checkpoint.
+        config: written into each checkpoint; `checkpoint.asynchronous` chooses the way.
         chunks: this rank's model chunks, without DDP.
         optimizer: Megatron-Core's optimizer.
         pg_collection: process groups.
-        data_fingerprint: of the data set the position refers to.
-
-    Returns:
-        The finished folder.
-
-    Raises:
-        CheckpointError: on every rank, if any could not write; older checkpoints stay intact.
+        data_fingerprint: of the data set that positions refer to.
     """
-    final = folders.checkpoint_folder(root, step)
-    temporary = final.with_suffix(".tmp")
-    failure = None
-    if dist.get_rank() == 0:
+
+    def __init__(
+        self,
+        root: Path,
+        config: Config,
+        chunks: list[DattnModel],
+        optimizer: MegatronOptimizer,
+        pg_collection: ProcessGroupCollection,
+        data_fingerprint: str,
+    ) -> None:
+        self.root, self.config, self.data_fingerprint = root, config, data_fingerprint
+        self.chunks, self.optimizer, self.pg_collection = chunks, optimizer, pg_collection
+        self._calls = AsyncCallsQueue()
+        self._results: SyncManager | None = None
+        self._pending: _Pending | None = None
+
+    def save(self, step: int) -> Path | None:
+        """Saves model, optimizer, RNG and position; waits for an asynchronous save before it.
+
+        Args:
+            step: optimizer steps done; also the position in the data.
+
+        Returns:
+            The finished folder; None where `poll` will finish it.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write; older checkpoints stay intact.
+        """
+        self.poll(blocking=True)
+        final = folders.checkpoint_folder(self.root, step)
+        temporary = final.with_suffix(".tmp")
+        failure = None
+        if dist.get_rank() == 0:
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            except OSError as error:
+                failure = str(error)
+        _raise_if_any(failure, final)
+        layout = state.layout_of(self.pg_collection)
+        pending = _Pending(final, self._manifest(step, layout))
+        asynchronous = self.config.checkpoint.asynchronous
+        filesystem_async._results_queue = self._results_queue(asynchronous)
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            failure = str(error)
-    _raise_if_any(failure, final)
-    layout = state.layout_of(pg_collection)
-    model = state.model_state(chunks, pg_collection)
-    content: dict[str, Any] = {
-        **model,
-        "optimizer": state.optimizer_state(optimizer, model, pg_collection, is_loading=False),
-        "rng": state.rng_state(pg_collection, layout),
-        "step": step,
-    }
-    strategy = get_default_save_sharded_strategy("torch_dist")
-    if pg_collection.dp_cp.size() > 1:
-        strategy = FullyParallelSaveStrategyWrapper(strategy, pg_collection.dp_cp)
-    # A synchronous save collects its results within this process. Megatron-Core would start a
-    # manager process for them on every rank, which imports everything again (seconds) and
-    # outlives a rank that is killed.
-    filesystem_async._results_queue = queue.Queue()
-    try:
-        dist_checkpointing.save(content, str(temporary), strategy)
-    except Exception as error:  # noqa: BLE001 (disk full, permissions: reported on every rank)
-        failure = f"{type(error).__name__}: {error}".splitlines()[0]
-    _raise_if_any(failure, final)
-    files = _describe(temporary)
-    if dist.get_rank() == 0:
-        manifest = {
+            request = dist_checkpointing.save(
+                self._content(step, layout),
+                str(temporary),
+                self._strategy(),
+                async_sharded_save=asynchronous,
+            )
+            if asynchronous:
+                self._calls.schedule_async_request(request)
+        except Exception as error:  # noqa: BLE001 (disk full, permissions: reported on every rank)
+            failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        _raise_if_any(failure, final)
+        if asynchronous:
+            self._pending = pending
+            return None
+        self._hash(pending)
+        return self._finish(pending)
+
+    def poll(self, blocking: bool = False) -> Path | None:
+        """Finishes an asynchronous save whose files are written everywhere; called by all ranks.
+
+        Args:
+            blocking: wait until they are.
+
+        Returns:
+            The folder that became whole, or None.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write.
+        """
+        pending = self._pending
+        if pending is None:
+            return None
+        if pending.hashing is None:
+            failure = None
+            try:
+                written = bool(self._calls.maybe_finalize_async_calls(blocking=blocking))
+            except Exception as error:  # noqa: BLE001 (as above)
+                written, failure = True, f"{type(error).__name__}: {error}".splitlines()[0]
+            if not written:
+                return None
+            _raise_if_any(failure, pending.final)
+            pending.hashing = threading.Thread(target=self._hash, args=(pending,), daemon=True)
+            pending.hashing.start()
+        if blocking:
+            pending.hashing.join()
+        ready: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(ready, not pending.hashing.is_alive())
+        if not all(ready):
+            return None
+        self._pending = None
+        return self._finish(pending)
+
+    def close(self) -> None:
+        """Ends what an asynchronous save left running; one that is not finished is given up."""
+        self._calls.close(abort=True)
+        if self._results is not None:
+            self._results.shutdown()
+
+    def _content(self, step: int, layout: tuple[int, int]) -> dict[str, Any]:
+        model = state.model_state(self.chunks, self.pg_collection)
+        return {
+            **model,
+            "optimizer": state.optimizer_state(
+                self.optimizer, model, self.pg_collection, is_loading=False
+            ),
+            "rng": state.rng_state(self.pg_collection, layout),
+            "step": step,
+        }
+
+    def _strategy(self) -> Any:
+        strategy = get_default_save_sharded_strategy("torch_dist")
+        if self.pg_collection.dp_cp.size() > 1:
+            return FullyParallelSaveStrategyWrapper(strategy, self.pg_collection.dp_cp)
+        return strategy
+
+    def _results_queue(self, asynchronous: bool) -> Any:
+        """Where the writer leaves what it wrote.
+
+        Megatron-Core would start a manager process that imports everything again (seconds) and
+        outlives a rank that is killed. A synchronous save needs no other process at all.
+        """
+        if not asynchronous:
+            return queue.Queue()
+        if self._results is None:
+            self._results = SyncManager(ctx=multiprocessing.get_context("fork"))
+            self._results.start(_end_with, (os.getpid(),))
+        return self._results.Queue()
+
+    def _manifest(self, step: int, layout: tuple[int, int]) -> dict[str, Any]:
+        return {
             "format": folders.FORMAT,
             "step": step,
             "layout": list(layout),
-            "data_fingerprint": data_fingerprint,
+            "data_fingerprint": self.data_fingerprint,
             "dattn_mcore": dattn_mcore.__version__,
-            "config": to_dict(config),
-            "files": files,
+            "config": to_dict(self.config),
         }
-        (temporary / folders.MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        folders.remove_old(root, config.checkpoint.keep)
-    dist.barrier()
-    return final
+
+    def _hash(self, pending: _Pending) -> None:
+        """Size and SHA-256 of this rank's share of the files."""
+        try:
+            names = folders.data_files(pending.temporary)
+            for name in names[dist.get_rank() :: dist.get_world_size()]:
+                path = pending.temporary / name
+                pending.hashed[name] = [path.stat().st_size, folders.digest(path)]
+        except OSError as error:
+            pending.problem = str(error)
+
+    def _finish(self, pending: _Pending) -> Path:
+        _raise_if_any(pending.problem, pending.final)
+        everyone: list[dict[str, list[Any]] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, pending.hashed)
+        failure = None
+        if dist.get_rank() == 0:
+            files = {
+                name: entry for part in everyone if part for name, entry in sorted(part.items())
+            }
+            text = json.dumps({**pending.manifest, "files": files}, indent=1)
+            try:
+                (pending.temporary / folders.MANIFEST).write_text(text, encoding="utf-8")
+                if pending.final.exists():
+                    shutil.rmtree(pending.final)
+                os.replace(pending.temporary, pending.final)
+                folders.remove_old(self.root, self.config.checkpoint.keep)
+            except OSError as error:
+                failure = str(error)
+        _raise_if_any(failure, pending.final)
+        return pending.final
 
 
-def _describe(folder: Path) -> dict[str, list[Any]]:
-    """Size and SHA-256 of every file; ranks share the hashing."""
-    names = folders.data_files(folder)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = {
-        name: [(folder / name).stat().st_size, folders.digest(folder / name)]
-        for name in names[rank::world]
-    }
-    everyone: list[dict[str, list[Any]] | None] = [None] * world
-    dist.all_gather_object(everyone, mine)
-    return {name: entry for part in everyone if part for name, entry in sorted(part.items())}
+def _end_with(parent: int) -> None:
+    """Ends this (manager) process soon after the rank that started it, even if that was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _raise_if_any(failure: str | None, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,10 +24,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.image_backend": ("auto", "dali", "pillow"),
     "data.image_policy": ("stretch", "pad", "crop", "anyres_stretch", "anyres_letterbox"),
     "train.stage": ("align", "pretrain", "instruct"),
+    "model.transformer_impl": ("auto", "local", "transformer_engine"),
     "train.precision": ("fp32", "bf16"),
+    "train.fp8": ("none", "delayed", "tensorwise", "blockwise"),
     "train.recompute": ("none", "selective", "full"),
     "train.device": ("auto", "cpu", "gpu"),
 }
+RECOMPUTABLE = ("core_attn", "layernorm", "mlp")
+FP8_ROWS = 16  # rows and columns of an FP8 product are multiples of this
+FP8_BLOCK = 128  # columns of a block with one scale (blockwise)
 PARTS = ("vision", "projector", "llm")
 
 
@@ -38,7 +44,7 @@ def check_config(config: Config) -> None:
     """
     for check in (
         *(_choices, _positive, _sources, _heads, _layers, _vocabulary),
-        *(_vision, _visual_chunk, _training, _unbuilt),
+        *(_vision, _visual_chunk, _training, _overlap, _recompute, _fp8, _unbuilt),
     ):
         for message in check(config):
             raise ConfigError(message)
@@ -66,6 +72,16 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 def processes_per_replica(config: Config) -> int:
     """Processes that hold one copy of the model."""
     return config.parallel.tp * config.parallel.pp * config.parallel.cp
+
+
+def row_multiple(config: Config) -> int:
+    """What visual and text rows of a micro-batch are padded to a multiple of.
+
+    Every sequence parallel shard holds as many rows as the others, and in FP8 a multiple of 16.
+    """
+    shards = config.parallel.tp if config.parallel.sp else 1
+    per_shard = FP8_ROWS if config.train.fp8 != "none" else 1
+    return math.lcm(config.data.pad_multiple, shards * per_shard)
 
 
 def value_of(config: Config, name: str) -> Any:
@@ -136,7 +152,21 @@ def _heads(config: Config) -> Iterator[str]:
 
 def _layers(config: Config) -> Iterator[str]:
     layers, pp, vpp = config.model.llm.num_layers, config.parallel.pp, config.parallel.vpp
-    if layers % (pp * vpp):
+    first = config.parallel.first_stage_layers
+    if first is not None:
+        name = f"parallel.first_stage_layers={first}"
+        if pp == 1:
+            yield f"{name} needs --pp of at least 2"
+        if vpp > 1:
+            yield f"{name} with parallel.vpp={vpp} is not implemented; use one of them"
+        if not 0 < first < layers:
+            yield f"{name} must leave layers of model.llm.num_layers={layers} to other stages"
+        if (layers - first) % (pp - 1):
+            yield (
+                f"{name} leaves {layers - first} layers, which cannot be dealt evenly to "
+                f"{pp - 1} stages; choose another number or another --pp"
+            )
+    elif layers % (pp * vpp):
         yield (
             f"model.llm.num_layers={layers} must be a multiple of pp ({pp}) x vpp ({vpp}); "
             "choose another --pp or parallel.vpp"
@@ -145,11 +175,32 @@ def _layers(config: Config) -> Iterator[str]:
         yield f"parallel.vpp={vpp} needs --pp of at least 2; use parallel.vpp=1"
     if config.parallel.sp and config.parallel.tp == 1:
         yield "parallel.sp=true needs --tp of at least 2; use parallel.sp=false"
-    if config.parallel.sp and config.data.pad_multiple % config.parallel.tp:
+
+
+def _overlap(config: Config) -> Iterator[str]:
+    parallel, train = config.parallel, config.train
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         yield (
-            f"data.pad_multiple={config.data.pad_multiple} must be a multiple of "
-            f"parallel.tp={config.parallel.tp} with parallel.sp=true"
+            "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true; "
+            "Megatron-Core overlaps both or gradients alone"
         )
+    if parallel.overlap_grad_reduce and train.recompute_visual_chunk is not None:
+        yield (
+            "parallel.overlap_grad_reduce=true cannot go with train.recompute_visual_chunk="
+            f"{train.recompute_visual_chunk}, which adds to a gradient chunk by chunk; set one "
+            "of them off"
+        )
+    if not parallel.tp_comm_overlap:
+        return
+    name = "parallel.tp_comm_overlap=true"
+    if not parallel.sp:
+        yield f"{name} needs parallel.sp=true and --tp of at least 2"
+    if not config.data.fixed_rows:
+        yield f"{name} needs data.fixed_rows=true: its buffers have one size"
+    if config.model.transformer_impl == "local":
+        yield f"{name} needs Transformer Engine; use model.transformer_impl=auto"
+    if train.recompute_visual_chunk is not None:
+        yield f"{name} cannot go with train.recompute_visual_chunk; set one of them off"
 
 
 def _vocabulary(config: Config) -> Iterator[str]:
@@ -224,6 +275,85 @@ def _training(config: Config) -> Iterator[str]:
     unknown = [part for part in trains if part not in PARTS]
     if unknown or not trains:
         yield f"train.trains={list(trains)} must name one or more of {', '.join(PARTS)}"
+
+
+def _recompute(config: Config) -> Iterator[str]:
+    train = config.train
+    modules = train.recompute_modules
+    unknown = [name for name in modules if name not in RECOMPUTABLE]
+    if unknown:
+        yield (
+            f"train.recompute_modules: {unknown[0]!r} is unknown; use some of "
+            f"{', '.join(RECOMPUTABLE)}"
+        )
+    if not modules:
+        yield "train.recompute_modules=[] must name at least one; or use train.recompute=none"
+    if modules != ("core_attn",) and train.recompute != "selective":
+        yield (
+            f"train.recompute_modules={list(modules)} needs train.recompute=selective, got "
+            f"{train.recompute}"
+        )
+    if "layernorm" in modules and train.fp8 == "delayed":
+        yield (
+            "train.recompute_modules with layernorm cannot go with train.fp8=delayed; use the "
+            "recipe tensorwise or blockwise"
+        )
+    if "layernorm" in modules and config.model.transformer_impl == "local":
+        yield (
+            "train.recompute_modules with layernorm needs Transformer Engine; use "
+            "model.transformer_impl=auto, or leave layernorm out"
+        )
+    if train.recompute_layers is not None:
+        name = f"train.recompute_layers={train.recompute_layers}"
+        if train.recompute != "full":
+            yield f"{name} needs train.recompute=full, got {train.recompute}"
+        if train.recompute_layers <= 0:
+            yield f"{name} must be greater than 0, or null for all"
+
+
+def _fp8(config: Config) -> Iterator[str]:
+    train, llm = config.train, config.model.llm
+    if train.fp8 == "none":
+        if train.fp8_bf16_layers is not None:
+            yield f"train.fp8_bf16_layers={train.fp8_bf16_layers} needs train.fp8"
+        return
+    name = f"train.fp8={train.fp8}"
+    if train.precision != "bf16":
+        yield f"{name} needs train.precision=bf16, got {train.precision}"
+    if train.device == "cpu":
+        yield f"{name} needs a GPU; use train.fp8=none with train.device=cpu"
+    if config.model.transformer_impl == "local":
+        yield (
+            f"{name} needs Transformer Engine; use model.transformer_impl=auto or "
+            "transformer_engine"
+        )
+    if train.recompute_visual_chunk is not None:
+        yield (
+            f"{name} with train.recompute_visual_chunk={train.recompute_visual_chunk} is not "
+            "implemented; use train.recompute=full"
+        )
+    edge = train.fp8_bf16_layers
+    if train.fp8 == "delayed" and edge:
+        yield (
+            f"train.fp8_bf16_layers={edge} cannot go with train.fp8=delayed, whose scales are "
+            "reduced once for all layers; use 0, or the recipe tensorwise or blockwise"
+        )
+    if edge is not None and not 0 <= 2 * edge < llm.num_layers:
+        yield (
+            f"train.fp8_bf16_layers={edge} at each end must leave some of "
+            f"model.llm.num_layers={llm.num_layers} in FP8"
+        )
+    for size, value in (
+        ("hidden_size", llm.hidden_size),
+        ("ffn_hidden_size", llm.ffn_hidden_size // config.parallel.tp),
+        ("head_dim times its heads", llm.num_query_groups * llm.head_dim // config.parallel.tp),
+    ):
+        multiple = FP8_BLOCK if train.fp8 == "blockwise" else FP8_ROWS
+        if value % multiple:
+            yield (
+                f"{name} needs model.llm.{size} (of a tensor parallel rank: {value}) to be a "
+                f"multiple of {multiple}; use train.fp8=none"
+            )
 
 
 def _unbuilt(config: Config) -> Iterator[str]:

@@ -84,6 +84,7 @@ class ModelConfig:
     """What is trained."""
 
     family: str = "mistral"  # mistral | gemma2: which Hugging Face text model it exports to
+    transformer_impl: str = "auto"  # auto | local | transformer_engine: linears and norms
     visual_positions: bool = True  # False removes the tower's and the projector's positions
     llm: LlmConfig = field(default_factory=LlmConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -109,6 +110,9 @@ class ParallelConfig:
     tp: int = 1  # tensor parallel
     pp: int = 1  # pipeline parallel
     vpp: int = 1  # model chunks per pipeline stage (interleaved schedule when > 1)
+    first_stage_layers: int | None = (
+        None  # of the stage that has the tower; null: as many as others
+    )
     cp: int = 1  # context parallel; only 1 is implemented
     sp: bool = False  # sequence parallel norms and residuals, over the tp group
     overlap_grad_reduce: bool = False  # reduce gradients while backward goes on
@@ -146,8 +150,9 @@ class DataConfig:
     prepare: str = "digits"  # digits: make the embedded data set if it is absent | none
     text_budget: int = 512  # text rows of one packed micro-batch
     visual_budget: int = 512  # visual rows of one packed micro-batch
+    fixed_rows: bool = False  # pad every micro-batch to both budgets: one shape for all
     over_budget: str = "skip"  # skip | truncate | error: a sample that fits no micro-batch
-    pad_multiple: int = 8  # row counts are padded up to a multiple of this (and of tp)
+    pad_multiple: int = 8  # rows are padded to a multiple of this (and of what tp and FP8 need)
     image_backend: str = "auto"  # auto | dali | pillow
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -191,7 +196,11 @@ class TrainConfig:
     steps: int | None = 300  # optimizer steps; null: from epochs
     epochs: float = 1.0  # used where steps is null
     precision: str = "fp32"  # fp32 | bf16
+    fp8: str = "none"  # none | delayed | tensorwise | blockwise: recipe of the decoder's linears
+    fp8_bf16_layers: int | None = None  # at each end, in bf16; null: 1, with delayed 0
     recompute: str = "none"  # none | selective | full
+    recompute_modules: tuple[str, ...] = ("core_attn",)  # selective: core_attn, layernorm, mlp
+    recompute_layers: int | None = None  # full: the first so many of each stage; null: all
     recompute_visual_chunk: int | None = None  # visual rows recomputed at a time; null: all kept
     loss_chunk: int = 1024  # supervised rows whose logits are in memory at once
     seed: int = 1234
@@ -204,6 +213,7 @@ class CheckpointConfig:
 
     init_from: str | None = None  # run folder or checkpoint whose weights start this run
     save_interval: int = 200  # steps; the last step is always saved
+    asynchronous: bool = False  # write while training goes on; a stage's last save is awaited
     keep: int = 2  # newest whole checkpoints that stay on disk
     resume: bool = True  # go on from the newest whole checkpoint of the run folder
 
@@ -224,6 +234,7 @@ class LogConfig:
     run_dir: str = "runs/digits_pretrain"
     interval: int = 10  # steps between lines
     tensorboard: bool = True
+    communication_share: bool = False  # measured by a profiler in the last step of an interval
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,12 @@ class FoldableRowParallelLinear(RowParallelLinear):
     Source: the identity in `fold`; arXiv 2502.01906 has each visual row attend to itself alone.
     """
 
+    def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, **kwargs)
+        # Once a product has added its gradient into the buffer by itself, DDP drops what autograd
+        # brings, and the folded product's comes through autograd.
+        self.gradient_accumulation_fusion = False
+
     def forward(
         self, input_: torch.Tensor, values: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -20,20 +19,20 @@ from megatron.core.transformer.transformer_layer import (
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.attention import AttentionOptions
-from dattn_mcore.layers.bidirectional_attention import BidirectionalAttention
 from dattn_mcore.layers.decomposed_attention import (
     DecomposedSelfAttention,
     DecomposedSelfAttentionSubmodules,
 )
-from dattn_mcore.layers.linear import FoldableRowParallelLinear, RowParallelLinearWithPostNorm
-from dattn_mcore.layers.norm import Norm
+from dattn_mcore.layers.parts import LOCAL_PARTS, LayerParts, parts_of
 
 
-def mlp_spec(row_parallel: type = RowParallelLinear) -> ModuleSpec:
-    """Megatron-Core's MLP on local tensor parallel linears."""
+def mlp_spec(
+    column_parallel: type = LOCAL_PARTS.column, row_parallel: type = LOCAL_PARTS.row
+) -> ModuleSpec:
+    """Megatron-Core's MLP, by default on local tensor parallel linears."""
     return ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel),
+        submodules=MLPSubmodules(linear_fc1=column_parallel, linear_fc2=row_parallel),
     )
 
 
@@ -74,13 +73,12 @@ def decoder_layer_spec(config: Config, last: bool = False) -> ModuleSpec:
         last: of the whole model; its visual rows end at their keys and values, unless
             `attention.skip_last_visual_rows` is off.
     """
-    llm = config.model.llm
-    row_parallel = RowParallelLinearWithPostNorm if llm.post_norms else RowParallelLinear
+    llm, parts = config.model.llm, parts_of(config)
     text_only = last and config.attention.skip_last_visual_rows
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=parts.norm,
             self_attention=ModuleSpec(
                 module=DecomposedSelfAttention,
                 params={
@@ -91,48 +89,55 @@ def decoder_layer_spec(config: Config, last: bool = False) -> ModuleSpec:
                     "text_only": text_only,
                 },
                 submodules=DecomposedSelfAttentionSubmodules(
-                    linear_q=ColumnParallelLinear,
-                    linear_kv=ColumnParallelLinear,
+                    linear_q=parts.linear_q,
+                    linear_kv=parts.linear_kv,
                     linear_proj=(
-                        RowParallelLinearWithPostNorm
-                        if llm.post_norms
-                        else FoldableRowParallelLinear
+                        parts.linear_proj_post_norm if llm.post_norms else parts.linear_proj
                     ),
                 ),
             ),
             self_attn_bda=text_rows_bias_dropout_add if text_only else get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
-            mlp=mlp_spec(row_parallel),
+            pre_mlp_layernorm=parts.norm,
+            mlp=_decoder_mlp(parts, llm.post_norms, text_only),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def vision_layer_spec() -> ModuleSpec:
+def _decoder_mlp(parts: LayerParts, post_norms: bool, text_only: bool) -> ModuleSpec:
+    if text_only:
+        return mlp_spec(parts.text_fc1, parts.text_fc2_post_norm if post_norms else parts.text_fc2)
+    return mlp_spec(
+        parts.linear_fc1, parts.linear_fc2_post_norm if post_norms else parts.linear_fc2
+    )
+
+
+def vision_layer_spec(config: Config) -> ModuleSpec:
     """The vision tower's layer: pre-norm, bidirectional attention, MLP."""
+    parts = parts_of(config)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=parts.norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=BidirectionalAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_qkv=parts.column,
+                    core_attention=parts.bidirectional_attention,
+                    linear_proj=parts.row,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
-            mlp=mlp_spec(),
+            pre_mlp_layernorm=parts.norm,
+            mlp=mlp_spec(parts.column, parts.row),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def block_submodules(layers: list[ModuleSpec]) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage (or chunk), with the project's norm at the end."""
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
+def block_submodules(config: Config, layers: list[ModuleSpec]) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage (or chunk), with a norm at the end."""
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts_of(config).norm)

@@ -7,6 +7,7 @@ final norm and the output layer. Between them travels one tensor, `[V; T]` [rows
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +100,7 @@ class DattnModel(LanguageModule):
         self.decoder = DecomposedBlock(
             visual_chunk=config.train.recompute_visual_chunk,
             config=transformer_config,
-            spec=block_submodules(layers),
+            spec=block_submodules(config, layers),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=pg_collection,
@@ -110,6 +111,7 @@ class DattnModel(LanguageModule):
             # layer works on whole rows even under sequence parallelism.
             output_config = copy.copy(transformer_config)
             output_config.sequence_parallel = False
+            output_config.gradient_accumulation_fusion = False  # the loss has its own products
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 llm.hidden_size,
                 padded_vocab,
@@ -163,6 +165,8 @@ class DattnModel(LanguageModule):
         """`[V; T]` of this sequence parallel shard."""
         text = self.embedding(inputs.text_ids[None], None)
         num_visual = inputs.params.num_visual
+        if inputs.tiles is None and self.run_config.parallel.overlap_grad_reduce:
+            text = text + self._no_gradient_of_images().to(text.dtype)
         if num_visual == 0:
             return self._scale(text)
         visual = text.new_zeros(num_visual, 1, text.shape[-1])
@@ -188,6 +192,15 @@ class DattnModel(LanguageModule):
             pixels = normalize_pixels(tiles, data.image_mean, data.image_std, dtype)
             features = self.vision(pixels)
         return self.projector(features, image_grids)[:, None]
+
+    def _no_gradient_of_images(self) -> torch.Tensor:
+        """Zero, through which visual parameters get a gradient of zero in a pack without images.
+
+        DDP's overlap reduces a bucket when each of its parameters has a gradient.
+        """
+        parameters = itertools.chain(self.vision.parameters(), self.projector.parameters())
+        zero = torch.zeros((), device=self.inv_freq.device)
+        return zero + sum((p.float() * 0).sum() for p in parameters if p.requires_grad)
 
     def _scale(self, hidden: torch.Tensor) -> torch.Tensor:
         if not self.run_config.model.llm.scale_embeddings:
@@ -219,8 +232,15 @@ class DattnModel(LanguageModule):
 
     def _losses(self, text: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         rows = (labels != IGNORED_LABEL).nonzero()[:, 0]
+        parallel = self.run_config.parallel
+        if parallel.overlap_param_gather:
+            with torch.no_grad():
+                self._logits(text[:0])  # DDP gathers a module's weights when it is called
         if rows.numel() == 0:
-            return text[:1].float().sum() * torch.zeros(1, device=text.device)
+            nothing = text[:1].float().sum()
+            if parallel.overlap_grad_reduce:
+                nothing = nothing + self._output_weight()[0, 0].float()
+            return nothing * torch.zeros(1, device=text.device)
         return chunked_cross_entropy(
             text[rows, 0],
             self._output_weight(),

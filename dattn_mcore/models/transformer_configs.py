@@ -12,7 +12,9 @@ from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.parallel.platform import current_device
+from dattn_mcore.errors import ConfigError
+from dattn_mcore.layers.implementation import TRANSFORMER_ENGINE, choose_implementation
+from dattn_mcore.parallel.platform import apex_adds_gradients, current_device
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -53,16 +55,61 @@ def _common(config: Config) -> dict[str, Any]:
     )
 
 
+def fuses_gradients(config: Config) -> bool:
+    """Whether the decoder's linears add weight gradients into the buffers themselves.
+
+    Transformer Engine's always can; Megatron-Core's own need Apex's extension.
+    """
+    if choose_implementation(config) == TRANSFORMER_ENGINE:
+        return True
+    return current_device().type != "cpu" and apex_adds_gradients()
+
+
+def _fp8(config: Config) -> dict[str, Any]:
+    train = config.train
+    if train.fp8 == "none":
+        return {}
+    edge = train.fp8_bf16_layers
+    if edge is None:
+        edge = 0 if train.fp8 == "delayed" else 1
+    settings: dict[str, Any] = dict(
+        fp8="hybrid",
+        fp8_recipe=train.fp8,
+        first_last_layers_bf16=edge > 0,
+        num_layers_at_start_in_bf16=edge,
+        num_layers_at_end_in_bf16=edge,
+    )
+    if train.fp8 == "delayed":
+        # Transformer Engine's own defaults. Megatron-Core's, the last step alone, follow too
+        # closely what a single batch does.
+        settings |= dict(fp8_amax_history_len=1024, fp8_amax_compute_algo="max")
+    return settings
+
+
 def llm_transformer_config(config: Config) -> TransformerConfig:
     """The language model; its pipeline settings also drive the schedule."""
     llm, parallel = config.model.llm, config.parallel
     recompute: dict[str, Any] = {}
     if config.train.recompute == "full":
+        few = config.train.recompute_layers
         recompute = dict(
-            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+            recompute_granularity="full",
+            recompute_method="uniform" if few is None else "block",
+            recompute_num_layers=few or 1,
         )
     elif config.train.recompute == "selective":
-        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+        if (
+            "layernorm" in config.train.recompute_modules
+            and choose_implementation(config) != TRANSFORMER_ENGINE
+        ):
+            raise ConfigError(
+                "train.recompute_modules with layernorm needs Transformer Engine, and this run "
+                "takes the local linears; leave layernorm out"
+            )
+        recompute = dict(
+            recompute_granularity="selective",
+            recompute_modules=list(config.train.recompute_modules),
+        )
     return TransformerConfig(
         num_layers=llm.num_layers,
         hidden_size=llm.hidden_size,
@@ -79,6 +126,8 @@ def llm_transformer_config(config: Config) -> TransformerConfig:
         sequence_parallel=parallel.sp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        tp_comm_overlap=parallel.tp_comm_overlap,
         pipeline_dtype=params_dtype(config),
         # With two stages, batched exchanges of the interleaved schedule would mix up what goes to
         # the next and to the previous stage, which are the same process.
@@ -88,7 +137,8 @@ def llm_transformer_config(config: Config) -> TransformerConfig:
         # keeps the memory until then; a CPU's sender would read what has been freed.
         deallocate_pipeline_outputs=parallel.vpp == 1 or current_device().type != "cpu",
         **recompute,
-        **_common(config),
+        **_fp8(config),
+        **{**_common(config), "gradient_accumulation_fusion": fuses_gradients(config)},
     )
 
 

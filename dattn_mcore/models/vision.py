@@ -43,7 +43,9 @@ class VisionTower(MegatronModule):
         self.pre_layernorm = Norm(transformer_config, hidden, vision.norm_eps) if clip else None
         self.decoder = TransformerBlock(
             config=transformer_config,
-            spec=block_submodules([vision_layer_spec()] * transformer_config.num_layers),
+            spec=block_submodules(
+                config, [vision_layer_spec(config)] * transformer_config.num_layers
+            ),
             post_layer_norm=not clip and vision.select_layer == -1,
             pg_collection=pg_collection,
         )
@@ -62,7 +64,8 @@ class VisionTower(MegatronModule):
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
         if self.position_embedding is not None:
-            x = x + self.position_embedding.weight
+            # Called, not read: DDP gathers a module's weights when the module is called.
+            x = x + self.position_embedding(torch.arange(x.shape[1], device=x.device))
         if self.pre_layernorm is not None:
             x = self.pre_layernorm(x)
         x = self.decoder(x.transpose(0, 1).contiguous(), attention_mask=None).transpose(0, 1)

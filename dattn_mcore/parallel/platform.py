@@ -9,7 +9,9 @@ once by the entry points and test fixtures, never at import, and changes nothing
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
+import os
 from typing import Any
 
 import torch
@@ -61,12 +63,18 @@ def device_problem(device: str, local_rank: int) -> str | None:
             f"GPU {local_rank} is not visible (this machine shows {gpu_count()}); start no more "
             "processes on a machine than it has GPUs, or mend its driver"
         )
+    _order_kernels()
     try:
         torch.zeros(1024, device=torch.device("cuda", local_rank)).sum().item()
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"GPU {local_rank} does not compute ({reason}); take this machine out of the run"
     return None
+
+
+def apex_adds_gradients() -> bool:
+    """Whether Apex's extension is built, which adds weight gradients into their buffers."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def device_name() -> str:
@@ -113,6 +121,7 @@ def install(device: str, local_rank: int = 0) -> torch.device:
     if _installed not in (None, device):
         raise RuntimeError(f"platform {_installed} is installed; {device} needs a new process")
     if device == "gpu":
+        _order_kernels()
         torch.cuda.set_device(local_rank)
         _installed = device
         return torch.device("cuda", local_rank)
@@ -143,6 +152,18 @@ def reset_peak_memory() -> int:
     return torch.cuda.memory_allocated()
 
 
+def profiled_activities() -> list[Any]:
+    """What PyTorch's profiler must record to see exchanges between ranks."""
+    from torch.profiler import ProfilerActivity
+
+    return [ProfilerActivity.CUDA if _installed == "gpu" else ProfilerActivity.CPU]
+
+
+def is_exchange(event_name: str) -> bool:
+    """Whether a profiled kernel (GPU) or operation (CPU) is an exchange between ranks."""
+    return event_name.startswith(("nccl", "gloo:"))
+
+
 def seed_model_parallel(seed: int) -> None:
     """Seeds Megatron-Core's RNG tracker; each tensor and pipeline rank derives its own seed."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -168,6 +189,14 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.cuda.set_rng_state(state["device"])
     torch.set_rng_state(state["torch"])
     get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _order_kernels() -> None:
+    """Lets kernels start in the order of their calls, which overlapped exchanges rely on.
+
+    Read when the device is first used.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _is_gpu_device(value: Any) -> bool:

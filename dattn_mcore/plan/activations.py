@@ -92,7 +92,10 @@ def working_memory(
     kept = layer
     if config.train.recompute == "full":
         kept = e * llm.hidden_size * rows / shards
-    activations = kept * num_layers * micro_batches_in_flight(config, stage, num_microbatches)
+    few = config.train.recompute_layers
+    short = num_layers if few is None else min(few, num_layers)
+    kept_here = kept * short + layer * (num_layers - short)
+    activations = kept_here * micro_batches_in_flight(config, stage, num_microbatches)
     gradient = e * 2 * llm.ffn_hidden_size / tp * rows
     working = gradient + (layer if config.train.recompute == "full" else 0.0)
     buffers = LIBRARY_BYTES
@@ -103,7 +106,7 @@ def working_memory(
         working = max(working, tower_layer)
         buffers += 2 * 3 * config.model.vision.image_size**2 * pack.tiles
     if stage == config.parallel.pp - 1:
-        at_once = min(pack.labelled, getattr(config.train, "loss_chunk", pack.labelled))
+        at_once = min(pack.labelled, config.train.loss_chunk)
         # bf16 logits, float32 logits, exponentials and gradient
         logits = at_once * llm.padded_vocab_size / tp * (e + 3 * 4)
     linears = llm.hidden_size * (

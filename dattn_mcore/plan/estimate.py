@@ -208,8 +208,10 @@ def _stage_time(
     speed = cluster.bandwidth(tp, 1) / (visible * num_layers)
     exposed, exposed_back = sent / speed, sent_back / speed
     if config.train.recompute == "full":
-        backward += forward
-        exposed_back += exposed
+        few = config.train.recompute_layers
+        again = 1.0 if few is None else min(few, num_layers) / num_layers
+        backward += again * forward
+        exposed_back += again * exposed
     for name, where in (("tower", 0), ("projector", 0), ("head", pp - 1)):
         if stage == where:
             part = work[name] * (1 / tp)
@@ -218,6 +220,7 @@ def _stage_time(
     if stage == 0:
         forward += _tower_bytes(config, pack) / gpu.bandwidth
     if stage == pp - 1:
+        backward += work["head"].forward / tp / gpu.gemm["bf16"]  # the chunked loss' second time
         # Logits: written and read in bf16 once, in float32 about four times.
         backward += pack.labelled * llm.padded_vocab_size / tp * 20 / gpu.bandwidth
     return _StageTime(forward + exposed, backward + exposed_back, exposed + exposed_back)

@@ -162,13 +162,7 @@ def layer_gemms(config: Config) -> tuple[float, float]:
 
 def folds(config: Config) -> bool:
     """Whether visual rows use the output projection summed over query heads of a group."""
-    wanted = getattr(config.attention, "fold_visual_projection", False)
-    return wanted and config.attention.v2v == "diagonal"
-
-
-def skips_last(config: Config) -> bool:
-    """Whether the last layer computes keys and values only of visual rows."""
-    return getattr(config.attention, "skip_last_visual_rows", False)
+    return config.attention.fold_visual_projection and config.attention.v2v == "diagonal"
 
 
 def step_work(config: Config, rows: Rows) -> dict[str, Work]:
@@ -191,7 +185,7 @@ def step_work(config: Config, rows: Rows) -> dict[str, Work]:
     full_layers = llm.num_layers - windowed_layers(config)
     pairs = full_layers * (rows.text_pairs + rows.visual_pairs)
     pairs += windowed_layers(config) * (rows.windowed_text_pairs + rows.windowed_visual_pairs)
-    if skips_last(config):
+    if config.attention.skip_last_visual_rows:  # keys and values are all that is left
         keys_values = 2 * llm.hidden_size * 2 * llm.num_query_groups * llm.head_dim
         visual -= rows.visual * (per_visual - keys_values)
         windowed = windowed_layers(config) and not ((llm.num_layers - 1) % llm.sliding_window_every)

@@ -47,8 +47,13 @@ class Parameter:
 
 def layers_of_stage(config: Config, stage: int) -> list[list[int]]:
     """Numbers (from 0) of the language model's layers in each model chunk of a stage."""
-    parallel = config.parallel
-    chunk = config.model.llm.num_layers // (parallel.pp * parallel.vpp)
+    parallel, layers = config.parallel, config.model.llm.num_layers
+    first = parallel.first_stage_layers
+    if first is not None:
+        rest = (layers - first) // (parallel.pp - 1)
+        start = 0 if stage == 0 else first + (stage - 1) * rest
+        return [list(range(start, start + (first if stage == 0 else rest)))]
+    chunk = layers // (parallel.pp * parallel.vpp)
     starts = [(index * parallel.pp + stage) * chunk for index in range(parallel.vpp)]
     return [list(range(start, start + chunk)) for start in starts]
 

@@ -16,7 +16,8 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 def baseline(config: Config) -> Config:
     """The same run with stock causal self-attention over `[visual; text]`."""
     attention = dataclasses.replace(config.attention, v2v="causal", t2v_position="rope")
-    return dataclasses.replace(config, attention=attention)
+    train = dataclasses.replace(config.train, recompute_visual_chunk=None)
+    return dataclasses.replace(config, attention=attention, train=train)
 
 
 def over_visual_rows(

@@ -31,22 +31,38 @@ def rank_layouts(
 def _candidates(config: Config, cluster: Cluster) -> Iterator[Config]:
     layers = config.model.llm.num_layers
     for tp in _divisors(cluster.gpus_per_node):
-        for pp in _divisors(layers):
+        for pp in range(1, layers + 1):
             if tp * pp > cluster.world_size or cluster.world_size % (tp * pp):
                 continue
-            for vpp in _divisors(layers // pp) if pp > 1 else [1]:
-                if vpp > 4:
-                    continue
+            for vpp, first in _splits(layers, pp):
                 for recompute in ("none", "full"):
-                    multiple = config.data.pad_multiple
                     yield dataclasses.replace(
                         config,
                         parallel=dataclasses.replace(
-                            config.parallel, tp=tp, pp=pp, vpp=vpp, sp=tp > 1
+                            config.parallel,
+                            tp=tp,
+                            pp=pp,
+                            vpp=vpp,
+                            sp=tp > 1,
+                            first_stage_layers=first,
                         ),
                         train=dataclasses.replace(config.train, recompute=recompute),
-                        data=dataclasses.replace(config.data, pad_multiple=-(-multiple // tp) * tp),
                     )
+
+
+def _splits(layers: int, pp: int) -> Iterator[tuple[int, int | None]]:
+    """(model chunks, layers of the first stage): even splits, and a first stage with fewer."""
+    if pp == 1:
+        yield 1, None
+        return
+    for vpp in range(1, 5):
+        if layers % (pp * vpp) == 0:
+            yield vpp, None
+    even = -(-layers // pp)
+    for first in range(even - 1, even // 2, -1):
+        if (layers - first) % (pp - 1) == 0:
+            yield 1, first
+            return
 
 
 def _divisors(value: int) -> list[int]:

@@ -19,6 +19,8 @@ def layout_name(plan: Plan) -> str:
     name = f"tp {parallel.tp} x pp {parallel.pp} x dp {plan.dp}"
     if parallel.vpp > 1:
         name += f", vpp {parallel.vpp}"
+    if parallel.first_stage_layers is not None:
+        name += f", first stage {parallel.first_stage_layers} layers"
     if parallel.sp:
         name += ", sp"
     return f"{name}, recompute {plan.config.train.recompute}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from dattn_mcore.config.schema import Config
@@ -30,7 +31,7 @@ class Step:
 
     Attributes:
         rows: of all samples of the global batch.
-        pack: rows of an average micro-batch.
+        pack: rows of an average micro-batch, with `data.fixed_rows` padded.
         num_microbatches: of each data parallel replica.
     """
 
@@ -77,4 +78,11 @@ def step_of(config: Config, sample: Sample, dp: int) -> Step:
     one = rows_of(config, [layout], sample.text * sample.labelled_share)
     rows = one * size
     rows = Rows(**{**rows.__dict__, "packs": float(packs)})
-    return Step(rows, rows * (1 / packs), packs // dp)
+    pack = rows * (1 / packs)
+    if data.fixed_rows:  # padding costs as much as what it stands beside
+        pack = dataclasses.replace(
+            pack,
+            text=max(pack.text, data.text_budget),
+            visual=max(pack.visual, data.visual_budget),
+        )
+    return Step(rows, pack, packs // dp)

@@ -8,15 +8,25 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank, get_pg_src_rank
 
+from dattn_mcore.config.checks import row_multiple
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
-from dattn_mcore.layers.layout import build_seq_params, padded_rows
+from dattn_mcore.layers.layout import build_seq_params, padded_rows, round_up
 from dattn_mcore.models.dattn import IGNORED_LABEL, ModelInputs
 
 
 def needs_pixels(pg_collection: ProcessGroupCollection) -> bool:
     """Whether this rank decodes images: the first tensor rank of a replica's first stage."""
     return get_pg_rank(pg_collection.pp) == 0 and get_pg_rank(pg_collection.tp) == 0
+
+
+def fixed_rows(config: Config) -> tuple[int, int]:
+    """Visual and text rows of every micro-batch with `data.fixed_rows`: both budgets, padded."""
+    multiple = row_multiple(config)
+    return (
+        round_up(config.data.visual_budget, multiple),
+        round_up(config.data.text_budget, multiple),
+    )
 
 
 def all_model_inputs(
@@ -28,11 +38,14 @@ def all_model_inputs(
     """Prepares the packs of a step; see `to_model_inputs`.
 
     With a pipeline all are padded to the rows of the largest, so that stages need not tell each
-    other shapes before each exchange. Packs are balanced, so the largest is not much larger.
+    other shapes before each exchange. Packs are balanced, so the largest is not much larger. With
+    `data.fixed_rows` all packs of the run have the shape of the budgets.
     """
     at_least = (0, 0)
-    if config.parallel.pp > 1:
-        rows = [padded_rows(item.layouts, config.data.pad_multiple) for item in micro_batches]
+    if config.data.fixed_rows:
+        at_least = fixed_rows(config)
+    elif config.parallel.pp > 1:
+        rows = [padded_rows(item.layouts, row_multiple(config)) for item in micro_batches]
         at_least = (max(visual for visual, _ in rows), max(text for _, text in rows))
     return [
         to_model_inputs(item, config, pg_collection, device, at_least) for item in micro_batches
@@ -60,7 +73,7 @@ def to_model_inputs(
     params = build_seq_params(
         micro_batch.layouts,
         t2v_position=config.attention.t2v_position,
-        multiple=config.data.pad_multiple,
+        multiple=row_multiple(config),
         at_least=at_least,
         device=device,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -21,22 +22,29 @@ from dattn_mcore.checkpoint.load import (
     load_weights,
     resume,
 )
-from dattn_mcore.checkpoint.save import save_checkpoint
+from dattn_mcore.checkpoint.save import CheckpointSaver
 from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.batch import GlobalBatch
+from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.data.pipeline import DataPipeline, mask
 from dattn_mcore.data.tokenizer import load_tokenizer
-from dattn_mcore.errors import DattnError
+from dattn_mcore.errors import ConfigError, DattnError
+from dattn_mcore.layers.implementation import TRANSFORMER_ENGINE, choose_implementation
 from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import IGNORED_LABEL
 from dattn_mcore.parallel import platform
 from dattn_mcore.plan.flops import rows_of, step_work
 from dattn_mcore.training.agreement import agree
-from dattn_mcore.training.inputs import all_model_inputs, needs_pixels
+from dattn_mcore.training.communication import with_communication_share
+from dattn_mcore.training.inputs import all_model_inputs, fixed_rows, needs_pixels
 from dattn_mcore.training.ledger import SampleLedger
 from dattn_mcore.training.not_finite import NotFiniteError, explain
-from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from dattn_mcore.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    gathered_weights,
+    wrap_ddp,
+)
 from dattn_mcore.training.report import Reporter
 from dattn_mcore.training.signals import StopRequest
 from dattn_mcore.training.start_checks import check_checkpoint_folder
@@ -130,6 +138,8 @@ def _train(
         folder, manifest = found
         check_same_run(config, manifest, folder, data.fingerprint)
     fresh = config.checkpoint.init_from is None and found is None
+    if config.parallel.tp_comm_overlap:
+        _start_overlap(config, device)
     chunks = build_model(config, pg_collection, device, initialize=fresh)
     if config.checkpoint.init_from is not None and found is None:
         source = load_weights(Path(config.checkpoint.init_from), config, chunks, pg_collection)
@@ -148,15 +158,26 @@ def _train(
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         reporter = Reporter(config, run_dir, first, last)
         ledger = SampleLedger(run_dir, data.index, config.data.max_bad_share, first)
+    saver = CheckpointSaver(
+        *(run_dir / "checkpoints", config, chunks, optimizer, pg_collection, data.fingerprint)
+    )
     stop = StopRequest()
     step = saved = first
+    interval = config.log.interval
 
     def save(step: int) -> None:
         watchdog.phase(
             f"saving after step {step}",
             *(health.checkpoint_timeout_seconds, "health.checkpoint_timeout_seconds"),
         )
-        _save(config, step, chunks, optimizer, pg_collection, data, reporter)
+        with gathered_weights(model, config):
+            say_saved(saver.save(step))
+        if reporter is not None:
+            reporter.restart_clock(step)
+
+    def say_saved(folder: Path | None) -> None:
+        if folder is not None:
+            logger.info("saved %s", folder)
 
     problem = None
     try:
@@ -188,24 +209,35 @@ def _train(
             failed = {failure.sample for failure in agreed.failures}
             micro_batches = [mask(item, failed) for item in batch.microbatches]
             inputs = all_model_inputs(micro_batches, config, pg_collection, device)
+            flops = _model_flops(config, micro_batches)
+            one_step = functools.partial(
+                train_step, model, optimizer, scheduler, inputs, pg_collection, flops
+            )
+            share = None
             try:
-                result = train_step(
-                    *(model, optimizer, scheduler, inputs, pg_collection),
-                    _model_flops(config, batch),
-                )
+                if speaks and config.log.communication_share and (step + 1) % interval == 0:
+                    result, share = with_communication_share(one_step)
+                else:
+                    result = one_step()
             except NotFiniteError as error:
                 raise explain(error, step + 1, batch) from None
             step += 1
+            say_saved(saver.poll())
             if reporter is not None and ledger is not None:
                 rate = get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
-                reporter.step(step, result, rate, batch, agreed)
+                reporter.step(step, result, rate, batch, agreed, share)
                 problem = ledger.step(step, batch, agreed.failures)
             if step % config.checkpoint.save_interval == 0 and step < last:
                 save(step)
                 saved = step
         if step > saved:
             save(step)
+        say_saved(saver.poll(blocking=True))
+    except DattnError:  # the same on every rank: a save that is under way is finished
+        say_saved(saver.poll(blocking=True))
+        raise
     finally:
+        saver.close()
         stop.restore()
         data.close()
     if reporter is not None and ledger is not None:
@@ -218,27 +250,29 @@ def _train(
     return step == last
 
 
-def _model_flops(config: Config, batch: GlobalBatch) -> float:
+def _start_overlap(config: Config, device: torch.device) -> None:
+    if choose_implementation(config) != TRANSFORMER_ENGINE:
+        raise ConfigError(
+            "parallel.tp_comm_overlap=true needs Transformer Engine, and this run takes the local "
+            "linears; set it off"
+        )
+    from dattn_mcore.layers.spec_te import start_overlap
+
+    start_overlap(
+        sum(fixed_rows(config)),
+        config.model.llm.hidden_size,
+        config.parallel.tp,
+        config.train.fp8 != "none",
+        platform.backend("cpu" if device.type == "cpu" else "gpu"),
+    )
+
+
+def _model_flops(config: Config, micro_batches: list[MicroBatch]) -> float:
     """Operations of this replica's packs, by their real rows."""
     total = 0.0
-    for pack in batch.microbatches:
+    for pack in micro_batches:
         labelled = int((pack.labels != IGNORED_LABEL).sum())
         rows = rows_of(config, pack.layouts, labelled)
         rows = dataclasses.replace(rows, packs=1.0)
         total += sum(work.total for work in step_work(config, rows).values())
     return total
-
-
-def _save(config, step, chunks, optimizer, pg_collection, data, reporter):  # type: ignore[no-untyped-def]
-    folder = save_checkpoint(
-        Path(config.log.run_dir) / "checkpoints",
-        step,
-        config,
-        chunks,
-        optimizer,
-        pg_collection,
-        data.fingerprint,
-    )
-    logger.info("saved %s", folder)
-    if reporter is not None:
-        reporter.restart_clock(step)

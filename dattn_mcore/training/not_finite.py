@@ -37,7 +37,8 @@ def explain(error: NotFiniteError, step: int, batch: GlobalBatch) -> DattnError:
     dist.all_gather_object(everyone, mine)
     culprits = [name for names in everyone for name in names or []]
     whose = "micro-batch" if culprits else "step"
-    names = culprits or [name for name in batch.sample_ids if name not in batch.skipped]
+    skipped = {sample.id for sample in batch.skipped}
+    names = culprits or [name for name in batch.sample_ids if name not in skipped]
     more = f" and {len(names) - NAMED_SAMPLES} more" if len(names) > NAMED_SAMPLES else ""
     return DattnError(
         f"the {error.what} is {error.value} at step {step}, in the {whose} of samples "

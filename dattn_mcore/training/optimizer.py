@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ def wrap_ddp(
     """Gives each chunk its gradient buffers, reduced over data parallel ranks in float32."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,  # train.recompute_visual_chunk: gradients come in parts
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
         use_distributed_optimizer=True,
         check_for_nan_in_grad=False,  # the step stops on what is not finite
     )
@@ -35,6 +38,19 @@ def wrap_ddp(
         )
         for chunk in chunks
     ]
+
+
+@contextlib.contextmanager
+def gathered_weights(model: list[DistributedDataParallel], config: Config) -> Iterator[None]:
+    """Every rank holds all updated weights inside; with overlap they come only as forward asks."""
+    overlapped = config.parallel.overlap_param_gather
+    if overlapped:
+        for chunk in model:
+            chunk.disable_forward_pre_hook(param_sync=True)
+    yield
+    if overlapped:
+        for chunk in model:
+            chunk.enable_forward_pre_hook()
 
 
 def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -52,6 +68,7 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
         bf16=config.train.precision == "bf16",
         params_dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
         use_distributed_optimizer=True,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
     overrides: dict[Any, Any] = {
         ParamKey(name=("*.bias", "*norm.weight", "*class_embedding")): {"wd_mult": 0.0},

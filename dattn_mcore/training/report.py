@@ -54,7 +54,8 @@ class Reporter:
         self.interval: Counter[str] = Counter()
         self.data_wait, self.peak_memory = 0.0, 0  # seconds in this interval; bytes
         self.model_flops = 0.0
-        self.peak = peak_flops(platform.device_name(), config.train.precision)
+        fp8 = config.train.fp8 != "none"
+        self.peak = peak_flops(platform.device_name(), "fp8" if fp8 else config.train.precision)
         self.seen_over_budget: set[str] = set()
         drop_after(run_dir / "metrics.jsonl", first_step)
         drop_after(run_dir / "samples.jsonl", first_step)
@@ -75,6 +76,7 @@ class Reporter:
         learning_rate: float,
         batch: GlobalBatch,
         agreed: Agreement,
+        communication_share: float | None = None,
     ) -> None:
         """Notes a finished step; prints at the end of an interval.
 
@@ -84,6 +86,7 @@ class Reporter:
             learning_rate: of the parts without a rate of their own.
             batch: the global batch it was done on.
             agreed: what the ranks exchanged before it.
+            communication_share: of this rank's time in the step, where it was measured.
         """
         skipped = tuple(sample.id for sample in batch.skipped)
         masked = tuple(sample.id for sample in agreed.failures)
@@ -127,6 +130,8 @@ class Reporter:
         if self.peak_memory:
             row["peak_memory_gib"] = self.peak_memory / 2**30
         row["tflops_per_process"] = self.model_flops / seconds / dist.get_world_size() / 1e12
+        if communication_share is not None:
+            row["communication_share"] = communication_share
         if self.peak is not None:
             row["mfu"] = row["tflops_per_process"] * 1e12 / self.peak
         json.dump(row, self.metrics)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dattn_mcore.config.checks import check_config, data_parallel_size
+from dattn_mcore.config.checks import check_config, data_parallel_size, row_multiple
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.config.schema import Config
 from dattn_mcore.parallel.groups import initialize_model_parallel
@@ -211,7 +211,7 @@ def model_outputs(
     else:
         load_weights(Path(checkpoint), config, [model], groups)
     params = build_seq_params(
-        layouts, t2v_position=config.attention.t2v_position, multiple=config.data.pad_multiple
+        layouts, t2v_position=config.attention.t2v_position, multiple=row_multiple(config)
     )
     rows = {
         kind: sum(n for layout in layouts for is_visual, n in layout if is_visual == kind)
@@ -347,3 +347,17 @@ def train_with_poison(tree: dict[str, Any], poison: str) -> tuple[str, bool]:
     finally:
         loop.train_step = original
     return "", False
+
+
+def train_in_small_buckets(tree: dict[str, Any]) -> bool:
+    """Like `run_training`, with gradient buckets so small that there are many of them."""
+    from dattn_mcore.training import optimizer
+
+    original = optimizer.DistributedDataParallelConfig
+    optimizer.DistributedDataParallelConfig = lambda **kwargs: original(  # type: ignore[assignment,misc]
+        **kwargs, bucket_size=2000
+    )
+    try:
+        return run_training(tree)
+    finally:
+        optimizer.DistributedDataParallelConfig = original  # type: ignore[misc]

@@ -208,3 +208,18 @@ def test_a_store_that_answers_no_more_does_not_hold_the_watchdog(tmp_path):
         phase = watchdog._Phase("step 1", time.monotonic(), 1.0, "x")
         assert "gives no answer" in dog._others(phase)[0]  # rank 1 never wrote its key
         dog.close()
+
+
+def test_communication_share_is_measured_where_it_is_asked_for(pool, digits, tmp_path):
+    for parallel, name in (({"tp": 2}, "two"), ({}, "off")):
+        log = {"communication_share": name == "two"}
+        run_dir = tmp_path / name
+        tree = small_config(digits, run_dir, parallel=parallel)
+        tree["log"].update(log)
+        pool.run(run_training, 2, tree)
+        shares = [row.get("communication_share") for row in read_metrics(run_dir)]
+        if name == "off":
+            assert shares == [None] * 3
+        else:
+            # Tensor parallel ranks wait for each other in every layer.
+            assert all(0.01 < share < 1 for share in shares)

@@ -21,8 +21,9 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
         (merge(GEMMA, CLIP), 3, {}, {"precision": "bf16", "trains": ["projector", "llm"]}),
         ({}, 4, {"tp": 2, "pp": 2, "sp": True}, {"precision": "bf16", "trains": ["projector"]}),
         ({"visual_positions": False}, 2, {"pp": 2, "vpp": 2}, {}),
+        ({}, 3, {"pp": 3, "first_stage_layers": 2}, {}),
     ],
-    ids=["fp32", "tp2-dp2", "tied-pp2-dp2", "clip-dp3", "frozen-tp2-pp2", "interleaved"],
+    ids=["fp32", "tp2-dp2", "tied-pp2-dp2", "clip-dp3", "frozen-tp2-pp2", "interleaved", "uneven"],
 )
 def test_states_are_those_of_the_model_that_is_built(pool, model, world_size, parallel, train):
     tree = {"model": merge(SMALL_MODEL, model), "parallel": parallel, "train": train}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dattn_mcore.checkpoint.folders import damage, read_manifest
 from tests.distributed.jobs import (
     adam_steps_after_resume,
     read_metrics,
@@ -60,6 +61,27 @@ def test_stopped_and_resumed_is_bitwise_the_same(pool, digits, tmp_path, world_s
             want["lr"],
         )
     assert sample_ids(parts) == sample_ids(whole)
+
+
+@pytest.mark.parametrize(("world_size", "parallel"), [(1, {}), (2, {"tp": 2})], ids=["one", "tp2"])
+def test_saved_while_training_goes_on(pool, digits, tmp_path, uninterrupted, world_size, parallel):
+    """Each checkpoint holds the weights of its step, not of those that followed."""
+    checkpoint = {"asynchronous": True, "save_interval": 2, "keep": 5}
+    tree = tree_for(digits, tmp_path, parallel=parallel, checkpoint=checkpoint)
+    assert all(pool.run(run_training, world_size, tree))
+    saved = sorted((tmp_path / "checkpoints").iterdir())
+    assert [p.name for p in saved] == ["step_00000002", "step_00000004", "step_00000006"]
+    for folder in saved:
+        files = read_manifest(folder)["files"]
+        assert damage(folder, sorted(files), files) is None
+    for folder in saved[1:]:
+        shutil.rmtree(folder)
+    assert all(pool.run(run_training, world_size, tree))
+    rows, expected = read_metrics(tmp_path), read_metrics(uninterrupted)
+    # tp 2 adds in another order
+    exact = 0 if world_size == 1 else 1e-5
+    for row, want in zip(rows, expected, strict=True):
+        assert abs(row["loss"] - want["loss"]) <= exact
 
 
 def test_killed_without_warning(pool, digits, tmp_path, uninterrupted):

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import layers, mappings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import peak_bytes
+from dattn_mcore.config.checks import row_multiple
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.layers.vocabulary import chunked_cross_entropy
@@ -25,7 +26,7 @@ def random_inputs(config, layouts, supervised: float = 0.5) -> ModelInputs:
     """A micro-batch of random text, labels and tiles."""
     generator = torch.Generator().manual_seed(7)
     params = build_seq_params(
-        layouts, t2v_position=config.attention.t2v_position, multiple=config.data.pad_multiple
+        layouts, t2v_position=config.attention.t2v_position, multiple=row_multiple(config)
     )
     visual = sum(rows for layout in layouts for is_visual, rows in layout if is_visual)
     size, vocab = config.model.vision.image_size, config.model.llm.vocab_size

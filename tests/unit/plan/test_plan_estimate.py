@@ -17,7 +17,10 @@ from dattn_mcore.plan.workload import Sample, full_budget_sample, step_of
 ROOT = Path(__file__).resolve().parents[3]
 LLAMA = ROOT / "configs/planner/llama3_8b_8xh100.yaml"
 GEMMA = ROOT / "configs/gemma_pt.yaml"
-OVERLAPPED = ["parallel.tp=4", "parallel.sp=true", "parallel.tp_comm_overlap=true"]
+OVERLAPPED = [
+    *("parallel.tp=4", "parallel.sp=true", "parallel.tp_comm_overlap=true"),
+    *("data.fixed_rows=true", "data.visual_budget=4"),
+]
 
 
 def shape(layers, hidden, ffn, heads, groups, vocabulary):

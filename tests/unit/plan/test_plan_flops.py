@@ -74,7 +74,8 @@ def test_operations_are_within_two_percent_of_the_counter(groups, model, attenti
     )
     rows = Rows(**{**rows.__dict__, **dense, "packs": 1})
     work = step_work(config, rows)
-    planned = sum(part.total for part in work.values())
+    # The chunked loss computes its logits a second time in backward; model FLOPs leave that out.
+    planned = sum(part.total for part in work.values()) + work["head"].forward
     assert planned == pytest.approx(counted(config, groups), rel=0.02)
 
 

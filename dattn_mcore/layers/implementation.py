@@ -1,0 +1,66 @@
+"""Whether a run takes Megatron-Core's own linears and norms, or Transformer Engine's."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.errors import ConfigError
+from dattn_mcore.parallel.platform import current_device
+
+logger = logging.getLogger(__name__)
+
+LOCAL = "local"
+TRANSFORMER_ENGINE = "transformer_engine"
+
+
+@functools.cache
+def transformer_engine_missing() -> str | None:
+    """Why Transformer Engine cannot be used; None where it can."""
+    if importlib.util.find_spec(TRANSFORMER_ENGINE) is None:
+        return "it is not installed"
+    try:
+        importlib.import_module(f"{TRANSFORMER_ENGINE}.pytorch")
+    except Exception as error:  # noqa: BLE001 (a build for another PyTorch raises anything)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"its import fails ({reason})"
+    return None
+
+
+@functools.cache
+def _say(text: str) -> None:
+    logger.info("linears and norms: %s", text)
+
+
+def choose_implementation(config: Config) -> str:
+    """`model.transformer_impl`, with `auto` resolved; says once what `auto` took, and why.
+
+    Raises:
+        ConfigError: Transformer Engine was asked for (by name, or by FP8) and cannot be used.
+    """
+    wanted, fp8 = config.model.transformer_impl, config.train.fp8 != "none"
+    asked = f"train.fp8={config.train.fp8}" if fp8 else f"model.transformer_impl={wanted}"
+    if wanted == LOCAL:
+        return LOCAL
+    missing = transformer_engine_missing()
+    if wanted == TRANSFORMER_ENGINE or fp8:
+        if missing is not None:
+            raise ConfigError(
+                f"{asked} needs Transformer Engine, and {missing}; install it with "
+                "pip install --no-build-isolation 'dattn-mcore[te]', or use "
+                "model.transformer_impl=local and train.fp8=none"
+            )
+        return TRANSFORMER_ENGINE
+    if current_device().type == "cpu":
+        return LOCAL
+    if config.train.precision != "bf16":
+        _say(f"local (Transformer Engine is taken in bf16, not in {config.train.precision})")
+        return LOCAL
+    if missing is not None:
+        _say(f"local (Transformer Engine: {missing})")
+        return LOCAL
+    _say("Transformer Engine")
+    return TRANSFORMER_ENGINE

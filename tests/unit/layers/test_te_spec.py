@@ -1,0 +1,120 @@
+"""Both layer specs have the same parameters and compute the same, without Transformer Engine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dattn_mcore.config.checks import check_config, row_multiple
+from dattn_mcore.config.load import from_dict, load_config
+from dattn_mcore.errors import ConfigError
+from dattn_mcore.layers.implementation import choose_implementation, transformer_engine_missing
+from dattn_mcore.models.transformer_configs import llm_transformer_config
+from tests.unit.layers.te_specs import CASES
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def compared():
+    """What tests/unit/layers/te_specs.py found, by case."""
+    path = os.pathsep.join([str(ROOT / "tests/standins"), str(ROOT)])
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.unit.layers.te_specs", *CASES],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return dict(zip(CASES, map(json.loads, result.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_shapes_and_shards_are_the_same(compared, case):
+    for rank in compared[case]:
+        assert rank["te"]["parameters"] == rank["local"]["parameters"]
+        assert rank["te"]["shards"] == rank["local"]["shards"]
+        assert len(rank["te"]["parameters"]) > 30
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_are_the_same(compared, case):
+    """float32, another order of additions: some 1e-6 of the largest entry."""
+    for rank in compared[case]:
+        assert rank["loss"] < 1e-5
+        assert rank["gradient"] < 1e-5
+
+
+def test_the_second_spec_is_made_of_megatrons_wrappers(compared):
+    classes = {name for rank in compared["gemma-clip"] for name in rank["te_classes"]}
+    assert {"TextColumnLinear", "KeyValueColumnLinear", "FoldableRowLinearWithPostNorm"} <= classes
+    assert {"TEDotProductAttention", "TEColumnParallelLinear", "RMSNorm", "LayerNorm"} <= classes
+    assert {"DecomposedSelfAttention", "TransformerLayer"} <= classes
+
+
+def test_auto_is_local_on_a_cpu_and_a_missing_package_is_told():
+    assert choose_implementation(from_dict({})) == "local"
+    if transformer_engine_missing() is None:
+        pytest.skip("Transformer Engine is installed")
+    wanted = from_dict({"model": {"transformer_impl": "transformer_engine"}})
+    with pytest.raises(ConfigError, match="needs Transformer Engine, and it is not installed"):
+        choose_implementation(wanted)
+    fp8 = from_dict({"train": {"fp8": "tensorwise", "precision": "bf16"}})
+    with pytest.raises(ConfigError, match="train.fp8=tensorwise needs Transformer Engine"):
+        choose_implementation(fp8)
+
+
+GEMMA = ROOT / "configs/gemma_pt.yaml"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.fp8=tensorwise", "train.precision=fp32"], "needs train.precision=bf16"),
+        (["train.fp8=delayed", "train.fp8_bf16_layers=1"], "cannot go with train.fp8=delayed"),
+        (["train.fp8=tensorwise", "train.fp8_bf16_layers=21"], "must leave some of"),
+        (["train.fp8=tensorwise", "model.transformer_impl=local"], "needs Transformer Engine"),
+        (["train.fp8=tensorwise", "train.device=cpu"], "needs a GPU"),
+        (["train.fp8=tensorwise", "train.recompute_visual_chunk=4096"], "is not implemented"),
+        (["train.fp8=tensorwise", "model.llm.hidden_size=3592"], "multiple of 16"),
+        (["train.fp8=blockwise", "model.llm.hidden_size=3600"], "multiple of 128"),
+        (["train.fp8_bf16_layers=1"], "needs train.fp8"),
+    ],
+)
+def test_what_fp8_cannot_do_is_refused_in_one_line(settings, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_config(load_config(GEMMA, settings))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+@pytest.mark.parametrize("model", ["gemma_pt", "mistral_it"])
+def test_shipped_models_run_in_every_recipe(recipe, model):
+    config = load_config(ROOT / f"configs/{model}.yaml", [f"train.fp8={recipe}"])
+    check_config(config)
+    shards = config.parallel.tp if config.parallel.sp else 1
+    assert row_multiple(config) % (16 * shards) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "first_last", "layers"),
+    [
+        (["train.fp8=delayed"], False, 0),
+        (["train.fp8=tensorwise"], True, 1),
+        (["train.fp8=blockwise", "train.fp8_bf16_layers=3"], True, 3),
+    ],
+)
+def test_megatron_core_takes_each_recipe(monkeypatch, settings, first_last, layers):
+    from dattn_mcore.models import transformer_configs
+
+    monkeypatch.setattr(transformer_configs, "choose_implementation", lambda config: "local")
+    config = load_config(GEMMA, [*settings, "parallel.tp=1", "parallel.pp=1", "parallel.sp=false"])
+    found = llm_transformer_config(config)
+    assert found.fp8 == "hybrid" and found.fp8_recipe == config.train.fp8
+    assert found.first_last_layers_bf16 is first_last
+    assert found.num_layers_at_start_in_bf16 == found.num_layers_at_end_in_bf16 == layers
