@@ -93,8 +93,8 @@ def test_setup_py_builds_on_the_metadata():
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_what_a_page_names_is_there(page):
     text = page.read_text(encoding="utf-8")
-    targets = set(re.findall(r"^(\w+):", MAKEFILE, re.MULTILINE))
-    for target in re.findall(r"(?:`|^    )make (\w+)", text, re.MULTILINE):
+    targets = set(re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE))
+    for target in re.findall(r"(?:`|^    )make ([\w-]+)", text, re.MULTILINE):
         assert target in targets, target
     for module in re.findall(r"python -m ([\w.]+)", text):
         assert importlib.util.find_spec(module), module
