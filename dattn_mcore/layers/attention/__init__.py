@@ -35,7 +35,7 @@ from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.reference import reference_attention
 from dattn_mcore.layers.attention.rotary import Rotary
 from dattn_mcore.layers.attention.sdpa import sdpa_attention, sdpa_refuses
-from dattn_mcore.layers.attention.triton_attention import triton_attention, triton_refuses
+from dattn_mcore.layers.attention.triton_backend import triton_attention, triton_refuses
 
 Backend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 

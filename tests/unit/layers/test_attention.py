@@ -33,11 +33,11 @@ def options_for(mode, **extra):
     return AttentionOptions(scale=0.37, v2v=v2v, t2v_position=t2v_position, merge=merge, **extra)
 
 
-def make_inputs(params, dtype=torch.float64, seed=0):
+def make_inputs(params, dtype=torch.float64, seed=0, dim=DIM):
     generator = torch.Generator().manual_seed(seed)
 
     def rows(n, heads):
-        return torch.randn(n, heads, DIM, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(n, heads, dim, generator=generator, dtype=torch.float64).to(dtype)
 
     t, v = params.num_text, params.num_visual
     sizes = [(t, HEADS), (t, GROUPS), (t, GROUPS), (v, GROUPS), (v, GROUPS), (v, HEADS)]
@@ -45,7 +45,8 @@ def make_inputs(params, dtype=torch.float64, seed=0):
 
 
 def run(backend, inputs, params, options):
-    inv_freq = 100.0 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
+    dim, device = inputs[0].shape[2], inputs[0].device
+    inv_freq = 100.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     rotary = Rotary(
         text=rotary_angles(params.text_positions, inv_freq),
         visual=rotary_angles(params.visual_positions, inv_freq),

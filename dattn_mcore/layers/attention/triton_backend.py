@@ -36,7 +36,7 @@ def triton_refuses(
     options: AttentionOptions, device_type: str, dtype: torch.dtype, head_dim: int
 ) -> str | None:
     """Why the kernel cannot run here or compute this; None if it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return "the package triton is not installed (pip install triton)"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs a GPU (TRITON_INTERPRET=1 in the environment interprets it, for tests)"
@@ -47,6 +47,11 @@ def triton_refuses(
     if options.window is not None and not options.debiased and not options.is_baseline:
         return "it has no sliding window between text and visual rows in this mixed mode"
     return None
+
+
+def installed() -> bool:
+    """Whether Triton can be imported; without importing it."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def triton_attention(

@@ -1,0 +1,121 @@
+"""Which attention backend runs, why, and what is said of one that cannot."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dattn_mcore.config.checks import check_config
+from dattn_mcore.config.load import load_config
+from dattn_mcore.errors import ConfigError
+from dattn_mcore.layers import attention
+from dattn_mcore.layers.attention import AttentionOptions, choose_backend
+from dattn_mcore.training.plan import attention_backends, describe
+
+PLAIN = AttentionOptions(scale=0.1)
+CAPPED = AttentionOptions(scale=0.1, softcap=50.0)
+WINDOWED = AttentionOptions(scale=0.1, window=4096)
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Says which optional packages there are, wherever the test runs."""
+    from dattn_mcore.layers.attention import flash, triton_backend
+
+    def install(*names):
+        monkeypatch.setattr(flash, "_installed", lambda name: name.partition(".")[0] in names)
+        monkeypatch.setattr(triton_backend, "installed", lambda: "triton" in names)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("packages", "options", "device", "dtype", "head_dim", "expected", "reason"),
+    [
+        ((), PLAIN, "cpu", FP32, 128, "sdpa", "computes? this model"),
+        (("triton", "flash_attn"), PLAIN, "cpu", FP32, 128, "sdpa", "computes? this model"),
+        (("triton",), CAPPED, "cpu", FP32, 256, "reference", "soft-cap"),
+        (("triton", "flash_attn"), CAPPED, "gpu", BF16, 256, "flash", "flash-attn 2"),
+        (("triton", "flash_attn"), PLAIN, "gpu", FP32, 128, "triton", "not flash: .*float32"),
+        (("triton",), CAPPED, "gpu", BF16, 256, "triton", "not flash: .*not installed"),
+        (("triton",), WINDOWED, "gpu", BF16, 128, "triton", "joint Triton kernel"),
+        (("triton",), PLAIN, "gpu", BF16, 80, "sdpa", "not triton: head size 80"),
+        ((), PLAIN, "gpu", BF16, 128, "sdpa", "not triton: .*not installed"),
+        ((), CAPPED, "gpu", BF16, 256, "reference", "not sdpa: .*soft-cap"),
+    ],
+)
+def test_auto_takes_the_fastest_that_can(
+    installed, packages, options, device, dtype, head_dim, expected, reason
+):
+    installed(*packages)
+    choice = choose_backend("auto", options, device, dtype, head_dim)
+    assert choice.name == expected
+    assert re.search(reason, choice.reason)
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "dtype", "head_dim", "message"),
+    [
+        ("flash", "gpu", BF16, 128, "flash-attn is not installed"),
+        ("triton", "gpu", BF16, 80, "head size 80"),
+        ("triton", "gpu", torch.float64, 64, "float64"),
+        ("sdpa", "gpu", FP32, 64, "float32"),
+        ("turbo", "cpu", FP32, 64, "use one of auto, reference, sdpa, flash, triton"),
+    ],
+)
+def test_asking_for_one_that_cannot_run_is_an_error(
+    installed, requested, device, dtype, head_dim, message
+):
+    installed("triton")
+    with pytest.raises(ConfigError, match=message) as error:
+        choose_backend(requested, PLAIN, device, dtype, head_dim)
+    assert "\n" not in str(error.value)
+
+
+def test_an_interpreted_kernel_must_be_asked_for(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        choose_backend("triton", PLAIN, "cpu", FP32, 64)
+
+
+def test_each_backend_is_a_setting():
+    for name in ("auto", *attention.BACKENDS):
+        check_config(load_config(None, [f"attention.backend={name}"]))
+
+
+def test_the_dry_run_names_the_backend():
+    assert "attention backend on a CPU: sdpa, all layers (" in describe(
+        load_config(None, ["train.device=cpu"]), 1
+    )
+
+
+def test_windowed_and_other_layers_may_differ(installed):
+    installed()
+    config = load_config(
+        None,
+        ["model.llm.sliding_window=8", "model.llm.sliding_window_every=2", "train.precision=bf16"],
+    )
+    chosen = {layers: choice.name for layers, choice in attention_backends(config, "gpu")}
+    assert chosen == {"windowed layers": "reference", "other layers": "sdpa"}
+
+
+@pytest.mark.parametrize("dry_run", [["--dry-run"], []], ids=["dry", "real"])
+def test_the_command_refuses_up_front_in_one_line(dry_run):
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [
+            *(sys.executable, str(root / "pretrain_dattn.py"), "--device", "cpu"),
+            *("attention.backend=flash", *dry_run),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: attention.backend=flash cannot be used: ")
+    assert len(done.stderr.splitlines()) == 1
