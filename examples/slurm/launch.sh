@@ -2,8 +2,8 @@
 # What the sbatch files share; each sets its settings, sources this file and calls
 #   launch_training ARGUMENT...    pretrain_dattn.py on every rank; done when the trainer says so
 #   launch COMMAND...              a Python command on every rank; done when it exits with 0
-# A job that was stopped before it was done (time limit, preemption) puts itself back into the
-# queue and goes on from its checkpoint. With --dry-run as an argument, or DATTN_DRY_RUN=1, the
+# A job that was stopped before it was done (time limit, preemption), or that failed after it had
+# saved a checkpoint, puts itself back into the queue and goes on from there. With --dry-run as an argument, or DATTN_DRY_RUN=1, the
 # command is printed and the trainer checks configuration and layout; that needs neither Slurm nor
 # a GPU. Page: docs/slurm.md
 
@@ -137,6 +137,7 @@ run_and_finish() {
   # srun does not take over --cpus-per-task of the job by itself.
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   compose "$@"
+  first_checkpoint=$(newest_checkpoint)
   say "start $restart on $SLURM_JOB_NODELIST: $ranks ranks, rendezvous $MASTER_ADDR:$MASTER_PORT"
   say "logs $logs/rank-*.log"
   "${srun_command[@]}" &
@@ -152,6 +153,12 @@ run_and_finish() {
   finish "$status"
 }
 
+# Finished checkpoints sort by step; unfinished ones end in .tmp.
+newest_checkpoint() {
+  local folders=("$RUN_DIR"/checkpoints/step_*[0-9])
+  printf '%s' "${folders[-1]}"
+}
+
 # The trainer saves and exits on SIGUSR1. srun passes that on to all ranks; SIGTERM it would turn
 # into the end of the step.
 forward() {
@@ -161,22 +168,27 @@ forward() {
 }
 
 finish() {
-  local status=$1 job state
+  local status=$1 job
   if ((status == 0)) && [[ -z $done_file || -e $done_file ]]; then
     say "finished"
     exit 0
   fi
   job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
-  [[ $job =~ JobState=([A-Z_]+) ]] && state=${BASH_REMATCH[1]} || state=UNKNOWN
-  if [[ $state != RUNNING && $state != TIMEOUT ]]; then
-    say "stopped; Slurm has the job as $state, so it is left to Slurm"
+  if [[ $job != *" JobState=RUNNING "* ]]; then
+    say "stopped; Slurm has cancelled or requeued the job itself"
     exit 1
   fi
   # Preemption may signal the ranks alone and leave this script out.
-  if ((status)) && [[ -z $stop_signal && $job != *PreemptTime=[0-9]* ]]; then
-    grep -h '^error: ' "$logs"/rank-*.log | sort -u | head -n 5 >&2 || true
-    say "failed with status $status; not requeued. See $logs"
-    exit "$status"
+  [[ $job != *" PreemptTime="[0-9]* ]] || stop_signal=preemption
+  if ((status)) && [[ -z $stop_signal ]]; then
+    say "failed with status $status; see $logs"
+    if grep -h '^error: ' "$logs"/rank-*.log | sort -u | head -n 5 >&2; then
+      exit "$status" # a mistake in settings, data or checkpoints: the same again next time
+    fi
+    if [[ $(newest_checkpoint) == "$first_checkpoint" ]]; then
+      say "no checkpoint since the start, so it is not tried again"
+      exit "$status"
+    fi
   fi
   if ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
     fail "stopped before it was done, ${SLURM_RESTART_COUNT} restarts are enough (MAX_RESTARTS)"

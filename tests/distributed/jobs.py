@@ -118,6 +118,24 @@ def train_until_killed(tree: dict[str, Any], step: int) -> bool:
         loop.train_step = original
 
 
+def saves_until_killed(tree: dict[str, Any], step: int) -> list[int]:
+    """Like `train_until_killed`; returns the steps that were saved."""
+    from dattn_mcore.training import loop
+
+    original, saved = loop._save, []
+
+    def noted(config: Config, at: int, *args: Any) -> None:
+        saved.append(at)
+        original(config, at, *args)
+
+    loop._save = noted
+    try:
+        train_until_killed(tree, step)
+    finally:
+        loop._save = original
+    return saved
+
+
 def adam_steps_after_resume(tree: dict[str, Any]) -> list[float]:
     """Resumes, does one step, and returns Adam's step count of every parameter."""
     from dattn_mcore.training import loop

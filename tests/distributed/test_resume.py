@@ -11,6 +11,7 @@ from tests.distributed.jobs import (
     read_metrics,
     run_training,
     run_training_with_log,
+    saves_until_killed,
     small_config,
     train_until_killed,
 )
@@ -49,7 +50,9 @@ def test_stopped_and_resumed_is_bitwise_the_same(pool, digits, tmp_path, world_s
     assert pool.run(train_until_killed, world_size, tree, 3) == [False] * world_size
     assert [row["step"] for row in read_metrics(parts)] == [1, 2, 3]
     assert [p.name for p in (parts / "checkpoints").iterdir()] == ["step_00000003"]
+    assert not (parts / "finished.json").exists()
     assert all(pool.run(run_training, world_size, tree))
+    assert json.loads((parts / "finished.json").read_text()) == {"step": 6}
     for row, want in zip(read_metrics(parts), read_metrics(whole), strict=True):
         assert (row["loss"], row["grad_norm"], row["lr"]) == (
             want["loss"],
@@ -69,6 +72,21 @@ def test_killed_without_warning(pool, digits, tmp_path, uninterrupted):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
     assert sample_ids(tmp_path) == sample_ids(uninterrupted)
+
+
+def test_a_signal_in_the_step_of_a_regular_save_saves_once(pool, digits, tmp_path):
+    """A large checkpoint takes minutes, and a stopped job has few."""
+    tree = tree_for(digits, tmp_path, checkpoint={"save_interval": 2})
+    assert pool.run(saves_until_killed, 1, tree, 4) == [[2, 4]]
+
+
+def test_a_finished_run_that_gets_more_steps_is_not_finished(pool, digits, tmp_path):
+    tree = tree_for(digits, tmp_path, train={**STEPS["train"], "steps": 1})
+    pool.run(run_training, 1, tree)
+    assert (tmp_path / "finished.json").exists()
+    tree["train"]["steps"] = 4
+    pool.run(train_until_killed, 1, tree, 2)
+    assert not (tmp_path / "finished.json").exists()
 
 
 def test_resharded_twice(pool, digits, tmp_path, uninterrupted):

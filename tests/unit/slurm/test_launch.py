@@ -168,7 +168,25 @@ def test_a_failure_ends_the_job_with_its_reason(job):
     status, out, err = job.run(f'echo "error: data.annotations=x is missing" > "{log}"; exit 2')
     assert (status, job.requeued) == (2, False)
     assert err == "error: data.annotations=x is missing\n"
-    assert "failed with status 2; not requeued" in out
+    assert "failed with status 2" in out
+
+
+def test_a_crash_comes_back_if_the_run_got_on(job):
+    """As when a node dies and its peers notice before Slurm does."""
+    (job.run_dir / "checkpoints/step_00000500").mkdir(parents=True)
+    assert job.run("exit 137")[0] == 137
+    assert not job.requeued
+    assert job.run(f'mkdir "{job.run_dir}/checkpoints/step_00001000.tmp"; exit 137')[0] == 137
+    assert not job.requeued
+    assert job.run(f'mkdir "{job.run_dir}/checkpoints/step_00001000"; exit 137')[0] == 0
+    assert job.requeued
+
+
+def test_a_mistake_does_not_come_back_though_the_run_got_on(job):
+    log = f"{job.run_dir}/logs/4711.0/rank-0000.log"
+    save = f'mkdir -p "{job.run_dir}/checkpoints/step_00001000"'
+    status, _, _ = job.run(f'{save}; echo "error: the disk is full" > "{log}"; exit 2')
+    assert (status, job.requeued) == (2, False)
 
 
 def test_preempted_while_importing_comes_back(job):
@@ -177,12 +195,12 @@ def test_preempted_while_importing_comes_back(job):
     assert (status, job.requeued) == (0, True)
 
 
-@pytest.mark.parametrize("state", ["CANCELLED", "PENDING", "NODE_FAIL"])
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING"])
 def test_what_slurm_has_decided_stays(job, state):
     """A cancelled job must not come back, and one that Slurm requeued not twice."""
     status, out, _ = job.stop(signal.SIGTERM, WAIT_FOR_SIGNAL.replace('"$1"', "0"), state=state)
     assert (status, job.requeued) == (1, False)
-    assert f"Slurm has the job as {state}" in out
+    assert "Slurm has cancelled or requeued the job itself" in out
 
 
 def test_a_job_does_not_come_back_for_ever(job):
