@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
-PATIENCE_SECONDS = 240.0  # for anything that is waited for; a loaded machine is slow
+PATIENCE_SECONDS = 600.0  # for anything that is waited for; a loaded machine is slow
 
 # Partition `low` can be preempted by `high`: its jobs get SIGTERM, then GraceTime to save.
 CONFIGURATION = """\
@@ -205,9 +205,8 @@ class Cluster:
         ranks = self.processes(SLURMD_NODENAME=name)
         parents = {_parent(rank) for rank in ranks} - {0, 1, os.getpid()}
         self.daemons[name].kill()
-        self.kill(
-            [*(set(self.processes()) & parents), *ranks]
-        )  # slurmstepd first: it must not tell
+        kill(set(self.processes()) & parents)  # slurmstepd first: it must not tell
+        kill(ranks)
         self.update(f"NodeName={name}", State="DOWN", Reason="died")
 
     def repair(self, name: str) -> None:
