@@ -15,7 +15,8 @@ body { margin: 0 auto; max-width: 1180px; padding: 1.5rem; color: #1f2937; backg
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { margin: 2.2rem 0 .5rem; font-size: 1.2rem; }
 h3 { margin: 1rem 0 .5rem; font-size: .95rem; color: #475569; }
 table { border-collapse: collapse; width: 100%; background: #fff; }
-a { color: #2563eb; } th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #e2e8f0;
+a { color: #2563eb; }
+th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #e2e8f0;
   vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .failed { color: #b91c1c; } .quiet { color: #64748b; font-size: .85rem; }
