@@ -69,7 +69,7 @@ class Picture:
                         f"most {MAX_PIXELS} are decoded"
                     )
                 image.load()
-                return image if image.mode == "RGB" else _to_rgb(image)
+                return to_rgb(image)
         except DataError:
             raise
         except FileNotFoundError:
@@ -85,8 +85,10 @@ class Picture:
         return io.BytesIO(raw)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Transparency over white, other modes by Pillow, as in training."""
+    if image.mode == "RGB":
+        return image
     if "A" in image.getbands() or "transparency" in image.info:
         over = image.convert("RGBA")
         white = Image.new("RGBA", over.size, (255, 255, 255, 255))

@@ -8,6 +8,8 @@ import pytest
 from dattn_mcore.evaluation.__main__ import main
 from dattn_mcore.evaluation.benchmarks import ALL
 from tests.unit.evaluation import trees
+from tests.unit.evaluation.conftest import ROOT
+from tests.unit.evaluation.judge_server import JudgeServer
 
 ROWS = {"scienceqa": 3, "mme": 8, "pope": 6, "llava-bench": 3, "mmbench": 4}  # others have 2
 
@@ -122,6 +124,22 @@ def test_resume(whole, tiny_model, tmp_path):
     assert answers(out) == before
 
 
+def test_a_run_with_a_judge(whole, tiny_model, tmp_path):
+    """A finished run is judged afterwards without answering again; a refusal fails alone."""
+    out = tmp_path / "judged"
+    shutil.copytree(whole, out)
+    before = answers(out)
+    names = "--benchmarks=llava-bench,mm-vet,gqa"
+    with JudgeServer(lambda asked, body: "8 4" if body["max_tokens"] > 3 else 403) as server:
+        judge = [f"--judge-url={server.url}", "--judge-model=m", "--judge-parallel=1"]
+        assert run(tiny_model, out, names, *judge) == 1
+    found = scores(out)["benchmarks"]
+    assert found["llava-bench"]["value"] == 50 and "judge m" in found["llava-bench"]["note"]
+    assert found["mm-vet"]["status"] == "failed" and "refuses (403" in found["mm-vet"]["error"]
+    assert found["gqa"]["status"] == "scored" and answers(out) == before
+    assert (out / "reviews/llava-bench.jsonl").is_file() and (out / "report.html").is_file()
+
+
 def test_a_folder_belongs_to_one_model_and_data(whole, tiny_model, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
@@ -233,3 +251,19 @@ def test_images_stay_inside(tree):
     path.write_text(path.read_text().replace("VizWiz_test_1", "../../secret"))
     with pytest.raises(DataError, match="leads outside"):
         _ = make_benchmark("vizwiz", tree).rows
+
+
+def test_no_megatron():
+    """The evaluation needs the exported folder, PyTorch and transformers, nothing of the trainer."""
+    import ast
+
+    files = list((ROOT / "dattn_mcore/evaluation").rglob("*.py"))
+    ours = ("dattn_mcore.evaluation", "dattn_mcore.errors", "dattn_mcore.hf")
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert not name.startswith("megatron"), path
+                assert not name.startswith("dattn_mcore.") or name.startswith(ours), path
+    assert len(files) > 30
