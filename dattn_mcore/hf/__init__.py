@@ -12,7 +12,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from .configuration_dattn import AUTO_MAP, DattnConfig
+from .configuration_dattn import AUTO_MAP, IMAGE_PROCESSOR_AUTO_MAP, DattnConfig
 from .image_processing_dattn import DattnImageProcessor
 from .layout_dattn import DattnCache
 from .modeling_dattn import DattnForConditionalGeneration, DattnModel
@@ -42,6 +42,7 @@ def register() -> None:
 
 __all__ = [
     "AUTO_MAP",
+    "IMAGE_PROCESSOR_AUTO_MAP",
     "REMOTE_CODE_FILES",
     "DattnCache",
     "DattnConfig",

@@ -14,11 +14,11 @@ TEXT_MODEL_TYPES = ("mistral", "gemma2")
 VISION_MODEL_TYPES = ("siglip_vision_model", "clip_vision_model")
 AUTO_MAP = {
     "AutoConfig": "configuration_dattn.DattnConfig",
-    "AutoImageProcessor": "image_processing_dattn.DattnImageProcessor",
     "AutoProcessor": "processing_dattn.DattnProcessor",
     "AutoModelForImageTextToText": "modeling_dattn.DattnForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_dattn.DattnForConditionalGeneration",
 }
+IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_dattn.DattnImageProcessor"}
 
 
 class DattnConfig(PreTrainedConfig):
@@ -111,4 +111,4 @@ def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
 
 
-__all__ = ["AUTO_MAP", "DattnConfig"]
+__all__ = ["AUTO_MAP", "IMAGE_PROCESSOR_AUTO_MAP", "DattnConfig"]

@@ -170,11 +170,12 @@ def model_outputs(
     changed_tile: int | None = None,
     checkpoint: str | None = None,
     pixels: list[int] | None = None,
+    image_grids: tuple[tuple[int, int], ...] = (),
 ):
     """Logits of all text rows for random ids and tiles, and what an oracle needs to repeat them.
 
     Works in any layout: the last stage gathers its vocabulary shards, and every rank returns the
-    same ids and visual rows. With `checkpoint` its weights are loaded as a run does by
+    same ids, tiles and visual rows. With `checkpoint` its weights are loaded as a run does by
     `checkpoint.init_from`; with `pixels` (a shape) the tower's features of random pixels come too.
     """
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -202,7 +203,11 @@ def model_outputs(
     text_ids[: rows[False]] = torch.randint(0, 320, (rows[False],), generator=generator)
     size = config.model.vision.image_size
     tiles = torch.randint(
-        0, 256, (rows[True] // 16, 3, size, size), generator=generator, dtype=torch.uint8
+        0,
+        256,
+        (rows[True] // config.model.vision.rows_per_tile, 3, size, size),
+        generator=generator,
+        dtype=torch.uint8,
     )
     if changed_tile is not None:
         tiles[changed_tile] = 255 - tiles[changed_tile]
@@ -211,12 +216,17 @@ def model_outputs(
         text_ids=text_ids,
         labels=torch.full_like(text_ids, -100),
         tiles=tiles if rows[True] else None,
+        image_grids=image_grids,
     )
     model.eval()
-    result: dict[str, Any] = {"text_ids": text_ids, "visual_rows": torch.zeros(0, 64)}
+    result: dict[str, Any] = {
+        "text_ids": text_ids,
+        "tiles": tiles,
+        "visual_rows": torch.zeros(0, 64),
+    }
     with torch.no_grad():
         if model.pre_process and rows[True]:
-            result["visual_rows"] = model._visual_rows(tiles, torch.float32)[:, 0]
+            result["visual_rows"] = model._visual_rows(tiles, torch.float32, image_grids)[:, 0]
         if pixels is not None:
             result["pixels"] = torch.randn(pixels, generator=generator)
             result["features"] = model.vision(result["pixels"]) if model.pre_process else None

@@ -9,23 +9,29 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dattn_mcore.config.load import merge, to_dict
+from dattn_mcore.config.load import from_dict, merge, to_dict
 from tests.distributed.jobs import load_and_save, model_outputs
 from tests.unit.convert.convert_helpers import make_tokenizer
-from tests.unit.convert.raw_models import make_llm, make_tower, raw_config
+from tests.unit.convert.raw_models import (
+    hugging_face_features,
+    make_llm,
+    make_tower,
+    raw_config,
+)
 from tools.checkpoint_convert.hf_to_mcore import convert_parts
 from tools.checkpoint_convert.mcore_to_hf import convert as export
 from tools.checkpoint_convert.verify import verify
 
 LENGTH = 16
-MODELS = [("mistral", "clip"), ("gemma2", "siglip")]
+# SigLIP with all layers and its last norm, CLIP without its last layer.
+MODELS = [("mistral", "clip", -2), ("gemma2", "siglip", -1)]
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda pair: "-".join(pair))
+@pytest.fixture(scope="module", params=MODELS, ids=lambda model: "-".join(model[:2]))
 def converted(request, tmp_path_factory):
     """Folder of a converted checkpoint, its configuration, and Hugging Face's models."""
     folder = tmp_path_factory.mktemp("converted")
-    config = raw_config(*request.param, select_layer=-2, num_layers=4)
+    config = raw_config(*request.param, num_layers=4)
     data = replace(config.data, tokenizer=str(make_tokenizer(folder)), template="plain")
     config = replace(config, data=data)
     llm, tower = make_llm(folder / "llm", config), make_tower(folder / "vision", config)
@@ -49,9 +55,8 @@ def test_logits_and_features_equal_hugging_faces(pool, converted, parallel):
     vocab = tree["model"]["llm"]["vocab_size"]
     with torch.no_grad():
         expected = llm(result["text_ids"][None, :LENGTH]).logits[0]
-        states = tower(result["pixels"], output_hidden_states=True).hidden_states
+    features = hugging_face_features(tower, from_dict(tree), result["pixels"])
     torch.testing.assert_close(result["logits"][:LENGTH, :vocab], expected, atol=1e-4, rtol=0)
-    features = states[-2][:, 1:] if tree["model"]["vision"]["kind"] == "clip" else states[-2]
     torch.testing.assert_close(result["features"], features, atol=1e-4, rtol=0)
     assert expected.std() > 0.1 and features.std() > 0.1
 

@@ -152,7 +152,7 @@ def test_text_only_equals_hugging_face(pool, model, attention):
     compare(pool, model, attention, TEXT_ONLY)
 
 
-@pytest.mark.parametrize("model", [MISTRAL, GEMMA], ids=["mistral", "gemma2"])
+@pytest.mark.parametrize("model", [WINDOWED_MISTRAL, GEMMA], ids=["windowed", "gemma2"])
 def test_baseline_in_parallel_equals_hugging_face(pool, model):
     compare(pool, model, BASELINE, IMAGE_FIRST, 4, {"tp": 2, "pp": 2, "sp": True})
 

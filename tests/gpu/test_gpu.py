@@ -58,10 +58,12 @@ def losses(digits, run_dir, *arguments):
     return [json.loads(line)["loss"] for line in lines]
 
 
-def test_training_equals_the_cpu(digits, tmp_path):
+@pytest.mark.parametrize("policy", ["stretch", "anyres_stretch"])
+def test_training_equals_the_cpu(digits, tmp_path, policy):
     """fp32 on both; a GPU adds in another order, and may use TF32 nowhere."""
-    on_cpu = losses(digits, tmp_path / "cpu", "--device", "cpu")
-    on_gpu = losses(digits, tmp_path / "gpu", "--device", "gpu")
+    views = f"data.image_policy={policy}"
+    on_cpu = losses(digits, tmp_path / "cpu", "--device", "cpu", views)
+    on_gpu = losses(digits, tmp_path / "gpu", "--device", "gpu", views)
     assert on_gpu == pytest.approx(on_cpu, abs=1e-4)
 
 
@@ -71,14 +73,16 @@ def test_bf16_training_on_the_gpu(digits, tmp_path):
     assert on_gpu == pytest.approx(on_cpu, rel=0.03)
 
 
-def test_gpu_decode_is_close_to_the_cpus(digits):
+@pytest.mark.parametrize("policy", ["stretch", "anyres_letterbox"])
+def test_gpu_decode_is_close_to_the_cpus(digits, policy):
     """`mixed` decode with fancy upsampling: within a few grey levels on smooth images."""
     pytest.importorskip("nvidia.dali")
     from tests.unit.data.folder_loader import FolderLoader
 
     paths = sorted(p.relative_to(digits / "images") for p in (digits / "images").rglob("*.jpg"))
     wanted = [(str(i), str(path)) for i, path in enumerate(paths[:16])]
-    settings = dict(size=56, policy="stretch", mean=(0.5,) * 3, threads=2, max_pixels=10**7)
+    settings = dict(size=56, policy=policy, mean=(0.5,) * 3, threads=2, max_pixels=10**7)
+    settings["grids"] = ((2, 1), (1, 3))
     tiles = [
         FolderLoader(
             digits / "images", backend="dali", device=device, device_id=0, **settings

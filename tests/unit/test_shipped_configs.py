@@ -8,6 +8,7 @@ import pytest
 from dattn_mcore.config.checks import check_config, data_parallel_size, processes_per_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.tiles import ANYRES_POLICIES
 from dattn_mcore.training.plan import describe, stage_summary
 from tools.checkpoint_convert.tables import mcore_shapes, model_table
 
@@ -25,6 +26,14 @@ def test_it_runs_in_its_own_layout_and_in_one_process(path):
     assert data_parallel_size(config, processes_per_replica(config)) == 1
     alone = ["parallel.tp=1", "parallel.pp=1", "parallel.vpp=1", "parallel.sp=false"]
     check_config(load_config(path, alone))
+
+
+@pytest.mark.parametrize("policy", ANYRES_POLICIES)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_it_holds_the_largest_anyres_image(path, policy):
+    config = load_config(path, [f"data.image_policy={policy}"])
+    check_config(config)
+    assert config.data.max_tiles == 5  # 3,645 rows of SigLIP so400m
 
 
 @pytest.mark.parametrize("path", [None, *DIGITS], ids=lambda path: path.name if path else "default")

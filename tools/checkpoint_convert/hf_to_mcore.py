@@ -194,7 +194,7 @@ def fresh_projector(config: Config, dtype: torch.dtype) -> list[Planned]:
 
 
 def image_settings(folder: Path) -> DataConfig:
-    """Image policy, mean and standard deviation of the folder's processor.
+    """Image policy, AnyRes grids, mean and standard deviation of the folder's processor.
 
     Raises:
         CheckpointError: there is no processor.
@@ -211,4 +211,10 @@ def image_settings(folder: Path) -> DataConfig:
     )
     mean: Any = tuple(float(x) for x in fields["image_mean"])
     std: Any = tuple(float(x) for x in fields["image_std"])
-    return replace(DataConfig(), image_policy=policy, image_mean=mean, image_std=std)
+    grids: Any = DataConfig().anyres_grids
+    if fields.get("image_processor_type") == "DattnImageProcessor":
+        policy = fields["image_policy"]
+        grids = tuple((int(columns), int(rows)) for columns, rows in fields["anyres_grids"])
+    return replace(
+        DataConfig(), image_policy=policy, anyres_grids=grids, image_mean=mean, image_std=std
+    )

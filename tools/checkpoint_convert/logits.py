@@ -15,11 +15,13 @@ from dattn_mcore.config.schema import DataConfig, ParallelConfig
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import image_settings
 
-BEFORE, AFTER = 3, 24  # text rows around the image
+BEFORE, AFTER = 3, 24  # text rows around the images
+GRIDS = ((0, 0), (2, 1))  # canvases of the images: one tile; a base view and two tiles
+TILES = sum(1 + columns * rows for columns, rows in GRIDS)
 
 
 def fixed_logits(path: Path, avoid: frozenset[int]) -> Tensor:
-    """Logits [text rows, vocabulary] in float32 for a fixed image and fixed ids.
+    """Logits [text rows, vocabulary] in float32 for two fixed images and fixed ids.
 
     Args:
         path: export or checkpoint.
@@ -30,11 +32,11 @@ def fixed_logits(path: Path, avoid: frozenset[int]) -> Tensor:
 
 
 def _input(vocab_size: int, image_size: int, avoid: frozenset[int]) -> tuple[Tensor, Tensor]:
-    """Text ids and one uint8 tile."""
+    """Text ids and uint8 tiles."""
     generator = torch.Generator().manual_seed(0)
     usable = torch.tensor([i for i in range(vocab_size) if i not in avoid])
     ids = usable[torch.randint(0, len(usable), (BEFORE + AFTER,), generator=generator)]
-    shape = (1, 3, image_size, image_size)
+    shape = (TILES, 3, image_size, image_size)
     return ids, torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
@@ -43,14 +45,15 @@ def _by_transformers(folder: Path, avoid: frozenset[int]) -> Tensor:
 
     model = DattnForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     config = model.config
-    ids, tile = _input(config.text_config.vocab_size, config.vision_config.image_size, avoid)
-    image = torch.tensor([config.image_token_id])
-    ids = torch.cat([ids[:BEFORE], image, ids[BEFORE:]])
+    ids, tiles = _input(config.text_config.vocab_size, config.vision_config.image_size, avoid)
+    images = torch.tensor([config.image_token_id] * len(GRIDS))
+    ids = torch.cat([ids[:BEFORE], images, ids[BEFORE:]])
     data: DataConfig = image_settings(folder)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.image_mean, data.image_std))
     with torch.no_grad():
-        logits = model(ids[None], (tile.float() / 255 - mean) / std).logits[0]
-    return torch.cat([logits[:BEFORE], logits[BEFORE + 1 :]])
+        pixels = (tiles.float() / 255 - mean) / std
+        logits = model(ids[None], pixels, image_grids=torch.tensor(GRIDS)).logits[0]
+    return torch.cat([logits[:BEFORE], logits[BEFORE + len(GRIDS) :]])
 
 
 def _by_megatron(path: Path, avoid: frozenset[int]) -> Tensor:
@@ -65,16 +68,17 @@ def _by_megatron(path: Path, avoid: frozenset[int]) -> Tensor:
     attention = replace(config.attention, backend="auto")
     config = replace(config, train=train, attention=attention, parallel=ParallelConfig())
     vision, vocab_size = config.model.vision, config.model.llm.vocab_size
-    ids, tile = _input(vocab_size, vision.image_size, avoid)
-    rows = vision.rows_per_tile
+    ids, tiles = _input(vocab_size, vision.image_size, avoid)
+    rows = vision.rows_per_tile * TILES
     batch = MicroBatch(
         layouts=(((False, BEFORE), (True, rows), (False, AFTER)),),
         text_ids=ids,
         labels=torch.full_like(ids, -100),
-        num_tiles=1,
-        tiles=tile,
+        num_tiles=TILES,
+        tiles=tiles,
         sample_ids=("fixed",),
         num_samples=1,
+        image_grids=GRIDS,
     )
     cpu = torch.device("cpu")
     with single_process() as groups:

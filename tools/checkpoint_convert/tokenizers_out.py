@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dattn_mcore.config.schema import DataConfig, ModelConfig
 from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.data.templates import TextRun, encode_conversation, stop_id
+from dattn_mcore.data.tiles import ANYRES_POLICIES, POLICIES
 from dattn_mcore.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -22,7 +23,12 @@ from dattn_mcore.data.tokenizer import (
     load_tokenizer,
 )
 from dattn_mcore.errors import CheckpointError, DataError
-from dattn_mcore.hf import AUTO_MAP, DattnProcessor
+from dattn_mcore.hf import (
+    AUTO_MAP,
+    IMAGE_PROCESSOR_AUTO_MAP,
+    DattnImageProcessor,
+    DattnProcessor,
+)
 from tools.checkpoint_convert.chat_templates import chat_template
 from tools.checkpoint_convert.configs import TokenIds
 
@@ -93,6 +99,8 @@ def export_processor(
     file = folder / "processor_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+    if isinstance(processor.image_processor, DattnImageProcessor):
+        settings["image_processor"]["auto_map"] = IMAGE_PROCESSOR_AUTO_MAP
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return TokenIds(
         bos=ours.bos_id,
@@ -184,7 +192,7 @@ def _bpe(pieces: Sequence[Any], trainer: Any) -> Any:
 
 
 def _image_processor(model: ModelConfig, data: DataConfig) -> Any:
-    """An image processor of transformers (Pillow) that does what training did."""
+    """An image processor (Pillow) that does what training did: transformers' own for a square."""
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -202,8 +210,13 @@ def _image_processor(model: ModelConfig, data: DataConfig) -> Any:
     if data.image_policy == "crop":
         shortest = {"shortest_edge": side}
         return LlavaImageProcessorPil(size=shortest, crop_size=square, do_pad=False, **common)
+    if data.image_policy in ANYRES_POLICIES:
+        grids = [list(grid) for grid in data.anyres_grids]
+        return DattnImageProcessor(
+            size=square, image_policy=data.image_policy, anyres_grids=grids, **common
+        )
     raise CheckpointError(
-        f"data.image_policy is {data.image_policy!r}; it must be stretch, pad or crop"
+        f"data.image_policy is {data.image_policy!r}; it must be one of {', '.join(POLICIES)}"
     )
 
 

@@ -40,7 +40,8 @@ def main(folder: str) -> None:
         [{"role": "user", "content": "Hello"}],
     ]
     texts = [processor.apply_chat_template(chat) for chat in chats]
-    images = [Image.new("RGB", (28, 28), (i * 80, 40, 90)) for i in range(3)]
+    sizes = ((28, 28), (90, 30), (30, 70))
+    images = [Image.new("RGB", size, (i * 80, 40, 90)) for i, size in enumerate(sizes)]
     counts = [1, 2, 0]
     batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
     settings = {"max_new_tokens": 8, "min_new_tokens": 8}
@@ -59,6 +60,9 @@ def main(folder: str) -> None:
     result = {
         "model_type": config.model_type,
         "class": type(model).__module__,
+        "image_processor": type(processor.image_processor).__module__,
+        "tiles": len(batch["pixel_values"]),
+        "grids": batch["image_grids"].tolist() if "image_grids" in batch else None,
         "stop": model.generation_config.eos_token_id,
         "cached": answer(batch),
         "uncached": answer(batch, use_cache=False),

@@ -106,3 +106,13 @@ def older_names(folder: Path) -> None:
 def newer_names(folder: Path) -> None:
     """The tower's names as the modules of transformers 5 are called."""
     rename(folder, lambda n: n.removeprefix("vision_model."))
+
+
+def hugging_face_features(tower, config, pixel_values):
+    """Patch features of the selected layer, by transformers alone."""
+    select = config.model.vision.select_layer
+    with torch.no_grad():
+        out = tower(pixel_values, output_hidden_states=True)
+    clip = config.model.vision.kind == "clip"
+    last = out.last_hidden_state if select == -1 and not clip else out.hidden_states[select]
+    return last[:, 1:] if clip else last

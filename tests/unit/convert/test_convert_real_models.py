@@ -22,6 +22,7 @@ from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.parallel import single_process
 from tests.unit.convert.convert_helpers import make_tokenizer
 from tests.unit.convert.raw_models import (
+    hugging_face_features,
     make_llm,
     make_tower,
     newer_names,
@@ -55,16 +56,6 @@ def text_logits(model, config):
 def pixels(config):
     side = config.model.vision.image_size
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(4))
-
-
-def hugging_face_features(tower, config, pixel_values):
-    """Patch features of the selected layer, by transformers alone."""
-    select = config.model.vision.select_layer
-    with torch.no_grad():
-        out = tower(pixel_values, output_hidden_states=True)
-    clip = config.model.vision.kind == "clip"
-    last = out.last_hidden_state if select == -1 and not clip else out.hidden_states[select]
-    return last[:, 1:] if clip else last
 
 
 def load(path, config):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,16 @@ from tools.checkpoint_convert import mcore_to_hf
 from tools.checkpoint_convert.mcore_to_hf import ExportOptions
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2"])
-def test_export_stands_alone(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "policy"),
+    [("mistral", "stretch"), ("gemma2", "anyres_letterbox")],
+)
+def test_export_stands_alone(tmp_path, family, policy):
     """Auto classes, generation with and without cache, batched and alone, text-only too."""
     tokenizer = make_tokenizer(tmp_path)
-    make_checkpoint(tmp_path / "a", small_config(tokenizer, family))
+    config = small_config(tokenizer, family)
+    config = replace(config, data=replace(config.data, image_policy=policy))
+    make_checkpoint(tmp_path / "a", config)
     mcore_to_hf.convert(tmp_path / "a", tmp_path / "hf", ExportOptions(max_shard_bytes=100_000))
     script = Path(__file__).with_name("load_alone.py")
     environment = {
@@ -40,4 +46,10 @@ def test_export_stands_alone(tmp_path, family):
     assert result["model_type"] == "dattn"
     assert result["class"].startswith("transformers_modules.")
     assert result["cached"] == result["uncached"] == result["alone"] == result["causal_lm"]
+    if policy.startswith("anyres"):
+        assert result["image_processor"].startswith("transformers_modules.")
+        assert result["grids"] == [[1, 2], [3, 1], [1, 3]] and result["tiles"] == 3 + 4 + 4
+    else:
+        assert result["image_processor"].startswith("transformers.models.")
+        assert result["grids"] is None and result["tiles"] == 3
     assert result["stop"] == ([2] if family == "mistral" else [2, 7])

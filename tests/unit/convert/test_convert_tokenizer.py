@@ -7,11 +7,13 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from dattn_mcore.data.templates import TextRun, encode_conversation
+from dattn_mcore.data.tiles import POLICIES
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import CheckpointError
-from dattn_mcore.hf import DattnProcessor
+from dattn_mcore.hf import DattnProcessor, register
 from tests.unit.convert.convert_helpers import TEXTS, make_checkpoint, make_tokenizer, small_config
 from tools.checkpoint_convert import mcore_to_hf
+from tools.checkpoint_convert.hf_to_mcore import image_settings
 from tools.checkpoint_convert.mcore_to_hf import ExportOptions
 from tools.checkpoint_convert.tokenizers_out import PROBES, TURNS, from_sentencepiece, messages
 
@@ -95,7 +97,7 @@ def test_hugging_face_tokenizer_folder(tmp_path, tokenizer):
     assert exported.encode("Where is it?") == fast.encode("Where is it?")
 
 
-@pytest.mark.parametrize("policy", ["stretch", "pad", "crop"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_image_processor_follows_the_policy(tmp_path, tokenizer, policy):
     """Exported pixels equal the trainer's tiles to two grey levels (its resize is torch's)."""
     from dataclasses import replace
@@ -103,18 +105,33 @@ def test_image_processor_follows_the_policy(tmp_path, tokenizer, policy):
     from tests.unit.data.folder_loader import FolderLoader
 
     config = small_config(tokenizer)
-    config = replace(config, data=replace(config.data, image_policy=policy))
+    grids = ((1, 2), (3, 1))
+    config = replace(config, data=replace(config.data, image_policy=policy, anyres_grids=grids))
     make_checkpoint(tmp_path / "a", config)
     mcore_to_hf.convert(tmp_path / "a", tmp_path / "hf")
+    register()
     processor = DattnProcessor.from_pretrained(tmp_path / "hf")
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(6, 9, 3, generator=generator)
-    image = Image.fromarray((noise * 255).byte().numpy()).resize((90, 60), Image.Resampling.BICUBIC)
-    image.save(tmp_path / "x.png")
-    loader = FolderLoader(tmp_path, size=28, policy=policy, backend="pillow")
-    tile = loader.load([("x", "x.png")])[0].float()
-    found = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
-    assert (((found * 0.5 + 0.5) * 255) - tile).abs().max() <= 2.01
+    images = [
+        Image.fromarray((noise * 255).byte().numpy()).resize(size, Image.Resampling.BICUBIC)
+        for size in ((90, 60), (40, 70))
+    ]
+    for name, image in zip("xy", images, strict=True):
+        image.save(tmp_path / f"{name}.png")
+    loader = FolderLoader(tmp_path, size=28, policy=policy, grids=grids, backend="pillow")
+    tiles = loader.load([("x", "x.png"), ("y", "y.png")]).float()
+    found = processor.image_processor(images, return_tensors="pt")
+    pixels = found["pixel_values"]
+    assert pixels.shape == tiles.shape and len(tiles) == (7 if "anyres" in policy else 2)
+    assert (((pixels * 0.5 + 0.5) * 255) - tiles).abs().max() <= 2.01
+    if "anyres" in policy:
+        assert found["image_grids"].tolist() == [[3, 1], [1, 2]]
+    assert ("image_grids" in found) == ("anyres" in policy)
+    back = image_settings(tmp_path / "hf")
+    assert back.image_policy == policy
+    if "anyres" in policy:
+        assert back.anyres_grids == grids
 
 
 def test_a_tokenizer_without_the_templates_tokens(tmp_path, tokenizer):
