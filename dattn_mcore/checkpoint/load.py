@@ -128,9 +128,9 @@ def check_same_run(
     check_same_model(config, manifest, folder)
     if manifest["data_fingerprint"] != data_fingerprint:
         raise CheckpointError(
-            f"{folder} was trained on other data (annotations, usable samples, weights, tokenizer or "
-            "template changed), so its position means nothing here; restore them, or start in another log.run_dir with "
-            "checkpoint.init_from"
+            f"{folder} was trained on other data (annotations, usable samples, weights, tokenizer "
+            "or template changed), so its position means nothing here; restore them, or start in "
+            "another log.run_dir with checkpoint.init_from"
         )
     # With these and the fingerprint above, the step says which samples were seen.
     for name in ("seed", "global_batch_size"):
