@@ -132,10 +132,19 @@ def check_same_run(
     check_same_model(config, manifest, folder)
     if manifest["data_fingerprint"] != data_fingerprint:
         raise CheckpointError(
-            f"{folder} was trained on other data (annotations, tokenizer or template changed), so "
-            "its position means nothing here; restore them, or start in another log.run_dir with "
-            "checkpoint.init_from"
+            f"{folder} was trained on other data (annotations, usable samples, weights, tokenizer "
+            "or template changed), so its position means nothing here; restore them, or start in "
+            "another log.run_dir with checkpoint.init_from"
         )
+    # With these and the fingerprint above, the step says which samples were seen.
+    for name in ("seed", "global_batch_size"):
+        have, want = manifest["config"]["train"][name], getattr(config.train, name)
+        if have != want:
+            raise CheckpointError(
+                f"{folder} was trained with train.{name}={have}, here it is {want}: its step would "
+                "mean other samples; keep it, or start in another log.run_dir with "
+                "checkpoint.init_from"
+            )
     trained = manifest["config"]["train"]["trains"]
     if sorted(trained) != sorted(config.train.trains):
         raise CheckpointError(

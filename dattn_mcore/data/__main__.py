@@ -35,6 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare.set_defaults(run=_prepare_digits)
     for name, run, meaning in (
         ("index", _index, "make the index of a configuration's data; goes on where it stopped"),
+        ("check", _check, "list what is missing, broken or too long, before a GPU is rented"),
+        ("stats", _stats, "write a page of lengths, images, tiles and packing"),
+        ("preview", _preview, "write a page of samples as the model sees them"),
     ):
         command = commands.add_parser(name, help=meaning, description=meaning)
         command.add_argument("--config", help="YAML file (default: the embedded digits task)")
@@ -44,6 +47,20 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "index":
             command.add_argument("--again", action="store_true", help="even if it is there")
+        if name == "check":
+            command.add_argument("--decode", action="store_true", help="decode every image as well")
+            command.add_argument("--report", type=Path, help="JSON lines of everything found")
+        if name in ("stats", "preview"):
+            command.add_argument("--output", type=Path, default=Path(f"{name}.html"))
+        if name == "stats":
+            command.add_argument(
+                "--dp", type=int, default=1, help="data parallel ranks to plan for"
+            )
+        if name == "preview":
+            command.add_argument(
+                "--samples", type=int, default=20, help="samples, in order of steps"
+            )
+            command.add_argument("--id", action="append", help="show this sample (repeatable)")
         command.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser
 
@@ -78,6 +95,31 @@ def _index(chosen: argparse.Namespace) -> int:
         f"{index.content['num_images']:,} images: {index.folder}\n"
     )
     check_share(index, config.data.max_bad_share)
+    return 0
+
+
+def _check(chosen: argparse.Namespace) -> int:
+    from dattn_mcore.data.check import check
+
+    config, tokenizer = _configured(chosen)
+    return check(config, tokenizer, chosen.workers, chosen.decode, chosen.report)
+
+
+def _stats(chosen: argparse.Namespace) -> int:
+    from dattn_mcore.data.pages.stats import write_stats
+
+    config, tokenizer = _configured(chosen)
+    write_stats(config, tokenizer, chosen.output, chosen.workers, chosen.dp)
+    sys.stdout.write(f"wrote {chosen.output}\n")
+    return 0
+
+
+def _preview(chosen: argparse.Namespace) -> int:
+    from dattn_mcore.data.pages.preview import write_preview
+
+    config, tokenizer = _configured(chosen)
+    write_preview(config, tokenizer, chosen.output, chosen.workers, chosen.samples, chosen.id)
+    sys.stdout.write(f"wrote {chosen.output}\n")
     return 0
 
 

@@ -221,6 +221,14 @@ def test_changed_data_is_refused(pool, digits, two_checkpoints):
         pool.run(run_training, 1, other)
 
 
+@pytest.mark.parametrize(("name", "value"), [("seed", 77), ("global_batch_size", 6)])
+def test_another_order_of_samples_is_refused(pool, digits, two_checkpoints, name, value):
+    tree, _ = two_checkpoints
+    other = {**tree, "train": {**tree["train"], name: value}}
+    with pytest.raises(WorkerError, match=f"trained with train.{name}=.*would mean other samples"):
+        pool.run(run_training, 1, other)
+
+
 def test_init_from_takes_weights_only(pool, digits, two_checkpoints, tmp_path_factory):
     """A new stage starts at step 0 with the weights of another run."""
     tree, run_dir = two_checkpoints

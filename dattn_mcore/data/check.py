@@ -1,0 +1,134 @@
+"""`check`: everything that is missing, broken or too long, before a GPU is rented."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.data.failures import SampleFailure, unusable
+from dattn_mcore.data.images import ImageLoader
+from dattn_mcore.data.index.store import Index, open_index
+from dattn_mcore.data.samples import SampleReader
+from dattn_mcore.data.tokenizer import Tokenizer
+from dattn_mcore.errors import DataError
+from dattn_mcore.units import duration, rate
+
+_LOG = logging.getLogger(__name__)
+_SHOWN = 20
+_BATCH = 64  # samples whose images are decoded together
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def check(
+    config: Config, tokenizer: Tokenizer, workers: int, decode: bool, report: Path | None
+) -> int:
+    """Lists what cannot be trained on.
+
+    Args:
+        config: The run.
+        tokenizer: Its tokenizer, opened.
+        workers: Processes that make the index where it is absent.
+        decode: Decode every image too; finds damage that headers do not show.
+        report: JSON lines with everything found; None: the first of it is shown only.
+
+    Returns:
+        Exit status: 0 where all is well, 1 where something was found.
+    """
+    index = open_index(config, tokenizer, workers)
+    found = 0
+    with _report(report) as lines:
+        for failure in _everything(index, config, tokenizer, decode):
+            found += 1
+            if found <= _SHOWN:
+                _LOG.info("%-10s %s: %s", failure.stage, failure.id or "(no id)", failure.reason)
+            elif found == _SHOWN + 1:
+                _LOG.info("... %s", f"all are in {report}" if report else "--report FILE lists all")
+            if lines is not None:
+                lines.write(json.dumps(failure.line(0)) + "\n")
+    allowed = int(config.data.max_bad_share * len(index))
+    _LOG.info(
+        "%s samples, %s images: %s cannot be trained on (data.max_bad_share allows %s)%s",
+        *(f"{len(index):,}", f"{index.content['num_images']:,}", f"{found:,}", f"{allowed:,}"),
+        "" if decode else "; images' headers were read, --decode decodes them",
+    )
+    return 1 if found else 0
+
+
+@contextlib.contextmanager
+def _report(path: Path | None) -> Iterator[TextIO | None]:
+    """The file of everything that is found, if one is wanted."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--report {path} cannot be written ({error.strerror})") from None
+    with file:
+        yield file
+
+
+def _everything(
+    index: Index, config: Config, tokenizer: Tokenizer, decode: bool
+) -> Iterator[SampleFailure]:
+    yield from unusable(index)
+    yield from _over_budget(index, config)
+    if decode:
+        yield from _decoded(index, config, tokenizer)
+
+
+def _over_budget(index: Index, config: Config) -> Iterator[SampleFailure]:
+    data, rows_per_tile = config.data, config.model.vision.rows_per_tile
+    visual = index.samples["num_tiles"].astype(np.int64) * rows_per_tile
+    over = (index.samples["text_rows"] > data.text_budget) | (visual > data.visual_budget)
+    for number in np.flatnonzero(over & (np.asarray(index.usable) == 1)):
+        row: Any = index.samples[number]
+        yield SampleFailure(
+            *(int(number), index.name(row), None, "budget"),
+            f"{int(row['text_rows'])} text and {int(visual[number])} visual rows; "
+            f"data.text_budget is {data.text_budget}, data.visual_budget is {data.visual_budget} "
+            f"(data.over_budget={data.over_budget})",
+        )
+
+
+def _decoded(index: Index, config: Config, tokenizer: Tokenizer) -> Iterator[SampleFailure]:
+    data, vision = config.data, config.model.vision
+    reader = SampleReader(index, tokenizer, vision.rows_per_tile, data.max_image_pixels)
+    loader = ImageLoader(
+        size=vision.image_size,
+        policy=data.image_policy,
+        grids=data.anyres_grids,
+        mean=data.image_mean,
+        backend=data.image_backend,
+        threads=data.decode_threads,
+        max_pixels=data.max_image_pixels,
+    )
+    numbers = np.flatnonzero(np.asarray(index.usable))
+    started = said = time.monotonic()
+    try:
+        for start in range(0, len(numbers), _BATCH):
+            reader.make_room()
+            samples = [index.sample(int(number)) for number in numbers[start : start + _BATCH]]
+            shown = [(sample, image) for sample in samples for image in sample.images]
+            _, failures = loader.load([reader.request(*pair) for pair in shown])
+            for failure in failures:
+                sample, image = shown[failure.index]
+                yield SampleFailure(
+                    *(sample.number, sample.id, image.place.name, failure.stage, failure.reason)
+                )
+            now, done = time.monotonic(), start + len(samples)
+            if now - said >= _SECONDS_BETWEEN_LINES:
+                said, per_second = now, done / (now - started)
+                left = duration((len(numbers) - done) / per_second)
+                _LOG.info("decoded %s samples, %s/s, ETA %s", f"{done:,}", rate(per_second), left)
+    finally:
+        loader.close()
+        reader.close()

@@ -1,0 +1,1 @@
+"""Pages for people: what a data set holds (`stats`), what the model sees of it (`preview`)."""

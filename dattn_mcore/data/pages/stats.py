@@ -1,0 +1,160 @@
+"""`stats`: what a data set holds and how a run would pack it, in tables and pictures."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.data.balance import row_work, split_over_ranks
+from dattn_mcore.data.index.layout import FORMATS
+from dattn_mcore.data.index.store import Index, open_index
+from dattn_mcore.data.order import SampleOrder
+from dattn_mcore.data.packing import plan_packs
+from dattn_mcore.data.pages.html import embedded, page, table, write_page
+from dattn_mcore.data.pipeline import shares_of
+from dattn_mcore.data.tokenizer import Tokenizer
+
+_STEPS = 50  # that are packed to see how full packs get
+_QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
+
+
+def write_stats(
+    config: Config, tokenizer: Tokenizer, output: Path, workers: int, dp_size: int
+) -> None:
+    """Writes the page.
+
+    Args:
+        config: The run.
+        tokenizer: Its tokenizer, opened.
+        output: The page.
+        workers: Processes that make the index where it is absent.
+        dp_size: Data-parallel ranks to plan for.
+
+    Raises:
+        DataError: The page cannot be written.
+    """
+    index = open_index(config, tokenizer, workers)
+    usable = np.flatnonzero(np.asarray(index.usable))
+    samples = index.samples[usable]
+    text = samples["text_rows"].astype(np.int64)
+    visual = samples["num_tiles"].astype(np.int64) * config.model.vision.rows_per_tile
+    images = index.images[: index.content["num_images"]]
+    packing = packing_of(index, config, dp_size)
+    body = [
+        "<h2>Samples</h2>",
+        table(["source", "samples", "usable", "weight"], _sources(index), "sources"),
+        table(["reason", "unusable"], _reasons(index), "reasons"),
+        "<h2>Lengths</h2>",
+        table(
+            ["rows of a sample", *(f"{100 * q:g} %" for q in _QUANTILES), "all"],
+            [_quantiles("text", text), _quantiles("visual", visual)]
+            + [_quantiles("predicted", samples["supervised"].astype(np.int64))],
+            "lengths",
+        ),
+        _histograms(text, visual, images, config),
+        "<h2>Images</h2>",
+        table(["format", "images"], _formats(images), "formats"),
+        table(["tiles of an image", "images"], _counts(images["num_tiles"]), "tiles"),
+        f"<h2>Packing, {dp_size} data parallel rank(s)</h2>",
+        table(["of the first steps", "value"], list(packing.items()), "packing"),
+    ]
+    write_page(output, page(f"Data of {index.folder.name}", body))
+
+
+def packing_of(
+    index: Index, config: Config, dp_size: int, steps: int = _STEPS
+) -> dict[str, int | str]:
+    """How the first steps of a run are packed and shared out."""
+    data, work = config.data, row_work(config)
+    budgets = (data.text_budget, data.visual_budget)
+    order = SampleOrder(shares_of(index), config.train.seed)
+    size = config.train.global_batch_size
+    steps = max(1, min(steps, order.epoch_size // size))
+    packs_made, over, fills, heaviest = 0, 0, [], []
+    for step in range(steps):
+        rows = index.samples[np.array(order.numbers(step, size))]
+        lengths = [
+            (int(row["text_rows"]), int(row["num_tiles"]) * config.model.vision.rows_per_tile)
+            for row in rows
+        ]
+        fitting = [pair for pair in lengths if pair[0] <= budgets[0] and pair[1] <= budgets[1]]
+        over += len(lengths) - len(fitting)
+        packs = plan_packs(fitting, *budgets, dp_size)
+        packs_made += len(packs)
+        fills.append([sum(pair[kind] for pair in fitting) / budgets[kind] for kind in (0, 1)])
+        loads = [
+            sum(fitting[i][0] * work[0] + fitting[i][1] * work[1] for pack in share for i in pack)
+            for share in split_over_ranks(packs, fitting, dp_size, budgets, work)
+        ]
+        heaviest.append(max(loads) * dp_size / max(sum(loads), 1e-9))
+    text, visual = (float(fill) / packs_made for fill in np.sum(fills, axis=0))
+    return {
+        "steps planned": steps,
+        "packs of a step": f"{packs_made / steps:.1f}",
+        "text budget filled": f"{100 * text:.1f} %",
+        "visual budget filled": f"{100 * visual:.1f} %",
+        "heaviest rank above the mean": f"{100 * (max(heaviest) - 1):.1f} %",
+        "samples over budget": over,
+    }
+
+
+def _sources(index: Index) -> list[list[Any]]:
+    rows = []
+    for (start, end), source in zip(index.source_ranges(), index.settings.sources, strict=True):
+        usable = int(np.asarray(index.usable[start:end]).sum())
+        rows.append([source.name, end - start, usable, f"{source.weight:g}"])
+    return rows
+
+
+def _reasons(index: Index) -> list[list[Any]]:
+    """Reasons with what is particular taken out, so that like ones are counted together."""
+    counts: Counter[str] = Counter()
+    for entry in index.bad():
+        reason = entry["reason"].replace(f"'{entry['path']}' ", "")
+        counts[reason.split(" (")[0].split(" below '")[0].split(":")[0][:80]] += 1
+    return [[reason, count] for reason, count in counts.most_common(20)]
+
+
+def _quantiles(name: str, rows: np.ndarray) -> list[Any]:
+    if not len(rows):
+        return [name, *(0 for _ in _QUANTILES), 0]
+    return [name, *(int(value) for value in np.quantile(rows, _QUANTILES)), int(rows.sum())]
+
+
+def _formats(images: np.ndarray) -> list[list[Any]]:
+    return [[FORMATS[int(kind)], count] for kind, count in _counts(images["format"])]
+
+
+def _counts(values: np.ndarray) -> list[list[Any]]:
+    found, counts = np.unique(np.asarray(values), return_counts=True)
+    return [[int(value), int(count)] for value, count in zip(found, counts, strict=True)]
+
+
+def _histograms(text: np.ndarray, visual: np.ndarray, images: np.ndarray, config: Config) -> str:
+    """Lengths, and sizes of images, as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
+    for axis, rows, name, budget in (
+        (axes[0], text, "text", config.data.text_budget),
+        (axes[1], visual, "visual", config.data.visual_budget),
+    ):
+        axis.hist(np.minimum(rows, budget * 1.05), bins=40, color="#3b7dd8")
+        axis.axvline(budget, color="#c0392b", linewidth=1)
+        axis.set_title(f"{name} rows of a sample (red: data.{name}_budget)", fontsize=9)
+    some = images[:: max(1, len(images) // 5000)]
+    axes[2].plot(some["width"], some["height"], ".", markersize=2, color="#3b7dd8")
+    axes[2].set_title("width and height of images, pixels", fontsize=9)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return (
+        f"<p>{embedded(out.getvalue(), 'png', 1000, 'histograms of lengths and image sizes')}</p>"
+    )
