@@ -107,7 +107,7 @@ class Watchdog:
         if self._closed.is_set() or phase is not self._phase:
             return  # it went on while the others were asked
         lines = [
-            f"error: rank {self.rank} on {self.host}: {phase.name} takes longer than "
+            f"hung: rank {self.rank} on {self.host}: {phase.name} takes longer than "
             f"{phase.setting}={phase.limit:g} seconds ({seconds:.0f} so far); the run ends here "
             "and goes on from its newest checkpoint when it is started again",
             *others,

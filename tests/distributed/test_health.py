@@ -69,11 +69,11 @@ def test_a_rank_that_stands_still_ends_the_run(pool, digits, tmp_path, fault, wh
     finally:
         end_ranks(ranks)
     log = (tmp_path / "rank0.log").read_text()
-    assert f"error: rank 0 on {HOST}: {where} takes longer than health.step_timeout_seconds" in log
+    assert f"hung: rank 0 on {HOST}: {where} takes longer than health.step_timeout_seconds" in log
     assert "Current thread" in log or "Thread 0x" in log
     if fault == "dead_loader":
         other = (tmp_path / "rank1.log").read_text()
-        assert f"error: rank 1 on {HOST}: waiting for data of step 2 takes longer than" in other
+        assert f"hung: rank 1 on {HOST}: waiting for data of step 2 takes longer than" in other
         assert "global_batch" in other  # the stack shows where it waits
         # Both end at about the same time; the one that asks last finds the other gone.
         gone = f"last heard of: {rank_0_says.partition('elsewhere: ')[2]}, ended by its watchdog"
