@@ -176,11 +176,10 @@ def query_kernel(
     # A row that sees nothing has lse of minus infinity, and weights that are masked to zero.
     lse = tl.where(lse == float("-inf"), 0.0, lse)
 
-    q_rotated = q
-    if HAS_TEXT or not DEBIASED:
-        q_rotated = rotated_tile(
-            *(q_line, row, real, columns, tables, padded_rows, HEAD_DIM, 1.0)
-        ).to(q.dtype)
+    if not DEBIASED:
+        q = rotated_tile(*(q_line, row, real, columns, tables, padded_rows, HEAD_DIM, 1.0)).to(
+            q.dtype
+        )
     if HAS_VISUAL:
         low = tl.load(bounds + row, mask=real, other=0)
         high = tl.load(bounds + rows + row, mask=real, other=0)
@@ -191,7 +190,7 @@ def query_kernel(
             tile_high = tl.minimum(tile_low + share, tile_high)
             tile_high = tl.maximum(tile_low, tile_high)
         d_q = _query_gradient(
-            *(q if DEBIASED else q_rotated, d_out, lse, delta),
+            *(q, d_out, lse, delta),
             visual_keys + group * visual_key_group,
             visual_values + group * visual_value_group,
             *(visual_key_stride, visual_value_stride),
@@ -202,10 +201,15 @@ def query_kernel(
         part = (split * padded_rows).to(tl.int64) * HEADS * HEAD_DIM
         tl.store(d_visual + part + element, d_q * scale, mask=real[:, None])
     if HAS_TEXT and (SPLITS == 1 or split == SPLITS - 1):
+        if DEBIASED:
+            # Not before: the tile must not take shared memory twice in the visual loop.
+            q = rotated_tile(*(q_line, row, real, columns, tables, padded_rows, HEAD_DIM, 1.0)).to(
+                q.dtype
+            )
         low = tl.load(bounds + 2 * rows + row, mask=real, other=0)
         high = tl.load(bounds + 3 * rows + row, mask=real, other=0)
         d_q = _query_gradient(
-            *(q_rotated, d_out, lse, delta),
+            *(q, d_out, lse, delta),
             text_keys + group * text_key_group,
             text_values + group * text_value_group,
             *(text_key_stride, text_value_stride),

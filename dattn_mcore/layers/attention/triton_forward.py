@@ -212,11 +212,10 @@ def forward_kernel(
     out = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    q_rotated = q
-    if HAS_TEXT or not DEBIASED:
-        q_rotated = rotated_tile(
-            *(q_line, row, real, columns, tables, padded_rows, HEAD_DIM, 1.0)
-        ).to(q.dtype)
+    if not DEBIASED:
+        q = rotated_tile(*(q_line, row, real, columns, tables, padded_rows, HEAD_DIM, 1.0)).to(
+            q.dtype
+        )
     if HAS_VISUAL:
         low = tl.load(bounds + row, mask=real, other=0)
         high = tl.load(bounds + rows + row, mask=real, other=0)
@@ -227,7 +226,7 @@ def forward_kernel(
             tile_high = tl.minimum(tile_low + share, tile_high)
             tile_high = tl.maximum(tile_low, tile_high)
         out, top, total = _over_keys(
-            *(out, top, total, q if DEBIASED else q_rotated),
+            *(out, top, total, q),
             visual_keys + group * visual_key_group,
             visual_values + group * visual_value_group,
             *(visual_key_stride, visual_value_stride),
@@ -235,10 +234,15 @@ def forward_kernel(
             *(low, high, multiplier, cap_scale, columns, HAS_CAP, BLOCK_N, PRECISION),
         )
     if HAS_TEXT and (SPLITS == 1 or split == SPLITS - 1):
+        if DEBIASED:
+            # Not before: the tile must not take shared memory twice in the visual loop.
+            q = rotated_tile(*(q_line, row, real, columns, tables, padded_rows, HEAD_DIM, 1.0)).to(
+                q.dtype
+            )
         low = tl.load(bounds + 2 * rows + row, mask=real, other=0)
         high = tl.load(bounds + 3 * rows + row, mask=real, other=0)
         out, top, total = _over_keys(
-            *(out, top, total, q_rotated),
+            *(out, top, total, q),
             text_keys + group * text_key_group,
             text_values + group * text_value_group,
             *(text_key_stride, text_value_stride),
