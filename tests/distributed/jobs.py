@@ -120,19 +120,20 @@ def train_until_killed(tree: dict[str, Any], step: int) -> bool:
 
 def saves_until_killed(tree: dict[str, Any], step: int) -> list[int]:
     """Like `train_until_killed`; returns the steps that were saved."""
-    from dattn_mcore.training import loop
+    from dattn_mcore.checkpoint.save import CheckpointSaver
 
-    original, saved = loop._save, []
+    original = CheckpointSaver.save
+    saved: list[int] = []
 
-    def noted(config: Config, at: int, *args: Any) -> None:
+    def noted(saver: CheckpointSaver, at: int) -> Any:
         saved.append(at)
-        original(config, at, *args)
+        return original(saver, at)
 
-    loop._save = noted
+    CheckpointSaver.save = noted  # type: ignore[method-assign]
     try:
         train_until_killed(tree, step)
     finally:
-        loop._save = original
+        CheckpointSaver.save = original  # type: ignore[method-assign]
     return saved
 
 

@@ -100,7 +100,8 @@ def tower_graph(tree: dict[str, Any], layouts: Any) -> tuple[bool, int]:
             kept.append(tensor.nbytes)
         return tensor
 
-    model.projector.forward = lambda features: features.new_zeros(inputs.params.num_visual, 64)
+    rows = inputs.params.num_visual
+    model.projector.forward = lambda features, grids: features.new_zeros(rows, 64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model._visual_rows(inputs.tiles, torch.float32)
     return asked[0], sum(kept)

@@ -37,6 +37,7 @@ def test_everything_that_is_imported_is_asked_for():
     asked |= {re.split(r"[><=]", entry)[0] for entry in _list("eval")}
     asked |= {"nvidia-dali-" + "cu" + "da120"}  # an extra; Pillow decodes without it
     asked |= {"transformer-engine"}  # an extra; the local linears do without it
+    asked |= {"triton"}  # an extra; other attention backends do without it
     asked |= {"lmms-eval", "lmms_eval"}  # imports its plug-in, which imports it
     distributions = packages_distributions()
     missing = set()

@@ -112,13 +112,14 @@ ACTIONS = [
 @pytest.mark.parametrize("direction", ["hf-to-mcore", "mcore-to-hf"])
 def test_all_end_when_one_fails(one, tmp_path, monkeypatch, capsys, direction, action, message):
     """One line, no process and no file left."""
+    others = set(multiprocessing.active_children())  # of tests before
     owner = SafetensorsFolder if direction == "hf-to-mcore" else DistCheckpoint
     monkeypatch.setattr(owner, "read", late(owner.read, action))
     command = there(one) if direction == "hf-to-mcore" else [direction, str(one / "mcore")]
     assert main([*command, str(tmp_path / "out"), "--processes", "2"]) == 2
     errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
-    assert multiprocessing.active_children() == [] and list(tmp_path.iterdir()) == []
+    assert set(multiprocessing.active_children()) <= others and list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_in_one_process(one, tmp_path, monkeypatch, capsys):
@@ -148,9 +149,10 @@ def test_ctrl_c_ends_all(one, tmp_path):
         if done > total / 2:
             raise KeyboardInterrupt
 
+    others = set(multiprocessing.active_children())
     with pytest.raises(KeyboardInterrupt):
         export(one / "mcore", tmp_path / "out", ExportOptions(processes=2), interrupt)
-    assert multiprocessing.active_children() == [] and list(tmp_path.iterdir()) == []
+    assert set(multiprocessing.active_children()) <= others and list(tmp_path.iterdir()) == []
 
 
 def test_a_defect_keeps_its_traceback():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -39,7 +40,9 @@ def data(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(data: Path, toy_model: Path) -> Callable[..., int]:
+def command(data: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    # A command that ran earlier in this process writes to a stream that is gone.
+    monkeypatch.setattr(logging.getLogger("dattn_mcore"), "handlers", [])
     settings = [
         *(f"data.annotations={data / 'toy.json'}", f"data.image_folder={data / 'images'}"),
         *(f"data.tokenizer={toy_model}", "data.template=mistral", "data.prepare=none"),

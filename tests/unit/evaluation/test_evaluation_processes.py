@@ -76,4 +76,4 @@ def test_killed_half_way_and_resumed(tiny_model, tmp_path):
     for path, kept in before.items():
         assert set(kept) <= set(whole[path.parent.name])
     log = (tmp_path / "two.log").read_text()
-    assert "answered before" in log and "ETA" in log
+    assert "answered before" in log
