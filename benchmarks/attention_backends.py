@@ -131,6 +131,7 @@ class Case:
         if self.device.type == "cpu":  # refused where a backward pass could follow
             q, k, v = q.detach(), k.detach(), v.detach()
         mask = create_block_mask(sees, None, None, self.text, n, device=str(self.device))
+        torch.compiler.reset()  # beyond a few shapes of one function it would run uncompiled
         compiled = torch.compile(flex_attention, dynamic=False)
         modification = capped if layer.softcap else None
 

@@ -250,7 +250,8 @@ def forward_kernel(
             *(low, high, multiplier, cap_scale, columns, HAS_CAP, BLOCK_N, PRECISION),
         )
     sees = total > 0
-    out = out / tl.where(sees, total, 1.0)[:, None]
+    total = tl.where(sees, total, 1.0)
+    out = out / total[:, None]
     lse = tl.where(sees, (top + tl.log2(total)) / LOG2_E, float("-inf"))
     at = (split * padded_rows + row).to(tl.int64) * HEADS + head
     tl.store(lse_rows + at, lse, mask=real)
@@ -293,7 +294,8 @@ def combine_kernel(
         total += weight
         out += weight[:, None] * part
     sees = total > 0
-    out = out / tl.where(sees, total, 1.0)[:, None]
+    total = tl.where(sees, total, 1.0)
+    out = out / total[:, None]
     tl.store(lse_lines + line, tl.where(sees, base + tl.log(total), float("-inf")), mask=real)
     tl.store(
         out_lines + line.to(tl.int64)[:, None] * HEAD_DIM + columns[None, :],

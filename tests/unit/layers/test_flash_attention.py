@@ -46,7 +46,7 @@ def test_sliding_window_equals_oracle(version, mode):
 @pytest.mark.parametrize(
     "layouts",
     [
-        (((False, 1),),),
+        (((False, 1),), ((False, 2),)),
         (((False, 4),), ((False, 2),)),
         (((True, 3),), ((True, 1), (False, 1))),
         (((False, 2), (True, 4)),),

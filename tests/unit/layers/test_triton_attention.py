@@ -134,7 +134,7 @@ samples = st.tuples(runs, st.integers(0, 21))
 
 
 # Without shrinking, which takes minutes here; the message names all that was drawn.
-@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=20, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(
     drawn=st.lists(samples, min_size=1, max_size=2),
     shape=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 1)]),
