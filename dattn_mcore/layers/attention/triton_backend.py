@@ -8,25 +8,22 @@ backward pass.
 The baseline's modes are the same kernel with other rows in the causal place: visual rows that
 attend to visual rows before them, or all rows in reading order.
 
-This module imports Triton when it is first used: where Triton is missing, nothing else breaks.
+Triton is imported (with `triton_launch`) at the first call: where it is missing, all else works.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
 from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.rotary import Rotary, rotate
+from dattn_mcore.layers.attention.triton_plan import Keys, Plan, Setting
 from dattn_mcore.layers.attention.triton_tuning import Tuning
 from dattn_mcore.layers.attention.visible_ranges import Ranges, block_ranges, causal_ranges
 from dattn_mcore.layers.layout import DecomposedSeqParams
-
-if TYPE_CHECKING:
-    from dattn_mcore.layers.attention.triton_launch import Plan, Setting
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -130,8 +127,6 @@ def joint(
 
 def text_plan(params: DecomposedSeqParams, options: AttentionOptions, device: torch.device) -> Plan:
     """Text rows over visual rows and causally over text rows; kept with the pack."""
-    from dattn_mcore.layers.attention.triton_launch import Plan
-
     # Rotated on one axis with visual rows, positions have gaps, but then there is no window.
     key = ("triton", "text", options.window)
     if key not in params.cache:
@@ -147,8 +142,6 @@ def text_plan(params: DecomposedSeqParams, options: AttentionOptions, device: to
 def _setting(
     options: AttentionOptions, tuning: Tuning, has_visual: bool = True, has_text: bool = True
 ) -> Setting:
-    from dattn_mcore.layers.attention.triton_launch import Setting
-
     return Setting(
         *(options.scale, options.softcap, options.debiased, has_visual, has_text, tuning)
     )
@@ -166,8 +159,6 @@ def _causal(
     tuning: Tuning,
 ) -> torch.Tensor:
     """Causal attention among packed rows: the joint kernel without visual keys."""
-    from dattn_mcore.layers.attention.triton_launch import Plan
-
     key = ("triton", name, options.window)
     if key not in params.cache:
         causal = causal_ranges(lengths, options.window)
@@ -212,7 +203,7 @@ class _Joint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k_text, v_text, k_visual, v_visual, tables, plan, setting):  # type: ignore[no-untyped-def]
-        from dattn_mcore.layers.attention.triton_launch import Keys, forward, rotated
+        from dattn_mcore.layers.attention.triton_launch import forward, rotated
 
         q, k_text, v_text, k_visual, v_visual = (
             x if x.stride(-1) == 1 else x.contiguous()
@@ -228,7 +219,7 @@ class _Joint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out, _):  # type: ignore[no-untyped-def]
-        from dattn_mcore.layers.attention.triton_launch import Keys, backward, rotated
+        from dattn_mcore.layers.attention.triton_launch import backward, rotated
 
         q, k_text, v_text, k_visual, v_visual, tables, out, lse = ctx.saved_tensors
         k_rotated = rotated(k_text, tables) if ctx.setting.has_text else k_text
