@@ -1,4 +1,4 @@
-"""What a call of the joint kernel computes: who sees what, with which logits, from which tensors."""
+"""What a call of the joint kernel computes: who sees what, which logits, from which tensors."""
 
 from __future__ import annotations
 
