@@ -42,7 +42,9 @@ def data(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(data: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     # A command that ran earlier in this process writes to a stream that is gone.
-    monkeypatch.setattr(logging.getLogger("dattn_mcore"), "handlers", [])
+    logger = logging.getLogger("dattn_mcore")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
     settings = [
         *(f"data.annotations={data / 'toy.json'}", f"data.image_folder={data / 'images'}"),
         *(f"data.tokenizer={toy_model}", "data.template=mistral", "data.prepare=none"),
