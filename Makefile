@@ -30,6 +30,9 @@ clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Without its dependencies: some clash with ours (protobuf), and most serve other models.
+LMMS_EVAL := 0.7.3
+
 # PyTorch goes first and alone: on a machine where one build of it was chosen, that build stays.
 .venv/torch: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info < (3, 13) else "error: Python 3.10, 3.11 or 3.12 is needed, $(PYTHON) is " + sys.version.split()[0] + "; run make PYTHON=python3.11 ...")'
@@ -46,4 +49,5 @@ clean:
 .venv/installed-dev: .venv/installed
 	@echo "installing the tools for tests into .venv"
 	@$(PIP) --editable ".[dali,dev]"
+	@$(PIP) --no-deps "lmms-eval==$(LMMS_EVAL)"
 	@touch $@
