@@ -1,4 +1,4 @@
-"""FLOPs of D-Attn's decoder step, counted by PyTorch, against the closed form in dattn_mcore.flops.
+"""FLOPs of D-Attn's decoder step, counted by PyTorch, against the closed form in plan/flops.py.
 
     python -m benchmarks.count_flops                   # Mistral 7B's and Gemma 2 9B's real layers
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.results import ROOT, add_arguments, hand_over, markdown_table
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
-from dattn_mcore.flops import Pack, decoder_flops
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import single_process
+from dattn_mcore.plan.flops import decoder_work
+from dattn_mcore.plan.rows import Layout, rows_of
 
 BOUND = 0.03
 # The soft-cap of Gemma 2 needs a backend whose products the counter sees.
@@ -67,11 +69,11 @@ FLASH = {
 }
 
 
-def counted_decoder_step(model: DattnModel, config: Config, pack: Pack, device: str) -> int:
+def counted_decoder_step(
+    model: DattnModel, config: Config, layouts: Sequence[Layout], device: str
+) -> int:
     """FLOPs of one forward and backward pass through the stack of layers, by PyTorch."""
-    params = build_seq_params(
-        pack.layouts, t2v_position=config.attention.t2v_position, device=device
-    )
+    params = build_seq_params(layouts, t2v_position=config.attention.t2v_position, device=device)
     dtype = next(model.decoder.parameters()).dtype
     hidden = torch.zeros(
         params.num_visual + params.num_text,
@@ -117,9 +119,10 @@ def main(arguments: list[str] | None = None) -> int:
                 )
                 (model,) = build_model(config, groups, torch.device("meta"), initialize=False)
                 for visual in args.visual:
-                    pack = Pack((((True, visual), (False, args.text)),), args.text)
-                    counted = counted_decoder_step(model, config, pack, "meta")
-                    closed = decoder_flops(config, pack).total
+                    layouts = (((True, visual), (False, args.text)),)
+                    counted = counted_decoder_step(model, config, layouts, "meta")
+                    work = decoder_work(config, rows_of(config, layouts, args.text))
+                    closed = sum(part.executed for part in work.values())
                     rows.append((name, mode, visual, counted, closed, counted / closed - 1))
     table = markdown_table(
         ("model", "mode", "visual rows", "counted TFLOP", "closed form", "apart"),

@@ -12,6 +12,7 @@ Exit status 1: a test failed, or a benchmark did, or one missed its own bound.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -23,11 +24,16 @@ PAGE = ROOT / "docs" / "performance.md"
 PYTHON = [sys.executable, "-W", "ignore", "-m"]
 # On one GPU of 80 to 141 GB: D-Attn, baseline and LLaVA stand side by side in the step.
 STEP = ["benchmarks.training_step", "--layers", "4", "--text", "512", "--visual"]
+# As many layers as fit, in bf16 and FP8, next to the planner's word.
+PLANNED = ["benchmarks.planned_step", "--text", "512", "--precision", "bf16", "tensorwise"]
 MEMORY = ["benchmarks.peak_memory", "--layers", "16", "--text", "512", "--chunk", "2048"]
+OVER = ["576", "2304", "4608", "9216", "18432", "36864"]
 GPU = {
     "attention-backends": ["benchmarks.attention_backends"],
     "training-step-mistral": [*STEP, "576", "2880", "8064", "16128", "32256", "--size", "mistral"],
     "training-step-gemma": [*STEP, "576", "2880", "8064", "--size", "gemma"],
+    "planned-step-mistral": [*PLANNED, "--visual", *OVER, "--size", "mistral"],
+    "planned-step-gemma": [*PLANNED, "--visual", *OVER, "--size", "gemma"],
     "peak-memory-mistral": [*MEMORY, "--size", "mistral"],
     "peak-memory-gemma": [*MEMORY, "--size", "gemma"],
 }
@@ -54,7 +60,7 @@ def run_benchmark(name: str, command: list[str], device: str, page: Path) -> boo
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     table = "".join(f"{line}\n" for line in done.stdout.splitlines() if line.startswith("|"))
     sys.stdout.write(done.stdout)
-    origin = f"{provenance(device)}; `{shown}`"
+    origin = f"{_origin(page, name, device, done.returncode)}; `{shown}`"
     picture = f"performance/{name}-{device}.png"
     if (page.parent / picture).exists():
         origin += f"\n\n![{name}]({picture})"
@@ -67,6 +73,14 @@ def run_benchmark(name: str, command: list[str], device: str, page: Path) -> boo
         sys.stdout.write(f"{problem}\n")
         write_section(page, f"{name}-{device}", f"{problem}\n\n{origin}\n")
     return done.returncode == 0
+
+
+def _origin(page: Path, name: str, device: str, status: int) -> str:
+    """What the benchmark says about machine and versions; it alone has touched the device."""
+    written = page.parent / f"performance/{name}-{device}.json"
+    if status == 0 and written.exists():
+        return json.loads(written.read_text(encoding="utf-8"))["origin"]
+    return provenance(device)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,8 +20,9 @@ import torch
 from benchmarks.measure import seconds_in_turn
 from benchmarks.results import add_arguments, hand_over, markdown_table
 from benchmarks.steps import BASELINE, SIZES, llava_step, our_step, sized_config
-from dattn_mcore.flops import Pack, step_flops
 from dattn_mcore.parallel import platform, single_process
+from dattn_mcore.plan.flops import step_work
+from dattn_mcore.plan.rows import rows_of
 
 PEERS = ("baseline", "llava")
 
@@ -43,11 +44,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             runs = {name: step[visual] for name, step in steps.items()}
             times: dict[str, float | None] = dict.fromkeys(runs)  # None: too little memory
             times |= seconds_in_turn(runs, args.repeats, device)
-            pack = Pack((((True, visual), (False, args.text)),), args.text - args.text // 2)
-            costs = {
-                name: sum(part.total for part in step_flops(config, [pack]).values())
-                for name, config in (("dattn", ours), ("baseline", base))
-            }
+            layouts = (((True, visual), (False, args.text)),)
+            costs = {}
+            for name, config in (("dattn", ours), ("baseline", base)):
+                work = step_work(config, rows_of(config, layouts, args.text - args.text // 2))
+                costs[name] = sum(part.executed for part in work.values())
             rows.append({"visual": visual, **times, "flops": costs})
     return rows
 

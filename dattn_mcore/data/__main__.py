@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from pathlib import Path
@@ -13,12 +12,13 @@ from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import DattnError
+from dattn_mcore.log import log_to_stdout
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status (2: a mistake, 1: `check` found something)."""
     chosen = _parser().parse_args(arguments)
-    _set_up_logging()
+    log_to_stdout()
     try:
         return int(chosen.run(chosen))
     except DattnError as error:
@@ -121,16 +121,6 @@ def _preview(chosen: argparse.Namespace) -> int:
     write_preview(config, tokenizer, chosen.output, chosen.workers, chosen.samples, chosen.id)
     sys.stdout.write(f"wrote {chosen.output}\n")
     return 0
-
-
-def _set_up_logging() -> None:
-    logger = logging.getLogger("dattn_mcore")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ float32), an activation and the attention read in their backward passes.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.plan.flops import Rows, folds
+from dattn_mcore.plan.flops import folds
 from dattn_mcore.plan.hardware import LIBRARY_BYTES
+from dattn_mcore.plan.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def micro_batches_in_flight(config: Config, stage: int, num_microbatches: int) -
 
 
 def layer_bytes(config: Config, pack: Rows, fp8: bool) -> float:
-    """Bytes kept by one layer of the language model for one micro-batch, without recompute."""
+    """Bytes kept by one layer of the language model for one micro-batch, no layer recomputed."""
     llm, tp = config.model.llm, config.parallel.tp
     e = 2 if config.train.precision == "bf16" else 4
     gemm_input = 1 if fp8 else e
@@ -52,11 +54,60 @@ def layer_bytes(config: Config, pack: Rows, fp8: bool) -> float:
     keys_values = 2 * llm.num_query_groups * llm.head_dim / tp
     asking = rows if config.attention.v2v == "causal" else pack.text
     answered = pack.visual * (keys_values / 2 if folds(config) else query) + pack.text * query
-    norms = (4 if llm.post_norms else 2) * 4 * h * rows / shards  # float32 copies
-    inputs = gemm_input * (2 * h * rows / shards + answered + llm.ffn_hidden_size / tp * rows)
-    attention = e * (asking * query + rows * keys_values)
-    gated = 2 * e * llm.ffn_hidden_size / tp * rows
-    return norms + inputs + attention + gated
+    selective = config.train.recompute == "selective"
+    again = config.train.recompute_modules if selective else ()
+    kept = (4 if llm.post_norms else 2) * 4 * h * rows / shards  # what norms read, in float32
+    kept += gemm_input * answered + e * (asking * query + rows * keys_values)
+    if "layernorm" not in again:
+        kept += gemm_input * 2 * h * rows / shards
+    if "mlp" not in again:
+        kept += (gemm_input + 2 * e) * llm.ffn_hidden_size / tp * rows  # second linear, gate
+    return kept
+
+
+def stage_bytes(config: Config, num_layers: int, pack: Rows, fp8: bool) -> tuple[float, float]:
+    """Bytes of a stage's layers for one micro-batch.
+
+    Args:
+        config: a checked configuration.
+        num_layers: layers of the language model in the stage.
+        pack: rows of the micro-batch.
+        fp8: linears in FP8.
+
+    Returns:
+        What is kept until backward, and what backward needs beside it while it computes again.
+    """
+    llm, train, tp = config.model.llm, config.train, config.parallel.tp
+    e = 2 if train.precision == "bf16" else 4
+    entered = e * llm.hidden_size / (tp if config.parallel.sp else 1)  # of a row, into a layer
+    if train.recompute_visual_chunk is not None:
+        # Visual rows go alone: kept are those that entered the stage, and keys and values.
+        keys_values = e * 2 * llm.num_query_groups * llm.head_dim / tp
+        visual_kept = pack.visual * (entered + num_layers * keys_values)
+        chunk = dataclasses.replace(
+            pack, text=0, visual=min(train.recompute_visual_chunk, pack.visual)
+        )
+        layer = layer_bytes(config, chunk, fp8)
+        full = train.recompute == "full"
+        at_work = num_layers * entered * chunk.visual + layer if full else num_layers * layer
+        kept, beside = stage_bytes(_without_chunks(config), num_layers, _text_alone(pack), fp8)
+        return kept + visual_kept, max(beside, at_work)
+    layer = layer_bytes(config, pack, fp8)
+    if train.recompute != "full":
+        return num_layers * layer, 0.0
+    few = train.recompute_layers
+    short = num_layers if few is None else min(few, num_layers)
+    rows = pack.text + pack.visual
+    return short * entered * rows + (num_layers - short) * layer, layer
+
+
+def _without_chunks(config: Config) -> Config:
+    train = dataclasses.replace(config.train, recompute_visual_chunk=None)
+    return dataclasses.replace(config, train=train)
+
+
+def _text_alone(pack: Rows) -> Rows:
+    return dataclasses.replace(pack, visual=0)
 
 
 def _tower_bytes(config: Config, pack: Rows) -> tuple[float, float]:
@@ -86,18 +137,10 @@ def working_memory(
     """
     llm, tp = config.model.llm, config.parallel.tp
     e = 2 if config.train.precision == "bf16" else 4
-    shards = tp if config.parallel.sp else 1
-    layer = layer_bytes(config, pack, fp8)
-    rows = pack.text + pack.visual
-    kept = layer
-    if config.train.recompute == "full":
-        kept = e * llm.hidden_size * rows / shards
-    few = config.train.recompute_layers
-    short = num_layers if few is None else min(few, num_layers)
-    kept_here = kept * short + layer * (num_layers - short)
-    activations = kept_here * micro_batches_in_flight(config, stage, num_microbatches)
-    gradient = e * 2 * llm.ffn_hidden_size / tp * rows
-    working = gradient + (layer if config.train.recompute == "full" else 0.0)
+    kept, beside = stage_bytes(config, num_layers, pack, fp8)
+    activations = kept * micro_batches_in_flight(config, stage, num_microbatches)
+    at_once = pack.text + min(pack.visual, config.train.recompute_visual_chunk or pack.visual)
+    working = e * 2 * llm.ffn_hidden_size / tp * at_once + beside
     buffers = LIBRARY_BYTES
     logits = 0.0
     if stage == 0:

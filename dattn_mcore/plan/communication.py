@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.plan.flops import Rows
 from dattn_mcore.plan.hardware import Cluster
+from dattn_mcore.plan.rows import Rows
 from dattn_mcore.plan.state_memory import StateMemory
+from dattn_mcore.plan.workload import Step
 
 
 @dataclass(frozen=True)
@@ -67,3 +68,12 @@ def pipeline_exchange(
     moved = 2 * e * config.model.llm.hidden_size * rows * num_microbatches * parallel.vpp
     bandwidth = cluster.bandwidth(2, parallel.tp * dp)
     return Exchange("pipeline", parallel.pp, moved, moved / bandwidth)
+
+
+def tensor_exchange(config: Config, cluster: Cluster, step: Step, layers: int) -> Exchange:
+    """What the layers of a stage exchange, once more where they are recomputed."""
+    tp = config.parallel.tp
+    forward, backward = tensor_bytes_per_layer(config, step.pack)
+    again = forward if config.train.recompute == "full" else 0.0
+    moved = (forward + backward + again) * layers * step.num_microbatches
+    return Exchange("tensor", tp, moved, moved / cluster.bandwidth(tp, 1) if tp > 1 else 0.0)

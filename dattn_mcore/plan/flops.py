@@ -1,110 +1,29 @@
-"""Floating point operations of a step, in closed form: text, visual, attention, tower, head.
+"""What a training step costs in floating-point operations, in closed form.
 
-Counted are matrix multiplications, two operations for a multiply-add, as PyTorch's FLOP counter
-does; tests hold both equal on a small model. "Model FLOPs" leave recompute out.
+A multiply-add counts as two. Only products are counted: norms, activations, rotations and softmax
+are small beside them. Symbols: hidden size h, MLP width f, H query heads, G key/value groups,
+head size d. Forward, per layer:
+
+    text row            q 2 h Hd   k, v 4 h Gd   output 2 h Hd   MLP 6 h f
+    visual row, D-Attn             k, v 4 h Gd   output 2 h Gd   MLP 6 h f   (folded; else 2 h Hd)
+    visual row, baseline as a text row
+    visual row, last layer         k, v 4 h Gd   (nobody reads more of it)
+    pair of query and key          4 H d
+
+Backward costs a product's forward twice (gradients of inputs and of weights), and 8 H d a pair.
+These are the model's operations, which MFU counts. Apart from them stand those that a step does
+again: recompute, the scores that flash kernels find a second time, the loss' logits.
+Source: the products follow from the layers; the counts are held against PyTorch's FLOP counter in
+the tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dattn_mcore.config.schema import Config
-
-Layout = tuple[tuple[bool, int], ...]  # ((is_visual, rows), ...) of one sample, in reading order
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What goes through the model.
-
-    Attributes:
-        text: text rows.
-        visual: visual rows.
-        tiles: images in the tower.
-        labelled: text rows whose logits are computed.
-        text_pairs: (query, key) pairs of text queries; over windows where a layer has one.
-        windowed_text_pairs: the same in the layers with a sliding window.
-        visual_pairs: (query, key) pairs of visual queries: none with V2V diagonal.
-        windowed_visual_pairs: the same in the layers with a sliding window.
-        packs: micro-batches.
-    """
-
-    text: float
-    visual: float
-    tiles: float
-    labelled: float
-    text_pairs: float
-    windowed_text_pairs: float
-    visual_pairs: float = 0.0
-    windowed_visual_pairs: float = 0.0
-    packs: float = 1.0
-
-    def __add__(self, other: Rows) -> Rows:
-        """Rows of both."""
-        return Rows(*(getattr(self, name) + getattr(other, name) for name in self.__annotations__))
-
-    def __mul__(self, factor: float) -> Rows:
-        """Rows of so many times this."""
-        return Rows(*(getattr(self, name) * factor for name in self.__annotations__))
-
-
-def causal_pairs(rows: float, window: int | None = None) -> float:
-    """Pairs of a causal self-attention over a run of rows, each row itself included."""
-    if window is None or rows <= window:
-        return rows * (rows + 1) / 2
-    return window * (window + 1) / 2 + (rows - window) * window
-
-
-def rows_of(config: Config, layouts: Iterable[Layout], labelled: float) -> Rows:
-    """Counts the rows and pairs of one pack.
-
-    Args:
-        config: model and attention mode.
-        layouts: runs of each sample.
-        labelled: text rows with a label.
-    """
-    per_tile = config.model.vision.rows_per_tile
-    total = Rows(0, 0, 0, labelled, 0, 0)
-    for layout in layouts:
-        total += _sample(config, layout, per_tile)
-    return total
-
-
-def _sample(config: Config, layout: Layout, per_tile: int) -> Rows:
-    attention, window = config.attention, config.model.llm.sliding_window
-    text = sum(rows for is_visual, rows in layout if not is_visual)
-    visual = sum(rows for is_visual, rows in layout if is_visual)
-    before = seen = 0
-    for is_visual, rows in layout:
-        if is_visual:
-            seen += rows
-        else:
-            before += rows * seen
-    full, windowed = causal_pairs(text), causal_pairs(text, window)
-    cross, windowed_cross = float(before), float(before)
-    visual_pairs = windowed_visual = 0.0
-    everything = causal_pairs(text + visual)
-    if attention.t2v_position == "rope":
-        # One axis for all rows: the window cuts text and visual keys alike.
-        share = causal_pairs(text + visual, window) / everything if everything else 1.0
-        windowed, windowed_cross = full * share, cross * share
-    if attention.v2v == "causal":
-        visual_pairs = windowed_visual = causal_pairs(visual)
-        if attention.t2v_position == "rope":
-            visual_pairs = everything - full - cross
-            windowed_visual = visual_pairs * share
-    return Rows(
-        text=text,
-        visual=visual,
-        tiles=visual / per_tile,
-        labelled=0,
-        text_pairs=full + cross,
-        windowed_text_pairs=windowed + windowed_cross,
-        visual_pairs=visual_pairs,
-        windowed_visual_pairs=windowed_visual,
-        packs=0,
-    )
+from dattn_mcore.plan.parameters import layers_of_stage
+from dattn_mcore.plan.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -115,49 +34,98 @@ class Work:
         forward: operations of a forward pass.
         inputs: of the backward pass, for gradients of what entered (0 where nobody needs them).
         weights: of the backward pass, for gradients of weights (0 where they are frozen).
+        again: of the backward pass, for what it computes although the model does not ask for it.
     """
 
-    forward: float = 0.0
-    inputs: float = 0.0
-    weights: float = 0.0
+    forward: float = 0
+    inputs: float = 0
+    weights: float = 0
+    again: float = 0
 
     @property
     def total(self) -> float:
-        """Operations of a training step, without recompute."""
+        """Operations of the model in a training step: without `again`."""
         return self.forward + self.inputs + self.weights
+
+    @property
+    def executed(self) -> float:
+        """Operations that the device does in a training step."""
+        return self.total + self.again
 
     def __add__(self, other: Work) -> Work:
         """Both."""
-        return Work(
-            self.forward + other.forward, self.inputs + other.inputs, self.weights + other.weights
-        )
+        return Work(*(getattr(self, name) + getattr(other, name) for name in self.__annotations__))
 
     def __mul__(self, factor: float) -> Work:
         """So many times this."""
-        return Work(self.forward * factor, self.inputs * factor, self.weights * factor)
+        return Work(*(getattr(self, name) * factor for name in self.__annotations__))
 
 
-def windowed_layers(config: Config) -> int:
-    """Layers with a sliding window."""
+def step_work(config: Config, rows: Rows) -> dict[str, Work]:
+    """Operations of one training step by part: text, visual, attention, tower, projector, head.
+
+    Text, visual and attention are the language model's layers. Costs do not depend on the layout,
+    but for `train.recompute_layers`, which counts layers of a stage.
+
+    Args:
+        config: model, attention mode, what is trained, what is recomputed.
+        rows: of the whole step, or of any share of it.
+    """
+    return {
+        **decoder_work(config, rows),
+        "tower": _tower(config, rows),
+        "projector": _projector(config, rows),
+        "head": _head(config, rows),
+    }
+
+
+def decoder_work(config: Config, rows: Rows) -> dict[str, Work]:
+    """Of the language model's layers: text, visual and attention; see `step_work`."""
+    llm, train = config.model.llm, config.train
+    text = visual = attention = Work()
+    chunks = train.recompute_visual_chunk is not None
+    recomputed = _recomputed_layers(config)
+    for layer in range(llm.num_layers):
+        last = layer == llm.num_layers - 1
+        per_text, per_visual = layer_products(config, layer)
+        scores = 4 * llm.num_attention_heads * llm.head_dim * layer_pairs(config, rows, layer)
+        full = layer in recomputed
+        # A chunk of visual rows is computed twice, with full recompute three times, but for the
+        # keys and values of the last layer.
+        visual_again = 1 + (full and not last) if chunks else int(full)
+        mlp_again = 0
+        if train.recompute == "selective" and "mlp" in train.recompute_modules:
+            mlp_again = 6 * llm.hidden_size * llm.ffn_hidden_size
+        text += _product(config, rows.text * per_text, full * rows.text * per_text)
+        text += Work(again=rows.text * mlp_again)
+        visual += _product(
+            config, rows.visual * per_visual, visual_again * rows.visual * per_visual
+        )
+        visual += Work(again=0 if _visual_ends(config, layer) else rows.visual * mlp_again)
+        core = train.recompute == "selective" and "core_attn" in train.recompute_modules
+        # Flash kernels find the scores once more: 10 H d a pair in backward instead of 8.
+        attention += Work(scores, 2 * scores, again=scores // 2 + (full or core) * scores)
+    return {"text": text, "visual": visual, "attention": attention}
+
+
+def _product(config: Config, forward: float, again: float = 0) -> Work:
+    """Of the language model's linears, which pass gradients on even where they are frozen."""
+    return Work(forward, forward, forward if "llm" in config.train.trains else 0, again)
+
+
+def _recomputed_layers(config: Config) -> set[int]:
+    """Layers that backward computes again as a whole."""
+    if config.train.recompute != "full":
+        return set()
+    few, stages = config.train.recompute_layers, range(config.parallel.pp)
+    chunks = [chunk for stage in stages for chunk in layers_of_stage(config, stage)]
+    return {layer for chunk in chunks for layer in chunk[:few]}
+
+
+def has_window(config: Config, layer: int) -> bool:
+    """Whether layer 0, 1, ... has a sliding window."""
     llm = config.model.llm
-    if llm.sliding_window is None:
-        return 0
-    return len(range(0, llm.num_layers, llm.sliding_window_every))
-
-
-def layer_gemms(config: Config) -> tuple[float, float]:
-    """Forward operations of a layer's linears per text row and per visual row."""
-    llm, h = config.model.llm, config.model.llm.hidden_size
-    query = 2 * h * llm.num_attention_heads * llm.head_dim
-    keys_values = 2 * h * 2 * llm.num_query_groups * llm.head_dim
-    mlp = 2 * 3 * h * llm.ffn_hidden_size
-    text = query + keys_values + query + mlp
-    if config.attention.v2v == "causal":
-        return text, text
-    projection = query
-    if folds(config):
-        projection = 2 * h * llm.num_query_groups * llm.head_dim
-    return text, keys_values + projection + mlp
+    return llm.sliding_window is not None and layer % llm.sliding_window_every == 0
 
 
 def folds(config: Config) -> bool:
@@ -165,55 +133,62 @@ def folds(config: Config) -> bool:
     return config.attention.fold_visual_projection and config.attention.v2v == "diagonal"
 
 
-def step_work(config: Config, rows: Rows) -> dict[str, Work]:
-    """Operations of one training step by part: text, visual, attention, tower, projector, head.
+def _visual_ends(config: Config, layer: int) -> bool:
+    """Whether visual rows end at this layer's keys and values."""
+    chunks = config.train.recompute_visual_chunk is not None  # always end there
+    ends = config.attention.skip_last_visual_rows or chunks
+    return ends and layer == config.model.llm.num_layers - 1
 
-    Args:
-        config: model, attention mode and what is trained.
-        rows: of the whole step, or of any share of it.
-    """
-    llm, trains = config.model.llm, config.train.trains
-    below = "projector" in trains or "vision" in trains  # gradients must pass the language model
-    learns = "llm" in trains
 
-    def gemm(forward: float) -> Work:
-        return Work(forward, forward, forward if learns else 0.0)
+def _visual_asks(config: Config, layer: int) -> bool:
+    """Whether visual rows are queries (flash kernels know windows only where all rows ask)."""
+    unread = _visual_ends(config, layer) and not has_window(config, layer)
+    return config.attention.v2v == "causal" and not unread
 
-    per_text, per_visual = layer_gemms(config)
-    text = rows.text * per_text * llm.num_layers
-    visual = rows.visual * per_visual * llm.num_layers
-    full_layers = llm.num_layers - windowed_layers(config)
-    pairs = full_layers * (rows.text_pairs + rows.visual_pairs)
-    pairs += windowed_layers(config) * (rows.windowed_text_pairs + rows.windowed_visual_pairs)
-    if config.attention.skip_last_visual_rows:  # keys and values are all that is left
-        keys_values = 2 * llm.hidden_size * 2 * llm.num_query_groups * llm.head_dim
-        visual -= rows.visual * (per_visual - keys_values)
-        windowed = windowed_layers(config) and not ((llm.num_layers - 1) % llm.sliding_window_every)
-        pairs -= rows.windowed_visual_pairs if windowed else rows.visual_pairs
-    attention = 4 * llm.num_attention_heads * llm.head_dim * pairs
-    head = 2 * llm.hidden_size * llm.padded_vocab_size * rows.labelled
-    backward = learns or below
-    return {
-        "text": gemm(text) if backward else Work(text),
-        "visual": gemm(visual) if backward else Work(visual),
-        "attention": Work(attention, 2 * attention if backward else 0.0),
-        "tower": _tower(config, rows),
-        "projector": _projector(config, rows),
-        "head": Work(head, head if backward else 0.0, head if learns else 0.0),
-    }
+
+def layer_products(config: Config, layer: int) -> tuple[int, int]:
+    """Forward operations of a layer's linears per text row and per visual row."""
+    llm = config.model.llm
+    per_head = llm.hidden_size * llm.head_dim
+    query = output = 2 * per_head * llm.num_attention_heads
+    keys_values = 4 * per_head * llm.num_query_groups
+    mlp = 6 * llm.hidden_size * llm.ffn_hidden_size
+    text = query + keys_values + output + mlp
+    if folds(config):
+        output = 2 * per_head * llm.num_query_groups
+    visual = keys_values + (query if _visual_asks(config, layer) else 0)
+    return text, visual + (0 if _visual_ends(config, layer) else output + mlp)
+
+
+def layer_pairs(config: Config, rows: Rows, layer: int) -> float:
+    """Pairs of query and key in layer 0, 1, ...; queries of visual rows included."""
+    text, visual = rows.text_pairs, rows.visual_pairs
+    if has_window(config, layer):
+        text, visual = rows.windowed_text_pairs, rows.windowed_visual_pairs
+    return text + (visual if _visual_asks(config, layer) else 0)
+
+
+def _head(config: Config, rows: Rows) -> Work:
+    """The output layer, for labelled rows; backward computes the logits again."""
+    llm = config.model.llm
+    product = 2 * llm.hidden_size * llm.padded_vocab_size * rows.labelled
+    return _product(config, product, again=product)
 
 
 def _tower(config: Config, rows: Rows) -> Work:
+    """The vision tower; without gradients where it is frozen."""
     vision = config.model.vision
     v, p = vision.hidden_size, vision.rows_per_tile
     seen = p + (vision.kind == "clip")
-    conv = 2 * 3 * vision.patch_size**2 * v * p
     layers = vision.num_layers + 1 + vision.select_layer
+    patches = 2 * 3 * vision.patch_size**2 * v * p
     linears = layers * 2 * (4 * v * v + 2 * v * vision.ffn_hidden_size) * seen
-    attention = layers * 4 * seen * seen * v
+    scores = layers * 4 * seen * seen * v
+    forward = patches + linears + scores
     if "vision" not in config.train.trains:
-        return Work(conv + linears + attention) * rows.tiles
-    return Work(conv + linears + attention, linears + 2 * attention, conv + linears) * rows.tiles
+        return Work(forward) * rows.tiles
+    # The first layer that learns needs no gradient of pixels.
+    return Work(forward, linears + 2 * scores, patches + linears, scores // 2) * rows.tiles
 
 
 def _projector(config: Config, rows: Rows) -> Work:
@@ -221,15 +196,17 @@ def _projector(config: Config, rows: Rows) -> Work:
     width = config.model.projector.ffn_hidden_size
     first = 2 * vision.hidden_size * width * rows.tiles * vision.rows_per_tile
     second = 2 * width * h * rows.tiles * vision.rows_per_tile
-    axes = 0.0
-    if config.model.visual_positions and rows.tiles:
-        axes = 2 * 2 * 2 * vision.grid_size * h * h * rows.packs
-    work = Work(first + second + axes)
+    work = Work(first + second)
+    if "projector" in trains or "vision" in trains:
+        # Megatron-Core's linears compute their input's gradient, of frozen features too.
+        work += Work(inputs=second)
+        work += Work(inputs=first) if "vision" in trains else Work(again=first)
     if "projector" in trains:
-        # The sinusoids need no gradient, so of each axis' two linears only the second passes one.
-        work += Work(0.0, second + axes / 2, first + second + axes)
-    elif "vision" in trains:
-        work += Work(0.0, second)
-    if "vision" in trains:
-        work += Work(0.0, first)
+        work += Work(weights=first + second)
+    if config.model.visual_positions and rows.tiles:
+        # Row and column positions, two linears each, once a pack; sinusoids need no gradient.
+        axis = 2 * 2 * vision.grid_size * h * h * rows.packs
+        work += Work(2 * axis)
+        if "projector" in trains:
+            work += Work(inputs=axis, weights=2 * axis)
     return work

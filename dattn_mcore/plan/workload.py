@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError
-from dattn_mcore.plan.flops import Rows, rows_of
+from dattn_mcore.plan.rows import Rows, rows_of
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def step_of(config: Config, sample: Sample, dp: int) -> Step:
     packs = -(-packs // multiple) * multiple
     layout = ((True, round(visual)), (False, round(sample.text)))
     one = rows_of(config, [layout], sample.text * sample.labelled_share)
-    rows = one * size
-    rows = Rows(**{**rows.__dict__, "packs": float(packs)})
+    rows = dataclasses.replace(one * size, packs=float(packs))
     pack = rows * (1 / packs)
     if data.fixed_rows:  # padding costs as much as what it stands beside
         pack = dataclasses.replace(

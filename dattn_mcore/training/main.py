@@ -15,6 +15,7 @@ from dattn_mcore.config.hints import SHORT_FLAGS, unknown_flag
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError, DattnError, RankError
+from dattn_mcore.log import log_to_stdout
 from dattn_mcore.training.launch import restart_under_torchrun
 
 SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake and end
@@ -168,9 +169,4 @@ def _set_up_logging(rank: int) -> None:
     # What Megatron-Core says about packages that a CPU-only machine cannot have.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor")
-    level = logging.INFO if rank == 0 else logging.ERROR
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = False
+    log_to_stdout(logging.INFO if rank == 0 else logging.ERROR)

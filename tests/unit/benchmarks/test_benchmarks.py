@@ -1,17 +1,28 @@
 """The benchmarks' own instruments, and that each runs: sizes here are as small as can be."""
 
 import argparse
+import importlib
+import itertools
 import json
+import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, planned_step
 from benchmarks.measure import peak_bytes, seconds_in_turn
 from benchmarks.results import hand_over, markdown_table, write_section
 
 CPU = torch.device("cpu")
+# Of what the command leaves to a default.
+FEW = {
+    **{
+        name: ["--repeats", "1"] for name in ("benchmarks.training_step", "benchmarks.planned_step")
+    },
+    "benchmarks.peak_memory": ["--visual", "1024"],
+}
 
 
 def test_peak_counts_what_lives_at_the_same_time():
@@ -73,3 +84,62 @@ def test_the_page_has_a_section_for_every_table():
         for name in gpu_check.commands(device):
             assert f"<!-- begin {name}-{device} -->" in text
             assert f"<!-- end {name}-{device} -->" in text
+
+
+SMALLER = {
+    **{"--visual": ["576"], "--text": ["32"], "--layers": ["2"], "--chunk": ["128"]},
+    **{"--size": ["tiny"], "--device": ["cpu"], "--precision": ["fp32"], "--repeats": ["1"]},
+}
+
+
+def scaled_down(command):
+    """Module and arguments of a GPU's benchmark, its sizes replaced by small ones."""
+    module, *rest = command[command.index("-m") + 1 :]
+    arguments, values = [], SMALLER
+    while rest:
+        flag, rest = rest[0], rest[1:]
+        own = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+        rest = rest[len(own) :]
+        arguments += [flag, *values.get(flag, own)]
+    return module, arguments
+
+
+@pytest.mark.parametrize("name", [name for name in gpu_check.GPU if name != "attention-backends"])
+def test_what_a_gpu_measures_runs_and_reaches_the_page(name, tmp_path, monkeypatch, capsys):
+    """Every flag and every column, on a small model; only sizes, device and precision differ."""
+    module, arguments = scaled_down(gpu_check.commands("gpu")[name])
+    assert "cpu" in arguments and "tiny" in arguments
+
+    def in_this_process(command, **kwargs):
+        out = str(tmp_path / "performance")
+        status = importlib.import_module(module).main(
+            [*arguments, "--out", out, *FEW.get(module, [])]
+        )
+        return subprocess.CompletedProcess(command, status, capsys.readouterr().out, "")
+
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- begin {name}-gpu -->\nNot yet measured.\n<!-- end {name}-gpu -->\n")
+    monkeypatch.setattr(gpu_check, "provenance", lambda device: "this machine")
+    monkeypatch.setattr(gpu_check, "subprocess", types.SimpleNamespace(run=in_this_process))
+    gpu_check.run_benchmark(name, gpu_check.commands("gpu")[name], "gpu", page)
+    text = page.read_text()
+    assert "Not yet measured" not in text and "failed" not in text
+    assert len([line for line in text.splitlines() if line.startswith("|")]) >= 3
+
+
+def test_fp8_without_transformer_engine_is_said_in_the_table(tmp_path, capsys):
+    arguments = ["--size", "tiny", "--precision", "tensorwise", "--layers", "4", "--visual", "576"]
+    assert planned_step.main([*arguments, "--text", "32", "--out", str(tmp_path)]) == 1
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.startswith("| tensorwise | not measured: ") and "Transformer Engine" in line
+
+
+def test_layers_are_as_many_as_the_planner_says_fit():
+    """A GPU of 80 GB holds some of Mistral's 32 layers, and fewer with more visual rows."""
+    args = argparse.Namespace(size="mistral", device="gpu", text=512, visual=[576])
+    few = argparse.Namespace(**{**vars(args), "visual": [36864]})
+    gpu = planned_step.GPUS["h100"]
+    most = planned_step.most_layers(args, "bf16", gpu)
+    assert 2 < planned_step.most_layers(few, "bf16", gpu) < most < 32
+    config = planned_step.config_for(args, "bf16", most + 1)
+    assert not planned_step.plan_for(config, gpu, 512, 576).fits

@@ -1,0 +1,119 @@
+"""Rules for sizes of the model and of what goes into it; each returns one line per breach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dattn_mcore.config.schema import Config
+
+
+def heads(config: Config) -> Iterator[str]:
+    """Heads and widths that tensor parallel ranks and rotary positions can divide."""
+    llm, vision, tp = config.model.llm, config.model.vision, config.parallel.tp
+    if llm.num_attention_heads % llm.num_query_groups:
+        yield (
+            f"model.llm.num_attention_heads={llm.num_attention_heads} must be a multiple of "
+            f"model.llm.num_query_groups={llm.num_query_groups}; change one of them"
+        )
+    for name, value in (
+        ("model.llm.num_query_groups", llm.num_query_groups),
+        ("model.llm.num_attention_heads", llm.num_attention_heads),
+        ("model.llm.ffn_hidden_size", llm.ffn_hidden_size),
+        ("model.vision.num_attention_heads", vision.num_attention_heads),
+        ("model.vision.ffn_hidden_size", vision.ffn_hidden_size),
+        ("model.projector.ffn_hidden_size", config.model.projector.ffn_hidden_size),
+    ):
+        if value % tp:
+            yield f"{name}={value} must be a multiple of parallel.tp={tp}; choose another --tp"
+    if vision.hidden_size % vision.num_attention_heads:
+        yield (
+            f"model.vision.hidden_size={vision.hidden_size} must be a multiple of "
+            f"model.vision.num_attention_heads={vision.num_attention_heads}"
+        )
+    if llm.head_dim % 2 or llm.hidden_size % 2:
+        yield (
+            f"model.llm.head_dim={llm.head_dim} and model.llm.hidden_size={llm.hidden_size} "
+            "must be even (rotary and sinusoidal positions come in pairs)"
+        )
+
+
+def layers(config: Config) -> Iterator[str]:
+    """Layers that pipeline stages and chunks can divide; what those need."""
+    layers, pp, vpp = config.model.llm.num_layers, config.parallel.pp, config.parallel.vpp
+    first = config.parallel.first_stage_layers
+    if first is not None:
+        name = f"parallel.first_stage_layers={first}"
+        if pp == 1:
+            yield f"{name} needs --pp of at least 2"
+        if vpp > 1:
+            yield f"{name} with parallel.vpp={vpp} is not implemented; use one of them"
+        if not 0 < first < layers:
+            yield f"{name} must leave layers of model.llm.num_layers={layers} to other stages"
+        if (layers - first) % (pp - 1):
+            yield (
+                f"{name} leaves {layers - first} layers, which cannot be dealt evenly to "
+                f"{pp - 1} stages; choose another number or another --pp"
+            )
+    elif layers % (pp * vpp):
+        yield (
+            f"model.llm.num_layers={layers} must be a multiple of pp ({pp}) x vpp ({vpp}); "
+            "choose another --pp or parallel.vpp"
+        )
+    if vpp > 1 and pp == 1:
+        yield f"parallel.vpp={vpp} needs --pp of at least 2; use parallel.vpp=1"
+    if config.parallel.sp and config.parallel.tp == 1:
+        yield "parallel.sp=true needs --tp of at least 2; use parallel.sp=false"
+
+
+def vocabulary(config: Config) -> Iterator[str]:
+    """Rows of the embedding that tensor parallel ranks can divide."""
+    llm, tp = config.model.llm, config.parallel.tp
+    if llm.vocab_pad_multiple % tp:
+        yield (
+            f"model.llm.vocab_pad_multiple={llm.vocab_pad_multiple} must be a multiple of "
+            f"parallel.tp={tp}"
+        )
+
+
+def vision(config: Config) -> Iterator[str]:
+    """Tiles, and room for an image in a micro-batch."""
+    vision = config.model.vision
+    if not -vision.num_layers <= vision.select_layer <= -1:
+        yield (
+            f"model.vision.select_layer={vision.select_layer} must lie between "
+            f"-{vision.num_layers} and -1 (-2: without the last layer)"
+        )
+    if vision.patch_size > vision.image_size:
+        yield (
+            f"model.vision.patch_size={vision.patch_size} must not exceed "
+            f"model.vision.image_size={vision.image_size}"
+        )
+    data = config.data
+    grids = [list(grid) for grid in data.anyres_grids]
+    if not grids or any(min(grid) < 1 or grid == [1, 1] for grid in grids):
+        yield (
+            f"data.anyres_grids={grids} must be pairs [columns, rows] of at least two tiles (one "
+            "tile is the base view, which every image has); write [[1, 2], [2, 1], [2, 2]]"
+        )
+        return
+    rows, tiles = vision.rows_per_tile, data.max_tiles
+    if rows * tiles > data.visual_budget:
+        of_tiles = f" of {tiles} tiles (data.image_policy={data.image_policy})" if tiles > 1 else ""
+        yield (
+            f"data.visual_budget={data.visual_budget} must hold at least one image{of_tiles}: "
+            f"{rows * tiles} rows"
+        )
+
+
+def sources(config: Config) -> Iterator[str]:
+    """Sources of samples, and how many may be bad."""
+    for number, source in enumerate(config.data.sources):
+        name = f"data.sources[{number}]"
+        if not source.annotations:
+            yield f"{name}.annotations is empty; name a file, or a pattern like shards/*.tar"
+        if source.weight <= 0:
+            yield f"{name}.weight={source.weight} must be greater than 0; leave the source out"
+        if source.format not in ("auto", "json", "tar", "parquet"):
+            yield f"{name}.format={source.format!r} is unknown; use one of auto, json, tar, parquet"
+    if not 0 <= config.data.max_bad_share <= 1:
+        yield f"data.max_bad_share={config.data.max_bad_share} must lie between 0 and 1"

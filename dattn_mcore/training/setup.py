@@ -1,0 +1,205 @@
+"""From a configuration to everything that a run steps with, on this rank."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_pg_rank
+
+from dattn_mcore.checkpoint.load import (
+    check_same_run,
+    choose_checkpoint,
+    load_weights,
+    resume,
+)
+from dattn_mcore.checkpoint.save import CheckpointSaver
+from dattn_mcore.config.load import to_yaml
+from dattn_mcore.config.schema import Config
+from dattn_mcore.data.pipeline import DataPipeline
+from dattn_mcore.data.tokenizer import load_tokenizer
+from dattn_mcore.errors import ConfigError, DattnError
+from dattn_mcore.layers.implementation import TRANSFORMER_ENGINE, choose_implementation
+from dattn_mcore.models.build import build_model
+from dattn_mcore.models.dattn import DattnModel
+from dattn_mcore.parallel import platform
+from dattn_mcore.training.agreement import agree
+from dattn_mcore.training.inputs import fixed_rows, needs_pixels
+from dattn_mcore.training.ledger import SampleLedger
+from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from dattn_mcore.training.report import Reporter
+from dattn_mcore.training.start_checks import check_checkpoint_folder
+from dattn_mcore.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+FINISHED = "finished.json"  # in the run folder after the last step: for whoever starts runs again
+
+Found = tuple[Path, dict[str, Any]]  # a checkpoint's folder and its manifest
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready for its next step.
+
+    Attributes:
+        config: a checked configuration.
+        pg_collection: process groups of its layout.
+        device: of this process.
+        watchdog: of this process.
+        data: this rank's data pipeline.
+        model: this stage's chunks.
+        optimizer: of these.
+        scheduler: stands at `first_step`.
+        saver: writes checkpoints into the run's folder.
+        first_step: steps that are done already.
+        last_step: steps after which the run is complete.
+        reporter: on rank 0, which speaks for all.
+        ledger: on rank 0.
+    """
+
+    config: Config
+    pg_collection: ProcessGroupCollection
+    device: torch.device
+    watchdog: Watchdog
+    data: DataPipeline
+    model: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    saver: CheckpointSaver
+    first_step: int
+    last_step: int
+    reporter: Reporter | None
+    ledger: SampleLedger | None
+
+
+def set_up(
+    config: Config,
+    pg_collection: ProcessGroupCollection,
+    device: torch.device,
+    watchdog: Watchdog,
+) -> Run:
+    """Opens the data, builds the model, and loads what the run goes on from; called by all ranks.
+
+    Raises:
+        DattnError: a user's mistake, the same on every rank.
+    """
+    run_dir, health = Path(config.log.run_dir), config.health
+    check_checkpoint_folder(run_dir, device)
+    data = _open_data_in_turn(config, pg_collection, device)
+    watchdog.phase(
+        "loading", health.checkpoint_timeout_seconds, "health.checkpoint_timeout_seconds"
+    )
+    found = choose_checkpoint(run_dir / "checkpoints") if config.checkpoint.resume else None
+    if found is not None:
+        check_same_run(config, found[1], found[0], data.fingerprint)
+    chunks = _build(config, pg_collection, device, found)
+    model = wrap_ddp(chunks, config, pg_collection)
+    optimizer = build_optimizer(config, model)
+    last = total_steps(config, data.num_samples)
+    scheduler = build_scheduler(config, optimizer, last)
+    first = 0
+    if found is not None:
+        first = resume(*found, chunks, optimizer, pg_collection)
+        scheduler.step(first)
+        logger.info("resumed at step %d of %d", first, last)
+    reporter = ledger = None
+    if dist.get_rank() == 0:
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        reporter = Reporter(config, run_dir, first, last)
+        ledger = SampleLedger(run_dir, data.index, config.data.max_bad_share, first)
+    saver = CheckpointSaver(
+        *(run_dir / "checkpoints", config, chunks, optimizer, pg_collection, data.fingerprint)
+    )
+    return Run(
+        *(config, pg_collection, device, watchdog, data, model, optimizer, scheduler, saver),
+        *(first, last, reporter, ledger),
+    )
+
+
+def total_steps(config: Config, num_samples: int) -> int:
+    """Optimizer steps of the run: `train.steps`, or as many as `train.epochs` takes."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return max(1, math.ceil(num_samples * config.train.epochs / config.train.global_batch_size))
+
+
+def _open_data_in_turn(
+    config: Config, pg_collection: ProcessGroupCollection, device: torch.device
+) -> DataPipeline:
+    """Every rank's data; the run counts as unfinished from here on.
+
+    The first rank makes the index where it is absent; the others find it, or, on a machine that
+    shares no disk with the first, their first one makes it there.
+    """
+    data, problem = None, None
+    speaks = dist.get_rank() == 0
+    for opens in (speaks, not speaks):
+        try:
+            if opens:
+                data = _open_data(config, pg_collection, device)
+            if opens and speaks:
+                (Path(config.log.run_dir) / FINISHED).unlink(missing_ok=True)
+        except DattnError as error:
+            problem = error
+        agree(problem, False, device)
+    assert data is not None
+    return data
+
+
+def _open_data(
+    config: Config, pg_collection: ProcessGroupCollection, device: torch.device
+) -> DataPipeline:
+    return DataPipeline(
+        config,
+        load_tokenizer(config.data.tokenizer),
+        dp_rank=get_pg_rank(pg_collection.dp),
+        dp_size=pg_collection.dp.size(),
+        microbatch_multiple=config.parallel.pp if config.parallel.vpp > 1 else 1,
+        needs_pixels=needs_pixels(pg_collection),
+        image_device="cpu" if device.type == "cpu" else "gpu",
+        image_device_id=device.index,
+    )
+
+
+def _build(
+    config: Config,
+    pg_collection: ProcessGroupCollection,
+    device: torch.device,
+    found: Found | None,
+) -> list[DattnModel]:
+    """This stage's chunks: at random, or from another run's weights; `resume` comes later."""
+    source = config.checkpoint.init_from
+    if config.parallel.tp_comm_overlap:
+        _start_overlap(config, device)
+    fresh = source is None and found is None
+    chunks = build_model(config, pg_collection, device, initialize=fresh)
+    if source is not None and found is None:
+        loaded = load_weights(Path(source), config, chunks, pg_collection)
+        logger.info("weights from %s", loaded)
+    return chunks
+
+
+def _start_overlap(config: Config, device: torch.device) -> None:
+    if choose_implementation(config) != TRANSFORMER_ENGINE:
+        raise ConfigError(
+            "parallel.tp_comm_overlap=true needs Transformer Engine, and this run takes the local "
+            "linears; set it off"
+        )
+    from dattn_mcore.layers.spec_te import start_overlap
+
+    start_overlap(
+        sum(fixed_rows(config)),
+        config.model.llm.hidden_size,
+        config.parallel.tp,
+        config.train.fp8 != "none",
+        platform.backend("cpu" if device.type == "cpu" else "gpu"),
+    )
