@@ -150,6 +150,9 @@ class DataConfig:
     prepare: str = "digits"  # digits: make the embedded data set if it is absent | none
     text_budget: int = 512  # text rows of one packed micro-batch
     visual_budget: int = 512  # visual rows of one packed micro-batch
+    step_packs_multiple: int | None = (
+        None  # a step is full packs, a multiple of this; null: exactly global_batch_size samples
+    )
     fixed_rows: bool = False  # pad every micro-batch to both budgets: one shape for all
     over_budget: str = "skip"  # skip | truncate | error: a sample that fits no micro-batch
     pad_multiple: int = 8  # rows are padded to a multiple of this (and of what tp and FP8 need)

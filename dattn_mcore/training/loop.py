@@ -55,11 +55,11 @@ logger = logging.getLogger(__name__)
 FINISHED = "finished.json"  # in the run folder after the last step: for whoever starts runs again
 
 
-def total_steps(config: Config, num_samples: int) -> int:
+def total_steps(config: Config, data: DataPipeline) -> int:
     """Optimizer steps of the run: `train.steps`, or as many as `train.epochs` takes."""
     if config.train.steps is not None:
         return config.train.steps
-    return max(1, math.ceil(num_samples * config.train.epochs / config.train.global_batch_size))
+    return max(1, data.steps.up_to(math.ceil(data.num_samples * config.train.epochs)))
 
 
 def open_data(
@@ -146,7 +146,7 @@ def _train(
         logger.info("weights from %s", source)
     model = wrap_ddp(chunks, config, pg_collection)
     optimizer = build_optimizer(config, model)
-    last = total_steps(config, data.num_samples)
+    last = total_steps(config, data)
     scheduler = build_scheduler(config, optimizer, last)
     first = 0
     if found is not None:
@@ -242,7 +242,7 @@ def _train(
         data.close()
     if reporter is not None and ledger is not None:
         reporter.close(step)
-        ledger.close(config.train.global_batch_size, data.num_samples)
+        ledger.close(data.steps, data.num_samples)
         if step == last:
             (run_dir / FINISHED).write_text(json.dumps({"step": step}), encoding="utf-8")
     if step < last:
