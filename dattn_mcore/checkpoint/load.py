@@ -137,12 +137,16 @@ def check_same_run(
             "another log.run_dir with checkpoint.init_from"
         )
     # With these and the fingerprint above, the step says which samples were seen.
-    for name in ("seed", "global_batch_size"):
-        have, want = manifest["config"]["train"][name], getattr(config.train, name)
+    names = [("train", "seed"), ("train", "global_batch_size"), ("data", "step_packs_multiple")]
+    if config.data.step_packs_multiple is not None:
+        names += [("data", name) for name in ("text_budget", "visual_budget", "over_budget")]
+    for section, name in names:
+        have = manifest["config"][section].get(name)
+        want = getattr(getattr(config, section), name)
         if have != want:
             raise CheckpointError(
-                f"{folder} was trained with train.{name}={have}, here it is {want}: its step would "
-                "mean other samples; keep it, or start in another log.run_dir with "
+                f"{folder} was trained with {section}.{name}={have}, here it is {want}: its "
+                "step would mean other samples; keep it, or start in another log.run_dir with "
                 "checkpoint.init_from"
             )
     trained = manifest["config"]["train"]["trains"]

@@ -115,6 +115,9 @@ def _positive(config: Config) -> Iterator[str]:
             yield f"{name}={value_of(config, name)} must be greater than 0"
     if config.train.steps is not None and config.train.steps <= 0:
         yield f"train.steps={config.train.steps} must be greater than 0, or null for train.epochs"
+    multiple = config.data.step_packs_multiple
+    if multiple is not None and multiple <= 0:
+        yield f"data.step_packs_multiple={multiple} must be greater than 0, or null"
     for limit in ("step", "checkpoint"):
         name = f"health.{limit}_timeout_seconds"
         if value_of(config, name) < 0:

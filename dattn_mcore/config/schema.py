@@ -150,6 +150,7 @@ class DataConfig:
     prepare: str = "digits"  # digits: make the embedded data set if it is absent | none
     text_budget: int = 512  # text rows of one packed micro-batch
     visual_budget: int = 512  # visual rows of one packed micro-batch
+    step_packs_multiple: int | None = None  # a step is a multiple of it of full packs; null: off
     fixed_rows: bool = False  # pad every micro-batch to both budgets: one shape for all
     over_budget: str = "skip"  # skip | truncate | error: a sample that fits no micro-batch
     pad_multiple: int = 8  # rows are padded to a multiple of this (and of what tp and FP8 need)
@@ -192,7 +193,7 @@ class TrainConfig:
 
     stage: str = "pretrain"  # align | pretrain | instruct: names the run
     trains: tuple[str, ...] = ("vision", "projector", "llm")
-    global_batch_size: int = 64  # samples per optimizer step
+    global_batch_size: int = 64  # samples per optimizer step (about: data.step_packs_multiple)
     steps: int | None = 300  # optimizer steps; null: from epochs
     epochs: float = 1.0  # used where steps is null
     precision: str = "fp32"  # fp32 | bf16

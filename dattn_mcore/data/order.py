@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (seed, position), independent of every layout.
 
-Positions 0, 1, 2, ... run through an endless concatenation of epochs. Optimizer step k takes
-positions k * G .. (k + 1) * G - 1, so the state of a run's data is that counter, the seed and the
-index's fingerprint, and a change of the number of data-parallel ranks changes nothing.
+Positions 0, 1, 2, ... run through an endless concatenation of epochs, which `steps` cuts into
+optimizer steps. So the state of a run's data is the step's number, the seed and the index's
+fingerprint, and a change of the number of data-parallel ranks changes nothing.
 
 An epoch takes `weight` times as many samples of each source as the source has, from the source's
 own endless order, and shuffles them together: with weight 0.5 two epochs see every sample once,
@@ -57,10 +57,9 @@ class SampleOrder:
         self._shares = tuple(shares)
         self._epochs: dict[int, np.ndarray] = {}  # the two used last; a batch may span epochs
 
-    def numbers(self, step: int, global_batch_size: int) -> list[int]:
-        """Returns the sample numbers of optimizer step `step` (0-based)."""
-        start = step * global_batch_size
-        return [self._at(position) for position in range(start, start + global_batch_size)]
+    def numbers(self, start: int, end: int) -> list[int]:
+        """Returns the sample numbers at positions `start` to `end` - 1."""
+        return [self._at(position) for position in range(start, end)]
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Returns the sample numbers of an epoch, in order."""

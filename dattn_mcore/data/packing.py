@@ -22,8 +22,9 @@ def plan_packs(
 
     For each candidate count (from the smallest that the sums allow) greedy placements are tried:
     largest sample into the least loaded pack (balanced), then in several orders into the pack that
-    it fits best (tight). Packing is NP-hard; one of them nearly always reaches the smallest count
-    that the sums allow (see benchmarks/data_path.py).
+    it fits best (tight), then sums of images that fill the visual budget. Packing is NP-hard; one
+    of them nearly always reaches the smallest count that the sums allow (see
+    benchmarks/data_path.py).
 
     Args:
         lengths: (text rows, visual rows) of each sample. Each fits the budgets alone.
@@ -47,12 +48,65 @@ def plan_packs(
         1,
     )
     count = _ceil_div(need, multiple) * multiple
-    while True:
-        for order, score in _GREEDY:
-            packs = _place(lengths, budgets, count, order, score)
-            if packs is not None:
-                return packs
+    while (packs := pack_into(lengths, budgets, count)) is None:
         count += multiple
+    return packs
+
+
+def pack_into(lengths: Lengths, budgets: tuple[int, int], count: int) -> tuple[Pack, ...] | None:
+    """Distributes samples over `count` packs, or returns None where no placement tried can."""
+    for order, score in _GREEDY:
+        packs = _place(lengths, budgets, count, order, score)
+        if packs is not None:
+            return packs
+    return _place_by_sums(lengths, budgets, count)
+
+
+def _place_by_sums(
+    lengths: Lengths, budgets: tuple[int, int], count: int
+) -> tuple[Pack, ...] | None:
+    """Fills pack after pack with images that sum up to the visual budget as nearly as can be.
+
+    Images come in a few sizes, so that taking the largest first leaves gaps that no image fits:
+    5 + 5 + 5 of 16 tiles, where 5 + 5 + 3 + 3 would be full. Each pack gets one of the largest
+    images left, and of all sums beside it the best.
+    """
+    by_rows: dict[int, list[int]] = {}  # visual rows: samples, those of most text last
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i][0], -i)):
+        by_rows.setdefault(lengths[index][1], []).append(index)
+    text_only = by_rows.pop(0, [])
+    members: list[list[int]] = []
+    for _ in range(count):
+        sizes = {rows: len(samples) for rows, samples in by_rows.items() if samples}
+        pack: list[int] = []
+        for rows, times in _best_sum(sizes, budgets[1]).items():
+            # Long and short texts in turn, so that packs are alike in text.
+            pack += [by_rows[rows].pop(-1 if turn % 2 else 0) for turn in range(times)]
+        members.append(pack)
+    texts = [sum(lengths[index][0] for index in pack) for pack in members]
+    for index in reversed(text_only):
+        emptiest = texts.index(min(texts))
+        members[emptiest].append(index)
+        texts[emptiest] += lengths[index][0]
+    if any(by_rows.values()) or max(texts) > budgets[0]:
+        return None
+    return tuple(tuple(sorted(pack)) for pack in members)
+
+
+def _best_sum(sizes: dict[int, int], room: int) -> dict[int, int]:
+    """How often to take each size, the largest at least once, to come nearest to `room`.
+
+    Args:
+        sizes: How often each can be taken.
+        room: What the sum must not exceed.
+    """
+    found: dict[int, dict[int, int]] = {0: {}}  # sum: how it is made
+    for size in sorted(sizes, reverse=True):
+        for total, taken in list(found.items()):
+            for times in range(1, min(sizes[size], (room - total) // size) + 1):
+                found.setdefault(total + times * size, {**taken, size: times})
+        found.pop(0, None)  # the largest is in every sum
+    return found[max(found)] if found else {}
 
 
 def _place(

@@ -27,6 +27,7 @@ from dattn_mcore.data.order import SampleOrder, Share
 from dattn_mcore.data.packing import Pack, plan_packs
 from dattn_mcore.data.prefetch import Prefetcher
 from dattn_mcore.data.samples import PlannedSample, SampleReader
+from dattn_mcore.data.steps import FullSteps, steps_of
 from dattn_mcore.data.templates import NO_LOSS, EncodedSample, encode_conversation
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import ConfigError, DataError
@@ -43,6 +44,8 @@ class DataPipeline:
 
     Attributes:
         index: Of the data set.
+        order: Of its samples.
+        steps: Which positions of the order a step takes.
         num_samples: Samples of an epoch.
         fingerprint: SHA-256 of what the order and content of samples depend on.
     """
@@ -91,6 +94,18 @@ class DataPipeline:
         self.index = open_index(config, tokenizer)
         check_share(self.index, data.max_bad_share)
         self.order = SampleOrder(shares_of(self.index), config.train.seed)
+        self.steps = steps_of(config, self.index, self.order)
+        if isinstance(self.steps, FullSteps):
+            _LOG.info(
+                "a step is %d packs, %.0f %% full: %d samples in the first one",
+                *(self.steps.packs, 100 * self.steps.fill, self.steps.bounds(0)[1]),
+            )
+            if self.steps.packs % self._multiple:
+                _LOG.warning(
+                    "%d packs cannot be dealt evenly: they are rounded up to a multiple of %d and "
+                    "less full; set data.step_packs_multiple to a multiple of it",
+                    *(self.steps.packs, self._multiple),
+                )
         self.num_samples = self.order.epoch_size
         self.fingerprint = self.index.fingerprint
         self._reader = SampleReader(
@@ -143,7 +158,7 @@ class DataPipeline:
         Raises:
             DataError: One of the latter, with `data.over_budget=error`.
         """
-        numbers = self.order.numbers(step, self._config.train.global_batch_size)
+        numbers = self.order.numbers(*self.steps.bounds(step))
         rows = self.index.samples[np.array(numbers)]
         planned, skipped = [], []
         for number, row in zip(numbers, rows, strict=True):

@@ -17,6 +17,7 @@ from typing import Any
 from dattn_mcore.data.batch import GlobalBatch
 from dattn_mcore.data.failures import SampleFailure, too_many, unusable
 from dattn_mcore.data.index.store import Index
+from dattn_mcore.data.steps import Steps
 from dattn_mcore.errors import DataError
 from dattn_mcore.training.lines import drop_after, open_lines, read_lines
 
@@ -82,10 +83,10 @@ class SampleLedger:
         reasons = list(named.values())[::-1][:3]
         return too_many(bad, len(self.index), self.max_share, reasons, str(self.path))
 
-    def close(self, global_batch_size: int, epoch_size: int) -> None:
+    def close(self, steps: Steps, epoch_size: int) -> None:
         """Writes data_report.json and says what it counts."""
         self.lines.close()
-        report = data_report(self.run_dir, self.index, global_batch_size, epoch_size)
+        report = data_report(self.run_dir, self.index, steps, epoch_size)
         text = json.dumps(report, indent=1) + "\n"
         (self.run_dir / "data_report.json").write_text(text, encoding="utf-8")
         left_out = [name for name in ("masked", "skipped", "unusable") if report[name]]
@@ -96,15 +97,13 @@ class SampleLedger:
             )
 
 
-def data_report(
-    run_dir: Path, index: Index, global_batch_size: int, epoch_size: int
-) -> dict[str, Any]:
+def data_report(run_dir: Path, index: Index, steps: Steps, epoch_size: int) -> dict[str, Any]:
     """Counts what became of every sample of every epoch.
 
     Args:
         run_dir: the run's folder, with samples.jsonl and bad_samples.jsonl.
         index: of the data set.
-        global_batch_size: samples of a step.
+        steps: positions of the order that each step took.
         epoch_size: samples an epoch draws (all that can be used, unless sources have weights).
     """
     bad: dict[tuple[int, int], str] = {}
@@ -116,7 +115,7 @@ def data_report(
     num_unusable = len(index) - index.num_usable
     epochs: list[dict[str, int]] = []
     for line in read_lines(run_dir / "samples.jsonl"):
-        first = (line["step"] - 1) * global_batch_size
+        first, _ = steps.bounds(line["step"] - 1)
         for position, sample in enumerate(line["samples"], start=first):
             while len(epochs) <= position // epoch_size:
                 epochs.append(_epoch(len(epochs) + 1, num_unusable, epoch_size))

@@ -195,7 +195,7 @@ def _close(run: Run, step: int) -> None:
     """Writes the reports of the whole run, and that it is finished where it is."""
     if run.reporter is not None and run.ledger is not None:
         run.reporter.close(step)
-        run.ledger.close(run.config.train.global_batch_size, run.data.num_samples)
+        run.ledger.close(run.data.steps, run.data.num_samples)
         if step == run.last_step:
             done = Path(run.config.log.run_dir) / FINISHED
             done.write_text(json.dumps({"step": step}), encoding="utf-8")

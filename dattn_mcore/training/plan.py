@@ -46,7 +46,7 @@ def describe(config: Config, world_size: int) -> str:
         f"rows of a full micro-batch: {visual:,} visual ({visual // rows} tiles of {rows} rows; "
         f"an image has {tiles}) and {text:,} text",
         f"rows per rank between layers: {visual // shards:,} visual and {text // shards:,} text",
-        f"global batch: {config.train.global_batch_size} samples",
+        _global_batch(config),
         *_attention_lines(config),
         "",
     ]
@@ -77,6 +77,13 @@ def attention_backends(config: Config, device_type: str) -> list[tuple[str, Back
     ]
     alike = len({choice for _, choice in chosen}) == 1
     return [("all layers", chosen[0][1])] if alike else chosen
+
+
+def _global_batch(config: Config) -> str:
+    size, multiple = config.train.global_batch_size, config.data.step_packs_multiple
+    if multiple is None:
+        return f"global batch: {size} samples"
+    return f"global batch: about {size} samples, in full micro-batches, a multiple of {multiple}"
 
 
 def _attention_lines(config: Config) -> list[str]:

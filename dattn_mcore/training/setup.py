@@ -104,7 +104,7 @@ def set_up(
     chunks = _build(config, pg_collection, device, found)
     model = wrap_ddp(chunks, config, pg_collection)
     optimizer = build_optimizer(config, model)
-    last = total_steps(config, data.num_samples)
+    last = total_steps(config, data)
     scheduler = build_scheduler(config, optimizer, last)
     first = 0
     if found is not None:
@@ -125,11 +125,11 @@ def set_up(
     )
 
 
-def total_steps(config: Config, num_samples: int) -> int:
+def total_steps(config: Config, data: DataPipeline) -> int:
     """Optimizer steps of the run: `train.steps`, or as many as `train.epochs` takes."""
     if config.train.steps is not None:
         return config.train.steps
-    return max(1, math.ceil(num_samples * config.train.epochs / config.train.global_batch_size))
+    return max(1, data.steps.up_to(math.ceil(data.num_samples * config.train.epochs)))
 
 
 def _open_data_in_turn(

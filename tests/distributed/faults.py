@@ -18,15 +18,20 @@ from tests.distributed.pool import PRELOAD
 
 
 def start_ranks(
-    tree: dict[str, Any], folder: Path, fault: str, overrides: dict[int, list[str]] | None = None
+    tree: dict[str, Any],
+    folder: Path,
+    fault: str,
+    overrides: dict[int, list[str]] | None = None,
+    world_size: int = 2,
 ) -> list[Any]:
-    """Starts `pretrain_dattn.py`'s command on two ranks; rank 1 has the fault.
+    """Starts `pretrain_dattn.py`'s command on some ranks; rank 1 has the fault.
 
     Args:
         tree: configuration.
         folder: where the configuration and each rank's output go (`rank0.log`, ...).
         fault: name of a function in this file, called on rank 1 before the command.
         overrides: further arguments of a rank.
+        world_size: number of ranks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
@@ -36,10 +41,11 @@ def start_ranks(
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     ranks = []
-    for rank in range(2):
+    for rank in range(world_size):
         arguments = ["--config", str(folder / "run.yaml"), "--device", "cpu"]
         arguments += (overrides or {}).get(rank, [])
-        process = context.Process(target=_rank, args=(rank, port, folder, fault, arguments))
+        where = (rank, world_size, port)
+        process = context.Process(target=_rank, args=(*where, folder, fault, arguments))
         process.start()
         ranks.append(process)
     return ranks
@@ -52,11 +58,13 @@ def end_ranks(ranks: list[Any]) -> None:
         process.join()
 
 
-def _rank(rank: int, port: int, folder: Path, fault: str, arguments: list[str]) -> None:
+def _rank(
+    rank: int, world_size: int, port: int, folder: Path, fault: str, arguments: list[str]
+) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
+        WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",

@@ -221,11 +221,15 @@ def test_changed_data_is_refused(pool, digits, two_checkpoints):
         pool.run(run_training, 1, other)
 
 
-@pytest.mark.parametrize(("name", "value"), [("seed", 77), ("global_batch_size", 6)])
-def test_another_order_of_samples_is_refused(pool, digits, two_checkpoints, name, value):
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [("train", "seed", 77), ("train", "global_batch_size", 6), ("data", "step_packs_multiple", 1)],
+)
+def test_another_order_of_samples_is_refused(pool, digits, two_checkpoints, section, name, value):
     tree, _ = two_checkpoints
-    other = {**tree, "train": {**tree["train"], name: value}}
-    with pytest.raises(WorkerError, match=f"trained with train.{name}=.*would mean other samples"):
+    other = {**tree, section: {**tree[section], name: value}}
+    message = f"trained with {section}.{name}=.*would mean other samples"
+    with pytest.raises(WorkerError, match=message):
         pool.run(run_training, 1, other)
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.balance import row_work, split_over_ranks
+from dattn_mcore.data.balance import row_work
 from dattn_mcore.data.index.layout import FORMATS
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.order import SampleOrder
-from dattn_mcore.data.packing import plan_packs
+from dattn_mcore.data.packing_figures import measure_packing
 from dattn_mcore.data.pages.html import embedded, page, table, write_page
 from dattn_mcore.data.pipeline import shares_of
+from dattn_mcore.data.steps import steps_of
 from dattn_mcore.data.tokenizer import Tokenizer
 
 _STEPS = 50  # that are packed to see how full packs get
@@ -73,32 +74,25 @@ def packing_of(
     data, work = config.data, row_work(config)
     budgets = (data.text_budget, data.visual_budget)
     order = SampleOrder(shares_of(index), config.train.seed)
-    size = config.train.global_batch_size
-    steps = max(1, min(steps, order.epoch_size // size))
-    packs_made, over, fills, heaviest = 0, 0, [], []
-    for step in range(steps):
-        rows = index.samples[np.array(order.numbers(step, size))]
+    cut = steps_of(config, index, order)
+    planned, over = [], 0
+    for step in range(max(1, min(steps, cut.up_to(order.epoch_size + 1) - 1))):
+        rows = index.samples[np.array(order.numbers(*cut.bounds(step)))]
         lengths = [
             (int(row["text_rows"]), int(row["num_tiles"]) * config.model.vision.rows_per_tile)
             for row in rows
         ]
         fitting = [pair for pair in lengths if pair[0] <= budgets[0] and pair[1] <= budgets[1]]
         over += len(lengths) - len(fitting)
-        packs = plan_packs(fitting, *budgets, dp_size)
-        packs_made += len(packs)
-        fills.append([sum(pair[kind] for pair in fitting) / budgets[kind] for kind in (0, 1)])
-        loads = [
-            sum(fitting[i][0] * work[0] + fitting[i][1] * work[1] for pack in share for i in pack)
-            for share in split_over_ranks(packs, fitting, dp_size, budgets, work)
-        ]
-        heaviest.append(max(loads) * dp_size / max(sum(loads), 1e-9))
-    text, visual = (float(fill) / packs_made for fill in np.sum(fills, axis=0))
+        planned.append(fitting)
+    figures = measure_packing(planned, budgets, dp_size, work)
     return {
-        "steps planned": steps,
-        "packs of a step": f"{packs_made / steps:.1f}",
-        "text budget filled": f"{100 * text:.1f} %",
-        "visual budget filled": f"{100 * visual:.1f} %",
-        "heaviest rank above the mean": f"{100 * (max(heaviest) - 1):.1f} %",
+        "steps planned": figures.steps,
+        "samples of a step": f"{(figures.samples + over) / figures.steps:.1f}",
+        "packs of a step": f"{figures.packs / figures.steps:.1f}",
+        "text budget filled": f"{100 * figures.fills[0]:.1f} %",
+        "visual budget filled": f"{100 * figures.fills[1]:.1f} %",
+        "heaviest rank above the mean": f"{100 * figures.heaviest:.1f} %",
         "samples over budget": over,
     }
 

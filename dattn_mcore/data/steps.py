@@ -1,0 +1,191 @@
+"""Which positions of the endless order make up a step: a fixed number, or as many as fill packs.
+
+Both are pure functions of the order and the settings, never of the layout, so any number of
+data-parallel ranks sees the same global batches, and a step's number says what was seen before it.
+
+With a fixed number of samples the number of packs of a step falls between multiples of the ranks,
+and what is left of the last ones stays empty. `data.step_packs_multiple` fixes the packs instead:
+a step takes samples, in order, as long as their rows fit into the share of its packs' budgets that
+the packing is known to reach.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.data.index.store import Index
+from dattn_mcore.data.order import SampleOrder
+from dattn_mcore.data.packing import Lengths, pack_into, plan_packs
+from dattn_mcore.errors import ConfigError
+
+_WINDOWS = 8  # parts of the first epoch that are packed to see how full packs can get
+_SLACK = 0.01  # of the budgets, below the fill that all of these reached
+_MOST_OFF = 0.25  # of train.global_batch_size, by which full packs may change a step
+
+
+class Steps(Protocol):
+    """Cuts the endless order into steps."""
+
+    def bounds(self, step: int) -> tuple[int, int]:
+        """First and behind-last position of a step (0-based)."""
+
+    def up_to(self, position: int) -> int:
+        """Steps until every position before this one has been taken."""
+
+
+@dataclass(frozen=True)
+class FixedSteps:
+    """Steps of one number of samples."""
+
+    size: int
+
+    def bounds(self, step: int) -> tuple[int, int]:
+        """First and behind-last position of a step (0-based)."""
+        return step * self.size, (step + 1) * self.size
+
+    def up_to(self, position: int) -> int:
+        """Steps until every position before this one has been taken."""
+        return math.ceil(position / self.size)
+
+
+class FullSteps:
+    """Steps of as many samples as fill a number of packs.
+
+    Args:
+        order: Of the samples.
+        rows: int64 [samples of the index, 2], text and visual rows that each sample takes; (0, 0)
+            for one that takes no part.
+        budgets: Most text and visual rows of a pack.
+        packs: Of a step.
+        fill: Share of the packs' budgets that a step's samples may sum up to.
+        most: Samples that a step has at most, however short they are.
+    """
+
+    def __init__(
+        self,
+        order: SampleOrder,
+        rows: np.ndarray,
+        budgets: tuple[int, int],
+        packs: int,
+        fill: float,
+        most: int,
+    ) -> None:
+        self.packs, self.fill = packs, fill
+        self._order, self._rows, self._most = order, rows, most
+        self._room = np.array([int(budget * packs * fill) for budget in budgets])
+        self._starts = [0]  # of the steps known so far, and behind the last of them
+        self._epoch = 0  # in which that lies, and its running sums
+        self._sums = self._sums_of(0)
+
+    def bounds(self, step: int) -> tuple[int, int]:
+        """First and behind-last position of a step (0-based)."""
+        while len(self._starts) <= step + 1:
+            self._starts.append(self._end(self._starts[-1]))
+        return self._starts[step], self._starts[step + 1]
+
+    def up_to(self, position: int) -> int:
+        """Steps until every position before this one has been taken."""
+        while self._starts[-1] < position:
+            self._starts.append(self._end(self._starts[-1]))
+        return int(np.searchsorted(self._starts, position))
+
+    def _sums_of(self, epoch: int) -> np.ndarray:
+        """Rows before each position of an epoch, int64 [2, positions + 1]."""
+        sums = np.zeros((2, self._order.epoch_size + 1), np.int64)
+        numbers = self._order.epoch(epoch)
+        for kind in (0, 1):
+            np.cumsum(self._rows[numbers, kind], out=sums[kind, 1:])
+        return sums
+
+    def _end(self, start: int) -> int:
+        """Where the step that begins at a position ends."""
+        room, position, last = self._room, start, start + self._most
+        size = self._order.epoch_size
+        while position < last:
+            epoch, offset = divmod(position, size)
+            if epoch != self._epoch:
+                self._epoch, self._sums = epoch, self._sums_of(epoch)
+            before = self._sums[:, offset]
+            fits = min(
+                int(np.searchsorted(sums, limit, side="right")) - 1
+                for sums, limit in zip(self._sums, before + room, strict=True)
+            )
+            position = epoch * size + fits
+            if fits < size:
+                break
+            room = room - (self._sums[:, size] - before)
+        return min(max(position, start + 1), last)
+
+
+def steps_of(config: Config, index: Index, order: SampleOrder) -> Steps:
+    """The steps of a run.
+
+    Raises:
+        ConfigError: `data.step_packs_multiple` does not suit the global batch.
+    """
+    data, size = config.data, config.train.global_batch_size
+    if data.step_packs_multiple is None:
+        return FixedSteps(size)
+    budgets = (data.text_budget, data.visual_budget)
+    rows = np.empty((len(index), 2), np.int64)
+    rows[:, 0] = index.samples["text_rows"]
+    rows[:, 1] = index.samples["num_tiles"]
+    rows[:, 1] *= config.model.vision.rows_per_tile
+    over = (rows > budgets).any(1)
+    # A sample that is cut takes at most the budgets; one that is skipped takes nothing.
+    rows[over] = np.minimum(rows[over], budgets) if data.over_budget == "truncate" else 0
+    return full_steps(order, rows, budgets, size, data.step_packs_multiple)
+
+
+def full_steps(
+    order: SampleOrder, rows: np.ndarray, budgets: tuple[int, int], size: int, multiple: int
+) -> FullSteps:
+    """Steps of full packs, whose number is that which `size` samples need, rounded.
+
+    How full packs get depends on the lengths (of two images that take 3/5 of the budget each, no
+    two share a pack), so parts of the first epoch are packed to see it.
+
+    Args:
+        order: Of the samples.
+        rows: As of `FullSteps`.
+        budgets: Most text and visual rows of a pack.
+        size: Samples that a step should have (train.global_batch_size).
+        multiple: The packs of a step are a multiple of it.
+
+    Raises:
+        ConfigError: No multiple of `multiple` packs holds about `size` samples.
+    """
+    numbers, most = order.epoch(0), 2 * size
+    starts = [order.epoch_size * window // _WINDOWS for window in range(_WINDOWS)]
+    windows = [rows[numbers.take(range(at, at + most), mode="wrap")] for at in starts]
+    needed = sum(len(plan_packs(_some(w), *budgets, 1)) for w in windows) / _WINDOWS / 2
+    packs = max(1, round(needed / multiple)) * multiple
+    if abs(packs - needed) > _MOST_OFF * needed:
+        raise ConfigError(
+            f"data.step_packs_multiple={multiple}: train.global_batch_size={size} samples fill "
+            f"{needed:.1f} packs, and {packs} would be another batch; lower it or the budgets, or "
+            "raise the global batch"
+        )
+    fill = min(_reachable(window, budgets, packs) for window in windows) - _SLACK
+    return FullSteps(order, rows, budgets, packs, fill, most)
+
+
+def _reachable(window: np.ndarray, budgets: tuple[int, int], packs: int) -> float:
+    """The largest share of the budgets, in hundredths, at which samples still fit the packs."""
+    sums = np.cumsum(window, axis=0)
+    for hundredths in range(100, 0, -1):
+        room = np.array(budgets) * packs * hundredths / 100
+        taken = int((sums <= room).all(1).sum())
+        if pack_into(_some(window[:taken]), budgets, packs) is not None:
+            return hundredths / 100
+    raise AssertionError("a share without samples fits always")
+
+
+def _some(rows: np.ndarray) -> Lengths:
+    """Lengths of the samples that take part."""
+    return [(int(text), int(visual)) for text, visual in rows if text or visual]
