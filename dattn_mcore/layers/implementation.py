@@ -9,7 +9,7 @@ import logging
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError
-from dattn_mcore.parallel.platform import current_device
+from dattn_mcore.parallel.platform import current_device, fp8_problem
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ def choose_implementation(config: Config) -> str:
     """`model.transformer_impl`, with `auto` resolved; says once what `auto` took, and why.
 
     Raises:
-        ConfigError: Transformer Engine was asked for (by name, or by FP8) and cannot be used.
+        ConfigError: Transformer Engine was asked for (by name, or by FP8) and cannot be used, or
+            this GPU knows no FP8.
     """
     wanted, fp8 = config.model.transformer_impl, config.train.fp8 != "none"
     asked = f"train.fp8={config.train.fp8}" if fp8 else f"model.transformer_impl={wanted}"
@@ -53,6 +54,9 @@ def choose_implementation(config: Config) -> str:
                 "pip install --no-build-isolation 'dattn-mcore[te]', or use "
                 "model.transformer_impl=local and train.fp8=none"
             )
+        problem = fp8_problem(config.train.fp8) if fp8 else None
+        if problem is not None:
+            raise ConfigError(f"{asked} {problem}; use train.fp8=none")
         return TRANSFORMER_ENGINE
     if current_device().type == "cpu":
         return LOCAL

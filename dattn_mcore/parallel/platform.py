@@ -99,6 +99,22 @@ def is_hopper() -> bool:
     return gpu_available() and torch.cuda.get_device_capability()[0] == 9
 
 
+def fp8_problem(recipe: str) -> str | None:
+    """Why this process's GPU cannot compute a recipe of FP8; None where it can, or on a CPU.
+
+    Args:
+        recipe: delayed, tensorwise or blockwise.
+    """
+    needed = (9, 0) if recipe == "blockwise" else (8, 9)
+    if _installed != "gpu" or torch.cuda.get_device_capability() >= needed:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return (
+        f"needs a GPU of compute capability {needed[0]}.{needed[1]} or newer (H100), and "
+        f"{device_name()} has {major}.{minor}"
+    )
+
+
 def backend(device: str) -> str:
     """The torch.distributed backend for a device (cpu or gpu)."""
     return "nccl" if device == "gpu" else "gloo"

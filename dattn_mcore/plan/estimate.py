@@ -177,6 +177,7 @@ def as_dict(plan: Plan, num_samples: int | None) -> dict[str, Any]:
             **{name: getattr(parallel, name) for name in ("tp", "pp", "vpp", "sp")},
             "dp": plan.dp,
             "recompute": plan.config.train.recompute,
+            "recompute_layers": plan.config.train.recompute_layers,
         },
         "gpu": plan.gpu.name,
         "precision": "fp8" if plan.fp8 else plan.config.train.precision,

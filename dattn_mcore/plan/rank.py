@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from dattn_mcore.config.schema import Config
+from dattn_mcore.config.schema import Config, TrainConfig
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.plan.estimate import Plan, make_plan
 from dattn_mcore.plan.hardware import Cluster, Gpu
@@ -35,7 +35,7 @@ def _candidates(config: Config, cluster: Cluster) -> Iterator[Config]:
             if tp * pp > cluster.world_size or cluster.world_size % (tp * pp):
                 continue
             for vpp, first in _splits(layers, pp):
-                for recompute in ("none", "full"):
+                for train in _recompute(config.train):
                     yield dataclasses.replace(
                         config,
                         parallel=dataclasses.replace(
@@ -46,8 +46,15 @@ def _candidates(config: Config, cluster: Cluster) -> Iterator[Config]:
                             sp=tp > 1,
                             first_stage_layers=first,
                         ),
-                        train=dataclasses.replace(config.train, recompute=recompute),
+                        train=train,
                     )
+
+
+def _recompute(train: TrainConfig) -> Iterable[TrainConfig]:
+    """Nothing again, everything again, and what the configuration says."""
+    plain = dataclasses.replace(train, recompute_layers=None, recompute_modules=("core_attn",))
+    ends = [dataclasses.replace(plain, recompute=recompute) for recompute in ("none", "full")]
+    return dict.fromkeys([*ends, train])
 
 
 def _splits(layers: int, pp: int) -> Iterator[tuple[int, int | None]]:

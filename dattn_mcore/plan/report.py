@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from dattn_mcore.config.schema import Config
+from dattn_mcore.config.schema import Config, TrainConfig
 from dattn_mcore.plan import hardware
 from dattn_mcore.plan.estimate import Plan
 from dattn_mcore.plan.workload import Sample
@@ -23,7 +23,15 @@ def layout_name(plan: Plan) -> str:
         name += f", first stage {parallel.first_stage_layers} layers"
     if parallel.sp:
         name += ", sp"
-    return f"{name}, recompute {plan.config.train.recompute}"
+    return f"{name}, recompute {_recompute_name(plan.config.train)}"
+
+
+def _recompute_name(train: TrainConfig) -> str:
+    if train.recompute == "selective":
+        return " and ".join(train.recompute_modules)
+    if train.recompute_layers is not None:
+        return f"{train.recompute_layers} layers"
+    return train.recompute
 
 
 def print_plans(console: Console, plans: list[Plan], num_samples: int | None) -> None:

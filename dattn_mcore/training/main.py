@@ -83,6 +83,7 @@ def _run(config: Config, arguments: list[str]) -> int:
     # Importing PyTorch and Megatron-Core takes seconds; mistakes above are told at once.
     import torch.distributed as dist
 
+    from dattn_mcore.layers.implementation import choose_implementation
     from dattn_mcore.parallel import groups, platform
     from dattn_mcore.training.loop import train
     from dattn_mcore.training.plan import attention_backends
@@ -97,7 +98,9 @@ def _run(config: Config, arguments: list[str]) -> int:
         groups.initialize_alone(device_kind)
         watchdog = Watchdog(0, 1)
     try:
-        attention_backends(config, device_kind)  # told before anything is built
+        # What cannot run is told before anything is built.
+        attention_backends(config, device_kind)
+        choose_implementation(config)
         limit = config.health.start_timeout_seconds
         watchdog.phase("the first all-reduce", limit, "health.start_timeout_seconds")
         check_all_reduce(device)

@@ -52,7 +52,7 @@ def configuration(cluster, digits):
             "image_backend": "pillow",
         },
         "optim": {"lr": 3e-3},
-        "train": {"steps": STEPS, "global_batch_size": 8, "device": "cpu", "recompute": "none"},
+        "train": {"steps": STEPS, "global_batch_size": 8, "device": "cpu", "fp8": "none"},
         "checkpoint": {"init_from": None, "save_interval": 4},
         "log": {"interval": 1, "tensorboard": False},
     }
@@ -153,7 +153,7 @@ def test_the_chain_of_stages_at_its_true_size(cluster):
     for job, stage in zip(found, ("aln", "pt", "it"), strict=True):
         assert job["NumNodes"] == "4" and "gres:gpu:8" in job["TresPerNode"]
         text = (cluster.folder / f"chain-gemma_{stage}.out").read_text()
-        assert "layout: 32 processes = tp 4 x pp 2 x dp 4, sequence parallel" in text
+        assert "layout: 32 processes = tp 2 x pp 1 x dp 16, sequence parallel" in text
         assert f"--config configs/gemma_{stage}.yaml" in text
 
 

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dattn_mcore.config.checks import check_config, row_multiple
 from dattn_mcore.config.load import from_dict, load_config
 from dattn_mcore.errors import ConfigError
+from dattn_mcore.layers import implementation
 from dattn_mcore.layers.implementation import choose_implementation, transformer_engine_missing
 from dattn_mcore.models.transformer_configs import llm_transformer_config
+from dattn_mcore.parallel import platform
 from tests.unit.layers.te_specs import CASES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,7 +72,33 @@ def test_auto_is_local_on_a_cpu_and_a_missing_package_is_told():
         choose_implementation(fp8)
 
 
+def test_a_gpu_without_fp8_is_told_in_one_line(monkeypatch):
+    """An A100; the devices' names are the vendor's."""
+    monkeypatch.setattr(implementation, "transformer_engine_missing", lambda: None)
+    monkeypatch.setattr(platform, "_installed", "gpu")
+    driver = getattr(torch, "cu" + "da")
+    monkeypatch.setattr(driver, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    for capability, recipe, refused in (
+        *(((8, 0), "tensorwise", True), ((8, 9), "delayed", False)),
+        *(((8, 9), "blockwise", True), ((9, 0), "blockwise", False)),
+    ):
+        monkeypatch.setattr(
+            driver, "get_device_capability", lambda capability=capability: capability
+        )
+        config = from_dict({"train": {"fp8": recipe, "precision": "bf16"}})
+        if not refused:
+            assert choose_implementation(config) == "transformer_engine"
+            continue
+        with pytest.raises(ConfigError, match=f"train.fp8={recipe} needs a GPU of compute") as e:
+            choose_implementation(config)
+        assert "A100" in str(e.value) and "\n" not in str(e.value)
+
+
 GEMMA = ROOT / "configs/gemma_pt.yaml"
+CHUNKS = [
+    *("train.recompute_visual_chunk=4096", "parallel.overlap_grad_reduce=false"),
+    "parallel.overlap_param_gather=false",
+]
 
 
 @pytest.mark.parametrize(
@@ -80,10 +109,10 @@ GEMMA = ROOT / "configs/gemma_pt.yaml"
         (["train.fp8=tensorwise", "train.fp8_bf16_layers=21"], "must leave some of"),
         (["train.fp8=tensorwise", "model.transformer_impl=local"], "needs Transformer Engine"),
         (["train.fp8=tensorwise", "train.device=cpu"], "needs a GPU"),
-        (["train.fp8=tensorwise", "train.recompute_visual_chunk=4096"], "is not implemented"),
+        ([*CHUNKS, "train.fp8=tensorwise"], "is not implemented"),
         (["train.fp8=tensorwise", "model.llm.hidden_size=3592"], "multiple of 16"),
         (["train.fp8=blockwise", "model.llm.hidden_size=3600"], "multiple of 128"),
-        (["train.fp8_bf16_layers=1"], "needs train.fp8"),
+        (["train.fp8=none", "train.fp8_bf16_layers=1"], "needs train.fp8"),
     ],
 )
 def test_what_fp8_cannot_do_is_refused_in_one_line(settings, message):
