@@ -168,8 +168,8 @@ def full_steps(
     if abs(packs - needed) > _MOST_OFF * needed:
         raise ConfigError(
             f"data.step_packs_multiple={multiple}: train.global_batch_size={size} samples fill "
-            f"{needed:.1f} packs, and {packs} would be another batch; lower it or the budgets, or "
-            "raise the global batch"
+            f"{needed:.1f} packs, and {packs} would be another batch; lower it, or set null for "
+            f"exactly {size} samples"
         )
     fill = min(_reachable(window, budgets, packs) for window in windows) - _SLACK
     return FullSteps(order, rows, budgets, packs, fill, most)

@@ -206,4 +206,5 @@ def test_a_hundred_megapixels_fit_into_memory(
     # Its 324 MB of pixels: four bytes each in Pillow, and copied out of it.
     assert int(done.stdout) < 4 * 12_000 * 9_000 * 3
     tiles = torch.load(tmp_path / f"{policy}.pt")
-    hold_to_oracle(tmp_path, ["huge.jpg"], "siglip-anyres-384", tiles)
+    assert len(tiles) == 5
+    hold_to_oracle(tmp_path, ["huge.jpg"], "siglip-384", tiles[:1])
