@@ -86,6 +86,8 @@ def say(title: str, rows: dict[str, Any]) -> None:
 def draw(found: dict[str, Any], path: Path) -> None:
     """Images a second beside the peer's, and how full packs are, of the parts that were run."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    left.set_visible("images" in found)
+    right.set_visible("packing" in found)
     if "images" in found:
         kinds = ("square", "anyres")
         for shift, who, colour in (

@@ -30,6 +30,7 @@ before = psutil.Process().memory_info().rss
 started = time.perf_counter()
 data = DataPipeline(config, tokenizer, dp_rank=0, dp_size=1, microbatch_multiple=1,
                     needs_pixels=False)
+data.steps.up_to(data.num_samples)  # as a run that counts epochs does
 batch = data.global_batch(0)
 seconds = time.perf_counter() - started
 for step in range(1, 20):
@@ -68,24 +69,30 @@ def index(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "dattn_mcore.data", "index", "--workers", "2", *settings]
     subprocess.run(command, check=True, env=environment)
     made = time.perf_counter() - started
-    done = subprocess.run(
-        [sys.executable, "-c", _TRAINER, json.dumps(settings)],
-        check=True,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    samples, seconds, added = json.loads(done.stdout.splitlines()[-1])
     size = sum(file.stat().st_size for file in (folder / ".index").rglob("*") if file.is_file())
-    return {
-        "annotation lines": samples,
+    result = {
         "file, MB": round((folder / "lines.jsonl").stat().st_size / 1e6),
         "index made in, seconds (2 processes)": round(made, 1),
-        "index made, samples/s": round(samples / made),
         "index, MB": round(size / 1e6),
-        "trainer: start to first batch, seconds": round(seconds, 2),
-        "trainer: added memory after 20 steps, MB": round(added / 1e6, 1),
     }
+    for kind, more in (
+        ("steps of 64 samples", []),
+        ("steps of full packs", ["data.step_packs_multiple=2", "train.steps=null"]),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", _TRAINER, json.dumps(settings + more)],
+            check=True,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        samples, seconds, added = json.loads(done.stdout.splitlines()[-1])
+        result |= {
+            "annotation lines": samples,
+            f"{kind}: start to first batch, seconds": round(seconds, 2),
+            f"{kind}: added memory after 20 steps, MB": round(added / 1e6, 1),
+        }
+    return result
 
 
 def wait(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:

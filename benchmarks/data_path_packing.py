@@ -68,7 +68,7 @@ def packing(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 f"{name}, dp {dp_size}: text budget filled, %": round(100 * text, 1),
                 f"{name}, dp {dp_size}: visual budget filled, %": round(100 * visual, 1),
                 f"{name}, dp {dp_size}: heaviest rank over the mean, %": round(
-                    100 * figures.heaviest, 2
+                    100 * max(figures.heaviest), 2
                 ),
                 f"{name}, dp {dp_size}: ms to plan a step": round(1000 * seconds / STEPS, 1),
             }

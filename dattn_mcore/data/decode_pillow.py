@@ -30,14 +30,20 @@ def decode_with_pillow(image: ImageFile) -> Tensor:
     Source: `convert_to_rgb` of transformers 5 (`transformers/image_transforms.py`).
     """
     try:
-        with Image.open(io.BytesIO(image.data)) as opened:
-            opened.load()
-            rgb = _to_rgb(opened)
+        pixels = _pixels(image.data)
     except Exception as error:  # noqa: BLE001  (OSError, SyntaxError, struct.error, ...)
         reason = " ".join(str(error).split()) or type(error).__name__
         kind = "is truncated" if "truncated" in reason else "cannot be decoded"
         raise DataError(f"{image.who} {kind} ({reason})") from None
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    # Copied for a tensor may be written to; Pillow's own memory is free by now, which matters for
+    # images of a hundred megapixels.
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def _pixels(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as opened:
+        opened.load()
+        return np.asarray(_to_rgb(opened))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -45,7 +51,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         over = image.convert("RGBA")
         white = Image.new("RGBA", over.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, over).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _decode(image: ImageFile) -> Tensor | DataError:

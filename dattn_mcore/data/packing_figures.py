@@ -14,18 +14,22 @@ class PackingFigures:
     """Of several steps.
 
     Attributes:
-        steps: How many.
-        samples: In all of them.
-        packs: In all of them.
-        fills: Share of the text and of the visual budget of all packs that is filled.
-        heaviest: Work of a step's heaviest rank over the ranks' mean, less 1; the worst step's.
+        samples: In each step.
+        packs: In each step.
+        rows: Text and visual rows of each step, as shares of the budgets of one pack.
+        heaviest: Work of each step's heaviest rank over the ranks' mean, less 1.
     """
 
-    steps: int
-    samples: int
-    packs: int
-    fills: tuple[float, float]
-    heaviest: float
+    samples: tuple[int, ...]
+    packs: tuple[int, ...]
+    rows: tuple[tuple[float, float], ...]
+    heaviest: tuple[float, ...]
+
+    @property
+    def fills(self) -> tuple[float, float]:
+        """Share of the text and of the visual budget of all packs that is filled."""
+        text, visual = (sum(kind) / sum(self.packs) for kind in zip(*self.rows, strict=True))
+        return text, visual
 
 
 def measure_packing(
@@ -34,22 +38,22 @@ def measure_packing(
     """Packs steps and shares them out as a run does.
 
     Args:
-        steps: (text rows, visual rows) of the samples of each step; each fits the budgets.
+        steps: (text rows, visual rows) of the samples of each step, at least one step; each fits
+            the budgets.
         budgets: Most text and visual rows of a pack.
         dp_size: Data-parallel ranks.
         work: Of one text row and one visual row (`row_work`).
     """
-    count = samples = packs = text = visual = 0
-    heaviest = 0.0
+    samples, packs, rows, heaviest = [], [], [], []
     for lengths in steps:
         made = plan_packs(lengths, *budgets, dp_size)
-        count, samples, packs = count + 1, samples + len(lengths), packs + len(made)
-        text += sum(rows for rows, _ in lengths)
-        visual += sum(rows for _, rows in lengths)
+        samples.append(len(lengths))
+        packs.append(len(made))
+        text, visual = (sum(pair[kind] for pair in lengths) / budgets[kind] for kind in (0, 1))
+        rows.append((text, visual))
         loads = [
             sum(lengths[i][0] * work[0] + lengths[i][1] * work[1] for pack in share for i in pack)
             for share in split_over_ranks(made, lengths, dp_size, budgets, work)
         ]
-        heaviest = max(heaviest, max(loads) * dp_size / max(sum(loads), 1e-9) - 1)
-    fills = (text / max(packs, 1) / budgets[0], visual / max(packs, 1) / budgets[1])
-    return PackingFigures(count, samples, packs, fills, heaviest)
+        heaviest.append(max(loads) * dp_size / max(sum(loads), 1e-9) - 1)
+    return PackingFigures(tuple(samples), tuple(packs), tuple(rows), tuple(heaviest))

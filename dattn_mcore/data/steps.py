@@ -58,7 +58,7 @@ class FullSteps:
 
     Args:
         order: Of the samples.
-        rows: int64 [samples of the index, 2], text and visual rows that each sample takes; (0, 0)
+        rows: integers [samples of the index, 2], text and visual rows that each sample takes; (0, 0)
             for one that takes no part.
         budgets: Most text and visual rows of a pack.
         packs: Of a step.
@@ -132,7 +132,7 @@ def steps_of(config: Config, index: Index, order: SampleOrder) -> Steps:
     if data.step_packs_multiple is None:
         return FixedSteps(size)
     budgets = (data.text_budget, data.visual_budget)
-    rows = np.empty((len(index), 2), np.int64)
+    rows = np.empty((len(index), 2), np.int32)  # of all samples: kept small
     rows[:, 0] = index.samples["text_rows"]
     rows[:, 1] = index.samples["num_tiles"]
     rows[:, 1] *= config.model.vision.rows_per_tile
@@ -168,8 +168,8 @@ def full_steps(
     if abs(packs - needed) > _MOST_OFF * needed:
         raise ConfigError(
             f"data.step_packs_multiple={multiple}: train.global_batch_size={size} samples fill "
-            f"{needed:.1f} packs, and {packs} would be another batch; lower it or the budgets, or "
-            "raise the global batch"
+            f"{needed:.1f} packs, and {packs} would be another batch; lower it, or set null for "
+            f"exactly {size} samples"
         )
     fill = min(_reachable(window, budgets, packs) for window in windows) - _SLACK
     return FullSteps(order, rows, budgets, packs, fill, most)

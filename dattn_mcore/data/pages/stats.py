@@ -14,13 +14,14 @@ from dattn_mcore.data.balance import row_work
 from dattn_mcore.data.index.layout import FORMATS
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.order import SampleOrder
-from dattn_mcore.data.packing_figures import measure_packing
+from dattn_mcore.data.packing_figures import PackingFigures, measure_packing
 from dattn_mcore.data.pages.html import embedded, page, table, write_page
 from dattn_mcore.data.pipeline import shares_of
 from dattn_mcore.data.steps import steps_of
 from dattn_mcore.data.tokenizer import Tokenizer
 
 _STEPS = 50  # that are packed to see how full packs get
+_BLUE, _RED, _GREY = "#3b7dd8", "#c0392b", "#999999"
 _QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 
 
@@ -45,7 +46,7 @@ def write_stats(
     text = samples["text_rows"].astype(np.int64)
     visual = samples["num_tiles"].astype(np.int64) * config.model.vision.rows_per_tile
     images = index.images[: index.content["num_images"]]
-    packing = packing_of(index, config, dp_size)
+    packed, over = packing_of(index, config, dp_size)
     body = [
         "<h2>Samples</h2>",
         table(["source", "samples", "usable", "weight"], _sources(index), "sources"),
@@ -57,26 +58,25 @@ def write_stats(
             + [_quantiles("predicted", samples["supervised"].astype(np.int64))],
             "lengths",
         ),
-        _histograms(text, visual, images, config),
+        _lengths(text, visual, images, config),
         "<h2>Images</h2>",
         table(["format", "images"], _formats(images), "formats"),
         table(["tiles of an image", "images"], _counts(images["num_tiles"]), "tiles"),
         f"<h2>Packing, {dp_size} data parallel rank(s)</h2>",
-        table(["of the first steps", "value"], list(packing.items()), "packing"),
+        table(["of the first steps", "value"], _packing(packed, over), "packing"),
+        _packs(packed, images, dp_size),
     ]
     write_page(output, page(f"Data of {index.folder.name}", body))
 
 
-def packing_of(
-    index: Index, config: Config, dp_size: int, steps: int = _STEPS
-) -> dict[str, int | str]:
-    """How the first steps of a run are packed and shared out."""
+def packing_of(index: Index, config: Config, dp_size: int) -> tuple[PackingFigures, int]:
+    """How the first steps of a run are packed and shared out, and how many samples fit no pack."""
     data, work = config.data, row_work(config)
     budgets = (data.text_budget, data.visual_budget)
     order = SampleOrder(shares_of(index), config.train.seed)
     cut = steps_of(config, index, order)
     planned, over = [], 0
-    for step in range(max(1, min(steps, cut.up_to(order.epoch_size + 1) - 1))):
+    for step in range(max(1, min(_STEPS, cut.up_to(order.epoch_size + 1) - 1))):
         rows = index.samples[np.array(order.numbers(*cut.bounds(step)))]
         lengths = [
             (int(row["text_rows"]), int(row["num_tiles"]) * config.model.vision.rows_per_tile)
@@ -85,16 +85,20 @@ def packing_of(
         fitting = [pair for pair in lengths if pair[0] <= budgets[0] and pair[1] <= budgets[1]]
         over += len(lengths) - len(fitting)
         planned.append(fitting)
-    figures = measure_packing(planned, budgets, dp_size, work)
-    return {
-        "steps planned": figures.steps,
-        "samples of a step": f"{(figures.samples + over) / figures.steps:.1f}",
-        "packs of a step": f"{figures.packs / figures.steps:.1f}",
-        "text budget filled": f"{100 * figures.fills[0]:.1f} %",
-        "visual budget filled": f"{100 * figures.fills[1]:.1f} %",
-        "heaviest rank above the mean": f"{100 * figures.heaviest:.1f} %",
-        "samples over budget": over,
-    }
+    return measure_packing(planned, budgets, dp_size, work), over
+
+
+def _packing(figures: PackingFigures, over: int) -> list[list[Any]]:
+    steps, (text, visual) = len(figures.packs), figures.fills
+    return [
+        ["steps planned", steps],
+        ["samples of a step", f"{(sum(figures.samples) + over) / steps:.1f}"],
+        ["packs of a step", f"{sum(figures.packs) / steps:.1f}"],
+        ["text budget filled", f"{100 * text:.1f} %"],
+        ["visual budget filled", f"{100 * visual:.1f} %"],
+        ["heaviest rank above the mean", f"{100 * max(figures.heaviest):.1f} %"],
+        ["samples over budget", over],
+    ]
 
 
 def _sources(index: Index) -> list[list[Any]]:
@@ -129,26 +133,54 @@ def _counts(values: np.ndarray) -> list[list[Any]]:
     return [[int(value), int(count)] for value, count in zip(found, counts, strict=True)]
 
 
-def _histograms(text: np.ndarray, visual: np.ndarray, images: np.ndarray, config: Config) -> str:
+def _lengths(text: np.ndarray, visual: np.ndarray, images: np.ndarray, config: Config) -> str:
     """Lengths, and sizes of images, as a picture."""
+    figure, axes = _figure(3)
+    for axis, rows, name, budget in (
+        (axes[0], text, "text", config.data.text_budget),
+        (axes[1], visual, "visual", config.data.visual_budget),
+    ):
+        axis.hist(np.minimum(rows, budget * 1.05), bins=40, color=_BLUE)
+        if len(rows) and budget < 1.5 * rows.max():
+            axis.axvline(budget, color=_RED, linewidth=1)
+        axis.set_title(f"{name} rows of a sample (data.{name}_budget: {budget:,})", fontsize=9)
+    some = images[:: max(1, len(images) // 5000)]
+    axes[2].plot(some["width"], some["height"], ".", markersize=2, color=_BLUE)
+    axes[2].set_title("width and height of images, pixels", fontsize=9)
+    return _embed(figure, "histograms of lengths and image sizes")
+
+
+def _packs(figures: PackingFigures, images: np.ndarray, dp_size: int) -> str:
+    """Tiles of images, how full each step is, and how even the ranks, as a picture."""
+    figure, axes = _figure(3)
+    tiles = _counts(images["num_tiles"])
+    axes[0].bar([str(number) for number, _ in tiles], [count for _, count in tiles], color=_BLUE)
+    axes[0].set_title("tiles of an image", fontsize=9)
+    steps = range(1, len(figures.packs) + 1)
+    for kind, name, colour in ((0, "text", _GREY), (1, "visual", _BLUE)):
+        filled = [
+            100 * rows[kind] / packs
+            for rows, packs in zip(figures.rows, figures.packs, strict=True)
+        ]
+        axes[1].plot(steps, filled, ".-", color=colour, label=name)
+    axes[1].set_ylim(0, 102)
+    axes[1].legend(fontsize=8)
+    axes[1].set_title("budget filled in each step, %", fontsize=9)
+    axes[2].bar(steps, [100 * share for share in figures.heaviest], color=_BLUE)
+    axes[2].set_title(f"heaviest of {dp_size} rank(s) above the mean, %", fontsize=9)
+    return _embed(figure, "tiles, fill of packs and balance of ranks")
+
+
+def _figure(count: int) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
-    for axis, rows, name, budget in (
-        (axes[0], text, "text", config.data.text_budget),
-        (axes[1], visual, "visual", config.data.visual_budget),
-    ):
-        axis.hist(np.minimum(rows, budget * 1.05), bins=40, color="#3b7dd8")
-        axis.axvline(budget, color="#c0392b", linewidth=1)
-        axis.set_title(f"{name} rows of a sample (red: data.{name}_budget)", fontsize=9)
-    some = images[:: max(1, len(images) // 5000)]
-    axes[2].plot(some["width"], some["height"], ".", markersize=2, color="#3b7dd8")
-    axes[2].set_title("width and height of images, pixels", fontsize=9)
+    return figure, figure.subplots(1, count)
+
+
+def _embed(figure: Any, title: str) -> str:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
-    return (
-        f"<p>{embedded(out.getvalue(), 'png', 1000, 'histograms of lengths and image sizes')}</p>"
-    )
+    return f"<p>{embedded(out.getvalue(), 'png', 1000, title)}</p>"

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dattn_mcore.config.schema import Config, DataConfig, ModelConfig, TrainConfig, VisionConfig
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
+from tests.unit.data.golden import write_golden
 
 TOY_TEXTS = [f"Which digit is in the {place} cell?" for place in ("top-left", "bottom-right")]
 TOY_TEXTS += ["user", "model"]
@@ -97,6 +98,14 @@ def make_config(toy_data: Path) -> Callable[..., Config]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with images of every format and colour mode; d_: DALI's by rule, p_: Pillow's."""
+    folder = tmp_path_factory.mktemp("golden")
+    write_golden(folder)
+    return folder.resolve()
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
-"""Images: both decoders against Hugging Face's processors, and every bad file."""
+"""Images: both decoders against each other, and every bad file."""
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import logging
 import os
@@ -14,10 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, features
-from torch import Tensor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from PIL import Image
 
 from dattn_mcore.data import decode_dali, images
 from dattn_mcore.data.decode_dali import DaliDecoder, suits_dali
@@ -26,176 +22,9 @@ from dattn_mcore.data.image_files import read_image_file
 from dattn_mcore.data.images import make_decoder, to_tile
 from dattn_mcore.errors import ConfigError, DataError
 from tests.unit.data.folder_loader import FolderLoader as ImageLoader
+from tests.unit.data.golden import BACKENDS, needs_dali, picture
 
-HAS_DALI = bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
-needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed (extra 'dali')")
-BACKENDS = ["pillow", pytest.param("dali", marks=needs_dali)]
 LIMIT = 100_000_000
-
-
-def _picture(width: int, height: int) -> Image.Image:
-    """Gradients, a hard edge and a patch of noise."""
-    rng = np.random.default_rng(width * 1000 + height)
-    y, x = np.mgrid[0:height, 0:width]
-    pixels = np.stack([x * 255 // width, y * 255 // height, (x * y) % 256], -1).astype(np.uint8)
-    pixels[height // 3 : height // 2, width // 4 : width // 2] = rng.integers(
-        0, 256, (height // 2 - height // 3, width // 2 - width // 4, 3)
-    )
-    pixels[height // 2 :, : width // 5] = 255
-    return Image.fromarray(pixels)
-
-
-def _deep_png(width: int, height: int) -> bytes:
-    """A PNG of 16 bits a channel, which Pillow cannot write."""
-    rows = np.random.default_rng(0).integers(0, 65536, (height, width, 3)).astype(">u2")
-    raw = b"".join(b"\0" + row.tobytes() for row in rows)
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(raw))
-        + chunk(b"IEND", b"")
-    )
-
-
-def _golden(folder: Path) -> None:
-    """Writes the corpus of formats and colour modes. d_: DALI's part by rule, p_: Pillow's."""
-    rgb = _picture(131, 97)
-    grey = rgb.convert("L")
-    rgba = Image.merge("RGBA", (*rgb.split(), grey))
-    deep_grey = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a decoder that obeys it would turn the picture
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-
-    def save(name: str, image: Image.Image, **options: object) -> None:
-        image.save(folder / name, **options)
-
-    for subsampling in (0, 1, 2):
-        save(f"d_{subsampling}.jpg", rgb, quality=90, subsampling=subsampling)
-    save("d_progressive.jpg", rgb, progressive=True)
-    save("d_grey.jpg", grey)
-    save("d_exif.jpg", rgb, exif=exif)
-    save("d_icc.jpg", rgb, icc_profile=profile)
-    save("d_exif.png", rgb, exif=exif)
-    save("d_rgb.png", rgb, icc_profile=profile)
-    save("d_grey.png", grey)
-    save("d_palette.png", rgb.convert("P"))
-    save("d_palette4.png", rgb.quantize(16), bits=4)
-    save("d_onebit.png", grey.convert("1"))
-    save("d_lossless.webp", rgb, lossless=True)
-    save("d_lossy.webp", rgb, quality=80, exif=exif)
-    save("d_rgb.bmp", rgb)
-    save("p_cmyk.jpg", rgb.convert("CMYK"))
-    save("p_alpha.png", rgba)
-    save("p_greyalpha.png", Image.merge("LA", (grey, grey)))
-    save("p_transparent.png", rgb.convert("P"), transparency=3)
-    save("p_grey16.png", deep_grey)
-    (folder / "p_rgb16.png").write_bytes(_deep_png(40, 30))
-    save("p_animated.png", rgb, save_all=True, append_images=[rgb.rotate(180)])
-    save("p_alpha.webp", rgba, lossless=True)
-    save("p_animated.webp", rgb, save_all=True, append_images=[rgb.rotate(180)], lossless=True)
-    save("p_grey.bmp", grey)
-    save("p_plain.gif", rgb)
-    save("p_animated.gif", rgb, save_all=True, append_images=[rgb.rotate(180)])
-    save("p_lzw.tif", rgb, compression="tiff_lzw")
-    save("p_grey16.tif", deep_grey)
-    save("p_rgb.jp2", rgb)
-    save("p_rgb.ppm", rgb)
-    save("p_small.ico", rgb.resize((64, 64)))
-    if features.check("avif"):
-        save("p_rgb.avif", rgb)
-    padded = (folder / "d_0.jpg").read_bytes() + b"\0" * 40
-    (folder / "p_tail.jpg").write_bytes(padded)
-
-
-@pytest.fixture(scope="module")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the corpus."""
-    folder = tmp_path_factory.mktemp("golden")
-    _golden(folder)
-    return folder.resolve()
-
-
-def _normalise(tiles: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    return (tiles.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
-        :, None, None
-    ]
-
-
-def _oracle(policy: str, size: int):  # type: ignore[no-untyped-def]
-    if policy == "crop":
-        return CLIPImageProcessorPil(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-        )
-    return SiglipImageProcessorPil(size={"height": size, "width": size})
-
-
-def _padded(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
-    """LLaVA's expand2square, as its processor does it before CLIP's."""
-    if image.mode != "RGB":
-        return image
-    width, height = image.size
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), fill)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
-
-
-@pytest.mark.usefixtures("columns_first")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [56, 150])
-@pytest.mark.parametrize("policy", ["stretch", "crop"])
-def test_golden_corpus_equals_hugging_face(
-    golden: Path, policy: str, size: int, backend: str
-) -> None:
-    processor = _oracle(policy, size)
-    names = sorted(file.name for file in golden.iterdir())
-    loader = ImageLoader(golden, size=size, policy=policy, backend=backend)
-    tiles = loader.load([(name, name) for name in names])
-    loader.close()
-    assert tiles.dtype == torch.uint8
-    assert tiles.shape == (len(names), 3, size, size)
-    assert tiles.is_contiguous()
-    assert loader.backend == backend
-    mean, std = list(processor.image_mean), list(processor.image_std)
-    for name, tile in zip(names, tiles, strict=True):
-        with Image.open(golden / name) as image:
-            expected = processor(image, return_tensors="pt")["pixel_values"][0]
-        difference = (_normalise(tile, mean, std) - expected).abs()
-        # torch's resize rounds between its two passes like Pillow's, but not always to the same
-        # side: at most two grey levels, and hardly ever.
-        assert difference.max() <= 2.01 / 255 / min(std), name
-        assert difference.mean() <= 3e-4, name
-
-
-@pytest.mark.usefixtures("columns_first")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(640, 427), (333, 500), (57, 900), (1200, 801)])
-@pytest.mark.parametrize("policy", ["stretch", "pad", "crop"])
-def test_photo_sizes_equal_hugging_face(
-    tmp_path: Path, policy: str, shape: tuple[int, int], backend: str
-) -> None:
-    size = 336 if policy == "crop" else 384
-    _picture(*shape).save(tmp_path / "a.jpg", quality=88)
-    processor = _oracle(policy, size)
-    mean, std = list(processor.image_mean), list(processor.image_std)
-    loader = ImageLoader(tmp_path, size=size, policy=policy, backend=backend, mean=mean)
-    tile = loader.load([("a", "a.jpg")])[0]
-    loader.close()
-    with Image.open(tmp_path / "a.jpg") as image:
-        fill = tuple(int(channel * 255) for channel in mean)
-        shown = _padded(image, fill) if policy == "pad" else image  # type: ignore[arg-type]
-        expected = processor(shown, return_tensors="pt")["pixel_values"][0]
-    difference = (_normalise(tile, mean, std) - expected).abs()
-    assert difference.max() <= 2.01 / 255 / min(std)
-    assert difference.mean() <= 3e-4
 
 
 @pytest.mark.parametrize("shape", [(640, 427), (333, 500), (57, 900)])
@@ -203,7 +32,7 @@ def test_close_to_the_installed_pillow_whatever_its_order_of_passes(
     shape: tuple[int, int],
 ) -> None:
     # Measured with Pillow 13.0: up to 18 grey levels at the edge of noise, mean 0.2 levels.
-    image = _picture(*shape)
+    image = picture(*shape)
     tile = to_tile(torch.from_numpy(np.array(image)).permute(2, 0, 1), 384, "stretch", (0, 0, 0))
     there = np.array(image.resize((384, 384), Image.Resampling.BICUBIC))
     difference = (tile.int() - torch.from_numpy(there).permute(2, 0, 1).int()).abs().float()
@@ -257,13 +86,13 @@ def test_no_images_is_an_empty_tensor(tmp_path: Path) -> None:
 
 def _jpeg(size: tuple[int, int] = (131, 97), **options: object) -> bytes:
     buffer = io.BytesIO()
-    _picture(*size).save(buffer, "JPEG", **options)
+    picture(*size).save(buffer, "JPEG", **options)
     return buffer.getvalue()
 
 
 def _png(size: tuple[int, int] = (131, 97)) -> bytes:
     buffer = io.BytesIO()
-    _picture(*size).save(buffer, "PNG")
+    picture(*size).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -153,6 +153,11 @@ def test_stats_in_a_browser(command: Callable[..., int], tmp_path: Path) -> None
     assert packing["samples over budget"] == "1" and packing["steps planned"] == "3"
     assert float(packing["heaviest rank above the mean"].split()[0]) < 30
     assert has_colour(picture, "3b7dd8", 1000)  # the bars
+    assert re.findall('<img[^>]* alt="([^"]*)"', document) == [
+        "histograms of lengths and image sizes",
+        "tiles, fill of packs and balance of ranks",
+    ]
+    assert has_colour(picture, "999999", 100)  # text rows of the packs
 
 
 def test_mistakes_are_one_line(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
 from dattn_mcore.config.schema import DataConfig
+from dattn_mcore.data.images import to_tile
 from dattn_mcore.data.tiles import POLICIES, best_grid, plan_tiles
 from dattn_mcore.errors import ConfigError
 
@@ -95,6 +98,25 @@ def test_crop_is_clips_window(size):
     )
     found = processor(Image.fromarray(ramp), return_tensors="np").pixel_values[0]
     assert (-int(found[1, 0, 0]), -int(found[0, 0, 0])) == plan.offset
+
+
+@pytest.mark.parametrize("size", [(40, 90), (91, 40), (28, 28), (29, 28), (300, 7)])
+def test_pad_is_llavas_square(size):
+    """A black image stands where LLaVA's processor puts it on the mean's colour."""
+    side, mean = max(size), [0.5, 0.25, 0.75]
+    processor = LlavaImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=mean,
+        do_pad=True,
+        do_rescale=False,
+        do_normalize=False,
+    )
+    found = processor(Image.new("RGB", size), return_tensors="pt").pixel_values[0]
+    image = torch.zeros(3, size[1], size[0], dtype=torch.uint8)
+    fill = tuple(int(channel * 255) for channel in mean)
+    assert torch.equal(to_tile(image, side, "pad", fill), found.to(torch.uint8))
+    assert plan_tiles(*size, policy="pad", tile_size=side, grids=GRIDS).num_tiles == 1
 
 
 def test_what_a_plan_says():
