@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError
 
 MANIFEST = "dattn.json"
@@ -50,6 +51,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path} is damaged; use another checkpoint") from None
     return manifest
+
+
+def describe_tokenizer(config: Config, fingerprint: str | None = None) -> dict[str, Any]:
+    """What a manifest says about the tokenizer, so that an export finds the same.
+
+    Args:
+        config: its `data.tokenizer` may be relative to the folder that the run was started in.
+        fingerprint: of the tokenizer; None: it was not opened.
+    """
+    return {"path": str(Path(config.data.tokenizer).absolute()), "fingerprint": fingerprint}
 
 
 def digest(path: Path) -> str:

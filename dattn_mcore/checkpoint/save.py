@@ -64,6 +64,7 @@ class CheckpointSaver:
         optimizer: Megatron-Core's optimizer.
         pg_collection: process groups.
         data_fingerprint: of the data set that positions refer to.
+        tokenizer_fingerprint: of what made ids of its texts; an export takes the same.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class CheckpointSaver:
         optimizer: MegatronOptimizer,
         pg_collection: ProcessGroupCollection,
         data_fingerprint: str,
+        tokenizer_fingerprint: str,
     ) -> None:
         self.root, self.config, self.data_fingerprint = root, config, data_fingerprint
+        self.tokenizer = folders.describe_tokenizer(config, tokenizer_fingerprint)
         self.chunks, self.optimizer, self.pg_collection = chunks, optimizer, pg_collection
         self._calls = AsyncCallsQueue()
         self._results: SyncManager | None = None
@@ -203,6 +206,7 @@ class CheckpointSaver:
             "step": step,
             "layout": list(layout),
             "data_fingerprint": self.data_fingerprint,
+            "tokenizer": self.tokenizer,
             "dattn_mcore": dattn_mcore.__version__,
             "config": to_dict(self.config),
         }

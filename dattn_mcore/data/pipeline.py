@@ -48,6 +48,7 @@ class DataPipeline:
         steps: Which positions of the order a step takes.
         num_samples: Samples of an epoch.
         fingerprint: SHA-256 of what the order and content of samples depend on.
+        tokenizer_fingerprint: SHA-256 of what defines the tokenizer.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class DataPipeline:
                 )
         self.num_samples = self.order.epoch_size
         self.fingerprint = self.index.fingerprint
+        self.tokenizer_fingerprint = tokenizer.fingerprint
         self._reader = SampleReader(
             self.index, tokenizer, self._rows_per_tile, data.max_image_pixels
         )

@@ -26,6 +26,7 @@ class Tokenizer(Protocol):
     """What templates and pipelines need of a tokenizer.
 
     Attributes:
+        path: File or folder that it was read from.
         bos_id: Id of the token that starts a sample.
         eos_id: Id of the token that ends an answer.
         vocab_size: Number of ids, added tokens included.
@@ -34,6 +35,7 @@ class Tokenizer(Protocol):
         fingerprint: SHA-256 of what defines it.
     """
 
+    path: Path
     bos_id: int
     eos_id: int
     vocab_size: int

@@ -17,7 +17,7 @@ from typing import Any
 
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark
-from dattn_mcore.evaluation.files import read_json_lines, write_json_lines
+from dattn_mcore.evaluation.files import read_json_lines, take, write_json_lines
 
 
 def read_answers_for(benchmark: Benchmark, path: Path) -> list[str | None]:
@@ -93,7 +93,8 @@ class AnswerStore:
             number = record["metadata"]["row"]
             row = rows[number] if 0 <= number < len(rows) else None
             asked = record["question_id"], record["prompt"]
-        except (ValueError, KeyError, TypeError):
+            take(record, "text", str, "the line")
+        except (ValueError, KeyError, TypeError, DataError):
             raise DataError(f"{path} holds a damaged line; {way_out}") from None
         if row is None or asked != (row.question_id, row.prompt):
             raise DataError(f"{path} holds answers to other questions; {way_out}")

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dattn_mcore.errors import DataError
 
@@ -17,6 +17,9 @@ MISSING_CELLS = frozenset(
     {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"}
     | {"<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "none", "NAN", "NONE"}
 )
+
+T = TypeVar("T")
+_KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
 
 def read_text(path: Path, what: str) -> str:
@@ -45,6 +48,18 @@ def read_json(path: Path, what: str) -> Any:
         raise DataError(f"{what} {path} is not JSON ({error})") from None
 
 
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        DataError: it is missing, no JSON, or JSON of another kind.
+    """
+    value = read_json(path, what)
+    if not isinstance(value, dict):
+        raise DataError(f"{what} {path} must be a JSON object, it is {str(value)[:40]!r}")
+    return value
+
+
 def read_json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers, from 1, and objects of a JSON lines file; empty lines are passed over.
 
@@ -63,6 +78,28 @@ def read_json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]
         if not isinstance(record, dict):
             raise DataError(f"{path}:{number}: must be a JSON object, it is {line.strip()[:40]!r}")
         yield number, record
+
+
+def take(record: Any, name: str, kind: type[T], where: str) -> T:
+    """A field of a JSON object, which must be of one kind.
+
+    Args:
+        record: the object.
+        name: of the field.
+        kind: `str`, `int`, `list` or `dict`.
+        where: what messages call the object.
+
+    Raises:
+        DataError: the record is no object, or the field is not there or of another kind.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f"{where} must be a JSON object, it is {str(record)[:40]!r}")
+    value = record.get(name)
+    if value is None:
+        raise DataError(f"{where} has no {name}")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise DataError(f"{where}: {name} is {str(value)[:40]!r}; it must be {_KINDS[kind]}")
+    return value
 
 
 def read_tsv(path: Path, what: str) -> tuple[list[str], list[dict[str, str | None]]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dattn_mcore.errors import DataError, DattnError
 from dattn_mcore.evaluation.benchmarks import BY_NAME, Options, make_benchmark
-from dattn_mcore.evaluation.files import read_json, read_json_lines, write_text
+from dattn_mcore.evaluation.files import read_json, read_json_lines, take, write_text
 from dattn_mcore.evaluation.images import Picture
 from dattn_mcore.evaluation.report_html import page
 from dattn_mcore.evaluation.run_folder import RunFolder
@@ -73,8 +73,10 @@ def _load(folder: RunFolder) -> dict[str, Any]:
     if not folder.scores.is_file():
         raise DataError(f"{folder.path} holds no scores.json; give the folder of a finished run")
     found = read_json(folder.scores, "scores")
-    if not isinstance(found, dict) or not {"run", "benchmarks"} <= set(found):
-        raise DataError(f"{folder.scores} is no score file of a run")
+    where = f"{folder.scores}, which should be the score file of a run,"
+    take(found, "run", dict, where)
+    for name in take(found, "benchmarks", dict, where):
+        take(take(found["benchmarks"], name, dict, where), "status", str, f"{where} at {name}")
     return found
 
 

@@ -29,6 +29,7 @@ REMOTE_CODE_FILES = (
     "configuration_dattn.py",
     "layout_dattn.py",
     "attention_dattn.py",
+    "text_dattn.py",
     "visual_dattn.py",
     "modeling_dattn.py",
     "image_processing_dattn.py",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP, Gemma2RMSNorm
 from transformers.models.mistral.modeling_mistral import (
     MistralMLP,
@@ -158,7 +159,7 @@ class DattnAttention(nn.Module):
         layout: Layout,
         text_rotation: Rotation,
         visual_rotation: Rotation,
-        cache: DattnCache | None,
+        past_key_values: DattnCache | None,
         visual_output: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends from the new rows to all rows.
@@ -169,7 +170,7 @@ class DattnAttention(nn.Module):
             layout: who sees whom (already windowed for this layer).
             text_rotation: rotary factors of the new text columns.
             visual_rotation: rotary factors of all visual rows.
-            cache: earlier keys and values; extended in place.
+            past_key_values: earlier keys and values; extended in place.
             visual_output: False in the last layer, where nobody reads the visual rows any more.
 
         Returns:
@@ -189,9 +190,11 @@ class DattnAttention(nn.Module):
         rotated, text_key = apply_rotary_pos_emb(query, text_key, *text_rotation)
         if rope and new_visual:
             visual_key = _rotate(visual_key, visual_rotation)
-        if cache is not None:
-            text_key, text_value = cache.update(text_key, text_value, self.layer)
-            visual_key, visual_value = cache.update_visual(visual_key, visual_value, self.layer)
+        if past_key_values is not None:
+            text_key, text_value = past_key_values.update(text_key, text_value, self.layer)
+            visual_key, visual_value = past_key_values.update_visual(
+                visual_key, visual_value, self.layer
+            )
 
         implementation = self.config._attn_implementation or "eager"
         text_part = Part(rotated, text_key, text_value, layout.t2t)
@@ -226,7 +229,7 @@ def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return apply_rotary_pos_emb(x, x, cos, sin)[0]
 
 
-class DattnDecoderLayer(nn.Module):
+class DattnDecoderLayer(GradientCheckpointingLayer):
     """A Mistral or Gemma 2 decoder layer whose attention is decomposed."""
 
     def __init__(self, config: DattnConfig, layer: int) -> None:

@@ -8,7 +8,8 @@ columns, so cache lengths and attention masks line up with `input_ids`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,18 +87,19 @@ class DattnCache(DynamicCache):
         super().batch_select_indices(indices)
         self._map_batch(lambda x: x[indices, ...])
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last `-tokens_to_remove` text columns.
+    def crop(self, *args: int) -> None:
+        """Removes the last text columns; see transformers for how many.
 
         Raises:
             ValueError: if an image's placeholder would be removed.
         """
-        super().crop(tokens_to_remove)
-        if tokens_to_remove < 0 and self.text_live is not None and self.image_starts is not None:
-            if self.image_starts[:, tokens_to_remove:].any():
+        super().crop(*args)
+        length = self.get_seq_length()
+        if self.text_live is not None and self.image_starts is not None:
+            if self.image_starts[:, length:].any():
                 raise ValueError("cannot crop the cache across an image placeholder")
-            self.text_live = self.text_live[:, :tokens_to_remove]
-            self.image_starts = self.image_starts[:, :tokens_to_remove]
+            self.text_live = self.text_live[:, :length]
+            self.image_starts = self.image_starts[:, :length]
 
     def reset(self) -> None:
         """Empties the cache."""
@@ -127,6 +129,15 @@ class Layout:
     t2v: Tensor
     v2v: Tensor | None
     v2t: Tensor | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
+        """A copy on another device: how accelerate hands it to a layer that lies there."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def windowed(self, window: int, shared_axis: bool) -> Layout:
         """Returns this layout with keys hidden that are `window` or more positions back.

@@ -17,96 +17,16 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.gemma2.modeling_gemma2 import (
     Gemma2RMSNorm,
-    Gemma2RotaryEmbedding,
     Gemma2TextScaledWordEmbedding,
 )
-from transformers.models.mistral.modeling_mistral import (
-    MistralRMSNorm,
-    MistralRotaryEmbedding,
-)
 
+# Some releases of transformers copy only what this file itself names to where they run it from:
+# all neighbours are named here.
 from .attention_dattn import DattnDecoderLayer
 from .configuration_dattn import DattnConfig
-from .layout_dattn import DattnCache, Layout, Rows, build_layout
+from .layout_dattn import DattnCache
+from .text_dattn import DattnTextModel
 from .visual_dattn import DattnProjector, build_vision_tower, place_images, tower_features
-
-
-class DattnTextModel(nn.Module):
-    """The language model's stack over text columns and visual rows."""
-
-    def __init__(self, config: DattnConfig) -> None:
-        super().__init__()
-        self.config = config
-        text: Any = config.text_config
-        vocab, hidden, pad = text.vocab_size, text.hidden_size, text.pad_token_id
-        self.embed_tokens: nn.Module
-        self.norm: nn.Module
-        self.rotary_emb: nn.Module
-        if text.model_type == "gemma2":
-            self.embed_tokens = Gemma2TextScaledWordEmbedding(vocab, hidden, pad, hidden**0.5)
-            self.norm = Gemma2RMSNorm(hidden, eps=text.rms_norm_eps)
-            self.rotary_emb = Gemma2RotaryEmbedding(text)
-        else:
-            self.embed_tokens = nn.Embedding(vocab, hidden, pad)
-            self.norm = MistralRMSNorm(hidden, eps=text.rms_norm_eps)
-            self.rotary_emb = MistralRotaryEmbedding(text)
-        self.layers = nn.ModuleList(
-            DattnDecoderLayer(config, layer) for layer in range(text.num_hidden_layers)
-        )
-
-    def window(self, layer: int) -> int | None:
-        """Sliding window of a layer, in positions, the query included; None: no window."""
-        text = self.config.text_config
-        types = getattr(text, "layer_types", None)
-        if types is not None and types[layer] != "sliding_attention":
-            return None
-        return text.sliding_window
-
-    def forward(
-        self,
-        text: Tensor,
-        visual: Tensor,
-        rows: Rows,
-        cache: DattnCache | None,
-    ) -> Tensor:
-        """Runs all layers.
-
-        Args:
-            text: embeddings of the new text columns [batch, columns, hidden].
-            visual: new visual rows [batch, visual rows, hidden].
-            rows: what stands in the new columns and rows: (text_live, image_starts, visual_live,
-                visual_image), see `DattnCache`.
-            cache: earlier rows, extended in place; None: there are none.
-
-        Returns:
-            Normed hidden states of the new text columns.
-        """
-        shared_axis = self.config.t2v_position == "rope"
-        layout = build_layout(
-            rows if cache is None else cache.extend_rows(rows),
-            new_text=text.shape[1],
-            new_visual=visual.shape[1],
-            causal_v2v=self.config.v2v == "causal",
-            shared_axis=shared_axis,
-        )
-        text_rotation = self.rotary_emb(text, layout.text_position[:, -text.shape[1] :])
-        visual_rotation = self.rotary_emb(text, layout.visual_position)
-        layouts: dict[int | None, Layout] = {None: layout}
-        last = len(self.layers) - 1
-        for number, layer in enumerate(self.layers):
-            window = self.window(number)
-            if window is not None and window not in layouts:
-                layouts[window] = layout.windowed(window, shared_axis)
-            text, visual = layer(
-                text,
-                visual,
-                layout=layouts[window],
-                text_rotation=text_rotation,
-                visual_rotation=visual_rotation,
-                cache=cache,
-                visual_output=number < last,
-            )
-        return self.norm(text)
 
 
 class DattnPreTrainedModel(PreTrainedModel):
@@ -116,10 +36,11 @@ class DattnPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]
-    _no_split_modules = ["DattnDecoderLayer", "SiglipEncoderLayer", "CLIPEncoderLayer"]
+    _no_split_modules = [DattnDecoderLayer.__name__, "SiglipEncoderLayer", "CLIPEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["row_position", "column_position"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -253,6 +174,7 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         image_grids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Computes logits of the new columns.
@@ -270,12 +192,18 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, GenerationMixin):
             return_dict: False: a tuple instead of the output object.
             image_grids: int64 [images, 2], columns and rows of each image's canvas in tiles; None:
                 every tile is an image.
+            num_items_in_batch: what the summed loss is divided by; None: the labels that count.
+                transformers' Trainer gives it where several forward passes make one step.
             **kwargs: what transformers passes to every model; not used.
 
         Raises:
-            ValueError: if images and placeholders, or tiles and grids, differ in number, or the
-                cache is of another kind.
+            ValueError: if images and placeholders, or tiles and grids, differ in number, the
+                cache is of another kind, or embeddings are given instead of ids.
         """
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "inputs_embeds is not supported; pass input_ids, which say where images stand"
+            )
         if past_key_values is None and use_cache:
             past_key_values = DattnCache()
         if past_key_values is not None and not isinstance(past_key_values, DattnCache):
@@ -291,7 +219,7 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, GenerationMixin):
             logits = torch.tanh(logits / cap) * cap
         loss = None
         if labels is not None:
-            loss = self._loss(logits, labels, input_ids, attention_mask)
+            loss = self._loss(logits, labels, input_ids, attention_mask, num_items_in_batch)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return output.to_tuple() if return_dict is False else output
 
@@ -301,14 +229,30 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, GenerationMixin):
         labels: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        """Mean cross-entropy of each text row's next text row."""
+        """Cross-entropy of each text row's next text row, averaged over the labels that count."""
         live = input_ids != self.config.image_token_id
         if attention_mask is not None:
             live = live & attention_mask.bool()
         rows = [(logits[i, row][:-1], labels[i, row][1:]) for i, row in enumerate(live)]
         scores = torch.cat([row for row, _ in rows]).float()
-        return F.cross_entropy(scores, torch.cat([target for _, target in rows]))
+        targets = torch.cat([target for _, target in rows])
+        if num_items_in_batch is None:
+            return F.cross_entropy(scores, targets)
+        total = F.cross_entropy(scores, targets, reduction="sum")
+        return total / torch.as_tensor(num_items_in_batch, device=total.device)
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """See transformers; the cache holds the images after the first step."""
+        inputs = super().prepare_inputs_for_generation(
+            *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs["pixel_values"] = inputs["image_grids"] = None  # not done before 5.13
+        return inputs
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,

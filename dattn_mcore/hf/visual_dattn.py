@@ -142,7 +142,7 @@ def place_images(
     visual = like.new_zeros(batch, most, like.shape[-1])
     image_of_row = torch.zeros(batch, most, dtype=torch.long, device=device)
     if images:  # the true places of `live`, sample after sample, are the images' rows in order
-        visual[live] = torch.cat(images).to(like.dtype)
+        visual[live] = torch.cat(images).to(like)
         image_of_row[live] = number.repeat_interleave(length)
     return visual, live, image_of_row
 

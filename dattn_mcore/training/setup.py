@@ -117,7 +117,8 @@ def set_up(
         reporter = Reporter(config, run_dir, first, last)
         ledger = SampleLedger(run_dir, data.index, config.data.max_bad_share, first)
     saver = CheckpointSaver(
-        *(run_dir / "checkpoints", config, chunks, optimizer, pg_collection, data.fingerprint)
+        *(run_dir / "checkpoints", config, chunks, optimizer, pg_collection),
+        *(data.fingerprint, data.tokenizer_fingerprint),
     )
     return Run(
         *(config, pg_collection, device, watchdog, data, model, optimizer, scheduler, saver),

@@ -1,5 +1,6 @@
 """`pretrain_dattn.py` as a user types it: exit codes, one line for a mistake, the self-restart."""
 
+import hashlib
 import json
 import os
 import re
@@ -106,6 +107,10 @@ def test_a_run_prints_what_matters_and_goes_on(workspace):
     assert (run_dir / "config.yaml").exists()
     manifest = json.loads((run_dir / "checkpoints/step_00000002/dattn.json").read_text())
     assert manifest["config"]["train"]["steps"] == 2
+    # An export finds the run's tokenizer from any folder, and knows it by its hash.
+    tokenizer = workspace / "data/digits/tokenizer.model"
+    sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    assert manifest["tokenizer"] == {"path": str(tokenizer), "fingerprint": sha256}
     again = run(*SMALL, "train.steps=3", cwd=workspace)
     assert "resumed at step 2 of 3" in again.stdout
 

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (1: `verify` found a difference; 2: an error)."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # What Megatron-Core says about packages that a conversion does not need.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", message=r"Please use DTensor")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Large pages for PyTorch's memory, before it is imported: page faults cost more than copies.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -63,7 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("folder", nargs="?", help="exported folder")
     load.add_argument("output", help="checkpoint folder to make; must not exist")
     _add_processes(load)
-    load.add_argument("--vocab-pad-multiple", type=int, default=128, metavar="N")
+    load.add_argument(
+        "--vocab-pad-multiple",
+        type=_count,
+        default=128,
+        metavar="N",
+        help="of an exported folder (default 128); with --config its own counts",
+    )
     load.add_argument("--llm", metavar="DIR", help="Hugging Face folder of Mistral or Gemma 2")
     load.add_argument("--vision", metavar="DIR", help="Hugging Face folder of SigLIP or CLIP")
     load.add_argument("--config", metavar="FILE", help="of the run that starts from the output")
@@ -93,7 +103,7 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes; write for example 2")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; write for example 2")
     return int(text)
 
 
@@ -106,7 +116,7 @@ def _size(text: str) -> int:
             number, factor = number[: -len(unit)], size
     try:
         size = int(float(number) * factor)
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write for example 5GB")

@@ -23,6 +23,7 @@ from dattn_mcore.checkpoint.folders import (
     FORMAT,
     MANIFEST,
     data_files,
+    describe_tokenizer,
     digest,
     find_checkpoints,
     read_manifest,
@@ -46,6 +47,7 @@ class DistCheckpoint:
         path: its folder.
         config: the configuration it was written with.
         step: optimizer step.
+        tokenizer: `path` and `fingerprint` of the run's; empty in a checkpoint of before.
         shapes: shape of every tensor of the model, the layer axis included.
         dtypes: dtype of the same.
         ignored: keys that belong to the optimizer or are no tensors.
@@ -60,6 +62,7 @@ class DistCheckpoint:
         self.path = _find(Path(path))
         manifest = read_manifest(self.path)
         self.step = int(manifest["step"])
+        self.tokenizer: dict[str, str | None] = dict(manifest.get("tokenizer") or {})
         self._files: dict[str, Any] = manifest["files"]
         for name, (size, _) in sorted(self._files.items()):
             self._check_inside(name, MANIFEST)
@@ -163,6 +166,8 @@ def _find(path: Path) -> Path:
     try:
         return find_checkpoints(path)[0]
     except CheckpointError:
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist") from None
         if (path / "config.json").is_file():
             raise CheckpointError(
                 f"{path} is a Hugging Face folder; name a run folder or a folder step_... in it"
@@ -239,5 +244,11 @@ def write_manifest(
         name: known.get(name) or [(path / name).stat().st_size, digest(path / name)]
         for name in data_files(path)
     }
-    manifest = {"format": FORMAT, "step": step, "config": to_dict(config), "files": files}
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "tokenizer": describe_tokenizer(config),
+        "config": to_dict(config),
+        "files": files,
+    }
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from dattn_mcore.config.schema import DataConfig, ParallelConfig
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
@@ -43,6 +44,7 @@ def _input(vocab_size: int, image_size: int, avoid: frozenset[int]) -> tuple[Ten
 def _by_transformers(folder: Path, avoid: frozenset[int]) -> Tensor:
     from dattn_mcore.hf import DattnForConditionalGeneration
 
+    transformers_logging.disable_progress_bar()
     model = DattnForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     config = model.config
     ids, tiles = _input(config.text_config.vocab_size, config.vision_config.image_size, avoid)

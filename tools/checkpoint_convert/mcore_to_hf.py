@@ -11,6 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 import dattn_mcore.hf
+from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from dattn_mcore.errors import CheckpointError, DataError
 from dattn_mcore.hf import REMOTE_CODE_FILES
 from tools.checkpoint_convert.atomic_folder import AtomicFolder
 from tools.checkpoint_convert.configs import TokenIds, to_hf
@@ -70,12 +72,13 @@ def convert(
     table = model_table(source.config.model)
     check_keys(str(source.path), mcore_shapes(table), source.shapes, source.dtypes)
     data = source.config.data
+    tokenizer = find_tokenizer(source, options.tokenizer)
     with AtomicFolder(output) as folder:
         ids = export_processor(
             folder,
             source.config.model,
             data,
-            options.tokenizer or data.tokenizer,
+            tokenizer,
             options.template or data.template,
         )
         dtype = source.dtypes[EMBEDDING]
@@ -86,6 +89,34 @@ def convert(
             shutil.copyfile(Path(dattn_mcore.hf.__path__[0]) / name, folder / name)
         _write_weights(source, table, dtype, folder, options, progress)
     return source.path
+
+
+def find_tokenizer(source: DistCheckpoint, given: str | None) -> Tokenizer:
+    """The tokenizer that a user names, else the one that the checkpoint was trained with.
+
+    The run's `data.tokenizer` may be relative to the folder that it was started in, and at that
+    place there may be another one by now: a checkpoint says where its own was, and its fingerprint.
+
+    Raises:
+        CheckpointError: it is not there any more, or is another one.
+    """
+    named = source.config.data.tokenizer
+    places = [given] if given else [source.tokenizer.get("path"), named]
+    fingerprint = None if given else source.tokenizer.get("fingerprint")
+    problem = ""
+    for place in dict.fromkeys(place for place in places if place):
+        try:
+            tokenizer = load_tokenizer(
+                place, "--tokenizer" if given else "data.tokenizer of the run"
+            )
+        except DataError as error:
+            problem = problem or str(error)
+            continue
+        if fingerprint in (None, tokenizer.fingerprint):
+            return tokenizer
+        problem = f"{place} is not the tokenizer of the run (its files have changed)"
+    way_out = "" if given else "; name the run's tokenizer by --tokenizer"
+    raise CheckpointError(f"{problem}{way_out}")
 
 
 def _generation_config(ids: TokenIds, vocab_size: int) -> GenerationConfig:

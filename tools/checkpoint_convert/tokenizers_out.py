@@ -20,7 +20,6 @@ from dattn_mcore.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
-    load_tokenizer,
 )
 from dattn_mcore.errors import CheckpointError, DataError
 from dattn_mcore.hf import (
@@ -55,7 +54,7 @@ TURNS = (
 
 
 def export_processor(
-    folder: Path, model: ModelConfig, data: DataConfig, tokenizer_path: str | Path, template: str
+    folder: Path, model: ModelConfig, data: DataConfig, ours: Tokenizer, template: str
 ) -> TokenIds:
     """Writes tokenizer, image processor and chat template into an export.
 
@@ -63,24 +62,23 @@ def export_processor(
         folder: the export.
         model: for the tower's image size.
         data: for the image policy, mean and standard deviation.
-        tokenizer_path: SentencePiece file or Hugging Face folder that the model was trained with.
+        ours: the tokenizer that the model was trained with.
         template: conversation template; becomes the chat template.
 
     Returns:
         Ids that the configurations name.
 
     Raises:
-        CheckpointError: the tokenizer is missing, or its export would not give the same ids.
+        CheckpointError: its export would not give the same ids, or the model has too few.
     """
     try:
-        ours = load_tokenizer(tokenizer_path, "--tokenizer")
         theirs = _convert(ours)
         stop = tuple(dict.fromkeys((ours.eos_id, stop_id(ours, template))))
     except DataError as error:
         raise CheckpointError(str(error)) from None
     if ours.vocab_size > model.llm.vocab_size:
         raise CheckpointError(
-            f"{tokenizer_path} has {ours.vocab_size} tokens, model.llm.vocab_size is "
+            f"{ours.path} has {ours.vocab_size} tokens, model.llm.vocab_size is "
             f"{model.llm.vocab_size}; give the tokenizer that the model was trained with"
         )
     theirs.padding_side = "left"
@@ -92,7 +90,7 @@ def export_processor(
         image_token=IMAGE_MARK,
     )
     try:
-        check_tokenizer(ours, theirs, processor, template, tokenizer_path)
+        check_tokenizer(ours, theirs, processor, template)
     except DataError as error:  # a token of the template that the tokenizer lacks
         raise CheckpointError(str(error)) from None
     processor.save_pretrained(folder)
@@ -227,15 +225,13 @@ def messages(turns: Sequence[str]) -> list[dict[str, str]]:
     ]
 
 
-def check_tokenizer(
-    ours: Tokenizer, theirs: Any, processor: Any, template: str, path: str | Path
-) -> None:
+def check_tokenizer(ours: Tokenizer, theirs: Any, processor: Any, template: str) -> None:
     """Checks that texts and conversations get the trainer's ids.
 
     Raises:
         CheckpointError: naming the first text that does not.
     """
-    image = theirs.convert_tokens_to_ids(IMAGE_MARK)
+    image, path = theirs.convert_tokens_to_ids(IMAGE_MARK), ours.path
     for text in PROBES:
         expected = ours.encode(text)
         prefixed = theirs.encode(theirs.bos_token + text, add_special_tokens=False)

@@ -115,12 +115,21 @@ class Benchmark(ABC):
         """What identifies a row, or an answer, of LLaVA's files; numbers may be text in one."""
         return str(question_id)
 
-    def check_truth(self) -> list[str]:
-        """Reads what scoring needs; returns what is unusual about it.
+    def truths(self) -> Sequence[Any]:
+        """What scoring needs to know about each row; nothing where a server scores.
 
         Raises:
             DataError: it is missing, or does not fit the questions.
         """
+        return []
+
+    def check_truth(self) -> list[str]:
+        """Reads what scoring and submitting need; returns what is unusual about it.
+
+        Raises:
+            DataError: it is missing, or does not fit the questions.
+        """
+        self.truths()
         return []
 
     def unscored(self) -> str:

@@ -12,7 +12,7 @@ from dattn_mcore.evaluation.benchmarks.base import (
     all_answered,
     unanswered_note,
 )
-from dattn_mcore.evaluation.files import read_json
+from dattn_mcore.evaluation.files import read_object, take
 from dattn_mcore.evaluation.scores import Outcome, Score, bars, percent
 
 QUESTIONS = "testdev_balanced_questions.json"
@@ -52,21 +52,16 @@ class Gqa(Benchmark):
             DataError: the official questions are missing or are others.
         """
         path = self.root / self._question_file()
-        official = read_json(path, "annotation file")
+        official = read_object(path, "annotation file")
         truths = []
         for row in self.rows:
             entry = official.get(str(row.question_id))
             if entry is None:
                 raise DataError(f"{path} has no question {row.question_id!r}, which is asked")
-            if not isinstance(entry.get("answer"), str):
-                raise DataError(f"{path}: question {row.question_id!r} has no answer")
-            truths.append((entry["answer"], entry.get("types", {}).get("structural") or "other"))
+            where = f"{path}: question {row.question_id!r}"
+            kind = take(take(entry, "types", dict, where), "structural", str, where)
+            truths.append((take(entry, "answer", str, where), kind))
         return truths
-
-    def check_truth(self) -> list[str]:
-        """See the interface."""
-        self.truths()
-        return []
 
     def score(self, answers: Sequence[str | None]) -> Score:
         """See the interface."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -41,6 +42,12 @@ class Judged(Benchmark):
         Raises:
             DataError: a line is malformed, or no judgement succeeded.
         """
+
+
+def is_figure(value: Any) -> bool:
+    """Whether a value of a review file is a number that can be averaged."""
+    kind = isinstance(value, int | float) and not isinstance(value, bool)
+    return kind and math.isfinite(value)
 
 
 def failed_note(failed: int, total: int, as_original: bool) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Row, all_answered
-from dattn_mcore.evaluation.benchmarks.judged import Judged, failed_note
+from dattn_mcore.evaluation.benchmarks.judged import Judged, failed_note, is_figure
 from dattn_mcore.evaluation.files import read_json, read_json_lines
 from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean
 
@@ -64,7 +64,7 @@ class LlavaBench(Judged):
             found[str(record[key])] = record[field]
         return found
 
-    def references(self) -> list[tuple[str, str]]:
+    def truths(self) -> list[tuple[str, str]]:
         """The image's description and the reference answer for each row.
 
         Raises:
@@ -82,14 +82,15 @@ class LlavaBench(Judged):
                     f"{self.root / 'answers_gpt4.jsonl'} has no question {row.question_id!r}"
                 )
             caption = contexts[image]
-            caption = "\n".join(caption) if isinstance(caption, list) else caption
-            references.append((caption, answers[str(row.question_id)]))
+            lines = caption if isinstance(caption, list) else [caption]
+            texts = [*lines, answers[str(row.question_id)]]
+            if not all(isinstance(text, str) for text in texts):
+                raise DataError(
+                    f"{self.root}: the caption or the answer to question {row.question_id!r} in "
+                    "context.jsonl and answers_gpt4.jsonl is no text"
+                )
+            references.append(("\n".join(lines), texts[-1]))
         return references
-
-    def check_truth(self) -> list[str]:
-        """See the interface."""
-        self.references()
-        return []
 
     def rule(self, category: str) -> str:
         """What the judge is told: `rule.json` of the folder, or the released rule."""
@@ -106,9 +107,7 @@ class LlavaBench(Judged):
         """See the interface."""
         conversations = []
         texts = all_answered(self.title, self.rows, answers)
-        for row, text, (context, reference) in zip(
-            self.rows, texts, self.references(), strict=True
-        ):
+        for row, text, (context, reference) in zip(self.rows, texts, self.truths(), strict=True):
             content = (
                 f"[Context]\n{context}\n\n[Question]\n{row.prompt}\n\n"
                 f"[Assistant 1]\n{reference}\n\n[End of Assistant 1]\n\n"
@@ -145,7 +144,7 @@ class LlavaBench(Judged):
         outcomes, groups, failed = [], dict[str, list[tuple[float, float]]](), 0
         for number, review in enumerate(reviews, start=1):
             pair = review.get("tuple")
-            if not isinstance(pair, list) or len(pair) != 2:
+            if not isinstance(pair, list) or len(pair) != 2 or not all(map(is_figure, pair)):
                 raise DataError(f"review {number} of {self.title} has no tuple of two scores")
             reference, candidate = float(pair[0]), float(pair[1])
             bad = min(reference, candidate) < 0

@@ -180,7 +180,7 @@ class MmBench(Benchmark):
         columns = [*kept[:PREDICTION_COLUMN], "prediction", *kept[PREDICTION_COLUMN:]]
         book = Workbook(write_only=False)
         sheet = book.active
-        sheet.append(columns)
+        sheet.append([ILLEGAL_CHARACTERS_RE.sub("", column) for column in columns])
         for line, (cell, text) in enumerate(zip(cells, texts, strict=True), start=2):
             values = {**cell, "prediction": text}
             for number, column in enumerate(columns, start=1):

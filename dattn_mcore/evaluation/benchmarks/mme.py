@@ -106,11 +106,6 @@ class Mme(Benchmark):
             truths.append(found)
         return truths
 
-    def check_truth(self) -> list[str]:
-        """See the interface."""
-        self.truths()
-        return []
-
     def score(self, answers: Sequence[str | None]) -> Score:
         """See the interface."""
         truths = self.truths()

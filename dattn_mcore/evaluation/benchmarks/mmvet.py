@@ -10,8 +10,8 @@ from typing import Any
 
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Row, all_answered
-from dattn_mcore.evaluation.benchmarks.judged import Judged, failed_note
-from dattn_mcore.evaluation.files import read_json
+from dattn_mcore.evaluation.benchmarks.judged import Judged, failed_note, is_figure
+from dattn_mcore.evaluation.files import read_object, take
 from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean
 
 TRUTH = "mm-vet.json"
@@ -88,13 +88,15 @@ class MmVet(Judged):
             DataError: MM-Vet's own file is missing, or lacks a row that is asked.
         """
         path = self.root / TRUTH
-        data = read_json(path, "annotation file")
+        data = read_object(path, "annotation file")
         truths = []
         for row in self.rows:
-            entry = data.get(f"v1_{row.question_id}")
-            if not isinstance(entry, dict) or "answer" not in entry:
-                raise DataError(f"{path} has no answer to v1_{row.question_id}, which is asked")
-            truths.append((entry["answer"], list(entry.get("capability", []))))
+            name = f"v1_{row.question_id}"
+            if name not in data:
+                raise DataError(f"{path} has no answer to {name}, which is asked")
+            where = f"{path}: {name}"
+            capabilities = [str(x) for x in take(data[name], "capability", list, where)]
+            truths.append((take(data[name], "answer", str, where), capabilities))
         return truths
 
     @cached_property
@@ -141,16 +143,17 @@ class MmVet(Judged):
         outcomes, groups, failed = [], dict[str, list[float]](), 0
         for number, review in enumerate(reviews, start=1):
             value = review.get("score")
-            if "score" not in review or isinstance(value, str):
+            if "score" not in review or not (value is None or is_figure(value)):
                 raise DataError(f"review {number} of {self.title} has no score")
+            where = f"review {number} of {self.title}"
             failed += value is None
             text = "failed" if value is None else f"{value:g}"
             if value is None and self.options.as_original:
                 value = 0.0
             outcomes.append(Outcome(value, text, str(review.get("truth", ""))))
             if value is not None:
-                for capability in review.get("capability", []):
-                    groups.setdefault(capability, []).append(float(value))
+                for capability in take({"capability": [], **review}, "capability", list, where):
+                    groups.setdefault(str(capability), []).append(float(value))
         values = [o.credit for o in outcomes if o.credit is not None]
         if not values:
             raise DataError(f"{self.title}: none of {len(reviews)} judgements succeeded")

@@ -44,7 +44,7 @@ class Pope(Benchmark):
             )
         return rows
 
-    def _labels(self, split: str) -> list[tuple[tuple[str, str], str]]:
+    def _label_file(self, split: str) -> list[tuple[tuple[str, str], str]]:
         """Image and question, and yes or no, in the order of the label file."""
         path = self.root / f"coco/coco_pope_{split}.json"
         labels = []
@@ -56,7 +56,7 @@ class Pope(Benchmark):
             labels.append((key, label))
         return labels
 
-    def truths(self) -> tuple[list[str], list[str]]:
+    def labels(self) -> tuple[list[str], list[str]]:
         """Yes or no for each row, and what is unusual about the label files.
 
         Raises:
@@ -65,7 +65,7 @@ class Pope(Benchmark):
         truths: dict[int, str] = {}
         notes = []
         for split in dict.fromkeys(row.category for row in self.rows):
-            labels = self._labels(split)
+            labels = self._label_file(split)
             numbers = [i for i, row in enumerate(self.rows) if row.category == split]
             if len(labels) != len(numbers):
                 notes.append(
@@ -95,11 +95,11 @@ class Pope(Benchmark):
 
     def check_truth(self) -> list[str]:
         """See the interface."""
-        return self.truths()[1]
+        return self.labels()[1]
 
     def score(self, answers: Sequence[str | None]) -> Score:
         """See the interface."""
-        truths, notes = self.truths()
+        truths, notes = self.labels()
         outcomes = []
         for answer, truth in zip(answers, truths, strict=True):
             parsed = "" if answer is None else "no" if says_no(answer) else "yes"

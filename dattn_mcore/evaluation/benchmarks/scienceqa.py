@@ -8,7 +8,7 @@ from typing import Any
 
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark, Row, unanswered_note
-from dattn_mcore.evaluation.files import read_json
+from dattn_mcore.evaluation.files import read_json, take
 from dattn_mcore.evaluation.questions import IMAGE_MARK
 from dattn_mcore.evaluation.scores import Bar, Outcome, Score, percent
 from dattn_mcore.evaluation.text import LETTER_ANSWER, LETTERS, leading_letter
@@ -44,6 +44,8 @@ class ScienceQa(Benchmark):
             try:
                 text = record["conversations"][0]["value"].replace(IMAGE_MARK, "").strip()
                 question_id, image = str(record["id"]), record.get("image")
+                if image is not None:
+                    take(record, "image", str, f"{path}: entry {number}")
             except (TypeError, KeyError, IndexError, AttributeError):
                 raise DataError(f"{path}: entry {number} needs id and conversations") from None
             mark = "" if image is None else f"{IMAGE_MARK}\n"
@@ -59,11 +61,13 @@ class ScienceQa(Benchmark):
         splits = read_json(self.root / "pid_splits.json", "split file")
         try:
             chosen = {str(pid): problems[str(pid)] for pid in splits["test"]}
-            valid = all(0 <= p["answer"] < len(p["choices"]) for p in chosen.values())
         except (KeyError, TypeError) as error:
             raise DataError(f"{path} does not fit pid_splits.json ({error!r} is missing)") from None
-        if not valid:
-            raise DataError(f"{path} has an answer beyond its choices")
+        for pid, problem in chosen.items():
+            where = f"{path}: problem {pid}"
+            choices = take(problem, "choices", list, where)[: len(LETTERS)]
+            if take(problem, "answer", int, where) not in range(len(choices)):
+                raise DataError(f"{where} has an answer beyond its choices")
         return chosen
 
     def check_truth(self) -> list[str]:

@@ -14,7 +14,7 @@ from dattn_mcore.evaluation.benchmarks.base import (
     all_answered,
     unanswered_note,
 )
-from dattn_mcore.evaluation.files import read_json, write_text
+from dattn_mcore.evaluation.files import read_json, take, write_text
 from dattn_mcore.evaluation.scores import Outcome, Score, bars, percent
 from dattn_mcore.evaluation.text import leading_letter
 
@@ -78,8 +78,12 @@ class SeedBench(Benchmark):
             entry = entries.get(str(row.question_id))
             if entry is None:
                 raise DataError(f"{path} has no question {row.question_id!r}, which is asked")
-            kind = entry["question_type_id"]
-            truths.append((entry["answer"], names.get(kind, str(kind)), entry["data_type"]))
+            where = f"{path}: question {row.question_id!r}"
+            kind = take(entry, "question_type_id", int, where)
+            data_type = take(entry, "data_type", str, where)
+            truths.append(
+                (take(entry, "answer", str, where), names.get(kind, str(kind)), data_type)
+            )
         return truths
 
     def check_truth(self) -> list[str]:

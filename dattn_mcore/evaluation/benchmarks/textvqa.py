@@ -68,17 +68,13 @@ class TextVqa(Benchmark):
                     f"{path} has no question {question_of(row.prompt)!r} about image "
                     f"{row.question_id!r}, which is asked"
                 )
-            if len(answers) != 10:
-                raise DataError(
-                    f"{path}: image {row.question_id!r} has {len(answers)} answers, not 10"
-                )
+            if not isinstance(answers, list) or len(answers) != 10:
+                count = len(answers) if isinstance(answers, list) else "no list of"
+                raise DataError(f"{path}: image {row.question_id!r} has {count} answers, not 10")
+            if not all(isinstance(answer, str) for answer in answers):
+                raise DataError(f"{path}: image {row.question_id!r} has an answer that is no text")
             truths.append(answers)
         return truths
-
-    def check_truth(self) -> list[str]:
-        """See the interface."""
-        self.truths()
-        return []
 
     def score(self, answers: Sequence[str | None]) -> Score:
         """See the interface."""

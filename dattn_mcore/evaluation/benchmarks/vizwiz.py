@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark, Row, all_answered
 from dattn_mcore.evaluation.text import normalise_answer
 
@@ -27,7 +28,14 @@ class VizWiz(Benchmark):
 
     def load_rows(self) -> list[Row]:
         """See the interface."""
-        return self.llava_rows("llava_test.jsonl", "test")
+        rows = self.llava_rows("llava_test.jsonl", "test")
+        for row in rows:
+            if not row.pictures:
+                raise DataError(
+                    f"{self.title}: question {row.question_id!r} has no image; the server's file "
+                    "names an answer by its image"
+                )
+        return rows
 
     def submit(self, answers: Sequence[str | None], folder: Path, name: str) -> Path:
         """See the interface."""

@@ -1,10 +1,11 @@
-"""Run by a test in a bare process: loads an export as remote code and generates.
+"""Run by a test in a bare process: loads an export as remote code, generates, saves it again.
 
-Usage: python load_alone.py FOLDER. Prints one JSON object.
+Usage: python load_alone.py FOLDER AGAIN. Prints one JSON object.
 """
 
 import importlib.abc
 import json
+import os
 import sys
 
 
@@ -17,7 +18,7 @@ class Blocker(importlib.abc.MetaPathFinder):
         return None
 
 
-def main(folder: str) -> None:
+def main(folder: str, again: str) -> None:
     sys.meta_path.insert(0, Blocker())
     import torch
     from PIL import Image
@@ -57,6 +58,22 @@ def main(folder: str) -> None:
         )
         first += count
         alone += answer(inputs)
+    # The ways of transformers' documentation: a list of parts, one call for text and images.
+    parts = [
+        {"type": "image", "image": images[0]},
+        {"type": "text", "text": chats[0][0]["content"]},
+    ]
+    parts[1]["text"] = parts[1]["text"].removeprefix("<image>\n")
+    form = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    in_parts = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True, **form
+    )
+    # A user who changed the model saves it; the code comes along.
+    model.save_pretrained(again)
+    processor.save_pretrained(again)
+    saved = AutoModelForImageTextToText.from_pretrained(again, **remote).eval()
+    loaded = AutoProcessor.from_pretrained(again, **remote)
+    inputs = loaded(text=texts, images=images, padding=True, return_tensors="pt")
     result = {
         "model_type": config.model_type,
         "class": type(model).__module__,
@@ -68,10 +85,13 @@ def main(folder: str) -> None:
         "uncached": answer(batch, use_cache=False),
         "causal_lm": answer(batch, other),
         "alone": alone,
+        "in_parts": answer(in_parts),
+        "again": answer(inputs, saved),
+        "again_files": sorted(os.listdir(again)),
         "foreign": sorted(n for n in sys.modules if n.startswith(("dattn_mcore", "megatron"))),
     }
     json.dump(result, sys.stdout)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2])

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dattn_mcore.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.unit.convert.convert_helpers import (
     make_checkpoint,
     make_tokenizer,
@@ -67,11 +69,11 @@ def test_existing_output_is_refused(run, tmp_path, capsys, several):
 
 def test_no_checkpoint(tmp_path, capsys):
     """A folder without a checkpoint, or no folder at all: the error is all that is printed."""
-    for source in (tmp_path, tmp_path / "none"):
+    for source, message in ((tmp_path, "no finished checkpoint"), (tmp_path / "x", "not exist")):
         assert main(["mcore-to-hf", str(source), str(tmp_path / "out")]) == 2
         printed = capsys.readouterr()
         assert printed.out == "" and len(printed.err.splitlines()) == 1
-        assert printed.err.startswith("error: ") and "no finished checkpoint" in printed.err
+        assert printed.err.startswith("error: ") and message in printed.err
 
 
 def test_every_key_that_does_not_fit_is_named(tmp_path, capsys):
@@ -177,3 +179,31 @@ def test_rotary_scaling_is_refused(run, tmp_path, capsys):
     config["text_config"]["rope_parameters"] |= {"rope_type": "linear", "factor": 2.0}
     (other / "config.json").write_text(json.dumps(config))
     assert "rope_type 'linear'" in fails(capsys, "hf-to-mcore", other, tmp_path / "out")
+
+
+def test_the_tokenizer_is_the_runs_own(tmp_path, capsys, monkeypatch):
+    """Found from any folder; one that was changed since is not taken in its place."""
+    home = tmp_path / "home"
+    home.mkdir()
+    tokenizer = make_tokenizer(home)
+    monkeypatch.chdir(home)
+    make_checkpoint(home / "a", small_config(Path("tokenizer.model")))
+    manifest = json.loads((home / "a/dattn.json").read_text())
+    manifest["tokenizer"]["fingerprint"] = load_tokenizer(tokenizer).fingerprint
+    (home / "a/dattn.json").write_text(json.dumps(manifest))
+    monkeypatch.chdir(tmp_path)
+    assert main(["mcore-to-hf", str(home / "a"), "hf"]) == 0
+
+    whole = tokenizer.read_bytes()
+    train_tokenizer(("Other texts give other pieces.",), tokenizer)
+    error = fails(capsys, "mcore-to-hf", home / "a", "out")
+    assert f"{tokenizer} is not the tokenizer of the run" in error and "--tokenizer" in error
+    tokenizer.unlink()
+    error = fails(capsys, "mcore-to-hf", home / "a", "out")
+    assert f"data.tokenizer of the run: '{tokenizer}' does not exist" in error
+    assert error.endswith("name the run's tokenizer by --tokenizer")
+    assert fails(capsys, "mcore-to-hf", home / "a", "out", "--tokenizer", "x").startswith(
+        "error: --tokenizer: 'x' does not exist"
+    )
+    (tmp_path / "tokenizer.model").write_bytes(whole)  # moved with the run, to where it is started
+    assert main(["mcore-to-hf", str(home / "a"), "out"]) == 0

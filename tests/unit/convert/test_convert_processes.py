@@ -182,7 +182,7 @@ def test_progress_of_all_is_told_by_one():
 def test_a_wrong_number_of_processes(number, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["mcore-to-hf", "a", "b", "--processes", number])
-    assert "is no number of processes; write for example 2" in capsys.readouterr().err
+    assert "is no whole number; write for example 2" in capsys.readouterr().err
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1), st.integers(1, 9))

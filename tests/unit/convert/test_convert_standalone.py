@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dattn_mcore.hf import REMOTE_CODE_FILES
 from tests.unit.convert.convert_helpers import make_checkpoint, make_tokenizer, small_config
 from tools.checkpoint_convert import mcore_to_hf
 from tools.checkpoint_convert.mcore_to_hf import ExportOptions
@@ -33,7 +34,7 @@ def test_export_stands_alone(tmp_path, family, policy):
     }
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "hf")],
+        [sys.executable, str(script), str(tmp_path / "hf"), str(tmp_path / "again")],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -46,6 +47,10 @@ def test_export_stands_alone(tmp_path, family, policy):
     assert result["model_type"] == "dattn"
     assert result["class"].startswith("transformers_modules.")
     assert result["cached"] == result["uncached"] == result["alone"] == result["causal_lm"]
+    assert result["in_parts"] == result["alone"][:1]
+    assert result["again"] == result["cached"]
+    code = set(REMOTE_CODE_FILES) - {"image_processing_dattn.py"}  # that comes where it is used
+    assert code <= set(result["again_files"])
     if policy.startswith("anyres"):
         assert result["image_processor"].startswith("transformers_modules.")
         assert result["grids"] == [[1, 2], [3, 1], [1, 3]] and result["tiles"] == 3 + 4 + 4

@@ -148,7 +148,7 @@ def test_without_images_and_without_a_run(runs, tree, tmp_path, capsys):
     assert "holds no scores.json" in capsys.readouterr().err
     (tmp_path / "scores.json").write_text("[]")
     assert main(["report", str(tmp_path)]) == 2
-    assert "is no score file" in capsys.readouterr().err
+    assert "should be the score file of a run, must be a JSON object" in capsys.readouterr().err
     assert main(["report", *map(str, [*runs, runs[0]])]) == 2
     assert "one run or two, 3 are given" in capsys.readouterr().err
 

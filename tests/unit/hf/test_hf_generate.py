@@ -111,6 +111,15 @@ def test_beams_keep_images_with_their_sample(changes):
     assert torch.equal(out[0, -LENGTH:], alone[0, -LENGTH:])
 
 
+def test_guessed_tokens_change_no_answer():
+    """Prompt lookup guesses several tokens at once and crops the cache after wrong ones."""
+    model = make_model()
+    inputs = {"input_ids": torch.tensor([PROMPTS[0] * 2]), "pixel_values": pixels(4)}
+    settings = {"max_new_tokens": LENGTH, "do_sample": False}
+    expected = model.generate(**inputs, **settings)
+    assert torch.equal(model.generate(**inputs, **settings, prompt_lookup_num_tokens=3), expected)
+
+
 def test_wrong_inputs_are_refused():
     """Image count, and a cache that cannot hold visual keys."""
     model = make_model()

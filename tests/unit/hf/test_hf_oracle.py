@@ -35,7 +35,7 @@ def families():
     yield "gemma2", {"tie_word_embeddings": False, "attn_logit_softcapping": None}
 
 
-@pytest.mark.parametrize(("family", "text"), families())
+@pytest.mark.parametrize(("family", "text"), list(families()))
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_text_only_equals_stock_model(family, text, implementation):
     """Without images, D-Attn is the stock language model."""
@@ -47,7 +47,7 @@ def test_text_only_equals_stock_model(family, text, implementation):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("family", "text"), families())
+@pytest.mark.parametrize(("family", "text"), list(families()))
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_baseline_equals_stock_model_on_concatenated_embeddings(family, text, implementation):
     """causal + rope + alpha is the stock model over the rows in reading order."""
