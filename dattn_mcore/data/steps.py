@@ -58,8 +58,8 @@ class FullSteps:
 
     Args:
         order: Of the samples.
-        rows: integers [samples of the index, 2], text and visual rows that each sample takes; (0, 0)
-            for one that takes no part.
+        rows: Integers [samples of the index, 2], text and visual rows that each sample takes;
+            (0, 0) for one that takes no part.
         budgets: Most text and visual rows of a pack.
         packs: Of a step.
         fill: Share of the packs' budgets that a step's samples may sum up to.
