@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -113,11 +112,12 @@ def wait(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    first, *later = [row["data_wait_share"] for row in rows]
-    share = statistics.mean(later)
+    # Each row is an interval of equally many steps.
+    seconds = [row["seconds_per_step"] for row in rows]
+    waited = [row["data_wait_share"] * took for row, took in zip(rows, seconds, strict=True)]
     return {
         "steps": rows[-1]["step"],
-        "time spent waiting for data, %": round(100 * share, 2),
-        "of the first interval, while the queue fills, %": round(100 * first, 2),
+        "time spent waiting for data, %": round(100 * sum(waited) / sum(seconds), 2),
+        "of the first tenth, while the queue fills, %": round(100 * waited[0] / seconds[0], 2),
         "samples/s": round(rows[-1]["samples_per_second"], 1),
     }

@@ -21,7 +21,6 @@ import importlib
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,34 +31,21 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from dattn_mcore.data.digits_questions import (
+    Mosaic,
+    all_texts,
+    caption,
+    conversation,
+    held_out_question,
+)
 from dattn_mcore.data.tokenizer import train_tokenizer
 from dattn_mcore.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 1  # raise it when the same plan would write other files
-CELLS = ("top-left", "top-right", "bottom-left", "bottom-right")  # reading order
 CELL_PIXELS = 28
 _HELD_OUT_SHARE = 0.2
 _JPEG_QUALITY = 92
-_CELL_WORDINGS = ("Which digit is in the {cell} cell?", "Which digit is {cell}?")
-_LINE_WORDING = "Which digits are in the {line}?"
-_LINES = {"top row": (0, 1), "bottom row": (2, 3), "left column": (0, 2), "right column": (1, 3)}
-_BESIDE_WORDING = "Which digit is {place} the {cell} cell?"
-_BESIDE = tuple(  # (place, cell it is seen from, cell meant)
-    (place, cell, cell ^ flip)
-    for place, cells, flip in (
-        ("right of", (0, 2), 1),
-        ("left of", (1, 3), 1),
-        ("below", (0, 1), 2),
-        ("above", (2, 3), 2),
-    )
-    for cell in cells
-)
-_CATEGORIES = {  # share of the questions, best accuracy of one who sees the bag of digits only
-    "cell": (0.6, 1 / 4),
-    "beside": (0.15, 1 / 4),
-    "line": (0.25, 1 / 12),  # an ordered pair of four different digits
-}
 
 
 @dataclass(frozen=True)
@@ -81,14 +67,6 @@ class DigitsPlan:
     heldout: int = 400
     seed: int = 20250
     vocab_size: int = 320
-
-
-@dataclass(frozen=True)
-class Mosaic:
-    """A 2 x 2 mosaic: its file, relative to the image folder, and its digits in reading order."""
-
-    path: str
-    digits: tuple[int, int, int, int]
 
 
 def prepare_digits(output: str | Path, plan: DigitsPlan | None = None) -> Path:
@@ -131,15 +109,6 @@ def prepare_digits(output: str | Path, plan: DigitsPlan | None = None) -> Path:
     return output
 
 
-def bag_of_digits_ceiling(category: str) -> float:
-    """Returns the best accuracy without any sense of place, knowing the four digits exactly.
-
-    All arrangements of the four digits are equally likely, so one of four is right where one
-    digit is asked for, and one of twelve where two are asked for in order.
-    """
-    return _CATEGORIES[category][1]
-
-
 def _is_prepared(output: Path, made_of: dict[str, Any]) -> bool:
     try:
         return bool(json.loads((output / "prepared.json").read_text("utf-8")) == made_of)
@@ -173,18 +142,18 @@ def _write(folder: Path, plan: DigitsPlan) -> None:
     heldout = _write_mosaics(
         folder, "heldout", images[:held_out], labels[:held_out], plan.heldout, rng, vary=False
     )
-    align = [_caption("align", i, train[i]) for i in range(plan.align)]
-    pretrain = [_caption("pretrain", i, train[i]) for i in range(plan.pretrain)]
-    instruct = [_conversation(i, train, rng) for i in range(plan.instruct)]
+    align = [caption("align", i, train[i]) for i in range(plan.align)]
+    pretrain = [caption("pretrain", i, train[i]) for i in range(plan.pretrain)]
+    instruct = [conversation(i, train, rng) for i in range(plan.instruct)]
     for name, records in (("align", align), ("pretrain", pretrain), ("instruct", instruct)):
         (folder / f"{name}.json").write_text(
             "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n", "utf-8"
         )
-    questions = [_held_out_question(i, mosaic, rng) for i, mosaic in enumerate(heldout)]
+    questions = [held_out_question(i, mosaic, rng) for i, mosaic in enumerate(heldout)]
     (folder / "heldout_questions.jsonl").write_text(
         "".join(json.dumps(question) + "\n" for question in questions), "utf-8"
     )
-    train_tokenizer(_all_texts(), folder / "tokenizer.model", plan.vocab_size)
+    train_tokenizer(all_texts(), folder / "tokenizer.model", plan.vocab_size)
 
 
 def _load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -271,82 +240,3 @@ def _draw_cells(
         drawn = functional.grid_sample(source, grid, mode="bicubic", align_corners=False)
         cells[part] = (drawn[:, 0].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     return cells
-
-
-def _caption(stage: str, number: int, mosaic: Mosaic) -> dict[str, Any]:
-    """Makes an image-caption record; the caption reads the digits in order."""
-    caption = " ".join(str(digit) for digit in mosaic.digits)
-    return _record(f"{stage}-{number:05d}", mosaic.path, [("<image>\nRead the digits.", caption)])
-
-
-def _conversation(number: int, mosaics: Sequence[Mosaic], rng: np.random.Generator) -> dict:
-    """Makes an instruct record: mostly one image and one question; some of every other kind."""
-    name = f"instruct-{number:05d}"
-    mosaic = mosaics[number]
-    draw = rng.random()
-    if draw < 0.02:
-        digit = int(rng.integers(9))
-        return _record(name, None, [(f"Which digit is after {digit}?", str(digit + 1))])
-    if draw < 0.04:
-        # Two pictures of one mosaic: visual rows carry no order between images, so a question
-        # must have the same answer in both.
-        question, answer, _ = _question(mosaic, rng)
-        return _record(
-            name, [mosaic.path, mosaic.path], [(f"<image>\n<image>\n{question}", answer)]
-        )
-    turns = []
-    for turn in range(2 if draw < 0.2 else 1):
-        question, answer, _ = _question(mosaic, rng)
-        turns.append((f"<image>\n{question}" if turn == 0 else question, answer))
-    return _record(name, mosaic.path, turns)
-
-
-def _question(mosaic: Mosaic, rng: np.random.Generator) -> tuple[str, str, str]:
-    """Draws a question about a mosaic. Returns question, answer, category."""
-    category = str(rng.choice(list(_CATEGORIES), p=[share for share, _ in _CATEGORIES.values()]))
-    draw = rng.random()
-    if category == "line":
-        line = list(_LINES)[int(draw * len(_LINES))]
-        answer = " ".join(str(mosaic.digits[cell]) for cell in _LINES[line])
-        return _LINE_WORDING.format(line=line), answer, category
-    if category == "beside":
-        place, seen_from, cell = _BESIDE[int(draw * len(_BESIDE))]
-        text = _BESIDE_WORDING.format(place=place, cell=CELLS[seen_from])
-        return text, str(mosaic.digits[cell]), category
-    cell = int(draw * len(CELLS))
-    wording = _CELL_WORDINGS[int(rng.random() * len(_CELL_WORDINGS))]
-    return wording.format(cell=CELLS[cell]), str(mosaic.digits[cell]), category
-
-
-def _held_out_question(number: int, mosaic: Mosaic, rng: np.random.Generator) -> dict[str, Any]:
-    text, answer, category = _question(mosaic, rng)
-    return {
-        "question_id": f"heldout-{number:04d}",
-        "image": mosaic.path,
-        "text": text,
-        "category": category,
-        "answer": answer,
-    }
-
-
-def _record(name: str, image: str | list[str] | None, turns: list[tuple[str, str]]) -> dict:
-    record: dict[str, Any] = {"id": name}
-    if image is not None:
-        record["image"] = image
-    record["conversations"] = [
-        {"from": speaker, "value": value}
-        for question, answer in turns
-        for speaker, value in (("human", question), ("gpt", answer))
-    ]
-    return record
-
-
-def _all_texts() -> list[str]:
-    """Every wording, about as often as it is drawn, for the tokenizer.
-
-    So the tokenizer is the same for every size and seed of the data set.
-    """
-    texts = [text.format(cell=cell) for text in _CELL_WORDINGS for cell in CELLS] * 8
-    texts += [_LINE_WORDING.format(line=line) for line in _LINES] * 6
-    texts += [_BESIDE_WORDING.format(place=place, cell=CELLS[cell]) for place, cell, _ in _BESIDE]
-    return texts + [f"Which digit is after {digit}?" for digit in range(10)]

@@ -1,12 +1,14 @@
-"""Samples that cannot be trained on: what is known of one, and when there are too many."""
+"""Samples that cannot be trained on: what is known of one, its mask, and how many there may be."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
+from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.data.index.store import Index
+from dattn_mcore.data.templates import NO_LOSS
 from dattn_mcore.errors import DataError
 
 _NAMED = 3  # in an error's one line
@@ -77,3 +79,21 @@ def too_many(bad: int, total: int, max_share: float, named: list[str], where: st
         f"{int(max_share * total)}: {'; '.join(named)}{more}; all are in '{where}'; mend them, or "
         "raise data.max_bad_share"
     )
+
+
+def mask(micro_batch: MicroBatch, failed: Collection[int]) -> MicroBatch:
+    """Takes the loss from samples that failed on any rank; shapes stay.
+
+    Args:
+        micro_batch: One pack.
+        failed: Numbers of failed samples.
+    """
+    if not any(number in failed for number in micro_batch.samples):
+        return micro_batch
+    labels, row = micro_batch.labels.clone(), 0
+    for number, layout in zip(micro_batch.samples, micro_batch.layouts, strict=True):
+        rows = sum(count for is_visual, count in layout if not is_visual)
+        if number in failed:
+            labels[row : row + rows] = NO_LOSS
+        row += rows
+    return replace(micro_batch, labels=labels)

@@ -4,14 +4,13 @@ Everything but text and pixels is planned by every rank alike from the index and
 never talk about data. A rank reads the text of its own packs only, and only ranks with
 `needs_pixels` open their images. A sample that cannot be read or decoded keeps its place and its
 shapes: its labels and tiles are blank, and it is among the batch's failures, which the training
-loop exchanges, so that every rank that holds the sample masks it (see `mask`).
+loop exchanges, so that every rank that holds the sample masks it (see `failures.mask`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,20 +18,18 @@ from torch import Tensor
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.balance import row_work, split_over_ranks
-from dattn_mcore.data.batch import GlobalBatch, Layout, MicroBatch
+from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.failures import SampleFailure, check_share
 from dattn_mcore.data.images import ImageLoader
-from dattn_mcore.data.index.store import Index, open_index
-from dattn_mcore.data.order import SampleOrder, Share
+from dattn_mcore.data.index.store import open_index
+from dattn_mcore.data.order import SampleOrder
 from dattn_mcore.data.packing import Pack, plan_packs
 from dattn_mcore.data.prefetch import Prefetcher
 from dattn_mcore.data.samples import PlannedSample, SampleReader
-from dattn_mcore.data.steps import FullSteps, steps_of
-from dattn_mcore.data.templates import NO_LOSS, EncodedSample, encode_conversation
+from dattn_mcore.data.steps import FullSteps, shares_of, steps_of
+from dattn_mcore.data.templates import EncodedSample, encode_conversation
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import ConfigError, DataError
-
-__all__ = ["DataPipeline", "GlobalBatch", "Layout", "MicroBatch", "mask"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -275,30 +272,3 @@ class DataPipeline:
                 )
             )
             return self._reader.blank(planned)
-
-
-def shares_of(index: Index) -> list[Share]:
-    """What an epoch takes of each source of an index."""
-    usable = np.asarray(index.usable)
-    return [
-        Share(start + np.flatnonzero(usable[start:end]), source.weight)
-        for (start, end), source in zip(index.source_ranges(), index.settings.sources, strict=True)
-    ]
-
-
-def mask(micro_batch: MicroBatch, failed: Collection[int]) -> MicroBatch:
-    """Takes the loss from samples that failed on any rank; shapes stay.
-
-    Args:
-        micro_batch: One pack.
-        failed: Numbers of failed samples.
-    """
-    if not any(number in failed for number in micro_batch.samples):
-        return micro_batch
-    labels, row = micro_batch.labels.clone(), 0
-    for number, layout in zip(micro_batch.samples, micro_batch.layouts, strict=True):
-        rows = sum(count for is_visual, count in layout if not is_visual)
-        if number in failed:
-            labels[row : row + rows] = NO_LOSS
-        row += rows
-    return replace(micro_batch, labels=labels)

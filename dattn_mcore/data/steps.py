@@ -19,7 +19,7 @@ import numpy as np
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.store import Index
-from dattn_mcore.data.order import SampleOrder
+from dattn_mcore.data.order import SampleOrder, Share
 from dattn_mcore.data.packing import Lengths, pack_into, plan_packs
 from dattn_mcore.errors import ConfigError
 
@@ -58,8 +58,8 @@ class FullSteps:
 
     Args:
         order: Of the samples.
-        rows: integers [samples of the index, 2], text and visual rows that each sample takes; (0, 0)
-            for one that takes no part.
+        rows: Integers [samples of the index, 2], text and visual rows that each sample takes;
+            (0, 0) for one that takes no part.
         budgets: Most text and visual rows of a pack.
         packs: Of a step.
         fill: Share of the packs' budgets that a step's samples may sum up to.
@@ -120,6 +120,15 @@ class FullSteps:
                 break
             room = room - (self._sums[:, size] - before)
         return min(max(position, start + 1), last)
+
+
+def shares_of(index: Index) -> list[Share]:
+    """What an epoch takes of each source of an index."""
+    usable = np.asarray(index.usable)
+    return [
+        Share(start + np.flatnonzero(usable[start:end]), source.weight)
+        for (start, end), source in zip(index.source_ranges(), index.settings.sources, strict=True)
+    ]
 
 
 def steps_of(config: Config, index: Index, order: SampleOrder) -> Steps:

@@ -1,6 +1,6 @@
 """How an image is cut into tiles, from its size alone: no pixels, no torch.
 
-One square: `stretch`, `pad`, `crop` (see `dattn_mcore.data.images`). AnyRes: a base view, the whole
+One square: `stretch`, `pad`, `crop` (see `dattn_mcore.data.resize`). AnyRes: a base view, the whole
 image squashed to the square, and a canvas of columns x rows tiles that shows it at a higher
 resolution. `anyres_stretch` resizes the image to the canvas; `anyres_letterbox` keeps its aspect
 ratio and centres it on the canvas, whose borders are 0 before normalisation.

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from dattn_mcore.data.digits import bag_of_digits_ceiling
+from dattn_mcore.data.digits_questions import bag_of_digits_ceiling
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.questions import Question, read_answers, read_questions
 from dattn_mcore.evaluation.score import Score

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from dattn_mcore.data.digits import bag_of_digits_ceiling
+from dattn_mcore.data.digits_questions import bag_of_digits_ceiling
 from dattn_mcore.evaluation.score import Score, Tally, score_digits, write_score
 from dattn_mcore.quickstart.steps import Plan
 

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
-from dattn_mcore.data.pipeline import mask
+from dattn_mcore.data.failures import mask
 from dattn_mcore.errors import DataError, DattnError
 from dattn_mcore.models.dattn import IGNORED_LABEL
 from dattn_mcore.parallel import platform

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -18,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from dattn_mcore.data.index.layout import IMAGE, SAMPLE, IndexSettings, digest
+from dattn_mcore.data.index.join import join_parts
+from dattn_mcore.data.index.layout import IndexSettings
 from dattn_mcore.data.index.rows import RowMaker
 from dattn_mcore.data.sources.source import Place, open_source_file
 from dattn_mcore.data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def build_index(
         plan = {"settings": settings.as_json(), "files": files, "part": PART}
         _begin(begun, plan)
         counts = _make_parts(begun, settings, tokenizer, workers)
-        _join_parts(begun, settings, counts, plan)
+        join_parts(begun, settings, counts, plan)
         _replace(begun, folder)
     except OSError as error:
         raise DataError(
@@ -191,80 +191,6 @@ def _write_part(maker: RowMaker, path: Path, file: int, places: list[Place]) -> 
         np.savez(out, **arrays)
     os.replace(temporary, path)
     return len(places)
-
-
-def _join_parts(
-    begun: Path, settings: IndexSettings, parts: list[Path], plan: dict[str, Any]
-) -> None:
-    """Writes the final files beside the parts; counted first, so that nothing is held in memory."""
-    counts = []
-    for path in parts:
-        with np.load(path) as part:
-            counts.append([len(part[name]) for name in ("samples", "images", "names")])
-    totals = [int(total) for total in np.sum(counts, axis=0)]
-    samples = np.lib.format.open_memmap(begun / "samples.npy", "w+", SAMPLE, (totals[0],))
-    images = np.lib.format.open_memmap(begun / "images.npy", "w+", IMAGE, (max(totals[1], 1),))
-    usable = np.lib.format.open_memmap(begun / "usable.npy", "w+", np.uint8, (totals[0],))
-    places = _Places(settings)
-    num_bad, per_file = 0, np.zeros((len(settings.files), 2), np.int64)
-    done = np.zeros(3, np.int64)
-    with open(begun / "names.bin", "wb") as names, open(begun / "bad.jsonl", "w") as bad:
-        for path, count in zip(parts, counts, strict=True):
-            sample_at, image_at, name_at = (int(number) for number in done)
-            with np.load(path) as part:
-                rows, pictures = part["samples"], part["images"]
-                rows["name_start"] += np.uint64(name_at)
-                rows["first_image"] += np.uint64(image_at)
-                pictures["name_start"] += np.uint64(name_at)
-                samples[sample_at : sample_at + len(rows)] = rows
-                usable[sample_at : sample_at + len(rows)] = part["usable"]
-                images[image_at : image_at + len(pictures)] = pictures
-                names.write(part["names"].tobytes())
-                np.add.at(
-                    per_file, rows["file"], np.stack([part["usable"] * 0 + 1, part["usable"]], 1)
-                )
-                for entry in json.loads(part["bad"].tobytes()):
-                    entry["sample"] += sample_at
-                    entry["where"] = places.where(entry["file"], entry.pop("offset"))
-                    bad.write(json.dumps(entry) + "\n")
-                    num_bad += 1
-            done += count
-    for table in (samples, images, usable):
-        table.flush()
-    content = {
-        **plan,
-        "num_samples": totals[0],
-        "num_images": totals[1],
-        "num_usable": totals[0] - num_bad,
-        "records": per_file[:, 0].tolist(),
-        "usable": hashlib.sha256(np.asarray(usable).tobytes()).hexdigest(),
-        "content": digest([file["digest"] for file in plan["files"]]),
-    }
-    (begun / "index.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    places.close()
-    for path in parts:
-        path.unlink()
-    (begun / "plan.json").unlink()
-
-
-class _Places:
-    """Says where bad records stand; files are opened as they come."""
-
-    def __init__(self, settings: IndexSettings) -> None:
-        self._settings = settings
-        self._opened: tuple[int, Any] | None = None
-
-    def where(self, file: int, offset: int) -> str:
-        number, source = self._settings.files[file]
-        path = source.files[number]
-        if self._opened is None or self._opened[0] != file:
-            self.close()
-            self._opened = (file, open_source_file(path, source.format, source.image_folder))
-        return f"'{path}' {self._opened[1].line(offset)}"
-
-    def close(self) -> None:
-        if self._opened is not None:
-            self._opened[1].close()
 
 
 def _replace(begun: Path, folder: Path) -> None:

@@ -19,8 +19,8 @@ from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.order import SampleOrder
 from dattn_mcore.data.pages.html import escape, page, picture, write_page
-from dattn_mcore.data.pipeline import shares_of
 from dattn_mcore.data.samples import PlannedSample, SampleReader
+from dattn_mcore.data.steps import shares_of
 from dattn_mcore.data.templates import NO_LOSS, EncodedSample
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError

@@ -16,8 +16,7 @@ from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.order import SampleOrder
 from dattn_mcore.data.packing_figures import PackingFigures, measure_packing
 from dattn_mcore.data.pages.html import embedded, page, table, write_page
-from dattn_mcore.data.pipeline import shares_of
-from dattn_mcore.data.steps import steps_of
+from dattn_mcore.data.steps import shares_of, steps_of
 from dattn_mcore.data.tokenizer import Tokenizer
 
 _STEPS = 50  # that are packed to see how full packs get

@@ -12,7 +12,8 @@ from PIL import Image
 
 from dattn_mcore.data import digits
 from dattn_mcore.data.__main__ import main
-from dattn_mcore.data.digits import CELLS, DigitsPlan, bag_of_digits_ceiling, prepare_digits
+from dattn_mcore.data.digits import DigitsPlan, prepare_digits
+from dattn_mcore.data.digits_questions import CELLS, bag_of_digits_ceiling
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import DataError
 from tests.unit.data.read_json import read_json

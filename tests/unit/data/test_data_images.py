@@ -19,7 +19,8 @@ from dattn_mcore.data import decode_dali, images
 from dattn_mcore.data.decode_dali import DaliDecoder, suits_dali
 from dattn_mcore.data.decode_pillow import decode_with_pillow
 from dattn_mcore.data.image_files import read_image_file
-from dattn_mcore.data.images import make_decoder, to_tile
+from dattn_mcore.data.images import make_decoder
+from dattn_mcore.data.resize import to_tile
 from dattn_mcore.errors import ConfigError, DataError
 from tests.unit.data.folder_loader import FolderLoader as ImageLoader
 from tests.unit.data.golden import BACKENDS, needs_dali, picture

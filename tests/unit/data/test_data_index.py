@@ -19,8 +19,8 @@ from dattn_mcore.config.schema import Config, SourceConfig
 from dattn_mcore.data.__main__ import main
 from dattn_mcore.data.index import build
 from dattn_mcore.data.index.store import Index, open_index
-from dattn_mcore.data.pipeline import shares_of
 from dattn_mcore.data.samples import SampleReader
+from dattn_mcore.data.steps import shares_of
 from dattn_mcore.data.templates import NO_LOSS
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import DataError

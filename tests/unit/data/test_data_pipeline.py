@@ -20,7 +20,8 @@ import torch
 
 from dattn_mcore.config.schema import Config, LlmConfig, SourceConfig
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
-from dattn_mcore.data.pipeline import DataPipeline, mask
+from dattn_mcore.data.failures import mask
+from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import ConfigError, DataError
 

@@ -17,7 +17,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from dattn_mcore.config.schema import DataConfig
-from dattn_mcore.data.images import to_tile
+from dattn_mcore.data.resize import to_tile
 from dattn_mcore.data.tiles import POLICIES, best_grid, plan_tiles
 from dattn_mcore.errors import ConfigError
 

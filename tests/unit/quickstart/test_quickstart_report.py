@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from dattn_mcore.data.digits import bag_of_digits_ceiling
+from dattn_mcore.data.digits_questions import bag_of_digits_ceiling
 from dattn_mcore.evaluation.questions import Answer, read_questions, write_answers
 from dattn_mcore.quickstart.picture import choose_examples, draw
 from dattn_mcore.quickstart.steps import STAGES, make_plan
