@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def _run(chosen: argparse.Namespace) -> None:
         for name in LAYOUT_FLAGS
         if getattr(chosen, name) is not None
     ]
+    if chosen.samples is not None and chosen.samples < 1:
+        raise ConfigError(f"--samples {chosen.samples} must be at least 1")
     config = load_config(chosen.config, [*chosen.overrides, *flags])
     named = bool(flags) or any(item.startswith("parallel.") for item in chosen.overrides)
     if flags and not any(item.startswith("parallel.sp=") for item in chosen.overrides):
@@ -118,21 +121,24 @@ def _run(chosen: argparse.Namespace) -> None:
 
 def _sample(config: Config, chosen: argparse.Namespace) -> tuple[Sample, list[str]]:
     """The average sample, and what had to be assumed about it."""
-    assumed = []
-    text = chosen.text_per_sample
-    if text is None:
-        text = full_budget_sample(config, chosen.images_per_sample)
-        assumed.append(
-            f"text rows of a sample are assumed ({text:,.0f}: both budgets full); give "
-            "--text-per-sample where you know better"
-        )
-    if text < 1 or chosen.images_per_sample < 0 or not 0 < chosen.labelled_share <= 1:
-        raise ConfigError(
-            f"--text-per-sample {text:g} must be at least 1, --images-per-sample "
-            f"{chosen.images_per_sample:g} at least 0, --labelled-share "
-            f"{chosen.labelled_share:g} between 0 and 1"
-        )
-    return Sample(text, chosen.images_per_sample, chosen.labelled_share), assumed
+    text, images = chosen.text_per_sample, chosen.images_per_sample
+    share = chosen.labelled_share
+    for flag, value, lowest, highest in (
+        ("--images-per-sample", images, 0.0, math.inf),
+        ("--text-per-sample", text, 1.0, math.inf),
+        ("--labelled-share", share, 0.0, 1.0),
+    ):
+        # Written so that what is no number fails.
+        if value is not None and not (lowest <= value <= highest and value < math.inf):
+            limits = f"at least {lowest:g}" if highest == math.inf else f"{lowest:g} to {highest:g}"
+            raise ConfigError(f"{flag} {value:g} must be a number, {limits}")
+    if text is not None:
+        return Sample(text, images, share), []
+    text = full_budget_sample(config, images)
+    return Sample(text, images, share), [
+        f"text rows of a sample are assumed ({text:,.0f}: both budgets full); give "
+        "--text-per-sample where you know better"
+    ]
 
 
 def _count_samples(config: Config) -> int | None:

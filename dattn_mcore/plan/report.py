@@ -127,10 +127,14 @@ def _summary(console: Console, plans: list[Plan], num_samples: int | None) -> No
     console.print(table)
     pack = first.step.pack
     console.print(
-        f"{first.step.num_microbatches} micro-batches a replica of {pack.text:,.0f} text and "
+        f"{_count(first.step.num_microbatches)} a replica of {pack.text:,.0f} text and "
         f"{pack.visual:,.0f} visual rows; pipeline bubble {first.bubble:.1%}; communication that "
         f"nothing hides {first.exposed_seconds / first.seconds:.1%} of the step"
     )
+
+
+def _count(micro_batches: int) -> str:
+    return "1 micro-batch" if micro_batches == 1 else f"{micro_batches} micro-batches"
 
 
 def _memory(console: Console, plan: Plan) -> None:

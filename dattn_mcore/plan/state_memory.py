@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.parameters import BYTES, Parameter, stage_parameters
 
@@ -71,11 +73,11 @@ def state_memory(config: Config, stage: int, dp: int) -> StateMemory:
 
 def optimizer_bytes(config: Config, stage: int, dp: int) -> list[int]:
     """Bytes of masters and moments on each data parallel rank of a stage."""
-    buffers = [b for chunk in stage_parameters(config, stage) for b in _buffers(chunk, dp)]
-    return [
-        sum((12 if buffer.dtype == "bf16" else 8) * _owned(buffer, rank, dp) for buffer in buffers)
-        for rank in range(dp)
-    ]
+    total = np.zeros(dp, dtype=np.int64)
+    for chunk in stage_parameters(config, stage):
+        for buffer in _buffers(chunk, dp):
+            total += (12 if buffer.dtype == "bf16" else 8) * _owned(buffer, dp)
+    return total.tolist()
 
 
 def _buffers(chunk: list[Parameter], dp: int) -> list[_Buffer]:
@@ -107,13 +109,17 @@ def _lay_out(parameters: list[Parameter], dtype: str, dp: int) -> _Buffer:
     return _Buffer(dtype, tuple(places), tuple(buckets))
 
 
-def _owned(buffer: _Buffer, rank: int, dp: int) -> int:
-    """Elements of parameters (no padding) in a data parallel rank's pieces of the buckets."""
-    total = 0
+def _owned(buffer: _Buffer, dp: int) -> np.ndarray:
+    """Elements of parameters (no padding) in each data parallel rank's pieces of the buckets."""
+    starts, stops = np.array(buffer.places, dtype=np.int64).T
+    before = np.concatenate([[0], np.cumsum(stops - starts)])  # elements before each parameter
+    total = np.zeros(dp, dtype=np.int64)
     for begin, end in buffer.buckets:
-        size = (end - begin) // dp
-        low, high = begin + rank * size, begin + (rank + 1) * size
-        total += sum(max(0, min(high, stop) - max(low, start)) for start, stop in buffer.places)
+        cuts = begin + np.arange(dp + 1) * ((end - begin) // dp)
+        # Of each cut: the parameter in which it falls, or the next; after all of them, none.
+        index = np.searchsorted(stops, cuts)
+        inside = np.maximum(cuts - np.append(starts, end)[index], 0)
+        total += np.diff(before[index] + inside)
     return total
 
 

@@ -3,9 +3,9 @@
 #   launch_training ARGUMENT...    pretrain_dattn.py on every rank; done when the trainer says so
 #   launch COMMAND...              a Python command on every rank; done when it exits with 0
 # A job that was stopped before it was done (time limit, preemption), or that failed after it had
-# saved a checkpoint, puts itself back into the queue and goes on from there. With --dry-run as an argument, or DATTN_DRY_RUN=1, the
-# command is printed and the trainer checks configuration and layout; that needs neither Slurm nor
-# a GPU. Page: docs/slurm.md
+# saved a checkpoint, puts itself back into the queue and goes on from there. With --dry-run as an
+# argument, or DATTN_DRY_RUN=1, the command is printed and the trainer checks configuration and
+# layout; that needs neither Slurm nor a GPU. Page: docs/slurm.md
 
 say() { printf '%s  %s\n' "$(date '+%F %T')" "$*"; }
 

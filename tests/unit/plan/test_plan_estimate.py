@@ -132,7 +132,11 @@ def test_command_ranks_where_no_layout_is_named_and_speaks_json(capsys, tmp_path
         (["--nodes", "0"], "--nodes 0 must be at least 1"),
         (["--tp", "3"], "must be a multiple of parallel.tp=3"),
         (["--text-per-sample", "99999"], "does not fit data.text_budget"),
-        (["--labelled-share", "2"], "--labelled-share 2 between 0 and 1"),
+        (["--labelled-share", "2"], "--labelled-share 2 must be a number, 0 to 1"),
+        (["--text-per-sample", "nan"], "--text-per-sample nan must be a number, at least 1"),
+        (["--images-per-sample", "inf"], "--images-per-sample inf must be a number, at least 0"),
+        (["--images-per-sample", "-1"], "--images-per-sample -1 must be a number"),
+        (["--samples", "0"], "--samples 0 must be at least 1"),
         (["--gpus-per-node", "3"], "needs a multiple of 2 processes, got 3"),
     ],
 )
