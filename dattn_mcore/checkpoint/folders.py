@@ -43,12 +43,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["step"], manifest["config"], manifest["files"]
+        int(manifest["step"]), dict(manifest["config"])
+        for size, sha256 in manifest["files"].values():
+            int(size), str(sha256)
     except OSError:
         raise CheckpointError(
             f"{folder} is no checkpoint (no {MANIFEST}); name a folder step_... of a run"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is damaged; use another checkpoint") from None
     return manifest
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from dattn_mcore.config.schema import (
     ProjectorConfig,
     VisionConfig,
 )
-from dattn_mcore.errors import CheckpointError
+from dattn_mcore.errors import CheckpointError, DattnError
 from dattn_mcore.hf import AUTO_MAP, DattnConfig
 
 MAX_POSITIONS = {"mistral": 32768, "gemma2": 8192}  # of the original models; informative only
@@ -37,6 +40,24 @@ FIXED = {
         "scale_embeddings": True,
     },
 }
+
+
+@contextmanager
+def understanding(file: Path) -> Iterator[None]:
+    """Turns what transformers raises over a malformed configuration into one line.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    try:
+        yield
+    except DattnError:
+        raise
+    except Exception as error:  # its parts raise whatever they stumble over
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{file} is malformed ({type(error).__name__}: {reason}); copy the folder again"
+        ) from error
 
 
 @dataclass(frozen=True)

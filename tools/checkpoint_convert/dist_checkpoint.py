@@ -29,6 +29,7 @@ from dattn_mcore.checkpoint.folders import (
     read_manifest,
 )
 from dattn_mcore.checkpoint.metadata import NAME, read_metadata
+from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import from_dict, to_dict
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError
@@ -62,7 +63,8 @@ class DistCheckpoint:
         self.path = _find(Path(path))
         manifest = read_manifest(self.path)
         self.step = int(manifest["step"])
-        self.tokenizer: dict[str, str | None] = dict(manifest.get("tokenizer") or {})
+        tokenizer = manifest.get("tokenizer")
+        self.tokenizer: dict[str, Any] = tokenizer if isinstance(tokenizer, dict) else {}
         self._files: dict[str, Any] = manifest["files"]
         for name, (size, _) in sorted(self._files.items()):
             self._check_inside(name, MANIFEST)
@@ -72,6 +74,7 @@ class DistCheckpoint:
                 raise CheckpointError(f"{self.path}: {name} {what}; use an earlier checkpoint")
         try:
             self.config: Config = from_dict(manifest["config"])
+            check_config(self.config)
         except ConfigError as error:
             raise CheckpointError(f"{self.path / MANIFEST}: {error}") from None
         self._metadata = read_metadata(self.path)

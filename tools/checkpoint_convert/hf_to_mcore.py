@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import functools
-import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dattn_mcore.config.schema import Config, DataConfig
+from dattn_mcore.config.load import from_dict
+from dattn_mcore.config.schema import AttentionConfig, Config, DataConfig, ModelConfig
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.hf import DattnConfig
 from tools.checkpoint_convert import projector
 from tools.checkpoint_convert.atomic_folder import AtomicFolder
-from tools.checkpoint_convert.configs import from_hf
+from tools.checkpoint_convert.configs import from_hf, understanding
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
 from tools.checkpoint_convert.mapping import Entry, Shape, in_order_of_layers
 from tools.checkpoint_convert.raw_folders import (
     check_fits,
     open_language_model,
     open_vision_tower,
+    read_json,
 )
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
 from tools.checkpoint_convert.streaming import Planned
@@ -52,22 +53,27 @@ def read_hf_config(folder: Path) -> DattnConfig:
     """Reads config.json of an exported folder, without running code from it.
 
     Raises:
-        CheckpointError: it is missing, no JSON, or of another model type.
+        CheckpointError: it is missing, no JSON, malformed, or of another model type.
     """
     file = folder / "config.json"
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        kind = fields.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({' '.join(str(error).split())}); give an exported folder"
-        ) from None
+    fields = read_json(file)
+    kind = fields.get("model_type")
     if kind != "dattn":
         raise CheckpointError(f"{file}: model_type is {kind!r}; only 'dattn' folders are converted")
-    try:
+    with understanding(file):
         return DattnConfig.from_dict(fields)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{file}: {' '.join(str(error).split())}") from None
+
+
+def read_model(folder: Path, vocab_pad_multiple: int) -> tuple[ModelConfig, AttentionConfig]:
+    """The trainer's configuration of an exported folder.
+
+    Raises:
+        CheckpointError: config.json is missing, malformed, or of a model that cannot be trained.
+    """
+    with understanding(folder / "config.json"):
+        model, attention = from_hf(read_hf_config(folder), vocab_pad_multiple)
+        from_dict({"model": asdict(model)})  # every setting is of its kind
+    return model, attention
 
 
 def convert(
@@ -90,8 +96,7 @@ def convert(
         CheckpointError: the folder is damaged or of another model, or the output exists.
     """
     folder = Path(folder)
-    hf_config = read_hf_config(folder)
-    model, attention = from_hf(hf_config, vocab_pad_multiple)
+    model, attention = read_model(folder, vocab_pad_multiple)
     source = SafetensorsFolder(folder)
     table = model_table(model)
     check_keys(str(folder), hf_shapes(table), source.shapes, source.dtypes)
@@ -203,24 +208,25 @@ def image_settings(folder: Path) -> DataConfig:
     """Image policy, AnyRes grids, mean and standard deviation of the folder's processor.
 
     Raises:
-        CheckpointError: there is no processor.
+        CheckpointError: there is no processor, or its file is malformed.
     """
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            fields: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            fields = read_json(folder / name)
             break
     else:
         raise CheckpointError(f"{folder} has no processor_config.json; give an exported folder")
-    fields = fields.get("image_processor", fields)
-    policy = (
-        "pad" if fields.get("do_pad") else "crop" if fields.get("do_center_crop") else "stretch"
-    )
-    mean: Any = tuple(float(x) for x in fields["image_mean"])
-    std: Any = tuple(float(x) for x in fields["image_std"])
-    grids: Any = DataConfig().anyres_grids
-    if fields.get("image_processor_type") == "DattnImageProcessor":
-        policy = fields["image_policy"]
-        grids = tuple((int(columns), int(rows)) for columns, rows in fields["anyres_grids"])
+    with understanding(folder / name):
+        fields = fields.get("image_processor", fields)
+        policy = (
+            "pad" if fields.get("do_pad") else "crop" if fields.get("do_center_crop") else "stretch"
+        )
+        mean: Any = tuple(float(x) for x in fields["image_mean"])
+        std: Any = tuple(float(x) for x in fields["image_std"])
+        grids: Any = DataConfig().anyres_grids
+        if fields.get("image_processor_type") == "DattnImageProcessor":
+            policy = str(fields["image_policy"])
+            grids = tuple((int(columns), int(rows)) for columns, rows in fields["anyres_grids"])
     return replace(
         DataConfig(), image_policy=policy, anyres_grids=grids, image_mean=mean, image_std=std
     )

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from dattn_mcore.config.schema import AttentionConfig, ModelConfig
-from tools.checkpoint_convert.configs import from_hf
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
-from tools.checkpoint_convert.hf_to_mcore import read_hf_config
+from tools.checkpoint_convert.hf_to_mcore import read_model
 from tools.checkpoint_convert.mapping import Shape
 from tools.checkpoint_convert.raw_folders import TEXT_TYPES, VISION_TYPES, read_json
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
@@ -60,10 +59,10 @@ def inspect(path: str | Path) -> Contents:
     """
     path = Path(path)
     if (path / "config.json").is_file():
-        kind = read_json(path / "config.json").get("model_type")
+        kind = str(read_json(path / "config.json").get("model_type"))
         if kind in TEXT_TYPES or kind in VISION_TYPES:
             return _inspect_part(path)
-        model, attention = from_hf(read_hf_config(path), vocab_pad_multiple=1)
+        model, attention = read_model(path, vocab_pad_multiple=1)
         folder = SafetensorsFolder(path)
         check_keys(str(path), hf_shapes(model_table(model)), folder.shapes, folder.dtypes)
         tensors = {name: (shape, folder.dtypes[name]) for name, shape in folder.shapes.items()}

@@ -19,7 +19,7 @@ from transformers import AutoConfig, CLIPVisionConfig, SiglipVisionConfig
 from dattn_mcore.config.schema import DataConfig, LlmConfig, ModelConfig, VisionConfig
 from dattn_mcore.errors import CheckpointError
 from tools.checkpoint_convert import mistral, siglip
-from tools.checkpoint_convert.configs import text_from_hf, vision_from_hf
+from tools.checkpoint_convert.configs import text_from_hf, understanding, vision_from_hf
 from tools.checkpoint_convert.mapping import Shape
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
 
@@ -95,7 +95,8 @@ def text_config(folder: Path) -> tuple[str, LlmConfig]:
             f"{folder / 'config.json'}: model_type is {kind!r}; a language model must be one of "
             f"{', '.join(TEXT_TYPES)}"
         )
-    return kind, text_from_hf(AutoConfig.for_model(kind, **fields), 1)
+    with understanding(folder / "config.json"):
+        return kind, text_from_hf(AutoConfig.for_model(kind, **fields), 1)
 
 
 def vision_config(folder: Path, select_layer: int) -> VisionConfig:
@@ -105,15 +106,16 @@ def vision_config(folder: Path, select_layer: int) -> VisionConfig:
         CheckpointError: config.json is missing, or of another architecture.
     """
     fields = read_json(folder / "config.json")
-    kind = fields.pop("model_type", None)
+    kind = str(fields.pop("model_type", None))
     if kind not in VISION_TYPES:
         raise CheckpointError(
             f"{folder / 'config.json'}: model_type is {kind!r}; a tower must be one of "
             f"{', '.join(VISION_TYPES)}"
         )
-    fields = dict(fields.get("vision_config", fields))
-    fields.pop("model_type", None)
-    return vision_from_hf(VISION_TYPES[kind](**fields), select_layer)
+    with understanding(folder / "config.json"):
+        fields = dict(fields.get("vision_config", fields))
+        fields.pop("model_type", None)
+        return vision_from_hf(VISION_TYPES[kind](**fields), select_layer)
 
 
 def open_language_model(folder: Path, tied: bool) -> RawFolder:

@@ -222,6 +222,11 @@ def _header(file: Path) -> Iterator[tuple[str, Shape, torch.dtype, int]]:
         for name, entry in header.items():
             if name != "__metadata__":
                 start = 8 + length + entry["data_offsets"][0]
+                if entry["dtype"] not in _DTYPES:
+                    raise CheckpointError(
+                        f"{file}: {name} is {entry['dtype']}; weights must be bfloat16, float16 or "
+                        "float32, so give the model that was not quantised"
+                    )
                 yield name, tuple(entry["shape"]), _DTYPES[entry["dtype"]], start
     except (SafetensorError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())

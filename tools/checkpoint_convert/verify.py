@@ -12,9 +12,8 @@ from torch import Tensor
 
 from dattn_mcore.config.schema import AttentionConfig, ModelConfig
 from dattn_mcore.errors import CheckpointError
-from tools.checkpoint_convert.configs import from_hf
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
-from tools.checkpoint_convert.hf_to_mcore import read_hf_config
+from tools.checkpoint_convert.hf_to_mcore import read_hf_config, read_model
 from tools.checkpoint_convert.mapping import Entry, Shape
 from tools.checkpoint_convert.raw_folders import (
     TEXT_TYPES,
@@ -139,7 +138,7 @@ def open_weights(path: Path, select_layer: int) -> Weights:
     """
     if not (path / "config.json").is_file():
         return _open_checkpoint(path)
-    kind = read_json(path / "config.json").get("model_type")
+    kind = str(read_json(path / "config.json").get("model_type"))
     if kind in TEXT_TYPES:
         family, llm = text_config(path)
         opened = open_language_model(path, llm.tie_embeddings)
@@ -151,7 +150,7 @@ def open_weights(path: Path, select_layer: int) -> Weights:
         model = replace(ModelConfig(), vision=vision)
         parts, name = frozenset({"vision"}), "tower"
     else:
-        model, attention = from_hf(read_hf_config(path), vocab_pad_multiple=1)
+        model, attention = read_model(path, vocab_pad_multiple=1)
         folder = SafetensorsFolder(path)
         shapes, dtypes = folder.shapes, folder.dtypes
         return Weights(path, "export", ALL, model, attention, shapes, dtypes, folder.read)
