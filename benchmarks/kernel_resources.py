@@ -43,12 +43,23 @@ _TENSORS = (
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as compiled: bytes of shared memory, registers and bytes of stack per thread."""
+    """One kernel as compiled.
+
+    Attributes:
+        shared: bytes of shared memory of a program.
+        registers, stack: number and bytes of a thread.
+        assembly: PTX.
+        integers: arguments that are numbers of something.
+        specialised: arguments of which Triton compiles one version for values (addresses) that are
+            multiples of 16 and one for others.
+    """
 
     shared: int
     registers: int
     stack: int
     assembly: str
+    integers: tuple[str, ...]
+    specialised: tuple[str, ...]
 
 
 def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], blocks: Blocks) -> Compiled:
@@ -82,8 +93,10 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], blocks: B
         usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    shared = result.metadata.shared
-    return Compiled(shared, int(found[1]), int(found[2]), result.asm["ptx"])
+    specialised = tuple(kernel.params[index].name for (index,) in divisible)
+    integers = tuple(name for name, kind in signature.items() if kind == "i32")
+    used = result.metadata.shared, int(found[1]), int(found[2])
+    return Compiled(*used, result.asm["ptx"], integers, specialised)
 
 
 def compile_main(

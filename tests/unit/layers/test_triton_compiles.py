@@ -72,3 +72,13 @@ def test_kernels_compile_for_a_gpu(compiled, case):
         assert ".tf32" not in made["assembly"]
         if name != "helper" and CASES[case][1] != "fp32":
             assert "wgmma.mma_async" in made["assembly"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_length_is_compiled_in(compiled, case):
+    """Packs differ in their numbers of rows: only the model's strides may choose a version."""
+    for _, made in compiled[case]:
+        model = {name for name in made["integers"] if re.search("_stride$|_group$|^heads$", name)}
+        assert set(made["specialised"]) & set(made["integers"]) == model
+        # One row of `bounds` each, at any address.
+        assert not {"low_rows", "high_rows"} & set(made["specialised"])
