@@ -7,9 +7,6 @@ that fill several blocks. `pytest tests/gpu` alone: in a run of all tests kernel
 import pytest
 import torch
 
-from dattn_mcore.layers.attention.triton_forward import forward_kernel
-from dattn_mcore.layers.attention.triton_key_gradient import key_kernel
-from dattn_mcore.layers.attention.triton_query_gradient import query_kernel
 from dattn_mcore.layers.attention.triton_tuning import Tuning
 from dattn_mcore.parallel import platform
 from tests.unit.layers.test_triton_attention import DTYPES, check_joint, results_of_a_call
@@ -71,6 +68,10 @@ def test_long_sums_and_the_same_bits_again():
 
 def test_another_length_compiles_nothing():
     """Else a run over packs of all lengths would stop for seconds, again and again."""
+    from dattn_mcore.layers.attention.triton_forward import forward_kernel
+    from dattn_mcore.layers.attention.triton_key_gradient import key_kernel
+    from dattn_mcore.layers.attention.triton_query_gradient import query_kernel
+
     device = platform.current_device()
     kernels = (forward_kernel, query_kernel, key_kernel)
 
