@@ -5,12 +5,7 @@
     python -m benchmarks.attention_backends --device gpu --tune   # times the kernel's block sizes
 
 One layer's attention of one sample, V visual rows and then T text rows, forward and forward plus
-backward. Peers, whose tensors are given rotated and in their own layout, at no cost to them:
-
-- `causal`: what the baseline runs, causal self-attention over all V + T rows, by flash-attn where
-  it is installed, else by PyTorch's SDPA (which has no soft-cap: it is then run without).
-- `flex`: PyTorch's flex_attention, compiled, text rows over all rows that they see, in one call.
-  It has one query per row, so it is spared the second, rotated one. It has no backward on a CPU.
+backward. The peers, and what is done for each to be at its best, are in `attention_peers`.
 
 A ratio is the peer's time over the backend's, in the same run: above 1 the backend is faster.
 """
@@ -24,10 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from benchmarks import attention_peers
+from benchmarks.attention_peers import random_rows
 from benchmarks.measure import seconds_in_turn
-from benchmarks.results import add_arguments, hand_over, markdown_table
+from benchmarks.results import add_arguments, hand_over, markdown_table, number_ticks
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.layers.attention import BACKENDS, AttentionOptions, Rotary, choose_backend
 from dattn_mcore.layers.attention.rotary import rotary_angles
@@ -68,17 +64,13 @@ class Case:
         layout = ((True, visual), (False, text))
         self.params = build_seq_params((layout,), t2v_position="none", device=device)
         sizes = [(text, heads), *[(text, groups)] * 2, *[(visual, groups)] * 2]
-        self.rows = [self._random(n, h, dim) for n, h in sizes]
-        self.d_out = self._random(text, heads, dim).detach()
+        self.rows = [random_rows(device, self.dtype, n, h, dim) for n, h in sizes]
+        self.d_out = torch.randn(text, heads, dim, device=device, dtype=self.dtype)
         frequencies = 10_000.0 ** -(torch.arange(0, dim, 2, device=device) / dim)
         self.rotary = Rotary(
             text=rotary_angles(self.params.text_positions, frequencies),
             visual=torch.zeros(visual, 1, 1, dim, device=device),
         )
-
-    def _random(self, *shape: int) -> torch.Tensor:
-        rows = torch.randn(shape, device=self.device, dtype=self.dtype)
-        return rows.requires_grad_()
 
     def backend(self, name: str, **extra: Any) -> tuple[Step, Step]:
         """Forward, and forward with backward, of a backend."""
@@ -90,57 +82,22 @@ class Case:
         return self._steps(forward, self.rows, self.d_out)
 
     def causal(self) -> tuple[Step, Step]:
-        """The baseline's attention over all rows, by flash-attn or else by SDPA."""
-        layer, n = self.layer, self.visual + self.text
-        try:
-            choose_backend("flash", self.options, self.device.type, self.dtype, layer.head_dim)
-        except ConfigError:
-            shapes = [(1, h, n, layer.head_dim) for h in (layer.heads, layer.groups, layer.groups)]
-            q, k, v = (self._random(*shape) for shape in shapes)
+        """The baseline's attention over all rows."""
+        layer, rows = self.layer, self.visual + self.text
+        forward, inputs = attention_peers.causal(
+            *(layer.heads, layer.groups, rows, self.options, layer.head_dim),
+            *(self.device, self.dtype),
+        )
+        return self._steps(forward, inputs, torch.randn_like(inputs[0]))
 
-            def forward() -> torch.Tensor:
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:
-            from flash_attn import flash_attn_func
-
-            shapes = [(1, n, h, layer.head_dim) for h in (layer.heads, layer.groups, layer.groups)]
-            q, k, v = (self._random(*shape) for shape in shapes)
-
-            def forward() -> torch.Tensor:
-                return flash_attn_func(q, k, v, causal=True, softcap=layer.softcap or 0.0)
-
-        return self._steps(forward, [q, k, v], torch.randn_like(q))
-
-    def flex(self) -> tuple[Step, Step]:
-        """Text rows over the rows that they see, in one compiled call."""
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        layer, visual, n = self.layer, self.visual, self.visual + self.text
-        shapes = [
-            (1, layer.heads, self.text, layer.head_dim),
-            *[(1, layer.groups, n, layer.head_dim)] * 2,
-        ]
-        q, k, v = (self._random(*shape) for shape in shapes)
-
-        def sees(b: Any, h: Any, query: Any, key: Any) -> Any:
-            return key <= query + visual
-
-        def capped(score: torch.Tensor, b: Any, h: Any, query: Any, key: Any) -> torch.Tensor:
-            return layer.softcap * torch.tanh(score / layer.softcap)
-
-        if self.device.type == "cpu":  # refused where a backward pass could follow
-            q, k, v = q.detach(), k.detach(), v.detach()
-        mask = create_block_mask(sees, None, None, self.text, n, device=str(self.device))
-        torch.compiler.reset()  # beyond a few shapes of one function it would run uncompiled
-        compiled = torch.compile(flex_attention, dynamic=False)
-        modification = capped if layer.softcap else None
-
-        def forward() -> torch.Tensor:
-            return compiled(
-                q, k, v, score_mod=modification, block_mask=mask, enable_gqa=layer.heads > 1
-            )
-
-        return self._steps(forward, [q, k, v], torch.randn_like(q))
+    def flex(self, autotune: bool) -> tuple[Step, Step]:
+        """flex_attention of text rows over the rows that they see."""
+        layer = self.layer
+        forward, inputs = attention_peers.flex(
+            *(layer.heads, layer.groups, self.visual, self.text, self.options, layer.head_dim),
+            *(self.device, self.dtype, autotune),
+        )
+        return self._steps(forward, inputs, torch.randn_like(inputs[0]))
 
     def _steps(
         self, forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor], d_out: torch.Tensor
@@ -171,7 +128,7 @@ def measure(layer: str, visual: int, text: int, args: argparse.Namespace) -> lis
     device = platform.current_device()
     case = Case(LAYERS[args.device][layer], visual, text, device)
     steps = {name: case.backend(name) for name in backends_for(case)}
-    steps |= {"causal": case.causal(), "flex": case.flex()}
+    steps |= {"causal": case.causal(), "flex": case.flex(args.autotune_flex)}
     rows = []
     for index, direction in enumerate(("forward", "forward and backward")):
         functions = {name: pair[index] for name, pair in steps.items()}
@@ -238,6 +195,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--text", type=int, nargs="+", help="text rows")
     parser.add_argument("--layers", nargs="+", default=["mistral", "gemma2"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--autotune-flex", action="store_true", help="let flex_attention time its block sizes"
+    )
     parser.add_argument("--tune", action="store_true", help="time the Triton kernel's block sizes")
     args = parser.parse_args(arguments)
     platform.install(args.device)
@@ -255,18 +215,24 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [row for size in sizes for row in measure(*size, args)]
 
     def draw(axes: Any) -> None:
-        lines: dict[str, list[tuple[int, float]]] = {}
         text = max(row["text"] for row in rows)
+        lines: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
         for row in rows:
-            if row["direction"] == "forward" and row["text"] == text and row["causal"]:
-                label = f"{row['layer']}, {row['backend']}"
-                lines.setdefault(label, []).append((row["visual"], row["causal"] / row["seconds"]))
-        for label, points in lines.items():
-            axes.plot(*zip(*points, strict=True), "o-", label=label)
+            if row["direction"] == "forward" and row["text"] == text:
+                for peer in filter(row.get, PEERS):
+                    points = lines.setdefault((row["layer"], row["backend"], peer), [])
+                    points.append((row["visual"], row[peer] / row["seconds"]))
+        models = list(dict.fromkeys(key[:2] for key in lines))
+        for (layer, backend, peer), points in lines.items():
+            style = {"color": f"C{models.index((layer, backend))}"}
+            style["linestyle"] = "-" if peer == PEERS[0] else "--"
+            label = f"{peer} / {layer}, {backend}"
+            axes.plot(*zip(*points, strict=True), marker="o", label=label, **style)
         axes.axhline(1.0, color="grey", linewidth=0.8)
-        axes.set(xlabel="visual rows", ylabel="time of causal attention, the backend's = 1")
+        axes.set(xlabel="visual rows", ylabel="time of the peer, the backend's = 1")
         axes.set(xscale="log", yscale="log", title=f"forward, {text} text rows, {args.device}")
-        axes.legend()
+        number_ticks(axes, sorted({row["visual"] for row in rows}))
+        axes.legend(fontsize="small")
 
     hand_over("attention-backends", args, _table(rows), rows, draw)
     return 0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.results import ROOT, add_arguments, hand_over, markdown_table
+from benchmarks.results import ROOT, add_arguments, hand_over, markdown_table, number_ticks
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.attention.rotary import rotary_angles
@@ -139,6 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
             (line,) = axes.plot(*points, "o", label=f"{name}, {mode}")
             axes.plot(points[0], [row[4] / 1e12 for row in mine], color=line.get_color())
         axes.set(xlabel="visual rows", ylabel="TFLOP of a step", xscale="log", yscale="log")
+        number_ticks(axes, args.visual)
         axes.set_title(f"{args.layers} layers: points counted, lines closed form")
         axes.legend(fontsize="small")
 

@@ -29,7 +29,7 @@ PLANNED = ["benchmarks.planned_step", "--text", "512", "--precision", "bf16", "t
 MEMORY = ["benchmarks.peak_memory", "--layers", "16", "--text", "512", "--chunk", "2048"]
 OVER = ["576", "2304", "4608", "9216", "18432", "36864"]
 GPU = {
-    "attention-backends": ["benchmarks.attention_backends"],
+    "attention-backends": ["benchmarks.attention_backends", "--repeats", "20"],
     "training-step-mistral": [*STEP, "576", "2880", "8064", "16128", "32256", "--size", "mistral"],
     "training-step-gemma": [*STEP, "576", "2880", "8064", "--size", "gemma"],
     "planned-step-mistral": [*PLANNED, "--visual", *OVER, "--size", "mistral"],

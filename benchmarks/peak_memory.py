@@ -20,7 +20,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from benchmarks.measure import peak_bytes
-from benchmarks.results import add_arguments, hand_over, markdown_table
+from benchmarks.results import add_arguments, hand_over, markdown_table, number_ticks
 from benchmarks.steps import BASELINE, SIZES, Step, llava_step, our_step, sized_config
 from dattn_mcore.parallel import platform, single_process
 
@@ -100,9 +100,10 @@ def main(arguments: list[str] | None = None) -> int:
         for row in rows:
             points = [(v, peak / 2**20) for v, peak in row["peaks"].items() if peak is not None]
             axes.plot(*zip(*points, strict=True), "o-", label=row["variant"])
-        axes.set(xlabel="visual rows", ylabel="peak of a step, MiB", yscale="log")
+        axes.set(xlabel="visual rows", ylabel="peak of a step, MiB", xscale="log", yscale="log")
+        number_ticks(axes, args.visual)
         axes.set_title(f"peak memory, {args.size}, chunks of {args.chunk}, {args.device}")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     hand_over(f"peak-memory-{args.size}", args, table, rows, draw)
     layers = sized_config(args.size, args.device, args.layers).model.llm.num_layers

@@ -8,7 +8,7 @@ import os
 import platform as machine
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dattn_mcore.parallel import platform
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "megatron-core", "transformers")
@@ -79,7 +80,7 @@ def hand_over(
     """
     title, origin = f"{name}-{args.device}", provenance(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
     draw(axes)
     picture = args.out / f"{title}.png"
     figure.savefig(picture, dpi=110)
@@ -87,6 +88,15 @@ def hand_over(
     data = {"origin": origin, "rows": rows}
     (args.out / f"{title}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(f"{table}\n{origin}\npicture {picture}\n")
+
+
+def number_ticks(axes: Any, values: Sequence[int]) -> None:
+    """Ticks of the horizontal axis at these numbers; both axes' written out, not as powers."""
+    axes.set_xticks(values, [f"{value:,}" for value in values])
+    axes.tick_params(which="minor", bottom=False, labelbottom=False, labelleft=False)
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
 
 
 def write_section(page: Path, name: str, text: str) -> None:

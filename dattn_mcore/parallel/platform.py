@@ -115,6 +115,13 @@ def fp8_problem(recipe: str) -> str | None:
     )
 
 
+def hopper_target() -> Any:
+    """What Triton compiles for where no GPU is at hand: NVIDIA's Hopper generation."""
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", 90, 32)
+
+
 def backend(device: str) -> str:
     """The torch.distributed backend for a device (cpu or gpu)."""
     return "nccl" if device == "gpu" else "gloo"

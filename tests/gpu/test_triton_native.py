@@ -9,7 +9,7 @@ import torch
 
 from dattn_mcore.layers.attention.triton_tuning import Tuning
 from dattn_mcore.parallel import platform
-from tests.unit.layers.test_triton_attention import DTYPES, check_joint
+from tests.unit.layers.test_triton_attention import DTYPES, check_joint, results_of_a_call
 
 PACKS = {
     "packed": (((True, 577), (False, 130)), ((False, 1),), ((True, 1), (False, 65))),
@@ -48,3 +48,39 @@ def test_any_number_of_heads_per_group(ratio):
         tuned=Tuning(visual_splits=3, key_splits=2),
         device=platform.current_device(),
     )
+
+
+def test_long_sums_and_the_same_bits_again():
+    """Thousands of visual rows, split; run twice, to the last bit (nothing is added by atomics)."""
+    device = platform.current_device()
+    check_joint(
+        (((True, 20_000), (False, 130)),),
+        heads=4,
+        groups=2,
+        dim=128,
+        dtype=torch.bfloat16,
+        device=device,
+        even=True,
+    )
+    first, second = (results_of_a_call(device, (20_000, 130), 128) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_another_length_compiles_nothing():
+    """Else a run over packs of all lengths would stop for seconds, again and again."""
+    from dattn_mcore.layers.attention.triton_forward import forward_kernel
+    from dattn_mcore.layers.attention.triton_key_gradient import key_kernel
+    from dattn_mcore.layers.attention.triton_query_gradient import query_kernel
+
+    device = platform.current_device()
+    kernels = (forward_kernel, query_kernel, key_kernel)
+
+    def versions():
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    # Long enough that no loop is split, so that only the number of rows differs.
+    results_of_a_call(device, (10_240, 10_240), 64)
+    before = versions()
+    for visual, text in ((10_241, 10_243), (12_345, 10_250), (16_384, 11_111)):
+        results_of_a_call(device, (visual, text), 64)
+    assert versions() == before

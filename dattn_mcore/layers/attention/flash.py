@@ -14,11 +14,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from dattn_mcore.layers.attention.flash_sequences import Sequences, make_sequences
 from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.parts import attend_in_parts
 from dattn_mcore.layers.attention.rotary import Rotary
@@ -74,68 +73,6 @@ def _installed(name: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-# ---------------------------------------------------------------------------------------------
-# Which rows of the pack form the sequences of one call.
-
-Rows = slice | torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Sequences:
-    """Sequences of one varlen call.
-
-    Attributes:
-        q_rows, k_rows: rows of the pack, one sequence after the other: a slice where they are
-            consecutive, else int64 indices. Keys that several sequences see stand there once each.
-        cu_q, cu_k: int32 [sequences + 1], starts of the sequences and the end of the last.
-        max_q, max_k: rows of the longest.
-        k_spans: the same rows of keys as (start, stop), sequence by sequence.
-        causal: whether queries are the keys' own rows.
-    """
-
-    q_rows: Rows
-    k_rows: Rows
-    cu_q: torch.Tensor
-    cu_k: torch.Tensor
-    max_q: int
-    max_k: int
-    k_spans: tuple[tuple[int, int], ...]
-    causal: bool
-
-
-def _sequences(
-    q_spans: Sequence[tuple[int, int]],
-    k_spans: Sequence[tuple[int, int]],
-    causal: bool,
-    device: torch.device,
-) -> _Sequences:
-    """Sequences from (start, stop) spans of queries and of the keys that they see."""
-
-    def lengths(spans: Sequence[tuple[int, int]]) -> list[int]:
-        return [stop - start for start, stop in spans]
-
-    def starts(spans: Sequence[tuple[int, int]]) -> torch.Tensor:
-        ends = [0, *itertools.accumulate(lengths(spans))]
-        return torch.tensor(ends, dtype=torch.int32, device=device)
-
-    return _Sequences(
-        q_rows=_rows(q_spans, device),
-        k_rows=_rows(k_spans, device),
-        cu_q=starts(q_spans),
-        cu_k=starts(k_spans),
-        max_q=max(lengths(q_spans), default=0),
-        max_k=max(lengths(k_spans), default=0),
-        k_spans=tuple(k_spans),
-        causal=causal,
-    )
-
-
-def _rows(spans: Sequence[tuple[int, int]], device: torch.device) -> Rows:
-    if all(before[1] == after[0] for before, after in itertools.pairwise(spans)):
-        return slice(spans[0][0], spans[-1][1]) if spans else slice(0, 0)
-    return torch.cat([torch.arange(*span) for span in spans]).to(device)
-
-
 class _Parts:
     """The parts of a pack on flash-attn; see `parts.Parts`."""
 
@@ -152,7 +89,7 @@ class _Parts:
             ends = list(itertools.accumulate(lengths))
             spans = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
             spans = [span for span in spans if span[0] < span[1]]
-            params.cache[key] = _sequences(spans, spans, True, device)
+            params.cache[key] = make_sequences(spans, spans, True, device)
         return _Part(params.cache[key], options, options.window)
 
     @staticmethod
@@ -162,7 +99,7 @@ class _Parts:
         key = ("flash", "blocks")
         if key not in params.cache:
             blocks = params.blocks
-            params.cache[key] = _sequences(
+            params.cache[key] = make_sequences(
                 [(block.text_start, block.text_stop) for block in blocks],
                 [(block.visual_start, block.visual_stop) for block in blocks],
                 False,
@@ -171,14 +108,10 @@ class _Parts:
         return _Part(params.cache[key], options, None)
 
 
-# ---------------------------------------------------------------------------------------------
-# One part: a varlen call forward, and one backward with an output and log-sum-exp from outside.
-
-
 class _Part:
     """Attention of the rows of a pack over one set of keys; see `parts.Part`."""
 
-    def __init__(self, sequences: _Sequences, options: AttentionOptions, window: int | None):
+    def __init__(self, sequences: Sequences, options: AttentionOptions, window: int | None):
         self.sequences, self.options = sequences, options
         # flash-attn counts the keys to the left of the own one; -1 is no window.
         self.left = -1 if window is None else window - 1

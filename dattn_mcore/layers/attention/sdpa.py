@@ -9,15 +9,14 @@ into the query rows. So no mask and no score matrix of text by visual rows exist
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.parts import attend_in_parts
 from dattn_mcore.layers.attention.rotary import Rotary
+from dattn_mcore.layers.attention.sdpa_batches import Batch, block_batches, causal_batches
 from dattn_mcore.layers.layout import DecomposedSeqParams
 
 _NEVER = 1e30  # log-sum-exp of padding queries: exp(logit - _NEVER) is zero, without infinities
@@ -53,86 +52,6 @@ def sdpa_attention(
     return attend_in_parts(
         *(q, k_text, v_text, k_visual, v_visual, q_visual, rotary, params, options, _Parts)
     )
-
-
-# ---------------------------------------------------------------------------------------------
-# Batches: which rows of the pack form one call of a dense kernel.
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Rows of one kernel call.
-
-    Attributes:
-        q_index: int64 [batch, q_rows], row of each query; 0 where padded.
-        k_index: int64 [batch, k_rows].
-        valid: bool [batch, q_rows], None where nothing is padded.
-        q_rows: int64 [valid queries], q_index without padding.
-    """
-
-    q_index: torch.Tensor
-    k_index: torch.Tensor
-    valid: torch.Tensor | None
-    q_rows: torch.Tensor
-
-
-def _make_batch(spans: list[tuple[int, int, int, int]], device: torch.device) -> _Batch:
-    """A batch from (q_start, q_length, k_start, k_length) spans of equal k_length."""
-    longest = max(length for _, length, _, _ in spans)
-    q_index = np.zeros((len(spans), longest), dtype=np.int64)
-    valid = np.zeros((len(spans), longest), dtype=bool)
-    for row, (start, length, _, _) in enumerate(spans):
-        q_index[row, :length] = np.arange(start, start + length)
-        valid[row, :length] = True
-    k_index = np.stack([np.arange(start, start + length) for _, _, start, length in spans])
-    return _Batch(
-        q_index=torch.from_numpy(q_index).to(device),
-        k_index=torch.from_numpy(k_index).to(device),
-        valid=None if valid.all() else torch.from_numpy(valid).to(device),
-        q_rows=torch.from_numpy(q_index[valid]).to(device),
-    )
-
-
-def _causal_batches(
-    params: DecomposedSeqParams, name: str, lengths: tuple[int, ...], device: torch.device
-) -> list[_Batch]:
-    """Samples bucketed by length (powers of two), so that padding at most doubles the rows."""
-    if name not in params.cache:
-        buckets: dict[int, list[tuple[int, int]]] = {}
-        start = 0
-        for length in lengths:
-            if length:
-                buckets.setdefault(max(16, 1 << (length - 1).bit_length()), []).append(
-                    (start, length)
-                )
-            start += length
-        batches = []
-        for spans in buckets.values():
-            batch = _make_batch([(start, length, 0, 0) for start, length in spans], device)
-            batches.append(_Batch(batch.q_index, batch.q_index, batch.valid, batch.q_rows))
-        params.cache[name] = batches
-    return params.cache[name]
-
-
-def _block_batches(params: DecomposedSeqParams, device: torch.device) -> list[_Batch]:
-    """Text-to-visual blocks, grouped by their number of visual rows."""
-    if "blocks" not in params.cache:
-        groups: dict[int, list[tuple[int, int, int, int]]] = {}
-        for block in params.blocks:
-            k_length = block.visual_stop - block.visual_start
-            span = (
-                block.text_start,
-                block.text_stop - block.text_start,
-                block.visual_start,
-                k_length,
-            )
-            groups.setdefault(k_length, []).append(span)
-        params.cache["blocks"] = [_make_batch(spans, device) for spans in groups.values()]
-    return params.cache["blocks"]
-
-
-# ---------------------------------------------------------------------------------------------
-# One part: forward over batches, and backward with an output and log-sum-exp from outside.
 
 
 def _flash_forward(
@@ -190,10 +109,10 @@ def _window_mask(rows: int, window: int | None, like: torch.Tensor) -> torch.Ten
 class _Part:
     """One set of keys: gathers the rows of a batch, runs the kernel, scatters the results."""
 
-    def __init__(self, batches: list[_Batch], causal: bool, scale: float, window: int | None):
+    def __init__(self, batches: list[Batch], causal: bool, scale: float, window: int | None):
         self.batches, self.causal, self.scale, self.window = batches, causal, scale, window
 
-    def _queries(self, rows: torch.Tensor, batch: _Batch, groups: int) -> torch.Tensor:
+    def _queries(self, rows: torch.Tensor, batch: Batch, groups: int) -> torch.Tensor:
         """[rows, heads, d] -> [batch, heads, q, d]; dense parts fold a group's heads into q."""
         x = rows[batch.q_index]  # [b, q, heads, d]
         if self.causal:
@@ -202,7 +121,7 @@ class _Part:
         x = x.view(b, n, groups, heads // groups, d).permute(0, 2, 3, 1, 4)
         return x.reshape(b, groups, heads // groups * n, d)
 
-    def _rows(self, x: torch.Tensor, batch: _Batch, heads: int) -> torch.Tensor:
+    def _rows(self, x: torch.Tensor, batch: Batch, heads: int) -> torch.Tensor:
         """Inverse of `_queries` without padding: [valid rows, heads, d]."""
         if not self.causal:
             b, groups, folded, d = x.shape
@@ -211,7 +130,7 @@ class _Part:
         x = x.transpose(1, 2)
         return x.reshape(-1, *x.shape[2:]) if batch.valid is None else x[batch.valid]
 
-    def _keys(self, rows: torch.Tensor, batch: _Batch, heads: int) -> torch.Tensor:
+    def _keys(self, rows: torch.Tensor, batch: Batch, heads: int) -> torch.Tensor:
         x = rows[batch.k_index].transpose(1, 2)
         if self.causal and heads != x.shape[1]:
             x = x.repeat_interleave(heads // x.shape[1], dim=1)
@@ -310,11 +229,11 @@ class _Parts:
         options: AttentionOptions,
         device: torch.device,
     ) -> _Part:
-        batches = _causal_batches(params, name, lengths, device)
+        batches = causal_batches(params, name, lengths, device)
         return _Part(batches, True, options.scale, options.window)
 
     @staticmethod
     def blocks(
         params: DecomposedSeqParams, options: AttentionOptions, device: torch.device
     ) -> _Part:
-        return _Part(_block_batches(params, device), False, options.scale, None)
+        return _Part(block_batches(params, device), False, options.scale, None)

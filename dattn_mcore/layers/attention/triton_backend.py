@@ -219,7 +219,8 @@ class _Joint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out, _):  # type: ignore[no-untyped-def]
-        from dattn_mcore.layers.attention.triton_launch import backward, rotated
+        from dattn_mcore.layers.attention.triton_gradients import backward
+        from dattn_mcore.layers.attention.triton_launch import rotated
 
         q, k_text, v_text, k_visual, v_visual, tables, out, lse = ctx.saved_tensors
         k_rotated = rotated(k_text, tables) if ctx.setting.has_text else k_text

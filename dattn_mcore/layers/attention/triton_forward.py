@@ -1,11 +1,7 @@
 """Triton kernels of the forward pass: one online softmax over visual and then text keys.
 
-A program owns a tile of query rows in which the query heads of a group are packed: line `i` of a
-tile is query head `i % RATIO` of text row `i // RATIO`. So all lines share their keys. It runs
-over the visual keys with the query as it is, rotates the query in registers, and goes on over the
-causal text keys, into the same running maximum, sum and output.
-
-Key blocks that every line sees whole are taken without a mask. Logits are kept to base 2.
+A program runs over the visual keys with the query as it is, rotates the query in registers, and
+goes on over the causal text keys, into the same running maximum, sum and output.
 """
 
 from __future__ import annotations
@@ -13,61 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def raw_logits(products, cap_scale, HAS_CAP: tl.constexpr):
-    """Products q k^T, or tanh(products * cap_scale) where logits are capped."""
-    if HAS_CAP:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1); exp may overflow to infinity, which gives 1.
-        return 1.0 - 2.0 / (tl.exp2(products * (cap_scale * 2.0 * LOG2_E)) + 1.0)
-    return products
-
-
-@triton.jit
-def matmul(a, b, total, PRECISION: tl.constexpr):
-    """Adds a b to total (None for zero), in float32.
-
-    The interpreter multiplies no bfloat16: there, 16-bit factors are widened, which is exact.
-    """
-    if PRECISION == "widened":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(a, b, total, input_precision=PRECISION)
-
-
-@triton.jit
-def whole_blocks(low, full_low, full_high, high, STEP: tl.constexpr):
-    """The part [start, stop) of [low, high) that whole blocks cover without a mask."""
-    start = tl.minimum(tl.maximum(full_low, low), high)
-    stop = start + tl.maximum(tl.minimum(full_high, high) - start, 0) // STEP * STEP
-    return start, stop
-
-
-@triton.jit
-def edge_block(index, before, low, start, stop, high, STEP: tl.constexpr):
-    """First key and limit of masked block `index`; `before` of them precede the whole ones."""
-    ahead = index < before
-    first = tl.where(ahead, low + index * STEP, stop + (index - before) * STEP)
-    return first, tl.where(ahead, start, high)
-
-
-@triton.jit
-def rotated_tile(
-    source, row, real, columns, tables, rows, HEAD_DIM: tl.constexpr, SIGN: tl.constexpr
-):
-    """Loads lines at pointers `source` and rotates them in float32 (GPT-NeoX style).
-
-    tables: float32 [2, rows, HEAD_DIM], cosines and sines of the angles of each row; sines of the
-    first half negative, so that a column needs only itself and its partner in the other half.
-    """
-    partner = (columns + HEAD_DIM // 2) % HEAD_DIM
-    x = tl.load(source[:, None] + columns[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-    y = tl.load(source[:, None] + partner[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-    table = tables + row[:, None] * HEAD_DIM + columns[None, :]
-    cosine = tl.load(table, mask=real[:, None], other=0.0)
-    sine = tl.load(table + rows * HEAD_DIM, mask=real[:, None], other=0.0)
-    return x * cosine + y * sine * SIGN
+from dattn_mcore.layers.attention.triton_tiles import (
+    LOG2_E,
+    edge_block,
+    matmul,
+    part_of,
+    query,
+    query_tile,
+    raw_logits,
+    row_ranges,
+    whole_blocks,
+)
 
 
 @triton.jit
@@ -160,7 +112,7 @@ def _over_keys(
     return out, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "padded_rows"])
 def forward_kernel(
     q_rows,
     text_keys,  # rotated
@@ -168,10 +120,10 @@ def forward_kernel(
     visual_keys,
     visual_values,
     tables,  # see `rotated_tile`
-    tiles,  # `visible_ranges.query_tiles`: visual, then text
+    tiles,  # see `query_tile`: visual, then text
     bounds,  # int32 [4, rows]: visual low, visual high, text low, text high
-    out_rows,  # [SPLITS, padded rows, HEADS, HEAD_DIM]
-    lse_rows,  # float32 [SPLITS, padded rows, HEADS], natural logarithm
+    out_rows,  # [parts, padded rows, HEADS, HEAD_DIM]
+    lse_rows,  # float32 [parts, padded rows, HEADS], natural logarithm
     rows,
     padded_rows,
     q_row_stride,
@@ -191,7 +143,7 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     HAS_VISUAL: tl.constexpr,
     HAS_TEXT: tl.constexpr,
     DEBIASED: tl.constexpr,
@@ -199,32 +151,17 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """Output and log-sum-exp of one query tile, one group and one part of the visual keys."""
-    group, split = tl.program_id(1), tl.program_id(2)
-    tile = tiles + tl.program_id(0) * 10
-    first_row, stop_row = tl.load(tile), tl.load(tile + 1)
-    line, columns = tl.arange(0, BLOCK_M), tl.arange(0, HEAD_DIM)
-    row, head = first_row + line // RATIO, group * RATIO + line % RATIO
-    # A tile has at most BLOCK_M // RATIO rows; lines beyond its last row are idle.
-    real = row < stop_row
-    q_line = q_rows + row.to(tl.int64) * q_row_stride + head * q_head_stride
-    q = tl.load(q_line[:, None] + columns[None, :], mask=real[:, None], other=0.0)
-
+    group, columns = tl.program_id(1), tl.arange(0, HEAD_DIM)
+    tile, row, head, real, lines = query_tile(
+        q_rows, tiles, q_row_stride, q_head_stride, RATIO, BLOCK_M
+    )
+    q = query(lines, row, real, columns, tables, padded_rows, HEAD_DIM, not DEBIASED)
     out = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if not DEBIASED:
-        q = rotated_tile(*(q_line, row, real, columns, tables, padded_rows, HEAD_DIM, 1.0)).to(
-            q.dtype
-        )
     if HAS_VISUAL:
-        low = tl.load(bounds + row, mask=real, other=0)
-        high = tl.load(bounds + rows + row, mask=real, other=0)
-        tile_low, tile_high = tl.load(tile + 2), tl.load(tile + 5)
-        if SPLITS > 1:
-            share = tl.cdiv(tl.cdiv(tile_high - tile_low, BLOCK_N), SPLITS) * BLOCK_N
-            tile_low = tile_low + split * share
-            tile_high = tl.minimum(tile_low + share, tile_high)
-            tile_high = tl.maximum(tile_low, tile_high)
+        low, high = row_ranges(bounds, rows, row, real)
+        tile_low, tile_high = part_of(tl.load(tile + 2), tl.load(tile + 5), BLOCK_N, SPLIT)
         out, top, total = _over_keys(
             *(out, top, total, q),
             visual_keys + group * visual_key_group,
@@ -233,14 +170,11 @@ def forward_kernel(
             *(tile_low, tl.load(tile + 3), tl.load(tile + 4), tile_high),
             *(low, high, multiplier, cap_scale, columns, HAS_CAP, BLOCK_N, PRECISION),
         )
-    if HAS_TEXT and (SPLITS == 1 or split == SPLITS - 1):
+    if HAS_TEXT and (not SPLIT or tl.program_id(2) == tl.num_programs(2) - 1):
         if DEBIASED:
             # Not before: the tile must not take shared memory twice in the visual loop.
-            q = rotated_tile(*(q_line, row, real, columns, tables, padded_rows, HEAD_DIM, 1.0)).to(
-                q.dtype
-            )
-        low = tl.load(bounds + 2 * rows + row, mask=real, other=0)
-        high = tl.load(bounds + 3 * rows + row, mask=real, other=0)
+            q = query(lines, row, real, columns, tables, padded_rows, HEAD_DIM, True)
+        low, high = row_ranges(bounds + 2 * rows, rows, row, real)
         out, top, total = _over_keys(
             *(out, top, total, q),
             text_keys + group * text_key_group,
@@ -253,7 +187,7 @@ def forward_kernel(
     total = tl.where(sees, total, 1.0)
     out = out / total[:, None]
     lse = tl.where(sees, (top + tl.log2(total)) / LOG2_E, float("-inf"))
-    at = (split * padded_rows + row).to(tl.int64) * HEADS + head
+    at = (tl.program_id(2).to(tl.int64) * padded_rows + row) * HEADS + head
     tl.store(lse_rows + at, lse, mask=real)
     tl.store(
         out_rows + at[:, None] * HEAD_DIM + columns[None, :],
@@ -262,30 +196,30 @@ def forward_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_lines", "lines", "parts"])
 def combine_kernel(
-    out_parts,  # float32 [SPLITS, part_lines, HEAD_DIM]
-    lse_parts,  # float32 [SPLITS, part_lines]
+    out_parts,  # float32 [parts, part_lines, HEAD_DIM]
+    lse_parts,  # float32 [parts, part_lines]
     out_lines,
     lse_lines,
     part_lines,  # lines of a part, padding included
     lines,
+    parts,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """Merges the parts of a split visual loop by their log-sum-exps, in a fixed order."""
     line, columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
     real = line < lines
     top = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
-    for split in tl.range(0, SPLITS):
-        at = split * part_lines + line.to(tl.int64)
+    for index in tl.range(0, parts):
+        at = tl.cast(index, tl.int64) * part_lines + line
         top = tl.maximum(top, tl.load(lse_parts + at, mask=real, other=float("-inf")))
     base = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     out = tl.zeros([BLOCK, HEAD_DIM], dtype=tl.float32)
-    for split in tl.range(0, SPLITS):
-        at = split * part_lines + line.to(tl.int64)
+    for index in tl.range(0, parts):
+        at = tl.cast(index, tl.int64) * part_lines + line
         lse = tl.load(lse_parts + at, mask=real, other=float("-inf"))
         weight = tl.exp2((lse - base) * LOG2_E)
         part = tl.load(
@@ -302,31 +236,3 @@ def combine_kernel(
         out.to(out_lines.dtype.element_ty),
         mask=real[:, None],
     )
-
-
-@triton.jit
-def rotate_kernel(
-    rows_in,
-    tables,  # see `rotated_tile`
-    add,  # rows to add after the rotation, where ADD
-    rows_out,
-    rows,
-    table_rows,
-    heads,
-    row_stride,
-    head_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SIGN: tl.constexpr,  # 1 rotates, -1 rotates back
-    ADD: tl.constexpr,
-):
-    """Rotates rows [rows, heads, HEAD_DIM] by their angles; contiguous result and addend."""
-    line, columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
-    row, head = line // heads, line % heads
-    real = row < rows
-    source = rows_in + row.to(tl.int64) * row_stride + head * head_stride
-    result = rotated_tile(source, row, real, columns, tables, table_rows, HEAD_DIM, SIGN)
-    at = line.to(tl.int64)[:, None] * HEAD_DIM + columns[None, :]
-    if ADD:
-        result += tl.load(add + at, mask=real[:, None], other=0.0)
-    tl.store(rows_out + at, result.to(rows_out.dtype.element_ty), mask=real[:, None])

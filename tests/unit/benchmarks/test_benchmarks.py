@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import gpu_check, planned_step
+from benchmarks import attention_backends, gpu_check, planned_step
 from benchmarks.measure import peak_bytes, seconds_in_turn
 from benchmarks.results import hand_over, markdown_table, write_section
 
@@ -143,3 +143,22 @@ def test_layers_are_as_many_as_the_planner_says_fit():
     assert 2 < planned_step.most_layers(few, "bf16", gpu) < most < 32
     config = planned_step.config_for(args, "bf16", most + 1)
     assert not planned_step.plan_for(config, gpu, 512, 576).fits
+
+
+def test_attention_is_measured_against_both_peers(tmp_path):
+    """At one small size; flex_attention is not compiled here, which needs a C++ compiler."""
+    arguments = ["--visual", "64", "--text", "32", "--repeats", "1", "--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **options: function)
+        assert attention_backends.main(arguments) == 0
+    rows = json.loads((tmp_path / "attention-backends-cpu.json").read_text())["rows"]
+    backends = {(row["layer"], row["direction"]): row["backend"] for row in rows}
+    both = ("forward", "forward and backward")
+    assert backends == {
+        (layer, way): name
+        for layer, name in (("mistral", "sdpa"), ("gemma2", "reference"))
+        for way in both
+    }
+    for row in rows:
+        assert row["seconds"] > 0 and row["causal"] > 0
+        assert (row["flex"] is None) == (row["direction"] != "forward")

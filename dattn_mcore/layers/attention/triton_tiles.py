@@ -1,0 +1,143 @@
+"""What the Triton kernels share: logits, products, blocks of a loop, and tiles of queries.
+
+A program over queries owns a tile in which the query heads of a group are packed: line `i` is query
+head `i % RATIO` of text row `i // RATIO` of the tile. So all lines share their keys. A loop is a
+range of keys (or of query lines); blocks that are seen whole are taken without a mask, the edges
+with one. Logits are kept to base 2.
+
+Numbers of rows are no constants and are not specialised: a pack of another length compiles nothing.
+Strides are the model's, and their divisibility by 16 lets loads be wide.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def raw_logits(products, cap_scale, HAS_CAP: tl.constexpr):
+    """Products q k^T, or tanh(products * cap_scale) where logits are capped."""
+    if HAS_CAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1); exp may overflow to infinity, which gives 1.
+        return 1.0 - 2.0 / (tl.exp2(products * (cap_scale * 2.0 * LOG2_E)) + 1.0)
+    return products
+
+
+@triton.jit
+def matmul(a, b, total, PRECISION: tl.constexpr):
+    """Adds a b to total (None for zero), in float32.
+
+    The interpreter multiplies no bfloat16: there, 16-bit factors are widened, which is exact.
+    """
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def whole_blocks(low, full_low, full_high, high, STEP: tl.constexpr):
+    """The part [start, stop) of [low, high) that whole blocks cover without a mask."""
+    start = tl.minimum(tl.maximum(full_low, low), high)
+    stop = start + tl.maximum(tl.minimum(full_high, high) - start, 0) // STEP * STEP
+    return start, stop
+
+
+@triton.jit
+def edge_block(index, before, low, start, stop, high, STEP: tl.constexpr):
+    """First key and limit of masked block `index`; `before` of them precede the whole ones."""
+    ahead = index < before
+    first = tl.where(ahead, low + index * STEP, stop + (index - before) * STEP)
+    return first, tl.where(ahead, start, high)
+
+
+@triton.jit
+def part_of(low, high, STEP: tl.constexpr, SPLIT: tl.constexpr):
+    """[low, high), or this program's share of it where the third axis of the grid splits a loop."""
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(high - low, STEP), tl.num_programs(2)) * STEP
+        low = low + tl.program_id(2) * share
+        high = tl.maximum(low, tl.minimum(low + share, high))
+    return low, high
+
+
+@triton.jit
+def query_tile(
+    q_rows,
+    tiles,  # `visible_ranges.query_tiles`
+    q_row_stride,
+    q_head_stride,
+    RATIO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """This program's tile: its entry, and row, head, being real and pointer of each line."""
+    tile = tiles + tl.program_id(0) * 10
+    line = tl.arange(0, BLOCK_M)
+    row, head = tl.load(tile) + line // RATIO, tl.program_id(1) * RATIO + line % RATIO
+    # A tile has at most BLOCK_M // RATIO rows; lines beyond its last row are idle.
+    real = row < tl.load(tile + 1)
+    return tile, row, head, real, q_rows + row.to(tl.int64) * q_row_stride + head * q_head_stride
+
+
+@triton.jit
+def row_ranges(bounds, rows, row, real):
+    """First key and limit of each line; bounds: int32 [2, rows]."""
+    low = tl.load(bounds + row, mask=real, other=0)
+    return low, tl.load(bounds + rows + row, mask=real, other=0)
+
+
+@triton.jit
+def rotated_tile(
+    source, row, real, columns, tables, rows, HEAD_DIM: tl.constexpr, SIGN: tl.constexpr
+):
+    """Loads lines at pointers `source` and rotates them in float32 (GPT-NeoX style).
+
+    tables: float32 [2, rows, HEAD_DIM], cosines and sines of the angles of each row; sines of the
+    first half negative, so that a column needs only itself and its partner in the other half.
+    """
+    partner = (columns + HEAD_DIM // 2) % HEAD_DIM
+    x = tl.load(source[:, None] + columns[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+    y = tl.load(source[:, None] + partner[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+    table = tables + row[:, None] * HEAD_DIM + columns[None, :]
+    cosine = tl.load(table, mask=real[:, None], other=0.0)
+    sine = tl.load(table + rows * HEAD_DIM, mask=real[:, None], other=0.0)
+    return x * cosine + y * sine * SIGN
+
+
+@triton.jit
+def query(lines, row, real, columns, tables, rows, HEAD_DIM: tl.constexpr, ROTATED: tl.constexpr):
+    """The tile's queries as they are, or rotated; see `rotated_tile`."""
+    if ROTATED:
+        q = rotated_tile(lines, row, real, columns, tables, rows, HEAD_DIM, 1.0)
+        return q.to(lines.dtype.element_ty)
+    return tl.load(lines[:, None] + columns[None, :], mask=real[:, None], other=0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "table_rows"])
+def rotate_kernel(
+    rows_in,
+    tables,  # see `rotated_tile`
+    add,  # rows to add after the rotation, where ADD
+    rows_out,
+    rows,
+    table_rows,
+    heads,
+    row_stride,
+    head_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIGN: tl.constexpr,  # 1 rotates, -1 rotates back
+    ADD: tl.constexpr,
+):
+    """Rotates rows [rows, heads, HEAD_DIM] by their angles; contiguous result and addend."""
+    line, columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
+    row, head = line // heads, line % heads
+    real = row < rows
+    source = rows_in + row.to(tl.int64) * row_stride + head * head_stride
+    result = rotated_tile(source, row, real, columns, tables, table_rows, HEAD_DIM, SIGN)
+    at = line.to(tl.int64)[:, None] * HEAD_DIM + columns[None, :]
+    if ADD:
+        result += tl.load(add + at, mask=real[:, None], other=0.0)
+    tl.store(rows_out + at, result.to(rows_out.dtype.element_ty), mask=real[:, None])
