@@ -205,6 +205,7 @@ class TrainConfig:
     recompute_visual_chunk: int | None = None  # visual rows recomputed at a time; null: all kept
     loss_chunk: int = 1024  # supervised rows whose logits are in memory at once
     seed: int = 1234
+    deterministic: bool = False  # the same bits each time; slower on a GPU, refuses some kernels
     device: str = "auto"  # auto | cpu | gpu
 
 

@@ -52,6 +52,7 @@ def _common(config: Config) -> dict[str, Any]:
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,
+        deterministic_mode=config.train.deterministic,
     )
 
 

@@ -214,6 +214,18 @@ def set_rng_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 
+def make_deterministic() -> None:
+    """Has the same layout compute the same bits each time; called before the device is used.
+
+    Libraries read the variables (cuBLAS, Transformer Engine, NCCL) when they start; values that
+    are there already stay.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+
+
 def _order_kernels() -> None:
     """Lets kernels start in the order of their calls, which overlapped exchanges rely on.
 

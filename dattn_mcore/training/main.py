@@ -90,6 +90,8 @@ def _run(config: Config, arguments: list[str]) -> int:
     from dattn_mcore.training.start_checks import check_all_reduce
     from dattn_mcore.training.watchdog import Watchdog
 
+    if config.train.deterministic:
+        platform.make_deterministic()
     if "WORLD_SIZE" in os.environ:
         device_kind, device, watchdog = _join(config)
     else:

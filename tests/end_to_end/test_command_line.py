@@ -59,6 +59,24 @@ def test_mistakes_give_one_line(arguments, message, tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+def test_deterministic_run(workspace):
+    """All of PyTorch is held to it before the first step, and no operation of a step refuses."""
+    program = (
+        "import sys, torch; from dattn_mcore.training.main import main; status = main(); "
+        "print(torch.are_deterministic_algorithms_enabled()); sys.exit(status)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *SMALL, "train.deterministic=true", "data.prepare=none"],
+        cwd=workspace,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == "True"
+
+
 def test_wrong_process_count(tmp_path):
     result = run("--tp", "4", "--pp", "2", launcher=(*TORCHRUN, "--nproc-per-node", "3"))
     assert result.returncode != 0
