@@ -13,7 +13,6 @@ import os
 import queue
 import shutil
 import threading
-import time
 from dataclasses import dataclass, field
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -32,6 +31,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 import dattn_mcore
 from dattn_mcore.checkpoint import folders, state
+from dattn_mcore.checkpoint.orphans import end_forks_with_parent
 from dattn_mcore.config.load import to_dict
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError
@@ -83,6 +83,7 @@ class CheckpointSaver:
         self._calls = AsyncCallsQueue()
         self._results: SyncManager | None = None
         self._pending: _Pending | None = None
+        end_forks_with_parent()
 
     def save(self, step: int) -> Path | None:
         """Saves model, optimizer, RNG and position; waits for an asynchronous save before it.
@@ -197,7 +198,7 @@ class CheckpointSaver:
             return queue.Queue()
         if self._results is None:
             self._results = SyncManager(ctx=multiprocessing.get_context("fork"))
-            self._results.start(_end_with, (os.getpid(),))
+            self._results.start()
         return self._results.Queue()
 
     def _manifest(self, step: int, layout: tuple[int, int]) -> dict[str, Any]:
@@ -241,17 +242,6 @@ class CheckpointSaver:
                 failure = str(error)
         _raise_if_any(failure, pending.final)
         return pending.final
-
-
-def _end_with(parent: int) -> None:
-    """Ends this (manager) process soon after the rank that started it, even if that was killed."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _raise_if_any(failure: str | None, target: Path) -> None:

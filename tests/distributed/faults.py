@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing as mp
 import os
 import signal
@@ -53,11 +52,9 @@ def start_ranks(
 
 
 def end_ranks(ranks: list[Any]) -> None:
-    """Kills what is left, and the processes that a rank had started to write a checkpoint."""
+    """Kills what is left."""
     for process in ranks:
         process.kill()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
         process.join()
 
 
@@ -72,7 +69,6 @@ def _rank(
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
-    os.setpgid(0, 0)
     output = open(folder / f"rank{rank}.log", "w", buffering=1)  # noqa: SIM115
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
