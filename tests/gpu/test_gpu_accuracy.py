@@ -75,7 +75,7 @@ def in_float32(many_questions, tmp_path_factory):
 
 def test_float32_solves_the_task(in_float32):
     """Otherwise the comparisons below say little."""
-    assert in_float32 > 0.95
+    assert in_float32 > 0.9
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
