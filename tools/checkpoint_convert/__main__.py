@@ -236,6 +236,27 @@ def _inspect(options: argparse.Namespace) -> None:
         console.print(listing)
 
 
+def _interruptible() -> int:
+    """`main`, ended by Ctrl-C or SIGTERM with one line; what it had written is removed.
+
+    What a library makes of the exception on its way (PyTorch's writer wraps it) does not matter.
+    """
+    stopped: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        return main()
+    except BaseException:
+        if not stopped:
+            raise
+        sys.stderr.write(f"stopped by {signal.Signals(stopped[0]).name}; nothing is left of it\n")
+        return 128 + stopped[0]
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up on its way
-    sys.exit(main())
+    sys.exit(_interruptible())

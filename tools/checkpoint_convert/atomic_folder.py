@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import logging
 import os
 import shutil
 from pathlib import Path
 
 from dattn_mcore.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 class AtomicFolder:
@@ -23,6 +27,8 @@ class AtomicFolder:
     def __enter__(self) -> Path:
         if self.path.exists():
             raise CheckpointError(f"{self.path} exists; give another output folder or remove it")
+        for left in sorted(self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp")):
+            logger.warning("%s was left by a conversion that was killed, or still runs", left)
         try:
             self.temporary.mkdir(parents=True)
         except OSError as error:

@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from tools.checkpoint_convert.verify import verify
 from tools.checkpoint_convert.workers import in_shares, run_shares
 
 HERE = os.getpid()
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +198,33 @@ def test_shares_are_even_and_keep_their_order(sizes, count):
     assert all(share == sorted(share) for share in shares)
     filled = [sum(max(size, 1) for _, size in share) for share in shares]
     assert max(filled) - min(filled) <= max(max(sizes), 1)
+
+
+STOPPED = """
+import os, signal, sys
+from tools.checkpoint_convert import __main__, streaming
+original, calls = streaming._HashingStream.write, []
+def write(*arguments):
+    calls.append(0)
+    if len(calls) == 20:  # inside PyTorch's writer, which wraps what is raised there
+        os.kill(os.getpid(), signal.NAME)
+    return original(*arguments)
+streaming._HashingStream.write = write
+sys.exit(__main__._interruptible())
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_it_with_one_line(one, tmp_path, name):
+    script = STOPPED.replace("NAME", name)
+    command = [sys.executable, "-c", script, *there(one), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 128 + getattr(signal, name)
+    assert done.stderr.splitlines()[-1] == f"stopped by {name}; nothing is left of it"
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_conversion_left_is_named(one, tmp_path, caplog):
+    (tmp_path / ".out.1.tmp").mkdir()
+    assert main(["mcore-to-hf", str(one / "mcore"), str(tmp_path / "out")]) == 0
+    assert f"{tmp_path}/.out.1.tmp was left by a conversion that was killed" in caplog.text
