@@ -31,17 +31,22 @@ _FREE: dict[str, set[str | None]] = {
 }
 
 
-def choose_checkpoint(path: Path) -> tuple[Path, dict[str, Any]] | None:
+def choose_checkpoint(path: Path, fall_back: bool = True) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint behind a path; all ranks get the same answer.
 
-    Rank 0 lists the candidates; every rank verifies a share of the files. A damaged checkpoint is
-    reported and the one before is tried.
+    Rank 0 lists the candidates; every rank verifies a share of the files.
+
+    Args:
+        path: a run folder, its folder of checkpoints, or a checkpoint.
+        fall_back: report a damaged checkpoint and try the one before; a run that goes on loses
+            some steps by that, but another stage must not start from them unasked.
 
     Returns:
         Folder and manifest, or None where no checkpoint was ever finished.
 
     Raises:
-        CheckpointError: there are checkpoints, but all are damaged.
+        CheckpointError: there are checkpoints, but all (without `fall_back`: the newest) are
+            damaged.
     """
     candidates: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -54,8 +59,11 @@ def choose_checkpoint(path: Path) -> tuple[Path, dict[str, Any]] | None:
         problem = _verify(folder)
         if problem is None:
             return folder, folders.read_manifest(folder)
+        if not fall_back:
+            older = f", or name an older one ({candidates[0][1].name})" if candidates[0][1:] else ""
+            raise CheckpointError(f"{folder} cannot be read: {problem}; restore it{older}")
         if dist.get_rank() == 0:
-            logger.warning("checkpoint %s cannot be read: %s", folder, problem)
+            logger.warning("warning: checkpoint %s cannot be read: %s", folder, problem)
     if candidates[0]:
         raise CheckpointError(
             f"no checkpoint in {path} is readable (see the warnings above); restore one, or "
@@ -108,7 +116,7 @@ def load_weights(
     Raises:
         CheckpointError: none there, all damaged, or another model's.
     """
-    found = choose_checkpoint(path)
+    found = choose_checkpoint(path, fall_back=False)
     if found is None:
         raise CheckpointError(
             f"checkpoint.init_from={path} holds no finished checkpoint; name a run folder or a "

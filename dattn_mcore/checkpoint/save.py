@@ -31,11 +31,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 import dattn_mcore
 from dattn_mcore.checkpoint import folders, state
-from dattn_mcore.checkpoint.orphans import end_forks_with_parent
 from dattn_mcore.config.load import to_dict
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.models.dattn import DattnModel
+from dattn_mcore.orphans import end_forks_with_parent
 
 
 @dataclass

@@ -110,7 +110,7 @@ def _stats(chosen: argparse.Namespace) -> int:
 
     config, tokenizer = _configured(chosen)
     write_stats(config, tokenizer, chosen.output, chosen.workers, chosen.dp)
-    sys.stdout.write(f"wrote {chosen.output}\n")
+    sys.stdout.write(f"wrote {chosen.output.resolve()}\n")
     return 0
 
 
@@ -119,7 +119,7 @@ def _preview(chosen: argparse.Namespace) -> int:
 
     config, tokenizer = _configured(chosen)
     write_preview(config, tokenizer, chosen.output, chosen.workers, chosen.samples, chosen.id)
-    sys.stdout.write(f"wrote {chosen.output}\n")
+    sys.stdout.write(f"wrote {chosen.output.resolve()}\n")
     return 0
 
 

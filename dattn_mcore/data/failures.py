@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dattn_mcore.data.batch import MicroBatch
+from dattn_mcore.data.image_files import check_folder
 from dattn_mcore.data.index.store import Index
 from dattn_mcore.data.templates import NO_LOSS
 from dattn_mcore.errors import DataError
@@ -57,11 +58,14 @@ def check_share(index: Index, max_share: float) -> None:
     """Refuses a data set of which too much is unusable.
 
     Raises:
-        DataError: Names the first samples.
+        DataError: Names a folder of images that is not there, or the first samples.
     """
     bad = len(index) - index.num_usable
     if bad == 0 or (bad <= max_share * len(index) and index.num_usable):
         return
+    for source in index.settings.sources:
+        if source.format == "json":
+            check_folder(source.image_folder)
     named: list[str] = []
     for entry in index.bad():
         if len(named) == _NAMED:

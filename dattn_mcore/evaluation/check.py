@@ -70,7 +70,8 @@ def table(findings: Sequence[Finding]) -> Table:
         shown.columns[column].justify = "right"
     for finding in findings:
         counts = (f"{finding.rows:,}", f"{finding.images:,}") if finding.rows else ("", "")
-        state = f"{len(finding.problems)} problems" if finding.problems else "complete"
+        count = len(finding.problems)
+        state = f"{count} problem{'s' if count > 1 else ''}" if count else "complete"
         notes = "; ".join([*finding.problems, *finding.notes])
         shown.add_row(finding.title, *counts, state, notes)
     return shown

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dattn_mcore.errors import ConfigError
+from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.evaluation.benchmarks import BY_NAME, Benchmark, Options, make_benchmark
 from dattn_mcore.evaluation.benchmarks.judged import Judged
 from dattn_mcore.evaluation.files import read_json_lines, write_text
@@ -59,6 +59,8 @@ def check(options: argparse.Namespace) -> int:
     from dattn_mcore.evaluation import check as checks
 
     chosen = scoring_options(options)
+    if not Path(options.data).is_dir():
+        raise DataError(f"--data {options.data} is no folder; give the one that holds all data")
     findings = [
         checks.check(make_benchmark(name, options.data, chosen))
         for name in _names(options.benchmarks)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dattn_mcore.config.checks import check_config
+from dattn_mcore.config.checks import check_config, processes_per_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError, DattnError
@@ -79,6 +79,13 @@ def _run(chosen: argparse.Namespace) -> None:
         config = dataclasses.replace(config, parallel=parallel)
     check_config(config)
     cluster = Cluster(chosen.nodes, chosen.gpus_per_node)
+    replica = processes_per_replica(config)
+    if cluster.world_size % replica:
+        raise ConfigError(
+            f"--nodes {chosen.nodes} x --gpus-per-node {chosen.gpus_per_node} are "
+            f"{cluster.world_size} GPUs, and one model takes {replica} (tp {config.parallel.tp} x "
+            f"pp {config.parallel.pp}): choose a multiple of it, or another --tp or --pp"
+        )
     sample, assumed = _sample(config, chosen)
     num_samples = chosen.samples if chosen.samples is not None else _count_samples(config)
     kinds = list(GPUS) if chosen.gpu == "all" else [chosen.gpu]

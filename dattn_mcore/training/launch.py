@@ -41,6 +41,7 @@ def restart_under_torchrun(processes: int, device: str, arguments: list[str]) ->
     )
     sys.stdout.flush()
     environment = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES}
+    environment["OMP_NUM_THREADS"] = "1"  # torchrun's own default, which it would announce
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(processes), sys.argv[0], *arguments),

@@ -26,6 +26,7 @@ from dattn_mcore.training.communication import with_communication_share
 from dattn_mcore.training.inputs import all_model_inputs
 from dattn_mcore.training.not_finite import NotFiniteError, explain
 from dattn_mcore.training.optimizer import gathered_weights
+from dattn_mcore.training.run_folder import claimed
 from dattn_mcore.training.setup import FINISHED, Run, set_up
 from dattn_mcore.training.signals import StopRequest
 from dattn_mcore.training.step import StepResult, train_step
@@ -54,13 +55,14 @@ def train(
     Raises:
         DattnError: a user's mistake, the same on every rank.
     """
-    if watchdog is not None:
-        return _train(set_up(config, pg_collection, device, watchdog))
-    watchdog = Watchdog(dist.get_rank(), dist.get_world_size())
-    try:
-        return _train(set_up(config, pg_collection, device, watchdog))
-    finally:
-        watchdog.close()
+    with claimed(Path(config.log.run_dir), device):
+        if watchdog is not None:
+            return _train(set_up(config, pg_collection, device, watchdog))
+        watchdog = Watchdog(dist.get_rank(), dist.get_world_size())
+        try:
+            return _train(set_up(config, pg_collection, device, watchdog))
+        finally:
+            watchdog.close()
 
 
 def _train(run: Run) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -16,6 +17,7 @@ from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError, DattnError, RankError
 from dattn_mcore.log import log_to_stdout
+from dattn_mcore.orphans import signal_when_parent_ends
 from dattn_mcore.training.launch import restart_under_torchrun
 
 SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake and end
@@ -72,6 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
             # torchrun ends all ranks when the first one ends: let that be the one that speaks.
             time.sleep(SPEAKER_SECONDS)
         return 2
+    except KeyboardInterrupt:
+        if rank == 0:
+            sys.stderr.write("ended by Ctrl-C; start again to go on from the newest checkpoint\n")
+        return 130
 
 
 def _run(config: Config, arguments: list[str]) -> int:
@@ -92,6 +98,9 @@ def _run(config: Config, arguments: list[str]) -> int:
 
     if config.train.deterministic:
         platform.make_deterministic()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Without torchrun nobody would end the ranks: they save, and end by themselves.
+        signal_when_parent_ends(signal.SIGTERM)
     if "WORLD_SIZE" in os.environ:
         device_kind, device, watchdog = _join(config)
     else:
@@ -173,5 +182,6 @@ def _prepare_data(config: Config, device) -> None:  # type: ignore[no-untyped-de
 def _set_up_logging(rank: int) -> None:
     # What Megatron-Core says about packages that a CPU-only machine cannot have.
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    warnings.filterwarnings("ignore", message="Please use DTensor")  # said of Megatron-Core's
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor")
     log_to_stdout(logging.INFO if rank == 0 else logging.ERROR)

@@ -1,22 +1,32 @@
-"""SIGTERM and SIGUSR1 end the step, save, and exit; all ranks agree on when."""
+"""SIGTERM, SIGUSR1 and Ctrl-C end the step, save, and exit; all ranks agree on when."""
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+AGAIN_SECONDS = 2.0  # torchrun passes on a Ctrl-C that the terminal has sent to its ranks as well
 
 
 class StopRequest:
-    """Remembers the first stopping signal this process received."""
+    """Remembers the first stopping signal this process received; a later Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._previous = {number: signal.signal(number, self._remember) for number in STOPPING}
+        self._since = 0.0
+        self._previous = {
+            number: signal.signal(number, self._remember)
+            for number in STOPPING
+            if signal.getsignal(number) is not signal.SIG_IGN  # as of a job in the background
+        }
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = self.received or signal.Signals(number)
+        if self.received is None:
+            self.received, self._since = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() > self._since + AGAIN_SECONDS:
+            raise KeyboardInterrupt
 
     def restore(self) -> None:
         """Puts the handlers back that were there before."""

@@ -245,6 +245,18 @@ def test_init_from_takes_weights_only(pool, digits, two_checkpoints, tmp_path_fa
     assert first["loss"] < read_metrics(run_dir)[0]["loss"] - 0.2  # it has learnt already
 
 
+def test_a_damaged_init_from_is_an_error(pool, two_checkpoints, tmp_path_factory):
+    """Another stage does not start from an older checkpoint unasked."""
+    tree, run_dir = two_checkpoints
+    newest = run_dir / "checkpoints/step_00000004"
+    (newest / "common.pt").write_bytes(b"")
+    other = {**tree, "log": {**tree["log"], "run_dir": str(tmp_path_factory.mktemp("new"))}}
+    other["checkpoint"] = {"init_from": str(run_dir)}
+    message = f"{newest} cannot be read: .*name an older one .step_00000002."
+    with pytest.raises(WorkerError, match=message):
+        pool.run(run_training, 1, other)
+
+
 def test_optimizer_steps_are_counted_once(pool, digits, two_checkpoints):
     """After a resume each parameter has a step counter of its own (see parallel/torch_adam.py)."""
     tree, _ = two_checkpoints

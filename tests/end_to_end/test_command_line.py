@@ -1,13 +1,17 @@
 """`pretrain_dattn.py` as a user types it: exit codes, one line for a mistake, the self-restart."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -133,11 +137,9 @@ def test_a_run_prints_what_matters_and_goes_on(workspace):
     assert "resumed at step 2 of 3" in again.stdout
 
 
-def test_signal_saves_and_exits_cleanly(workspace):
-    """SIGUSR1, as Slurm sends it before the time limit."""
-    import signal
-    import time
-
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_signal_saves_and_exits_cleanly(workspace, number):
+    """SIGUSR1, as Slurm sends it before the time limit; SIGINT, as Ctrl-C does."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "pretrain_dattn.py"), *SMALL, "train.steps=100000"],
@@ -151,11 +153,39 @@ def test_signal_saves_and_exits_cleanly(workspace):
             if line.startswith("step "):
                 break
         time.sleep(0.2)
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(number)
         rest = process.stdout.read()
         assert process.wait(120) == 0
     finally:
         process.kill()
     assert "stopped by a signal" in rest
+    saved = list((workspace / "runs/digits_pretrain/checkpoints").iterdir())
+    assert len(saved) == 1 and saved[0].suffix == ""
+
+
+def test_ranks_of_a_killed_torchrun_save_and_end(workspace):
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", str(ROOT / "pretrain_dattn.py")]
+    launcher = subprocess.Popen(
+        [*command, *SMALL, "train.steps=100000"],
+        cwd=workspace,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    ranks = []
+    try:
+        for line in launcher.stdout:
+            if line.startswith("step "):
+                break
+        ranks = psutil.Process(launcher.pid).children()
+        launcher.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=120)
+        assert len(ranks) == 2 and not alive
+    finally:
+        for process in (launcher, *ranks):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        launcher.wait()
     saved = list((workspace / "runs/digits_pretrain/checkpoints").iterdir())
     assert len(saved) == 1 and saved[0].suffix == ""

@@ -17,6 +17,7 @@ from PIL import Image
 from dattn_mcore.config.load import from_dict, to_dict
 from dattn_mcore.config.schema import Config, SourceConfig
 from dattn_mcore.data.__main__ import main
+from dattn_mcore.data.failures import check_share
 from dattn_mcore.data.index import build
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.samples import SampleReader
@@ -288,6 +289,16 @@ def test_sources_are_mixed_by_weight(
     other = with_sources(make_config(), tmp_path, both[0], dataclasses.replace(both[1], weight=1.0))
     assert open_index(other, toy_tokenizer).folder == index.folder  # weights change no index
     assert open_index(other, toy_tokenizer).fingerprint != index.fingerprint
+
+
+def test_a_missing_image_folder_is_told_once(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    """Not as so many missing images."""
+    folder = str(tmp_path / "none")
+    index = open_index(make_config(image_folder=folder, index_dir=str(tmp_path)), toy_tokenizer)
+    with pytest.raises(DataError, match=f"^data.image_folder: '{folder}' does not exist"):
+        check_share(index, 0.01)
 
 
 def test_the_command(

@@ -216,6 +216,8 @@ def test_bad_arguments(tiny_model, tmp_path, capsys):
     assert "--answers is missing" in last_error(capsys)
     assert main(["score", data, "--benchmark=gqa", "--answers=none.jsonl"]) == 2
     assert "--answers none.jsonl cannot be read" in last_error(capsys)
+    assert main(["check", "--data=nowhere"]) == 2
+    assert "--data nowhere is no folder" in last_error(capsys)
 
 
 def test_check(tree, capsys):

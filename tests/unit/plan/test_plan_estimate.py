@@ -137,7 +137,7 @@ def test_command_ranks_where_no_layout_is_named_and_speaks_json(capsys, tmp_path
         (["--images-per-sample", "inf"], "--images-per-sample inf must be a number, at least 0"),
         (["--images-per-sample", "-1"], "--images-per-sample -1 must be a number"),
         (["--samples", "0"], "--samples 0 must be at least 1"),
-        (["--gpus-per-node", "3"], "needs a multiple of 2 processes, got 3"),
+        (["--gpus-per-node", "3"], "are 3 GPUs, and one model takes 2 (tp 2 x pp 1)"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import multiprocessing, os, subprocess, sys, time
-from dattn_mcore.checkpoint.orphans import end_forks_with_parent
+from dattn_mcore.orphans import end_forks_with_parent
 
 end_forks_with_parent()
 fork = multiprocessing.get_context("fork")
