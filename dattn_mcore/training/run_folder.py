@@ -22,7 +22,8 @@ from dattn_mcore.training.agreement import agree
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-PATIENCE_SECONDS = 30.0  # a run that was ended a moment ago may still be saving
+# A run that was ended a moment ago may still be saving, and NFS keeps a lost node's locks for 90 s.
+PATIENCE_SECONDS = 120.0
 
 
 @contextlib.contextmanager
