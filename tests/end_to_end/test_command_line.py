@@ -145,6 +145,8 @@ def test_signal_saves_and_exits_cleanly(workspace, number):
         [sys.executable, str(ROOT / "pretrain_dattn.py"), *SMALL, "train.steps=100000"],
         cwd=workspace,
         env=environment,
+        # A shell's background job, as tests may be, ignores Ctrl-C and passes that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         text=True,
     )
