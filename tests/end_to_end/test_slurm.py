@@ -47,6 +47,7 @@ def configuration(cluster, digits):
             "annotations": str(digits / "pretrain.json"),
             "image_folder": str(digits / "images"),
             "tokenizer": str(digits / "tokenizer.model"),
+            "step_packs_multiple": None,  # so small a batch fills no 16 packs
             "text_budget": 128,
             "visual_budget": 128,
             "image_backend": "pillow",
