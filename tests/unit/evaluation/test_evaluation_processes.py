@@ -38,8 +38,13 @@ def kill(process) -> None:
     psutil.wait_procs(family, timeout=60)
 
 
+def parts(out) -> list:
+    """Files of answers, of which each process writes its own."""
+    return list((out / "answers/parts").rglob("*.jsonl"))
+
+
 def answered(out) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in (out / "answers/parts").rglob("*.jsonl"))
+    return sum(path.read_bytes().count(b"\n") for path in parts(out))
 
 
 def test_killed_half_way_and_resumed(tiny_model, tmp_path):
@@ -48,16 +53,13 @@ def test_killed_half_way_and_resumed(tiny_model, tmp_path):
     process = torchrun(tiny_model, out)
     try:
         deadline = time.monotonic() + 240
-        while answered(out) < 12:
+        while answered(out) < 12 or len({part.name for part in parts(out)}) < 2:
             assert process.poll() is None, (tmp_path / "two.log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.01)
     finally:
         kill(process)
-    before = {
-        path: path.read_bytes().split(b"\n")[:-1]
-        for path in (out / "answers/parts").rglob("*.jsonl")
-    }
+    before = {path: path.read_bytes().split(b"\n")[:-1] for path in parts(out)}
     assert len({path.name for path in before}) == 2, "both processes answered"
     assert 12 <= sum(map(len, before.values())) < 38, "it was killed half-way"
     assert not (out / "scores.json").exists()
