@@ -9,6 +9,7 @@ All other files of a checkpoint are read with `weights_only=True`.
 from __future__ import annotations
 
 import pickle
+from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,27 @@ class _Unpickler(pickle.Unpickler):
     """Knows the names of an index only."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) not in NEEDED and not is_dtype:
-            raise CheckpointError(
-                f"names {module}.{name}, which no checkpoint needs and which could run code; "
-                "take a checkpoint from a place you trust"
-            )
+            raise _refused(f"{module}.{name}")
         return super().find_class(module, name)
+
+
+def _member(owner: Any, name: str) -> Enum:
+    """What `getattr` may be in an index: Python 3.11.0 to 3.11.3 write a member of an enum so."""
+    if not (isinstance(owner, EnumMeta) and name in owner.__members__):
+        raise _refused("builtins.getattr")
+    member: Enum = owner.__members__[name]
+    return member
+
+
+def _refused(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"names {name}, which no checkpoint needs and which could run code; "
+        "take a checkpoint from a place you trust"
+    )
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -15,16 +15,16 @@ ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (1, 4), (4, 1))
 class LlmConfig:
     """The language model (Mistral- or Gemma-2-like)."""
 
-    num_layers: int = 4
-    hidden_size: int = 128
-    ffn_hidden_size: int = 352
-    num_attention_heads: int = 4
+    num_layers: int = 4  # decoder layers
+    hidden_size: int = 128  # width of the residual stream
+    ffn_hidden_size: int = 352  # of the gated MLP
+    num_attention_heads: int = 4  # query heads; a multiple of parallel.tp
     num_query_groups: int = 4  # key/value heads; a multiple of parallel.tp
-    head_dim: int = 32
+    head_dim: int = 32  # of queries, keys and values; need not be hidden_size / heads
     vocab_size: int = 320  # rows that carry meaning; padded up to a multiple of vocab_pad_multiple
     vocab_pad_multiple: int = 128  # independent of tp, so that a checkpoint fits every layout
-    norm_eps: float = 1e-5
-    rotary_base: float = 10000.0
+    norm_eps: float = 1e-5  # of the RMS norms
+    rotary_base: float = 10000.0  # RoPE theta
     activation: str = "silu"  # silu (SwiGLU) | gelu_tanh (GeGLU)
     zero_centered_gamma: bool = False  # Gemma: norms scale by 1 + weight
     post_norms: bool = False  # Gemma 2: norm each branch again before the residual
@@ -34,7 +34,7 @@ class LlmConfig:
     sliding_window: int | None = None  # keys visible to a query, itself included
     sliding_window_every: int = 1  # windowed layers: 0, n, 2n, ... (Gemma 2: 2)
     scale_embeddings: bool = False  # Gemma: embeddings times sqrt(hidden_size)
-    tie_embeddings: bool = False
+    tie_embeddings: bool = False  # the output layer is the embedding (Gemma)
     init_std: float = 0.06  # for a hidden size of 128; 0.02 suits 4096
 
     @property
@@ -48,16 +48,16 @@ class VisionConfig:
     """The vision tower (SigLIP- or CLIP-like)."""
 
     kind: str = "siglip"  # siglip | clip
-    image_size: int = 56
+    image_size: int = 56  # side of a tile in pixels
     patch_size: int = 28  # the digits task: one patch per digit
-    num_layers: int = 4
-    hidden_size: int = 128
-    ffn_hidden_size: int = 256
-    num_attention_heads: int = 4
-    norm_eps: float = 1e-6
+    num_layers: int = 4  # encoder layers
+    hidden_size: int = 128  # width of its features
+    ffn_hidden_size: int = 256  # of its MLP
+    num_attention_heads: int = 4  # a multiple of parallel.tp
+    norm_eps: float = 1e-6  # of its layer norms
     activation: str = "gelu_tanh"  # siglip: gelu_tanh; clip: quick_gelu
     select_layer: int = -1  # -1: all layers and the final norm; -2: without the last layer, no norm
-    init_std: float = 0.06
+    init_std: float = 0.06  # for a hidden size of 128; published weights replace it
 
     @property
     def grid_size(self) -> int:
@@ -74,9 +74,9 @@ class VisionConfig:
 class ProjectorConfig:
     """Two-layer MLP from tower features to LLM rows, row and column positions, final norm."""
 
-    ffn_hidden_size: int = 128
+    ffn_hidden_size: int = 128  # between its two linears
     output_norm_init: float = 1.0  # start of the final norm's weight (Gemma 2: 0.028976)
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # of the final norm
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,7 @@ class ParallelConfig:
     tp: int = 1  # tensor parallel
     pp: int = 1  # pipeline parallel
     vpp: int = 1  # model chunks per pipeline stage (interleaved schedule when > 1)
-    first_stage_layers: int | None = (
-        None  # of the stage that has the tower; null: as many as others
-    )
+    first_stage_layers: int | None = None  # of the tower's stage; null: as many as others
     cp: int = 1  # context parallel; only 1 is implemented
     sp: bool = False  # sequence parallel norms and residuals, over the tp group
     overlap_grad_reduce: bool = False  # reduce gradients while backward goes on
@@ -136,15 +134,11 @@ class DataConfig:
     """What is read, and how samples become packed micro-batches."""
 
     annotations: str = "data/digits/pretrain.json"  # LLaVA JSON
-    image_folder: str = "data/digits/images"
+    image_folder: str = "data/digits/images"  # folder that image paths start in
     sources: tuple[SourceConfig, ...] = ()  # several, mixed, instead of the two settings above
     index_dir: str | None = None  # where indexes are kept; null: .index beside the annotations
-    build_index: bool = (
-        True  # false: a run refuses to start without `python -m dattn_mcore.data index`
-    )
-    max_bad_share: float = (
-        0.01  # of the samples that may be unusable; 0: the first one ends the run
-    )
+    build_index: bool = True  # false: a run needs `python -m dattn_mcore.data index` before it
+    max_bad_share: float = 0.01  # of samples that may be unusable; 0: the first ends the run
     template: str = "plain"  # plain | mistral | gemma
     tokenizer: str = "data/digits/tokenizer.model"  # SentencePiece file or Hugging Face folder
     prepare: str = "digits"  # digits: make the embedded data set if it is absent | none
@@ -155,12 +149,12 @@ class DataConfig:
     over_budget: str = "skip"  # skip | truncate | error: a sample that fits no micro-batch
     pad_multiple: int = 8  # rows are padded to a multiple of this (and of what tp and FP8 need)
     image_backend: str = "auto"  # auto | dali | pillow
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel, in 0..1
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel, in 0..1
     image_policy: str = "stretch"  # one square tile, or a base view and a canvas of tiles (AnyRes)
     anyres_grids: tuple[tuple[int, int], ...] = ANYRES_GRIDS  # canvases in tiles: [columns, rows]
     max_image_pixels: int = 100_000_000  # larger images are refused before they are decoded
-    decode_threads: int = 2
+    decode_threads: int = 2  # of each process that loads images
     prefetch: int = 2  # global batches prepared ahead of the step
 
     @property
@@ -175,16 +169,16 @@ class DataConfig:
 class OptimConfig:
     """AdamW with cosine decay after a linear warm-up."""
 
-    lr: float = 2e-3
+    lr: float = 2e-3  # peak learning rate
     lr_projector: float | None = None  # None: lr
     lr_vision: float | None = None  # None: lr
     min_lr_ratio: float = 0.0  # learning rate at the end, relative to its peak
     warmup_ratio: float = 0.05  # share of the steps
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip_grad: float = 1.0
+    weight_decay: float = 0.0  # decoupled; not on norms and biases
+    beta1: float = 0.9  # decay of Adam's mean of gradients
+    beta2: float = 0.95  # decay of Adam's mean of squared gradients
+    eps: float = 1e-8  # added to Adam's denominator
+    clip_grad: float = 1.0  # largest norm of all gradients together; 0: no limit
 
 
 @dataclass(frozen=True)
@@ -192,7 +186,7 @@ class TrainConfig:
     """What is trained in this stage, and for how long."""
 
     stage: str = "pretrain"  # align | pretrain | instruct: names the run
-    trains: tuple[str, ...] = ("vision", "projector", "llm")
+    trains: tuple[str, ...] = ("vision", "projector", "llm")  # the other parts are frozen
     global_batch_size: int = 64  # samples per optimizer step (about: data.step_packs_multiple)
     steps: int | None = 300  # optimizer steps; null: from epochs
     epochs: float = 1.0  # used where steps is null
@@ -204,7 +198,7 @@ class TrainConfig:
     recompute_layers: int | None = None  # full: the first so many of each stage; null: all
     recompute_visual_chunk: int | None = None  # visual rows recomputed at a time; null: all kept
     loss_chunk: int = 1024  # supervised rows whose logits are in memory at once
-    seed: int = 1234
+    seed: int = 1234  # of initial weights and of the order of samples
     deterministic: bool = False  # the same bits each time; slower on a GPU, refuses some kernels
     device: str = "auto"  # auto | cpu | gpu
 
@@ -233,9 +227,9 @@ class HealthConfig:
 class LogConfig:
     """What is reported, and where."""
 
-    run_dir: str = "runs/digits_pretrain"
+    run_dir: str = "runs/digits_pretrain"  # metrics, checkpoints, reports, settings
     interval: int = 10  # steps between lines
-    tensorboard: bool = True
+    tensorboard: bool = True  # write run_dir/tensorboard
     communication_share: bool = False  # measured by a profiler in the last step of an interval
 
 

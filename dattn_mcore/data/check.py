@@ -102,15 +102,7 @@ def _over_budget(index: Index, config: Config) -> Iterator[SampleFailure]:
 def _decoded(index: Index, config: Config, tokenizer: Tokenizer) -> Iterator[SampleFailure]:
     data, vision = config.data, config.model.vision
     reader = SampleReader(index, tokenizer, vision.rows_per_tile, data.max_image_pixels)
-    loader = ImageLoader(
-        size=vision.image_size,
-        policy=data.image_policy,
-        grids=data.anyres_grids,
-        mean=data.image_mean,
-        backend=data.image_backend,
-        threads=data.decode_threads,
-        max_pixels=data.max_image_pixels,
-    )
+    loader = ImageLoader.of(config)
     numbers = np.flatnonzero(np.asarray(index.usable))
     started = said = time.monotonic()
     try:

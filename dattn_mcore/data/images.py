@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dattn_mcore.config.schema import Config
 from dattn_mcore.data.decode_dali import DaliDecoder
 from dattn_mcore.data.decode_pillow import PillowDecoder
 from dattn_mcore.data.image_files import ImageFile, check_image
@@ -151,6 +152,22 @@ class ImageLoader:
         self._max_pixels = max_pixels
         self._decoder = make_decoder(backend, threads, device, device_id)
         self._threads = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="images")
+
+    @classmethod
+    def of(cls, config: Config, device: str = "cpu", device_id: int | None = None) -> ImageLoader:
+        """Returns the loader of a run's images; for the arguments see `__init__`."""
+        data = config.data
+        return cls(
+            size=config.model.vision.image_size,
+            policy=data.image_policy,
+            grids=data.anyres_grids,
+            mean=data.image_mean,
+            backend=data.image_backend,
+            threads=data.decode_threads,
+            max_pixels=data.max_image_pixels,
+            device=device,
+            device_id=device_id,
+        )
 
     @property
     def backend(self) -> str:

@@ -113,17 +113,7 @@ class DataPipeline:
         self._images: ImageLoader | None = None
         if needs_pixels and self.index.content["num_images"]:
             self._reader.check_folders()
-            self._images = ImageLoader(
-                size=vision.image_size,
-                policy=data.image_policy,
-                grids=data.anyres_grids,
-                mean=data.image_mean,
-                backend=data.image_backend,
-                threads=data.decode_threads,
-                max_pixels=data.max_image_pixels,
-                device=image_device,
-                device_id=image_device_id,
-            )
+            self._images = ImageLoader.of(config, image_device, image_device_id)
         self._prefetcher = Prefetcher(self._build, data.prefetch)
 
     def global_batch(self, step: int) -> GlobalBatch:

@@ -59,15 +59,7 @@ def write_preview(
     data, vision = config.data, config.model.vision
     numbers = _chosen(index, config, count, ids)
     reader = SampleReader(index, tokenizer, vision.rows_per_tile, data.max_image_pixels)
-    loader = ImageLoader(
-        size=vision.image_size,
-        policy=data.image_policy,
-        grids=data.anyres_grids,
-        mean=data.image_mean,
-        backend=data.image_backend,
-        threads=data.decode_threads,
-        max_pixels=data.max_image_pixels,
-    )
+    loader = ImageLoader.of(config)
     body = [
         f'<p class="note">template {escape(data.template)}, images {escape(data.image_policy)} '
         f"to {vision.image_size} pixels, {vision.rows_per_tile} visual rows a tile, "

@@ -1,11 +1,15 @@
 """A checkpoint's index is a pickle: it must not be able to run code."""
 
+import io
 import json
 import os
 import pickle
 import pickletools
+from enum import Enum
 
 import pytest
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from dattn_mcore.checkpoint import folders
 from dattn_mcore.checkpoint.load import choose_checkpoint
@@ -95,3 +99,37 @@ def test_a_whole_index_is_read(checkpoint):
         assert read_metadata(checkpoint) == pickle.load(file)
     for module, _ in NEEDED:
         assert module.split(".")[0] in ("torch", "pathlib", "collections")
+
+
+class OldEnums(pickle.Pickler):
+    """Writes members of enums as Python 3.11.0 to 3.11.3 does, Debian 12's 3.11.2 among them."""
+
+    def reducer_override(self, thing):
+        if isinstance(thing, Enum):
+            return getattr, (type(thing), thing.name)
+        return NotImplemented
+
+
+def old_pickle(thing) -> bytes:
+    stream = io.BytesIO()
+    OldEnums(stream, protocol=4).dump(thing)
+    return stream.getvalue()
+
+
+def test_an_index_of_any_python_is_read(checkpoint):
+    """Members of enums are told from other uses of getattr."""
+    whole = read_metadata(checkpoint)
+    data = old_pickle(whole)
+    assert b"getattr" in data
+    forge(checkpoint, data)
+    assert read_metadata(checkpoint) == whole
+
+
+@pytest.mark.parametrize(
+    "call",
+    [(WriteItemType, "__init_subclass__"), (WriteItemType, "mro"), (Metadata, "__init__")],
+)
+def test_getattr_of_anything_else_is_refused(checkpoint, call):
+    forge(checkpoint, pickle.dumps(Attack(getattr, *call)))
+    with pytest.raises(CheckpointError, match=r"names builtins.getattr, .* could run code"):
+        read_metadata(checkpoint)
