@@ -116,4 +116,6 @@ def test_the_readme_opens_with_the_two_commands():
 def test_the_configuration_page_is_up_to_date():
     from tools.configuration_page import PAGE, render
 
-    assert PAGE.read_text(encoding="utf-8") == render(), "run python -m tools.configuration_page"
+    page = render()
+    assert "|  |" not in page, "a setting without a meaning"
+    assert PAGE.read_text(encoding="utf-8") == page, "run python -m tools.configuration_page"
