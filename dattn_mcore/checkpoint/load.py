@@ -16,6 +16,7 @@ from dattn_mcore.checkpoint import folders, state
 from dattn_mcore.checkpoint.metadata import read_metadata
 from dattn_mcore.config.load import to_dict
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.index.identity import difference, fingerprint_of
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import platform
@@ -29,6 +30,12 @@ _FREE: dict[str, set[str | None]] = {
     "vision": {"init_std"},
     "projector": {"output_norm_init"},
 }
+
+# Besides the data set, the seed and the number of packs.
+_FULL_STEPS_DEPEND_ON = (
+    *("text_budget", "visual_budget", "over_budget"),
+    *("image_policy", "anyres_grids"),
+)
 
 
 def choose_checkpoint(path: Path, fall_back: bool = True) -> tuple[Path, dict[str, Any]] | None:
@@ -130,7 +137,7 @@ def load_weights(
 
 
 def check_same_run(
-    config: Config, manifest: dict[str, Any], folder: Path, data_fingerprint: str
+    config: Config, manifest: dict[str, Any], folder: Path, data_identity: dict[str, Any]
 ) -> None:
     """Refuses to go on from a checkpoint of another model, data set or stage.
 
@@ -138,19 +145,20 @@ def check_same_run(
         CheckpointError: names what differs.
     """
     check_same_model(config, manifest, folder)
-    if manifest["data_fingerprint"] != data_fingerprint:
+    if manifest["data_fingerprint"] != fingerprint_of(data_identity):
+        changed = difference(manifest.get("data", data_identity), data_identity)
         raise CheckpointError(
-            f"{folder} was trained on other data (annotations, usable samples, weights, tokenizer "
-            "or template changed), so its position means nothing here; restore them, or start in "
-            "another log.run_dir with checkpoint.init_from"
+            f"{folder} was trained on other data{f' ({changed})' if changed else ''}, so its "
+            "position means nothing here; restore it, or start in another log.run_dir with "
+            "checkpoint.init_from"
         )
     # With these and the fingerprint above, the step says which samples were seen.
     names = [("train", "seed"), ("train", "global_batch_size"), ("data", "step_packs_multiple")]
     if config.data.step_packs_multiple is not None:
-        names += [("data", name) for name in ("text_budget", "visual_budget", "over_budget")]
+        names += [("data", name) for name in _FULL_STEPS_DEPEND_ON]
+    here = to_dict(config)
     for section, name in names:
-        have = manifest["config"][section].get(name)
-        want = getattr(getattr(config, section), name)
+        have, want = manifest["config"][section].get(name), here[section][name]
         if have != want:
             raise CheckpointError(
                 f"{folder} was trained with {section}.{name}={have}, here it is {want}: its "

@@ -8,6 +8,7 @@ of `poll`; training goes on in between. Either way nobody sees a checkpoint that
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import queue
@@ -33,9 +34,12 @@ import dattn_mcore
 from dattn_mcore.checkpoint import folders, state
 from dattn_mcore.config.load import to_dict
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.index.identity import fingerprint_of
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.orphans import end_forks_with_parent
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,7 +67,7 @@ class CheckpointSaver:
         chunks: this rank's model chunks, without DDP.
         optimizer: Megatron-Core's optimizer.
         pg_collection: process groups.
-        data_fingerprint: of the data set that positions refer to.
+        data_identity: of the data set that positions refer to.
         tokenizer_fingerprint: of what made ids of its texts; an export takes the same.
     """
 
@@ -74,10 +78,10 @@ class CheckpointSaver:
         chunks: list[DattnModel],
         optimizer: MegatronOptimizer,
         pg_collection: ProcessGroupCollection,
-        data_fingerprint: str,
+        data_identity: dict[str, Any],
         tokenizer_fingerprint: str,
     ) -> None:
-        self.root, self.config, self.data_fingerprint = root, config, data_fingerprint
+        self.root, self.config, self.data_identity = root, config, data_identity
         self.tokenizer = folders.describe_tokenizer(config, tokenizer_fingerprint)
         self.chunks, self.optimizer, self.pg_collection = chunks, optimizer, pg_collection
         self._calls = AsyncCallsQueue()
@@ -206,7 +210,8 @@ class CheckpointSaver:
             "format": folders.FORMAT,
             "step": step,
             "layout": list(layout),
-            "data_fingerprint": self.data_fingerprint,
+            "data_fingerprint": fingerprint_of(self.data_identity),
+            "data": self.data_identity,
             "tokenizer": self.tokenizer,
             "dattn_mcore": dattn_mcore.__version__,
             "config": to_dict(self.config),
@@ -237,11 +242,18 @@ class CheckpointSaver:
                 if pending.final.exists():
                     shutil.rmtree(pending.final)
                 os.replace(pending.temporary, pending.final)
-                folders.remove_old(self.root, self.config.checkpoint.keep)
             except OSError as error:
                 failure = str(error)
+            else:
+                self._remove_old()
         _raise_if_any(failure, pending.final)
         return pending.final
+
+    def _remove_old(self) -> None:
+        try:
+            folders.remove_old(self.root, self.config.checkpoint.keep)
+        except OSError as error:  # the new one is whole: the next save tries again
+            logger.warning("an older checkpoint in %s could not be deleted (%s)", self.root, error)
 
 
 def _raise_if_any(failure: str | None, target: Path) -> None:

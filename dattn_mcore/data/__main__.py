@@ -77,10 +77,9 @@ def _prepare_digits(chosen: argparse.Namespace) -> int:
 def _configured(chosen: argparse.Namespace) -> tuple[Config, Tokenizer]:
     config = load_config(chosen.config, chosen.overrides)
     check_config(config)
-    if config.data.prepare == "digits" and not Path(config.data.annotations).exists():
-        from dattn_mcore.data.digits import prepare_digits
+    from dattn_mcore.data.digits import prepare_configured
 
-        prepare_digits(Path(config.data.annotations).parent)
+    prepare_configured(config)
     return config, load_tokenizer(config.data.tokenizer)
 
 

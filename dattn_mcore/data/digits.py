@@ -31,6 +31,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from dattn_mcore.config.schema import Config
 from dattn_mcore.data.digits_questions import (
     Mosaic,
     all_texts,
@@ -44,6 +45,7 @@ from dattn_mcore.errors import DataError
 _LOG = logging.getLogger(__name__)
 _VERSION = 1  # raise it when the same plan would write other files
 CELL_PIXELS = 28
+ANNOTATIONS = ("align.json", "pretrain.json", "instruct.json")
 _HELD_OUT_SHARE = 0.2
 _JPEG_QUALITY = 92
 
@@ -92,7 +94,8 @@ def prepare_digits(output: str | Path, plan: DigitsPlan | None = None) -> Path:
     foreign = output.exists() and not (output / "prepared.json").exists()
     if foreign and not (output.is_dir() and not any(output.iterdir())):
         raise DataError(
-            f"'{output}' exists and is no prepared digits folder; remove it, or give another folder"
+            f"'{output}' exists and holds something else than the digits data set; give another "
+            "folder"
         )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +110,20 @@ def prepare_digits(output: str | Path, plan: DigitsPlan | None = None) -> Path:
         raise DataError(f"'{output}' cannot be written ({error.strerror or error})") from error
     _LOG.info("prepared the digits data set in '%s'", output)
     return output
+
+
+def prepare_configured(config: Config) -> None:
+    """Writes the data set that a configuration names, if it is the embedded one and absent.
+
+    Raises:
+        DataError: As `prepare_digits`.
+    """
+    data = config.data
+    annotations = Path(data.annotations)
+    embedded = data.prepare == "digits" and not data.sources and annotations.name in ANNOTATIONS
+    if embedded and not annotations.exists():
+        _LOG.info("preparing handwritten digits in %s", annotations.parent)
+        prepare_digits(annotations.parent)
 
 
 def _is_prepared(output: Path, made_of: dict[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from dattn_mcore.data.balance import row_work, split_over_ranks
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.failures import SampleFailure, check_share
 from dattn_mcore.data.images import ImageLoader
+from dattn_mcore.data.index.identity import identity_of
 from dattn_mcore.data.index.store import open_index
 from dattn_mcore.data.order import SampleOrder
 from dattn_mcore.data.packing import Pack, plan_packs
@@ -44,7 +45,7 @@ class DataPipeline:
         order: Of its samples.
         steps: Which positions of the order a step takes.
         num_samples: Samples of an epoch.
-        fingerprint: SHA-256 of what the order and content of samples depend on.
+        identity: What the order and content of samples depend on (`data/index/identity.py`).
         tokenizer_fingerprint: SHA-256 of what defines the tokenizer.
     """
 
@@ -105,7 +106,7 @@ class DataPipeline:
                     *(self.steps.packs, self._multiple),
                 )
         self.num_samples = self.order.epoch_size
-        self.fingerprint = self.index.fingerprint
+        self.identity = identity_of(self.index)
         self.tokenizer_fingerprint = tokenizer.fingerprint
         self._reader = SampleReader(
             self.index, tokenizer, self._rows_per_tile, data.max_image_pixels

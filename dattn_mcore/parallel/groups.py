@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import socket
+import time
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dattn_mcore.config.schema import ParallelConfig
 from dattn_mcore.errors import RankError
 from dattn_mcore.parallel import platform, torch_adam
+
+_POLL_SECONDS = 0.1
 
 
 def join_store(timeout_seconds: float) -> tuple[dist.Store, int, int]:
@@ -49,6 +52,21 @@ def initialize_distributed(
         world_size=world_size,
         timeout=timeout,
     )
+
+
+def wait_for_all(name: str) -> None:
+    """Waits until every rank has come here, however long one takes.
+
+    A collective would end the run after `parallel.timeout_minutes`. Only for what happens once:
+    a second wait under the same name returns at once.
+
+    Args:
+        name: of what is waited for; the same on every rank.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    store.add(name, 1)
+    while store.add(name, 0) < dist.get_world_size():
+        time.sleep(_POLL_SECONDS)
 
 
 def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:

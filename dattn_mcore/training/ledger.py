@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,10 +43,12 @@ class SampleLedger:
         drop_after(self.path, first_step)
         kept = [line for line in read_lines(self.path) if line["step"] > 0]
         self.masked = {line["sample"] for line in kept if line["stage"] != "budget"}
-        with open(self.path, "w", encoding="utf-8") as file:
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
             for failure in unusable(index):
                 file.write(json.dumps(failure.line(0)) + "\n")
             file.writelines(json.dumps(line) + "\n" for line in kept)
+        os.replace(temporary, self.path)  # killed here, a run keeps what it knew
         self.lines = open_lines(self.path)
         if len(index) > index.num_usable:
             logger.warning(

@@ -94,7 +94,8 @@ def _all_steps(run: Run, stop: StopRequest) -> int:
         step += 1
         _say_saved(run.saver.poll())
         problem = _note(run, step, batch, agreed, result, share)
-        if step % run.config.checkpoint.save_interval == 0 and step < run.last_step:
+        if step % run.config.checkpoint.save_interval == 0 or step == run.last_step:
+            agree(problem, False, run.device)  # a run that must end saves no more
             _save(run, step)
             saved = step
     if step > saved:

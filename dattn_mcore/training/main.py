@@ -166,14 +166,11 @@ def _prepare_data(config: Config, device) -> None:  # type: ignore[no-untyped-de
     from dattn_mcore.training.agreement import agree
 
     problem = None
-    if config.data.prepare == "digits" and dist.get_rank() == 0:
-        from dattn_mcore.data.digits import prepare_digits
+    if dist.get_rank() == 0:
+        from dattn_mcore.data.digits import prepare_configured
 
-        folder = Path(config.data.annotations).parent
         try:
-            if not Path(config.data.annotations).exists():
-                logger.info("preparing handwritten digits in %s", folder)
-                prepare_digits(folder)
+            prepare_configured(config)
         except DattnError as error:
             problem = error
     agree(problem, False, device)

@@ -16,11 +16,12 @@ from dattn_mcore.data.batch import GlobalBatch
 from dattn_mcore.parallel import platform
 from dattn_mcore.plan.hardware import peak_flops
 from dattn_mcore.training.agreement import Agreement
-from dattn_mcore.training.lines import drop_after, open_lines
+from dattn_mcore.training.lines import drop_after, open_lines, read_lines
 from dattn_mcore.training.step import StepResult
 from dattn_mcore.units import duration, rate
 
 logger = logging.getLogger(__name__)
+_LEFT_OUT = ("skipped", "truncated", "masked")  # of a step's samples: counted over the run
 WORTH_SAYING = 0.1  # share of the time spent waiting for data from which the line says so
 
 
@@ -59,6 +60,8 @@ class Reporter:
         self.seen_over_budget: set[str] = set()
         drop_after(run_dir / "metrics.jsonl", first_step)
         drop_after(run_dir / "samples.jsonl", first_step)
+        for done in read_lines(run_dir / "samples.jsonl"):
+            self.counts.update({what: len(done.get(what, ())) for what in _LEFT_OUT})
         self.metrics = open_lines(run_dir / "metrics.jsonl")
         self.samples = open_lines(run_dir / "samples.jsonl")
         self.tensorboard: Any = None
@@ -102,7 +105,7 @@ class Reporter:
         self.peak_memory = agreed.peak_memory
         done = {
             **{"step": step, "ids": batch.sample_ids, "samples": batch.samples},
-            **{"skipped": skipped, "masked": masked},
+            **{"skipped": skipped, "truncated": batch.truncated, "masked": masked},
         }
         json.dump(done, self.samples)
         self.samples.write("\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ from dattn_mcore.checkpoint.load import (
 from dattn_mcore.checkpoint.save import CheckpointSaver
 from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.index.identity import difference
 from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.tokenizer import load_tokenizer
-from dattn_mcore.errors import ConfigError, DattnError
+from dattn_mcore.errors import ConfigError, DataError, DattnError
 from dattn_mcore.layers.implementation import TRANSFORMER_ENGINE, choose_implementation
 from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel import groups, platform
 from dattn_mcore.training.agreement import agree
 from dattn_mcore.training.inputs import fixed_rows, needs_pixels
 from dattn_mcore.training.ledger import SampleLedger
@@ -100,7 +102,7 @@ def set_up(
     )
     found = choose_checkpoint(run_dir / "checkpoints") if config.checkpoint.resume else None
     if found is not None:
-        check_same_run(config, found[1], found[0], data.fingerprint)
+        check_same_run(config, found[1], found[0], data.identity)
     chunks = _build(config, pg_collection, device, found)
     model = wrap_ddp(chunks, config, pg_collection)
     optimizer = build_optimizer(config, model)
@@ -118,7 +120,7 @@ def set_up(
         ledger = SampleLedger(run_dir, data.index, config.data.max_bad_share, first)
     saver = CheckpointSaver(
         *(run_dir / "checkpoints", config, chunks, optimizer, pg_collection),
-        *(data.fingerprint, data.tokenizer_fingerprint),
+        *(data.identity, data.tokenizer_fingerprint),
     )
     return Run(
         *(config, pg_collection, device, watchdog, data, model, optimizer, scheduler, saver),
@@ -143,7 +145,7 @@ def _open_data_in_turn(
     """
     data, problem = None, None
     speaks = dist.get_rank() == 0
-    for opens in (speaks, not speaks):
+    for turn, opens in enumerate((speaks, not speaks)):
         try:
             if opens:
                 data = _open_data(config, pg_collection, device)
@@ -151,9 +153,28 @@ def _open_data_in_turn(
                 (Path(config.log.run_dir) / FINISHED).unlink(missing_ok=True)
         except DattnError as error:
             problem = error
+        groups.wait_for_all(f"data/{turn}")  # an index of millions of samples takes long
         agree(problem, False, device)
     assert data is not None
+    _check_same_data(data)
     return data
+
+
+def _check_same_data(data: DataPipeline) -> None:
+    """Ranks that see other files would take other samples for the same step.
+
+    Raises:
+        DataError: on every rank; names the first rank that differs, and in what.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), data.identity))
+    first_host, first = everyone[0]
+    for rank, (host, identity) in enumerate(everyone):
+        if other := difference(identity, first):
+            raise DataError(
+                f"rank {rank} on {host} has other data than rank 0 on {first_host} has here: "
+                f"{other}; give all nodes the same files (data.annotations, data.image_folder)"
+            )
 
 
 def _open_data(

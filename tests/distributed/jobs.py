@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,23 @@ def run_training(tree: dict[str, Any]) -> bool:
     """The whole training loop; True if it reached its last step."""
     config, groups = start(tree)
     return train(config, groups, torch.device("cpu"))
+
+
+def run_training_of_rank(trees: list[dict[str, Any]]) -> bool:
+    """The whole training loop; each rank has a configuration of its own."""
+    return run_training(trees[dist.get_rank()])
+
+
+def wait_for_a_slow_rank(folder: str) -> bool:
+    """The last rank comes late; returns whether the others waited for it."""
+    from dattn_mcore.parallel.groups import wait_for_all
+
+    came = Path(folder) / "came"
+    if dist.get_rank() == dist.get_world_size() - 1:
+        time.sleep(1)
+        came.write_text("")
+    wait_for_all("a slow rank")
+    return came.exists()
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

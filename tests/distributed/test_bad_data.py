@@ -5,7 +5,13 @@ import shutil
 
 import pytest
 
-from tests.distributed.jobs import read_metrics, run_training, run_training_with_log, small_config
+from tests.distributed.jobs import (
+    read_metrics,
+    run_training,
+    run_training_of_rank,
+    run_training_with_log,
+    small_config,
+)
 from tests.distributed.pool import WorkerError
 
 
@@ -73,7 +79,8 @@ def test_missing_annotations(pool, data_dir, tmp_path):
     fails(pool, small_config(data_dir, tmp_path / "run"), ["data.annotations", "instruct.json"])
 
 
-def test_too_many_bad_samples_end_the_run_and_are_named(pool, data_dir, tmp_path):
+@pytest.mark.parametrize("steps", [3, 2], ids=["before the end", "in the last step"])
+def test_too_many_bad_samples_end_the_run_and_are_named(pool, data_dir, tmp_path, steps):
     """Damage that only decoding shows, in a share that is reached in the second step."""
     records = json.loads((data_dir / "instruct.json").read_text())
     records = [r for r in records if isinstance(r.get("image"), str)][:24]
@@ -82,10 +89,13 @@ def test_too_many_bad_samples_end_the_run_and_are_named(pool, data_dir, tmp_path
         path = data_dir / "images" / record["image"]
         path.write_bytes(path.read_bytes()[:-200])
     tree = small_config(data_dir, tmp_path / "run", data={"max_bad_share": 0.5})
-    tree["parallel"] = {"pp": 2}
+    tree["parallel"], tree["train"]["steps"] = {"pp": 2}, steps
+    tree["checkpoint"]["save_interval"] = 1
     with pytest.raises(WorkerError) as caught:
         pool.run(run_training, 2, tree, timeout=60)
     assert caught.value.kind.__name__ == "DataError"
+    saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert saved == ["step_00000001"] and not (tmp_path / "run/finished.json").exists()
     assert (
         "24 of 24 samples are unusable, data.max_bad_share=0.5 allows 12: " in caught.value.message
     )
@@ -93,6 +103,20 @@ def test_too_many_bad_samples_end_the_run_and_are_named(pool, data_dir, tmp_path
     lines = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["sample"] for line in lines) == list(range(24))
     assert {json.loads(line)["step"] for line in lines} == {1, 2}
+
+
+def test_ranks_that_see_other_data_are_named(pool, data_dir, tmp_path):
+    """Each node has its own disk, and one of them misses images: orders would differ."""
+    trees = []
+    for rank in range(2):
+        folder = shutil.copytree(data_dir, tmp_path / f"node{rank}")
+        trees.append(small_config(folder, tmp_path / "run", data={"max_bad_share": 1.0}))
+    (tmp_path / "node1/images" / first_image(data_dir)).unlink()
+    with pytest.raises(WorkerError, match=r"rank 1 on .* has other data than rank 0 on") as caught:
+        pool.run(run_training_of_rank, 2, trees)
+    assert caught.value.kind.__name__ == "DataError"
+    assert "which samples are usable (" in caught.value.message
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_malformed_annotations_name_the_line(pool, data_dir, tmp_path):

@@ -21,6 +21,7 @@ from tests.distributed.jobs import (
     run_training,
     small_config,
     train_with_poison,
+    wait_for_a_slow_rank,
 )
 from tests.distributed.pool import WorkerError
 
@@ -172,6 +173,10 @@ def test_a_rank_that_does_not_start_is_named():
     raised = compare({0: facts}, [None, None], timeout_seconds=1.0)
     assert time.monotonic() - began < 10
     assert raised[0].startswith("rank 1 of 2 did not start within health.start_timeout_seconds=1")
+
+
+def test_ranks_wait_for_one_that_makes_the_index(pool, tmp_path):
+    assert all(pool.run(wait_for_a_slow_rank, 3, str(tmp_path)))
 
 
 def test_a_checkpoint_folder_that_is_not_shared_is_found(pool, tmp_path):

@@ -217,7 +217,11 @@ def test_another_model_is_refused(pool, digits, two_checkpoints, tmp_path_factor
 def test_changed_data_is_refused(pool, digits, two_checkpoints):
     tree, _ = two_checkpoints
     other = {**tree, "data": {**tree["data"], "annotations": str(digits / "pretrain.json")}}
-    with pytest.raises(WorkerError, match="trained on other data"):
+    message = r"trained on other data \(the annotations \(\d+ samples there, \d+ here\)\), so"
+    with pytest.raises(WorkerError, match=message):
+        pool.run(run_training, 1, other)
+    other["data"] = {**tree["data"], "template": "gemma"}
+    with pytest.raises(WorkerError, match=r"trained on other data \(data.template\), so"):
         pool.run(run_training, 1, other)
 
 
@@ -231,6 +235,19 @@ def test_another_order_of_samples_is_refused(pool, digits, two_checkpoints, sect
     message = f"trained with {section}.{name}=.*would mean other samples"
     with pytest.raises(WorkerError, match=message):
         pool.run(run_training, 1, other)
+
+
+def test_other_tiles_are_refused_where_steps_depend_on_them(pool, digits, tmp_path):
+    """With full packs, the rows of a sample say where a step ends."""
+    data = {"step_packs_multiple": 2, "image_policy": "anyres_stretch"}
+    data["anyres_grids"] = [[1, 2], [2, 1]]
+    data["visual_budget"] = 160
+    tree = tree_for(digits, tmp_path, data=data)
+    pool.run(train_until_killed, 1, tree, 1)
+    tree["data"]["anyres_grids"] = [[2, 1]]
+    message = r"trained with data.anyres_grids=\[\[1, 2\], \[2, 1\]\], here it is \[\[2, 1\]\]"
+    with pytest.raises(WorkerError, match=message):
+        pool.run(run_training, 1, tree)
 
 
 def test_init_from_takes_weights_only(pool, digits, two_checkpoints, tmp_path_factory):

@@ -13,7 +13,7 @@ import numpy as np
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.build import build_index, describe_file, locked
-from dattn_mcore.data.index.layout import IndexSettings, digest, settings_of
+from dattn_mcore.data.index.layout import IndexSettings, settings_of
 from dattn_mcore.data.index.rows import RowMaker
 from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.data.tokenizer import Tokenizer
@@ -146,20 +146,6 @@ class Index:
             ranges.append((start, start + count))
             start, file = start + count, file + len(source.files)
         return ranges
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of what the order and content of samples depend on, weights included."""
-        settings = self.settings
-        return digest(
-            {
-                "content": self.content["content"],
-                "usable": self.content["usable"],
-                "weights": [source.weight for source in settings.sources],
-                "tokenizer": settings.tokenizer_fingerprint,
-                "template": settings.template,
-            }
-        )
 
     def _image(self, row: Any) -> IndexedImage:
         return IndexedImage(

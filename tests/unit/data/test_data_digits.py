@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dattn_mcore.config.load import from_dict
 from dattn_mcore.data import digits
 from dattn_mcore.data.__main__ import main
-from dattn_mcore.data.digits import DigitsPlan, prepare_digits
+from dattn_mcore.data.digits import DigitsPlan, prepare_configured, prepare_digits
 from dattn_mcore.data.digits_questions import CELLS, bag_of_digits_ceiling
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import DataError
@@ -213,7 +214,7 @@ def test_a_rival_that_was_faster_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(DataError, match="exists and is no prepared digits folder"):
+    with pytest.raises(DataError, match="holds something else than the digits data set"):
         prepare_digits(tmp_path, PLAN)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -231,3 +232,13 @@ def test_command(
     )
     assert main(["prepare-digits", "--output", "x", "--seed", "3"]) == 0
     assert made == [("x", DigitsPlan(seed=3))]
+
+
+@pytest.mark.parametrize(
+    "data", [{"annotations": "mine.json"}, {"prepare": "none"}, {"sources": [{"weight": 1.0}]}]
+)
+def test_only_the_embedded_data_set_is_made(tmp_path, data):
+    """A wrong name in data.annotations makes nothing in the user's folder."""
+    annotations = tmp_path / "digits" / data.pop("annotations", "align.json")
+    prepare_configured(from_dict({"data": {"annotations": str(annotations), **data}}))
+    assert not (tmp_path / "digits").exists()

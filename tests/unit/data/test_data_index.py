@@ -19,6 +19,7 @@ from dattn_mcore.config.schema import Config, SourceConfig
 from dattn_mcore.data.__main__ import main
 from dattn_mcore.data.failures import check_share
 from dattn_mcore.data.index import build
+from dattn_mcore.data.index.identity import difference, fingerprint_of, identity_of
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.samples import SampleReader
 from dattn_mcore.data.steps import shares_of
@@ -27,6 +28,10 @@ from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import DataError
 
 MakeConfig = Callable[..., Config]
+
+
+def fingerprint(index: Index) -> str:
+    return fingerprint_of(identity_of(index))
 
 
 def with_sources(config: Config, tmp_path: Path, *sources: SourceConfig) -> Config:
@@ -246,7 +251,7 @@ def test_parts_in_parallel_and_after_a_kill_give_the_same_index(
     for other in (two, three):
         for name in ("samples.npy", "images.npy", "usable.npy", "names.bin", "bad.jsonl"):
             assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes(), name
-        assert other.fingerprint == one.fingerprint
+        assert fingerprint(other) == fingerprint(one)
     assert not list(tmp_path.glob("*/*.partial"))
 
 
@@ -259,14 +264,16 @@ def test_stale_indexes_are_made_again_or_refused(
     first = open_index(config, toy_tokenizer)
     made = (first.folder / "index.json").stat().st_mtime_ns
     path.touch()  # a copy of the same content
-    assert open_index(config, toy_tokenizer).fingerprint == first.fingerprint
+    assert fingerprint(open_index(config, toy_tokenizer)) == fingerprint(first)
     assert (first.folder / "index.json").stat().st_mtime_ns == made
     path.write_text(path.read_text().replace("which?", "WHICH?", 1))
     never = dataclasses.replace(config, data=dataclasses.replace(config.data, build_index=False))
     with pytest.raises(DataError, match="cannot be used: '.*toy.json' has changed"):
         open_index(never, toy_tokenizer)
     again = open_index(config, toy_tokenizer)
-    assert again.folder == first.folder and again.fingerprint != first.fingerprint
+    assert again.folder == first.folder and fingerprint(again) != fingerprint(first)
+    found = difference(identity_of(first), identity_of(again))
+    assert found == "the annotations (40 samples there, 40 here)"
     other = open_index(make_config(annotations=str(path), template="gemma"), toy_tokenizer)
     assert other.folder != first.folder  # both stay
     (again.folder / "samples.npy").write_bytes(b"")
@@ -288,7 +295,10 @@ def test_sources_are_mixed_by_weight(
     assert [share.per_epoch for share in shares_of(index)] == [20, 80]
     other = with_sources(make_config(), tmp_path, both[0], dataclasses.replace(both[1], weight=1.0))
     assert open_index(other, toy_tokenizer).folder == index.folder  # weights change no index
-    assert open_index(other, toy_tokenizer).fingerprint != index.fingerprint
+    weighted = open_index(other, toy_tokenizer)
+    assert fingerprint(weighted) != fingerprint(index)
+    assert difference(identity_of(weighted), identity_of(index)) == "data.sources[].weight"
+    assert difference(identity_of(index), identity_of(index)) == ""
 
 
 def test_a_missing_image_folder_is_told_once(

@@ -287,7 +287,7 @@ def test_what_the_index_finds_unusable_takes_no_part(
     (tmp_path / "images" / "11.png").unlink()
     with opened(config, toy_tokenizer) as pipeline:
         assert pipeline.num_samples == 39
-        before = pipeline.fingerprint
+        before = pipeline.identity
         assert sorted(pipeline.global_batch(0).samples) == [n for n in range(40) if n != 11]
         ((entry),) = pipeline.index.bad()
     assert (entry["sample"], entry["id"], entry["path"]) == (11, "r11", "11.png")
@@ -303,7 +303,7 @@ def test_what_the_index_finds_unusable_takes_no_part(
     shutil.copy(tmp_path / "images" / "12.png", tmp_path / "images" / "11.png")
     with opened(dataclasses.replace(config, data=strict), toy_tokenizer) as pipeline:
         assert pipeline.num_samples == 40
-        assert pipeline.fingerprint != before
+        assert pipeline.identity != before
 
 
 def _with_long_samples(
@@ -386,7 +386,7 @@ def test_the_fingerprint_knows_annotations_tokenizer_and_template(
 ) -> None:
     def fingerprint(config: Config) -> str:
         with opened(config, toy_tokenizer, needs_pixels=False) as pipeline:
-            return pipeline.fingerprint
+            return pipeline.identity
 
     same = fingerprint(make_config())
     assert fingerprint(make_config(text_budget=900, global_batch_size=3, seed=9)) == same
