@@ -1,7 +1,7 @@
 """A LLaVA record, checked: `{id, image?, conversations: [{from, value}, ...]}`.
 
 `image` is a path below the image folder, or a list of them; `<image>` stands in a human turn
-for each. Turns alternate, human first, gpt last.
+for each. Turns alternate, human first, gpt last; a gpt turn before the first is left out.
 """
 
 from __future__ import annotations
@@ -95,14 +95,18 @@ def _images(value: Any) -> tuple[str, ...]:
 
 
 def _turns(record: dict[str, Any]) -> tuple[str, ...]:
-    """Checks `conversations`: human and gpt in turn, human first, gpt last."""
+    """Checks `conversations`: human and gpt in turn, human first, gpt last.
+
+    A first turn from gpt is left out, as LLaVA's `preprocess` does (its mixture has such records).
+    """
     if "conversations" not in record:
         raise DataError("key 'conversations' is missing")
     turns = record["conversations"]
     if not isinstance(turns, list) or not turns:
         raise DataError(f"'conversations' must be a non-empty list, got {_kind(turns)}")
-    values = []
-    for position, turn in enumerate(turns):
+    skipped = isinstance(turns[0], dict) and turns[0].get("from") == "gpt"
+    values: list[str] = []
+    for position, turn in enumerate(turns[skipped:], skipped):
         if not isinstance(turn, dict):
             raise DataError(f"turn {position} must be an object, got {_kind(turn)}")
         for key in ("from", "value"):
@@ -116,13 +120,15 @@ def _turns(record: dict[str, Any]) -> tuple[str, ...]:
             raise DataError(
                 f"turn {position}: 'from' is {turn['from']!r}; it must be 'human' or 'gpt'"
             )
-        expected = _SPEAKERS[position % 2]
+        expected = _SPEAKERS[len(values) % 2]
         if turn["from"] != expected:
             raise DataError(
                 f"turn {position} is from {turn['from']!r} where {expected!r} is due; turns "
                 "alternate, human first"
             )
         values.append(turn["value"])
+    if not values:
+        raise DataError("the only turn is from 'gpt'; it answers nothing")
     if len(values) % 2:
         raise DataError(f"the last of {len(values)} turns is from 'human'; an answer must follow")
     return tuple(values)

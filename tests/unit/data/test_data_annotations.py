@@ -74,6 +74,13 @@ def test_accepts_text_only_and_several_images(tmp_path: Path) -> None:
     assert samples[1].images == ("1.jpg", "2.jpg")
 
 
+def test_a_gpt_turn_before_the_first_question_is_left_out(tmp_path: Path) -> None:
+    """As LLaVA does."""
+    turns = [{"from": "gpt", "value": "Hello!"}, *GOOD["conversations"]]
+    (sample,) = read_json(_write(tmp_path, json.dumps([{**GOOD, "conversations": turns}])))
+    assert sample.turns == ("<image>\nwhat?", "a cat")
+
+
 BAD_RECORDS = {
     "not an object": (["x"], "must be an object, got a list"),
     "no id": ({"conversations": _turns("human", "gpt")}, "key 'id' is missing"),
@@ -96,7 +103,15 @@ BAD_RECORDS = {
         {**GOOD, "conversations": _turns("human", "assistant")},
         "turn 1: 'from' is 'assistant'; it must be 'human' or 'gpt'",
     ),
-    "gpt first": ({**GOOD, "conversations": _turns("gpt", "human")}, "turn 0 is from 'gpt'"),
+    "gpt twice": (
+        {**GOOD, "conversations": _turns("human", "gpt", "gpt")},
+        "turn 2 is from 'gpt' where 'human' is due",
+    ),
+    "gpt alone": ({"id": "a", "conversations": _turns("gpt")}, "the only turn is from 'gpt'"),
+    "an image in a leading gpt turn": (
+        {**GOOD, "conversations": _turns("gpt", "human", "gpt")},
+        "0 <image> mark(s) in the conversation but 1 image(s)",
+    ),
     "human twice": ({**GOOD, "conversations": _turns("human", "human")}, "turn 1 is from 'human'"),
     "no answer": (
         {**GOOD, "conversations": _turns("human", "gpt", "human")},
