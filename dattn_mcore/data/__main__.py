@@ -17,13 +17,24 @@ from dattn_mcore.log import log_to_stdout
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status (2: a mistake, 1: `check` found something)."""
-    chosen = _parser().parse_args(arguments)
+    chosen = _parse(arguments)
     log_to_stdout()
     try:
         return int(chosen.run(chosen))
     except DattnError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Settings may stand between flags, which argparse's commands do not know by themselves."""
+    parser = _parser()
+    chosen, rest = parser.parse_known_args(arguments)
+    if "overrides" not in chosen or not all("=" in item and item[0] != "-" for item in rest):
+        parser.parse_args(arguments)  # says what is unknown
+    else:
+        chosen.overrides += rest
+    return chosen
 
 
 def _parser() -> argparse.ArgumentParser:

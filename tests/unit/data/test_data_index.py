@@ -321,5 +321,9 @@ def test_the_command(
     ]
     assert main(["index", "--workers", "1", *settings]) == 0
     assert "40 samples, 40 usable, 40 images: " in capsys.readouterr().out
-    assert main(["index", "data.tokenizer=nowhere", "data.prepare=none"]) == 2
+    # Settings may stand between flags.
+    assert main(["index", "data.tokenizer=nowhere", "--again", "data.prepare=none"]) == 2
     assert capsys.readouterr().err.startswith("error: data.tokenizer: 'nowhere' does not exist")
+    with pytest.raises(SystemExit):
+        main(["index", "data.prepare=none", "--agian"])
+    assert "unrecognized arguments: --agian" in capsys.readouterr().err
