@@ -313,3 +313,31 @@ def test_the_command(
     assert "40 samples, 40 usable, 40 images: " in capsys.readouterr().out
     assert main(["index", "data.tokenizer=nowhere", "data.prepare=none"]) == 2
     assert capsys.readouterr().err.startswith("error: data.tokenizer: 'nowhere' does not exist")
+
+
+def test_text_that_no_file_name_or_tokenizer_takes_is_one_bad_sample(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    toy_data: Path,
+    records: list[dict[str, Any]],
+) -> None:
+    half = json.loads(json.dumps(records[:4]))
+    half[0]["id"] = "r\ud800"
+    half[1]["image"] = "\ud800.png"
+    half[2]["conversations"][1]["value"] = "7 \udfff"
+    text = json.dumps(half)[:-1] + ', {"id": ' + "7" * 5000 + "}]"
+    (tmp_path / "half.json").write_text(text)
+    index = open_index(make_config(annotations=str(tmp_path / "half.json")), toy_tokenizer)
+    assert list(index.usable) == [0, 0, 0, 1, 0]
+    said = [(entry["id"], entry["reason"]) for entry in index.bad()]
+    assert [name for name, _ in said] == ["r?", "r1", "r2", ""]
+    for (_, reason), what in zip(said, ("'id'", "'image'", "turn 1", "number"), strict=True):
+        assert what in reason
+    # A shard's member is read as a file's record is.
+    half[3]["conversations"][1]["value"] = "\ud800"
+    write_tar(tmp_path / "a.tar", half[3:], toy_data / "images", "named")
+    config = with_sources(
+        make_config(), tmp_path, SourceConfig(annotations=str(tmp_path / "a.tar"))
+    )
+    assert "lone surrogate" in next(open_index(config, toy_tokenizer).bad())["reason"]
