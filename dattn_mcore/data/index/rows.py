@@ -23,6 +23,8 @@ from dattn_mcore.data.tiles import plan_tiles
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import DataError
 
+_LONGEST_NAME = 65535  # bytes: its length is two bytes of a row
+
 
 @dataclass
 class Part:
@@ -44,7 +46,9 @@ class Part:
 
     def name(self, text: str) -> tuple[int, int]:
         """Stores a name; returns where it starts and its length in bytes."""
-        raw = text.encode("utf-8", "replace")[:65535]
+        raw = text.encode("utf-8", "replace")
+        if len(raw) > _LONGEST_NAME:
+            raw = raw[:_LONGEST_NAME].decode("utf-8", "ignore").encode()  # no half character
         start = len(self.names)
         self.names += raw
         return start, len(raw)

@@ -133,7 +133,7 @@ def _turns(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _check_text(where: str, text: str) -> None:
-    """Refuses half of a UTF-16 pair, which JSON can escape: no file name and no tokenizer takes it."""
+    """Refuses half of a UTF-16 pair, of JSON: no file name, no tokenizer takes it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

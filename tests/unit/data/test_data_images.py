@@ -18,7 +18,7 @@ from PIL import Image
 from dattn_mcore.data import decode_dali, images
 from dattn_mcore.data.decode_dali import DaliDecoder, suits_dali
 from dattn_mcore.data.decode_pillow import decode_with_pillow
-from dattn_mcore.data.image_files import read_image_file
+from dattn_mcore.data.image_files import probe_image_file, read_image_file
 from dattn_mcore.data.images import make_decoder
 from dattn_mcore.data.resize import to_tile
 from dattn_mcore.errors import ConfigError, DataError
@@ -237,6 +237,37 @@ def test_tiles_of_two_devices_end_on_the_decoders(
     tiles = loader.load([("a", "a.png"), ("b", "a.png")])
     assert (tiles.device.type, tiles.shape, tiles.dtype) == ("meta", (2, 3, 56, 56), torch.uint8)
     loader.close()
+
+
+def test_a_missing_image_is_looked_for_without_listing_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.b.png").write_bytes(_png())
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("the folder was listed")
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(DataError, match=r"; 'a.b.png' is there, with another extension$"):
+        probe_image_file(tmp_path, "a.b.jpg", LIMIT)
+    with pytest.raises(DataError, match=r"\(data.image_folder\)$"):
+        probe_image_file(tmp_path, "a.b.jpg", LIMIT, hint=False)
+    with pytest.raises(DataError, match="cannot be resolved|does not exist"):
+        probe_image_file(tmp_path, "x" * 300 + ".jpg", LIMIT)
+
+
+def test_pillow_has_no_lower_limit_than_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "huge.png").write_bytes(_huge_png())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    header = probe_image_file(tmp_path, "huge.png", 60_000 * 60_000)
+    assert (header.width, header.height) == (60_000, 60_000)
+    with pytest.raises(
+        DataError, match="is too large: 60000 x 60000 pixels, data.max_image_pixels"
+    ):
+        probe_image_file(tmp_path, "huge.png", 60_000 * 60_000 - 1)
 
 
 def test_wrong_settings(tmp_path: Path) -> None:

@@ -301,6 +301,18 @@ def test_a_missing_image_folder_is_told_once(
         check_share(index, 0.01)
 
 
+def test_a_long_id_is_cut_between_characters(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    records: list[dict[str, Any]],
+) -> None:
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps([{**records[0], "id": "x" + "\u00e9" * 40_000}]))
+    index = open_index(make_config(annotations=str(path)), toy_tokenizer)
+    assert index.ids([0]) == ["x" + "\u00e9" * 32_767]
+
+
 def test_the_command(
     toy_data: Path, toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
