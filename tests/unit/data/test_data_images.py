@@ -18,7 +18,7 @@ from PIL import Image
 from dattn_mcore.data import decode_dali, images
 from dattn_mcore.data.decode_dali import DaliDecoder, suits_dali
 from dattn_mcore.data.decode_pillow import decode_with_pillow
-from dattn_mcore.data.image_files import probe_image_file, read_image_file
+from dattn_mcore.data.image_files import ImageFile, probe_image_file, read_image_file
 from dattn_mcore.data.images import make_decoder
 from dattn_mcore.data.resize import to_tile
 from dattn_mcore.errors import ConfigError, DataError
@@ -231,12 +231,44 @@ def test_tiles_of_two_devices_end_on_the_decoders(
 ) -> None:
     (tmp_path / "a.png").write_bytes(_png())
     loader = ImageLoader(tmp_path, size=56, backend="pillow")
-    on_cpu = torch.zeros(3, 80, 60, dtype=torch.uint8)
+    on_cpu = torch.zeros(3, 97, 131, dtype=torch.uint8)
     # "meta" stands for a GPU: a device that is not the CPU.
     monkeypatch.setattr(loader.inner._decoder, "decode", lambda files: [on_cpu, on_cpu.to("meta")])
     tiles = loader.load([("a", "a.png"), ("b", "a.png")])
     assert (tiles.device.type, tiles.shape, tiles.dtype) == ("meta", (2, 3, 56, 56), torch.uint8)
     loader.close()
+
+
+def test_what_resizing_throws_is_that_images_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("a.png", (50, 40)), ("b.png", (60, 40)), ("c.png", (70, 40))):
+        (tmp_path / name).write_bytes(_png(size))
+    loader = ImageLoader(tmp_path, size=56, backend="pillow")
+    resize, decode = images.to_tiles, loader.inner._decoder.decode
+
+    def failing(image: torch.Tensor, *args: object) -> torch.Tensor:
+        if image.shape[2] == 60:
+            raise RuntimeError("not enough memory:\nyou tried to allocate 12 GB")
+        return resize(image, *args)
+
+    def turned(files: list[ImageFile]) -> list[torch.Tensor]:
+        *others, last = decode(files)
+        return [*others, last.transpose(1, 2)]
+
+    monkeypatch.setattr(images, "to_tiles", failing)
+    monkeypatch.setattr(loader.inner._decoder, "decode", turned)
+    tiles, failures = loader.inner.load(loader.requests([(n, f"{n}.png") for n in "abc"]))
+    loader.close()
+    assert tiles.shape == (3, 3, 56, 56) and tiles[1:].unique().tolist() == [127]
+    assert [(failure.index, failure.stage) for failure in failures] == [
+        (1, "resize"),
+        (2, "resize"),
+    ]
+    assert failures[0].reason.endswith(
+        "'b.png' cannot be resized (not enough memory: you tried to allocate 12 GB)"
+    )
+    assert failures[1].reason.endswith("is 40 x 70 pixels, but its header says 70 x 40")
 
 
 def test_a_missing_image_is_looked_for_without_listing_its_folder(

@@ -18,6 +18,7 @@ from dattn_mcore.config.load import from_dict, to_dict
 from dattn_mcore.config.schema import Config, SourceConfig
 from dattn_mcore.data.__main__ import main
 from dattn_mcore.data.failures import check_share
+from dattn_mcore.data.images import ImageLoader, ImageRequest
 from dattn_mcore.data.index import build
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.samples import SampleReader
@@ -299,6 +300,34 @@ def test_a_missing_image_folder_is_told_once(
     index = open_index(make_config(image_folder=folder, index_dir=str(tmp_path)), toy_tokenizer)
     with pytest.raises(DataError, match=f"^data.image_folder: '{folder}' does not exist"):
         check_share(index, 0.01)
+
+
+def test_a_thin_image_is_refused_by_the_index_and_the_loader_and_not_taken_for_mended(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    records: list[dict[str, Any]],
+) -> None:
+    Image.new("L", (65_000, 1)).save(tmp_path / "00.png")
+    path = tmp_path / "thin.json"
+    path.write_text(json.dumps(records[:1]))
+    config = make_config(
+        annotations=str(path),
+        image_folder=str(tmp_path),
+        image_policy="pad",
+        max_image_pixels=10**8,
+    )
+    index = open_index(config, toy_tokenizer)
+    (bad,) = index.bad()
+    assert bad["reason"].startswith("image '00.png' is too thin: 65000 x 1 pixels become 65000 x")
+    made = (index.folder / "index.json").stat().st_mtime_ns
+    again = open_index(config, toy_tokenizer)
+    assert (again.folder / "index.json").stat().st_mtime_ns == made
+    loader = ImageLoader.of(config)
+    request = ImageRequest("image '00.png'", (tmp_path / "00.png").read_bytes)
+    _, (failure,) = loader.load([request])
+    loader.close()
+    assert (failure.stage, failure.reason) == ("read", bad["reason"])
 
 
 def test_a_long_id_is_cut_between_characters(
