@@ -292,6 +292,15 @@ def test_sources_are_mixed_by_weight(
     assert open_index(other, toy_tokenizer).fingerprint != index.fingerprint
 
 
+def test_weights_that_leave_no_sample_are_told(
+    make_config: MakeConfig, toy_data: Path, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    source = SourceConfig(str(toy_data / "toy.json"), str(toy_data / "images"), 0.01)
+    index = open_index(with_sources(make_config(), tmp_path, source), toy_tokenizer)
+    with pytest.raises(DataError, match=r"^data.sources: .* weights 0.01: .* round to 0; raise"):
+        shares_of(index)
+
+
 def test_a_missing_image_folder_is_told_once(
     make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
