@@ -23,8 +23,8 @@ class SampleFailure:
         sample: Its number in the index.
         id: Annotation id.
         path: The image that is bad; None where it is the record.
-        stage: `annotation` or `image` (found when the index was made), `read` or `decode` (found
-            at its step), `budget` (fits no micro-batch).
+        stage: `annotation` or `image` (found when the index was made), `read`, `decode` or
+            `resize` (found at its step), `budget` (fits no micro-batch).
         reason: One line.
     """
 

@@ -8,7 +8,6 @@ show (a truncated or damaged scan) is left to the decoder, unless the end marker
 from __future__ import annotations
 
 import contextlib
-import glob
 import io
 import os
 import stat
@@ -35,6 +34,8 @@ _SIGNATURES = (
     b"\xff\x4f\xff\x51",
     *(b"P%d" % kind for kind in range(1, 7)),  # PNM
 )
+# What a missing image is looked for under. Not by listing its folder: that can hold a million.
+_EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "JPG", "JPEG", "PNG")
 
 
 @dataclass(frozen=True)
@@ -146,15 +147,23 @@ def probe_image(who: str, data: bytes, max_pixels: int) -> ImageHeader:
         return ImageHeader(header.format or "", header.width, header.height)
 
 
-def probe_image_file(folder: Path, relative: str, max_pixels: int) -> ImageHeader:
+def probe_image_file(
+    folder: Path, relative: str, max_pixels: int, hint: bool = True
+) -> ImageHeader:
     """Checks a file as `read_image_file` does, but reads its header only.
+
+    Args:
+        folder: Image folder, resolved (`check_folder`).
+        relative: Path below it, from the annotation.
+        max_pixels: Most pixels (width x height) that will be decoded.
+        hint: Whether a missing image is looked for under other extensions.
 
     Raises:
         DataError: One line that starts with the image's path.
     """
     who = f"image '{relative}'"
     with (
-        _opened(folder, relative, who, max_pixels) as file,
+        _opened(folder, relative, who, max_pixels, hint) as file,
         _header(who, file, max_pixels) as header,
     ):
         return ImageHeader(header.format or "", header.width, header.height)
@@ -169,10 +178,16 @@ def _header(who: str, file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
     if not _known_signature(start):
         raise DataError(f"{who} is not an image (unknown signature {start[:4].hex(' ')})")
     file.seek(0)
+    # Pillow's own limit, of the whole process, must not be below ours. It stays as a guard against
+    # what no header says: the picture inside an icon is decoded with a size of its own.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         opened = Image.open(file)
     except Image.DecompressionBombError as error:
-        raise DataError(f"{who} is too large ({error})") from None
+        raise DataError(
+            f"{who} is too large ({error}); data.max_image_pixels is {max_pixels}"
+        ) from None
     except Exception as error:  # noqa: BLE001  (OSError, SyntaxError, struct.error, ...)
         raise DataError(
             f"{who} has a signature but no readable header; it is truncated or damaged "
@@ -190,7 +205,9 @@ def _header(who: str, file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path, relative: str, who: str, max_pixels: int) -> Iterator[BinaryIO]:
+def _opened(
+    folder: Path, relative: str, who: str, max_pixels: int, hint: bool = True
+) -> Iterator[BinaryIO]:
     """A regular file below `folder`, of a size that an image can have; never blocks on a FIFO."""
     max_bytes = 8 * max_pixels + 2**20
     path = folder / relative
@@ -198,7 +215,8 @@ def _opened(folder: Path, relative: str, who: str, max_pixels: int) -> Iterator[
         resolved = path.resolve(strict=True)
     except FileNotFoundError:
         raise DataError(
-            f"{who} does not exist below '{folder}' (data.image_folder){_sibling(path)}"
+            f"{who} does not exist below '{folder}' (data.image_folder)"
+            f"{_sibling(path) if hint else ''}"
         ) from None
     except (OSError, RuntimeError) as error:
         raise DataError(f"{who} cannot be resolved ({error})") from None
@@ -232,10 +250,10 @@ def _opened(folder: Path, relative: str, who: str, max_pixels: int) -> Iterator[
 
 def _sibling(path: Path) -> str:
     """A hint where the image is there under another extension (OCR-VQA is shipped so)."""
-    with contextlib.suppress(OSError, ValueError):
-        found = sorted(other.name for other in path.parent.glob(f"{glob.escape(path.stem)}.*"))
-        if found:
-            return f"; '{found[0]}' is there, with another extension"
+    for extension in _EXTENSIONS:
+        other = path.parent / f"{path.stem}.{extension}"
+        if os.path.exists(other):  # False, no error, where a name is too long
+            return f"; '{other.name}' is there, with another extension"
     return ""
 
 

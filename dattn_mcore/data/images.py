@@ -21,7 +21,7 @@ from dattn_mcore.data.decode_dali import DaliDecoder
 from dattn_mcore.data.decode_pillow import PillowDecoder
 from dattn_mcore.data.image_files import ImageFile, check_image
 from dattn_mcore.data.resize import to_tiles
-from dattn_mcore.data.tiles import POLICIES, Grid, plan_tiles
+from dattn_mcore.data.tiles import POLICIES, Grid, plan_image
 from dattn_mcore.errors import ConfigError, DataError
 
 _LOG = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class ImageFailure:
 
     Attributes:
         index: Its place among the requests.
-        stage: `read` (file, header, size) or `decode`.
+        stage: `read` (file, header, size), `decode` or `resize`.
         reason: One line.
     """
 
@@ -184,7 +184,7 @@ class ImageLoader:
         if not requests:
             return torch.empty(0, 3, self._size, self._size, dtype=torch.uint8), []
         failures: list[ImageFailure] = []
-        resized: list[Future[Tensor] | None] = [None] * len(requests)
+        resized: list[Future[Tensor | DataError] | None] = [None] * len(requests)
         reading = self._read_group(requests, 0)
         for start in range(0, len(requests), _GROUP):
             files = [future.result() for future in reading]
@@ -198,16 +198,18 @@ class ImageLoader:
             # At most two groups of whole images are in memory: this one and the one before.
             wait([future for future in resized[max(start - _GROUP, 0) : start] if future])
             decoded = self._decoder.decode([file for _, file in good])
-            for (index, _), image in zip(good, decoded, strict=True):
+            for (index, file), image in zip(good, decoded, strict=True):
                 if isinstance(image, DataError):
                     failures.append(ImageFailure(index, "decode", str(image)))
                 else:
-                    resized[index] = self._threads.submit(self._to_tiles, image)
+                    resized[index] = self._threads.submit(self._to_tiles, file, image)
             del decoded
-        tiles = [
-            future.result() if future is not None else self._grey(request.num_tiles)
-            for future, request in zip(resized, requests, strict=True)
-        ]
+        tiles = []
+        for index, (future, request) in enumerate(zip(resized, requests, strict=True)):
+            made = future.result() if future is not None else None
+            if isinstance(made, DataError):
+                failures.append(ImageFailure(index, "resize", str(made)))
+            tiles.append(made if isinstance(made, Tensor) else self._grey(request.num_tiles))
         elsewhere = [tile.device for tile in tiles if tile.device.type != "cpu"]
         if elsewhere:  # what Pillow decoded joins what DALI decoded on the GPU
             tiles = [tile.to(elsewhere[0]) for tile in tiles]
@@ -228,14 +230,15 @@ class ImageLoader:
         """Reads and checks one image; its plan must be the one that its sample was packed with."""
         try:
             file = check_image(request.who, request.read(), self._max_pixels)
+            plan = plan_image(
+                *(request.who, file.width, file.height),
+                policy=self._policy,
+                tile_size=self._size,
+                grids=self._grids,
+                max_pixels=self._max_pixels,
+            )
         except DataError as error:
             return error
-        plan = plan_tiles(
-            *(file.width, file.height),
-            policy=self._policy,
-            tile_size=self._size,
-            grids=self._grids,
-        )
         if plan.grid != request.grid:
             return DataError(
                 f"{request.who} is {file.width} x {file.height} pixels, a canvas of "
@@ -244,8 +247,19 @@ class ImageLoader:
             )
         return file
 
-    def _to_tiles(self, image: Tensor) -> Tensor:
-        return to_tiles(image, self._size, self._policy, self._fill, self._grids)
+    def _to_tiles(self, file: ImageFile, image: Tensor) -> Tensor | DataError:
+        """Resizes one image; a failure is that image's, not the run's."""
+        height, width = image.shape[-2:]
+        if (width, height) != (file.width, file.height):  # an icon's picture has its own header
+            return DataError(
+                f"{file.who} is {width} x {height} pixels, but its header says {file.width} x "
+                f"{file.height}"
+            )
+        try:
+            return to_tiles(image, self._size, self._policy, self._fill, self._grids)
+        except Exception as error:  # noqa: BLE001  (torch has no class for "no memory")
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return DataError(f"{file.who} cannot be resized ({reason})")
 
     def _grey(self, num_tiles: int) -> Tensor:
         fill = torch.tensor(self._fill, dtype=torch.uint8)[:, None, None]

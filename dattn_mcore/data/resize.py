@@ -16,6 +16,9 @@ from torch.nn import functional
 
 from dattn_mcore.data.tiles import ANYRES_POLICIES, Grid, plan_tiles
 
+_BAND = 4_000_000  # pixels of `pad`'s square that are made at once on a CPU
+_MOST_ON_GPU = 100_000_000  # pixels of a square that is made whole on a GPU, in float32
+
 
 def to_tiles(
     image: Tensor, size: int, policy: str, fill: Sequence[int], grids: Sequence[Grid] = ()
@@ -65,13 +68,35 @@ def to_tile(image: Tensor, size: int, policy: str, fill: Sequence[int]) -> Tenso
         (wide, high), left, top = plan.resized, -plan.offset[0], -plan.offset[1]
         return _resize(image, high, wide)[:, top : top + size, left : left + size].contiguous()
     if policy == "pad" and height != width:
-        side = max(height, width)
-        top, left = (side - height) // 2, (side - width) // 2
-        canvas = torch.tensor(fill, dtype=torch.uint8, device=image.device)
-        canvas = canvas[:, None, None].repeat(1, side, side)
-        canvas[:, top : top + height, left : left + width] = image
-        image = canvas
+        return _padded(image, size, fill)
     return _resize(image, size, size).contiguous()
+
+
+def _padded(image: Tensor, size: int, fill: Sequence[int]) -> Tensor:
+    """Centred on a square of colour `fill`, then resized: `pad`.
+
+    The square is never whole in memory: of a thin image it would be a thousand times the image.
+    Bands of its rows are resized along x, what they become is resized along y, which is how the
+    square itself is resized on a CPU, bit for bit.
+    """
+    height, width = image.shape[-2:]
+    side = max(height, width)
+    if side * side > _MOST_ON_GPU:
+        image = image.cpu()
+    colour = torch.tensor(fill, dtype=torch.uint8, device=image.device)[:, None, None]
+    top, left = (side - height) // 2, (side - width) // 2
+    at_once = side if image.device.type != "cpu" else max(_BAND // side, 1)
+    bands = []
+    for start in range(0, height, at_once):
+        part = image[:, start : start + at_once]
+        band = colour.repeat(1, part.shape[1], side)
+        band[:, :, left : left + width] = part
+        bands.append(band)
+        if image.device.type == "cpu":
+            bands[-1] = _resize(band, band.shape[1], size)
+    border = _resize(colour.repeat(1, 1, side), 1, bands[0].shape[2])
+    rows = [border.expand(-1, top, -1), *bands, border.expand(-1, side - height - top, -1)]
+    return _resize(torch.cat(rows, 1), size, size).contiguous()
 
 
 def _resize(image: Tensor, height: int, width: int) -> Tensor:

@@ -21,7 +21,7 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.store import Index
 from dattn_mcore.data.order import SampleOrder, Share
 from dattn_mcore.data.packing import Lengths, pack_into, plan_packs
-from dattn_mcore.errors import ConfigError
+from dattn_mcore.errors import ConfigError, DataError
 
 _WINDOWS = 8  # parts of the first epoch that are packed to see how full packs can get
 _SLACK = 0.01  # of the budgets, below the fill that all of these reached
@@ -123,12 +123,28 @@ class FullSteps:
 
 
 def shares_of(index: Index) -> list[Share]:
-    """What an epoch takes of each source of an index."""
+    """What an epoch takes of each source of an index.
+
+    Raises:
+        DataError: It takes nothing: no sample is usable, or the weights are too small.
+    """
     usable = np.asarray(index.usable)
-    return [
+    shares = [
         Share(start + np.flatnonzero(usable[start:end]), source.weight)
         for (start, end), source in zip(index.source_ranges(), index.settings.sources, strict=True)
     ]
+    if any(share.per_epoch for share in shares):
+        return shares
+    if index.num_usable:
+        weights = ", ".join(f"{source.weight:g}" for source in index.settings.sources)
+        raise DataError(
+            f"data.sources: an epoch takes no sample with the weights {weights}: each source's "
+            "usable samples times its weight round to 0; raise a weight"
+        )
+    raise DataError(
+        f"none of {len(index)} samples is usable; why stands in '{index.folder / 'bad.jsonl'}', "
+        "and `python -m dattn_mcore.data check` with the same arguments lists it"
+    )
 
 
 def steps_of(config: Config, index: Index, order: SampleOrder) -> Steps:

@@ -15,13 +15,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dattn_mcore.errors import ConfigError
+from dattn_mcore.errors import ConfigError, DataError
 
 SQUARE_POLICIES = ("stretch", "pad", "crop")
 ANYRES_POLICIES = ("anyres_stretch", "anyres_letterbox")
 POLICIES = SQUARE_POLICIES + ANYRES_POLICIES
 
 Grid = tuple[int, int]  # columns, rows
+_BANDS = 16  # times as many pixels may `pad`'s square have: it is made a band at a time
+_ALWAYS = 32_000_000  # pixels that resizing may always take, however low data.max_image_pixels is
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,58 @@ def plan_tiles(
     resized = _fit(width, height, *canvas)
     offset = ((canvas[0] - resized[0]) // 2, (canvas[1] - resized[1]) // 2)
     return TilePlan(columns, rows, True, resized, offset)
+
+
+def plan_image(
+    who: str,
+    width: int,
+    height: int,
+    *,
+    policy: str,
+    tile_size: int,
+    grids: Sequence[Grid],
+    max_pixels: int,
+) -> TilePlan:
+    """Chooses the views of an image, or refuses one whose resizing would take too much memory.
+
+    Few pixels are no protection: of an image of 65000 x 1, `crop` makes 25,000,000 x 384.
+
+    Args:
+        who: How messages name it.
+        width: Pixels of the image, at least 1.
+        height: Pixels of the image, at least 1.
+        policy: As for `plan_tiles`.
+        tile_size: As for `plan_tiles`.
+        grids: As for `plan_tiles`.
+        max_pixels: Most pixels of an image (setting data.max_image_pixels).
+
+    Raises:
+        ConfigError: As `plan_tiles`.
+        DataError: One line that starts with `who`.
+    """
+    plan = plan_tiles(width, height, policy=policy, tile_size=tile_size, grids=grids)
+    wide, high = resized_between(width, height, plan, policy, tile_size)
+    most = max(max_pixels, _ALWAYS) * (_BANDS if policy == "pad" else 1)
+    if wide * high > most:
+        raise DataError(
+            f"{who} is too thin: {width} x {height} pixels become {wide} x {high} while "
+            f"data.image_policy={policy} resizes it, and data.max_image_pixels is {max_pixels}"
+        )
+    return plan
+
+
+def resized_between(
+    width: int, height: int, plan: TilePlan, policy: str, tile_size: int
+) -> tuple[int, int]:
+    """Width and height of the largest picture between an image and its tiles.
+
+    Images are resized along x, then along y (`dattn_mcore.data.resize`), so between the passes all
+    rows are there. `pad` makes a square first.
+    """
+    if policy == "pad":
+        return max(width, height), max(width, height)
+    wide = max(plan.resized[0], tile_size) if plan.base_view else plan.resized[0]
+    return wide, max(height, plan.resized[1])
 
 
 def best_grid(width: int, height: int, tile_size: int, grids: Sequence[Grid]) -> Grid:

@@ -80,6 +80,11 @@ RECORDS = {
     "empty-answer": ({"conversations": ["<image>", "  "]}, "every answer is empty"),
     "no-answer": ({"conversations": ["<image>"]}, "an answer must follow"),
     "no-turns": ({"conversations": []}, "non-empty list"),
+    "surrogate-path": ({"image": "good-\ud800.jpg"}, "'image' holds the lone surrogate"),
+    "surrogate-text": (
+        {"conversations": ["<image>\ud800", "4"]},
+        "turn 0 holds the lone surrogate",
+    ),
     "over-budget": ({"conversations": ["<image>", "4 " * 400]}, "data.text_budget is 128"),
 }
 # What stands in the file instead of a record.
@@ -87,6 +92,7 @@ RAW = {
     "not UTF-8": b'{"id": "caf\xe9", "conversations": []}',
     "malformed JSON": b'{"id" "broken"}',
     "must be an object": b"[1, 2]",
+    "a number is too long": b'{"id": ' + b"7" * 5000 + b"}",
 }
 
 

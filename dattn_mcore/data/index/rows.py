@@ -19,9 +19,11 @@ from dattn_mcore.data.index.layout import FORMATS, IMAGE, NEVER, SAMPLE, IndexSe
 from dattn_mcore.data.sources.record import RecordError, Sample
 from dattn_mcore.data.sources.source import ImagePlace, Place, SourceFile, open_source_file
 from dattn_mcore.data.templates import TextRun, encode_conversation
-from dattn_mcore.data.tiles import plan_tiles
+from dattn_mcore.data.tiles import TilePlan, plan_image
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import DataError
+
+_LONGEST_NAME = 65535  # bytes: its length is two bytes of a row
 
 
 @dataclass
@@ -44,7 +46,9 @@ class Part:
 
     def name(self, text: str) -> tuple[int, int]:
         """Stores a name; returns where it starts and its length in bytes."""
-        raw = text.encode("utf-8", "replace")[:65535]
+        raw = text.encode("utf-8", "replace")
+        if len(raw) > _LONGEST_NAME:
+            raw = raw[:_LONGEST_NAME].decode("utf-8", "ignore").encode()  # no half character
         start = len(self.names)
         self.names += raw
         return start, len(raw)
@@ -129,7 +133,8 @@ class RowMaker:
         try:
             folder = self._open(file).image_folder
             if folder is not None:
-                self._probe_file(folder, path)
+                header = self._probe_file(folder, path, hint=False)
+                self._plan(f"image '{path}'", header)
                 return False
         except DataError:
             pass
@@ -163,17 +168,12 @@ class RowMaker:
         self, made: Part, source: SourceFile, place: Place, image: ImagePlace, before: int
     ) -> tuple[Any, ...]:
         settings = self._settings
+        who = f"image '{image.name}'"
         if image.length or source.image_folder is None:
-            who = f"image '{image.name}'"
             header = probe_image(who, source.image(place, image), settings.max_pixels)
         else:
             header = self._probe(source.image_folder, image.name)
-        plan = plan_tiles(
-            *(header.width, header.height),
-            policy=settings.policy,
-            tile_size=settings.tile_size,
-            grids=settings.grids,
-        )
+        plan = self._plan(who, header)
         start, length = made.name(image.name)
         columns, rows = plan.grid
         kind = FORMATS.index(header.format) if header.format in FORMATS else 0
@@ -182,7 +182,17 @@ class RowMaker:
             *(plan.num_tiles, length, columns, rows, kind),
         )
 
-    def _probe_file(self, folder: str, path: str) -> ImageHeader:
+    def _plan(self, who: str, header: ImageHeader) -> TilePlan:
+        settings = self._settings
+        return plan_image(
+            *(who, header.width, header.height),
+            policy=settings.policy,
+            tile_size=settings.tile_size,
+            grids=settings.grids,
+            max_pixels=settings.max_pixels,
+        )
+
+    def _probe_file(self, folder: str, path: str, hint: bool = True) -> ImageHeader:
         if folder not in self._folders:
             self._folders[folder] = check_folder(folder)
-        return probe_image_file(self._folders[folder], path, self._settings.max_pixels)
+        return probe_image_file(self._folders[folder], path, self._settings.max_pixels, hint)

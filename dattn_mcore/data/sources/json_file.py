@@ -73,6 +73,8 @@ class JsonFile:
             raise DataError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
         except json.JSONDecodeError as error:
             raise DataError(f"malformed JSON ({error.msg} at character {error.pos})") from None
+        except ValueError as error:  # of int(): too many digits
+            raise DataError(f"a number is too long ({error})") from None
         except RecursionError:
             raise DataError("nested too deeply for a LLaVA record") from None
         sample = parse_record(record)

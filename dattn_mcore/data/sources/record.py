@@ -39,7 +39,8 @@ class RecordError(DataError):
 
     def __init__(self, reason: str, name: Any) -> None:
         super().__init__(reason)
-        self.id = str(name) if isinstance(name, str | int) else ""
+        text = str(name) if isinstance(name, str | int) else ""
+        self.id = text.encode("utf-8", "replace").decode()  # every message can show it
 
 
 def parse_record(record: Any) -> Sample:
@@ -62,6 +63,7 @@ def _parse(record: dict[str, Any]) -> Sample:
     name = record["id"]
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise DataError(f"'id' must be a string, got {_kind(name)}")
+    _check_text("'id'", str(name))
     images = _images(record.get("image"))
     turns = _turns(record)
     marks = sum(turn.count(IMAGE_MARK) for turn in turns)
@@ -87,6 +89,7 @@ def _images(value: Any) -> tuple[str, ...]:
             raise DataError(f"'image' must be a path or a list of paths, got {_kind(path)}")
         if not path or "\0" in path:
             raise DataError(f"'image' holds the empty or unusable path {path!r}")
+        _check_text("'image'", path)
         if path.startswith("/"):
             raise DataError(f"image path '{path}' is absolute; it must be relative to the folder")
         if ".." in path.split("/"):
@@ -126,12 +129,24 @@ def _turns(record: dict[str, Any]) -> tuple[str, ...]:
                 f"turn {position} is from {turn['from']!r} where {expected!r} is due; turns "
                 "alternate, human first"
             )
+        _check_text(f"turn {position}", turn["value"])
         values.append(turn["value"])
     if not values:
         raise DataError("the only turn is from 'gpt'; it answers nothing")
     if len(values) % 2:
         raise DataError(f"the last of {len(values)} turns is from 'human'; an answer must follow")
     return tuple(values)
+
+
+def _check_text(where: str, text: str) -> None:
+    """Refuses half of a UTF-16 pair, of JSON: no file name, no tokenizer takes it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds the lone surrogate {text[error.start]!r} at character {error.start}; "
+            "it is no Unicode text"
+        ) from None
 
 
 def _kind(value: Any) -> str:

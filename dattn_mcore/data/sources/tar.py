@@ -142,6 +142,8 @@ def _record(text: str, images: tuple[ImagePlace, ...]) -> dict[str, Any]:
             record = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"malformed JSON ({error.msg} at character {error.pos})") from None
+        except ValueError as error:  # of int(): too many digits
+            raise DataError(f"a number is too long ({error})") from None
         except RecursionError:
             raise DataError("nested too deeply for a LLaVA record") from None
         return dict(record)

@@ -89,6 +89,15 @@ BAD_RECORDS = {
     "empty image path": ({**GOOD, "image": ""}, "empty or unusable path"),
     "absolute": ({**GOOD, "image": "/etc/passwd"}, "'/etc/passwd' is absolute"),
     "leaves the folder": ({**GOOD, "image": "a/../../b.jpg"}, "leaves the image folder"),
+    "half a character in the id": ({**GOOD, "id": "a\ud800"}, r"'id' holds the lone surrogate"),
+    "half a character in a path": (
+        {**GOOD, "image": "x/\udfff.jpg"},
+        r"'image' holds the lone surrogate '\udfff' at character 2",
+    ),
+    "half a character in a turn": (
+        {**GOOD, "conversations": _turns("human", "gpt", first="<image> \ud800")},
+        r"turn 0 holds the lone surrogate '\ud800' at character 8",
+    ),
     "no conversations": ({"id": "a", "image": "1.jpg"}, "key 'conversations' is missing"),
     "empty conversations": ({**GOOD, "conversations": []}, "non-empty list, got an empty list"),
     "turn without value": (
@@ -185,6 +194,7 @@ BAD_BYTES = {
     "not UTF-8": (b'{"id": "caf\xe9", "x": "]}"}', "not UTF-8"),
     "number": (b"3", "must be an object, got a number"),
     "text with brackets": (b'"}]{"', "must be an object, got a string"),
+    "long number": (b'{"id": ' + b"7" * 5000 + b"}", "a number is too long (Exceeds the limit"),
     "deep": (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
 }
 

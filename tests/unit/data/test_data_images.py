@@ -18,7 +18,7 @@ from PIL import Image
 from dattn_mcore.data import decode_dali, images
 from dattn_mcore.data.decode_dali import DaliDecoder, suits_dali
 from dattn_mcore.data.decode_pillow import decode_with_pillow
-from dattn_mcore.data.image_files import read_image_file
+from dattn_mcore.data.image_files import ImageFile, probe_image_file, read_image_file
 from dattn_mcore.data.images import make_decoder
 from dattn_mcore.data.resize import to_tile
 from dattn_mcore.errors import ConfigError, DataError
@@ -231,12 +231,75 @@ def test_tiles_of_two_devices_end_on_the_decoders(
 ) -> None:
     (tmp_path / "a.png").write_bytes(_png())
     loader = ImageLoader(tmp_path, size=56, backend="pillow")
-    on_cpu = torch.zeros(3, 80, 60, dtype=torch.uint8)
+    on_cpu = torch.zeros(3, 97, 131, dtype=torch.uint8)
     # "meta" stands for a GPU: a device that is not the CPU.
     monkeypatch.setattr(loader.inner._decoder, "decode", lambda files: [on_cpu, on_cpu.to("meta")])
     tiles = loader.load([("a", "a.png"), ("b", "a.png")])
     assert (tiles.device.type, tiles.shape, tiles.dtype) == ("meta", (2, 3, 56, 56), torch.uint8)
     loader.close()
+
+
+def test_what_resizing_throws_is_that_images_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("a.png", (50, 40)), ("b.png", (60, 40)), ("c.png", (70, 40))):
+        (tmp_path / name).write_bytes(_png(size))
+    loader = ImageLoader(tmp_path, size=56, backend="pillow")
+    resize, decode = images.to_tiles, loader.inner._decoder.decode
+
+    def failing(image: torch.Tensor, *args: object) -> torch.Tensor:
+        if image.shape[2] == 60:
+            raise RuntimeError("not enough memory:\nyou tried to allocate 12 GB")
+        return resize(image, *args)
+
+    def turned(files: list[ImageFile]) -> list[torch.Tensor]:
+        *others, last = decode(files)
+        return [*others, last.transpose(1, 2)]
+
+    monkeypatch.setattr(images, "to_tiles", failing)
+    monkeypatch.setattr(loader.inner._decoder, "decode", turned)
+    tiles, failures = loader.inner.load(loader.requests([(n, f"{n}.png") for n in "abc"]))
+    loader.close()
+    assert tiles.shape == (3, 3, 56, 56) and tiles[1:].unique().tolist() == [127]
+    assert [(failure.index, failure.stage) for failure in failures] == [
+        (1, "resize"),
+        (2, "resize"),
+    ]
+    assert failures[0].reason.endswith(
+        "'b.png' cannot be resized (not enough memory: you tried to allocate 12 GB)"
+    )
+    assert failures[1].reason.endswith("is 40 x 70 pixels, but its header says 70 x 40")
+
+
+def test_a_missing_image_is_looked_for_without_listing_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.b.png").write_bytes(_png())
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("the folder was listed")
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(DataError, match=r"; 'a.b.png' is there, with another extension$"):
+        probe_image_file(tmp_path, "a.b.jpg", LIMIT)
+    with pytest.raises(DataError, match=r"\(data.image_folder\)$"):
+        probe_image_file(tmp_path, "a.b.jpg", LIMIT, hint=False)
+    with pytest.raises(DataError, match="cannot be resolved|does not exist"):
+        probe_image_file(tmp_path, "x" * 300 + ".jpg", LIMIT)
+
+
+def test_pillow_has_no_lower_limit_than_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "huge.png").write_bytes(_huge_png())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    header = probe_image_file(tmp_path, "huge.png", 60_000 * 60_000)
+    assert (header.width, header.height) == (60_000, 60_000)
+    with pytest.raises(
+        DataError, match="is too large: 60000 x 60000 pixels, data.max_image_pixels"
+    ):
+        probe_image_file(tmp_path, "huge.png", 60_000 * 60_000 - 1)
 
 
 def test_wrong_settings(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from dattn_mcore.config.load import from_dict, to_dict
 from dattn_mcore.config.schema import Config, SourceConfig
 from dattn_mcore.data.__main__ import main
 from dattn_mcore.data.failures import check_share
+from dattn_mcore.data.images import ImageLoader, ImageRequest
 from dattn_mcore.data.index import build
 from dattn_mcore.data.index.identity import difference, fingerprint_of, identity_of
 from dattn_mcore.data.index.store import Index, open_index
@@ -301,6 +302,15 @@ def test_sources_are_mixed_by_weight(
     assert difference(identity_of(index), identity_of(index)) == ""
 
 
+def test_weights_that_leave_no_sample_are_told(
+    make_config: MakeConfig, toy_data: Path, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    source = SourceConfig(str(toy_data / "toy.json"), str(toy_data / "images"), 0.01)
+    index = open_index(with_sources(make_config(), tmp_path, source), toy_tokenizer)
+    with pytest.raises(DataError, match=r"^data.sources: .* weights 0.01: .* round to 0; raise"):
+        shares_of(index)
+
+
 def test_a_missing_image_folder_is_told_once(
     make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
@@ -309,6 +319,46 @@ def test_a_missing_image_folder_is_told_once(
     index = open_index(make_config(image_folder=folder, index_dir=str(tmp_path)), toy_tokenizer)
     with pytest.raises(DataError, match=f"^data.image_folder: '{folder}' does not exist"):
         check_share(index, 0.01)
+
+
+def test_a_thin_image_is_refused_by_the_index_and_the_loader_and_not_taken_for_mended(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    records: list[dict[str, Any]],
+) -> None:
+    Image.new("L", (65_000, 1)).save(tmp_path / "00.png")
+    path = tmp_path / "thin.json"
+    path.write_text(json.dumps(records[:1]))
+    config = make_config(
+        annotations=str(path),
+        image_folder=str(tmp_path),
+        image_policy="pad",
+        max_image_pixels=10**8,
+    )
+    index = open_index(config, toy_tokenizer)
+    (bad,) = index.bad()
+    assert bad["reason"].startswith("image '00.png' is too thin: 65000 x 1 pixels become 65000 x")
+    made = (index.folder / "index.json").stat().st_mtime_ns
+    again = open_index(config, toy_tokenizer)
+    assert (again.folder / "index.json").stat().st_mtime_ns == made
+    loader = ImageLoader.of(config)
+    request = ImageRequest("image '00.png'", (tmp_path / "00.png").read_bytes)
+    _, (failure,) = loader.load([request])
+    loader.close()
+    assert (failure.stage, failure.reason) == ("read", bad["reason"])
+
+
+def test_a_long_id_is_cut_between_characters(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    records: list[dict[str, Any]],
+) -> None:
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps([{**records[0], "id": "x" + "\u00e9" * 40_000}]))
+    index = open_index(make_config(annotations=str(path)), toy_tokenizer)
+    assert index.ids([0]) == ["x" + "\u00e9" * 32_767]
 
 
 def test_the_command(
@@ -327,3 +377,31 @@ def test_the_command(
     with pytest.raises(SystemExit):
         main(["index", "data.prepare=none", "--agian"])
     assert "unrecognized arguments: --agian" in capsys.readouterr().err
+
+
+def test_text_that_no_file_name_or_tokenizer_takes_is_one_bad_sample(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    toy_data: Path,
+    records: list[dict[str, Any]],
+) -> None:
+    half = json.loads(json.dumps(records[:4]))
+    half[0]["id"] = "r\ud800"
+    half[1]["image"] = "\ud800.png"
+    half[2]["conversations"][1]["value"] = "7 \udfff"
+    text = json.dumps(half)[:-1] + ', {"id": ' + "7" * 5000 + "}]"
+    (tmp_path / "half.json").write_text(text)
+    index = open_index(make_config(annotations=str(tmp_path / "half.json")), toy_tokenizer)
+    assert list(index.usable) == [0, 0, 0, 1, 0]
+    said = [(entry["id"], entry["reason"]) for entry in index.bad()]
+    assert [name for name, _ in said] == ["r?", "r1", "r2", ""]
+    for (_, reason), what in zip(said, ("'id'", "'image'", "turn 1", "number"), strict=True):
+        assert what in reason
+    # A shard's member is read as a file's record is.
+    half[3]["conversations"][1]["value"] = "\ud800"
+    write_tar(tmp_path / "a.tar", half[3:], toy_data / "images", "named")
+    config = with_sources(
+        make_config(), tmp_path, SourceConfig(annotations=str(tmp_path / "a.tar"))
+    )
+    assert "lone surrogate" in next(open_index(config, toy_tokenizer).bad())["reason"]

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,8 @@ def command(data: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
         *("data.visual_budget=64", "train.global_batch_size=12", "data.image_backend=pillow"),
     ]
 
-    def run(name: str, *arguments: Any) -> int:
-        return main([name, "--workers", "0", *map(str, arguments), *settings])
+    def run(name: str, *arguments: Any, last: Sequence[str] = ()) -> int:
+        return main([name, "--workers", "0", *map(str, arguments), *settings, *last])
 
     return run
 
@@ -158,6 +158,21 @@ def test_stats_in_a_browser(command: Callable[..., int], tmp_path: Path) -> None
         "tiles, fill of packs and balance of ranks",
     ]
     assert has_colour(picture, "999999", 100)  # text rows of the packs
+
+
+def test_nothing_to_show_is_one_line(
+    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "none.json").write_text('[{"id": "a"}, 3]')
+    for name in ("stats", "preview"):
+        page = tmp_path / "page.html"
+        assert command(name, "--output", page, last=[f"data.annotations={tmp_path}/none.json"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: none of 2 samples is usable; why stands in '")
+        assert (
+            "bad.jsonl', and `python -m dattn_mcore.data check`" in said and said.count("\n") == 1
+        )
+        assert not page.exists()
 
 
 def test_mistakes_are_one_line(

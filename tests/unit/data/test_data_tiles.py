@@ -17,9 +17,10 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from dattn_mcore.config.schema import DataConfig
+from dattn_mcore.data import resize
 from dattn_mcore.data.resize import to_tile
-from dattn_mcore.data.tiles import POLICIES, best_grid, plan_tiles
-from dattn_mcore.errors import ConfigError
+from dattn_mcore.data.tiles import POLICIES, best_grid, plan_image, plan_tiles
+from dattn_mcore.errors import ConfigError, DataError
 
 GRIDS = DataConfig().anyres_grids
 SIZE = st.integers(1, 3000)
@@ -117,6 +118,43 @@ def test_pad_is_llavas_square(size):
     fill = tuple(int(channel * 255) for channel in mean)
     assert torch.equal(to_tile(image, side, "pad", fill), found.to(torch.uint8))
     assert plan_tiles(*size, policy="pad", tile_size=side, grids=GRIDS).num_tiles == 1
+
+
+@pytest.mark.parametrize("size", [(300, 7), (7, 300), (131, 97), (97, 131), (1, 2000)])
+def test_pad_in_bands_is_the_squares_resize(size, monkeypatch):
+    """Bit for bit, though the square is never whole in memory."""
+    side, fill = max(size), (120, 7, 255)
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size[::-1]), np.uint8))
+    square = torch.tensor(fill, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
+    left, top = (side - size[0]) // 2, (side - size[1]) // 2
+    square[:, top : top + size[1], left : left + size[0]] = image
+    monkeypatch.setattr(resize, "_BAND", 10 * side)
+    made = []
+    whole = resize._resize
+    monkeypatch.setattr(resize, "_resize", lambda *args: made.append(args[0].shape) or whole(*args))
+    assert torch.equal(to_tile(image, 56, "pad", fill), whole(square, 56, 56))
+    assert max(high * wide for _, high, wide in made) <= max(10, 56) * side
+
+
+@pytest.mark.parametrize(
+    ("policy", "size", "between"),
+    [
+        ("crop", (65_000, 1), "24960000 x 384"),
+        ("crop", (1, 65_000), "384 x 24960000"),
+        ("pad", (65_000, 1), "65000 x 65000"),
+        ("stretch", (1, 90_000_000), "384 x 90000000"),
+        ("anyres_stretch", (1, 90_000_000), "384 x 90000000"),
+        ("anyres_letterbox", (1, 90_000_000), "384 x 90000000"),
+    ],
+)
+def test_a_thin_image_is_refused_by_what_it_would_become(policy, size, between):
+    args = dict(policy=policy, tile_size=384, grids=GRIDS)
+    with pytest.raises(DataError, match=f"^x is too thin: .* {between} .*={policy} .* 100000000$"):
+        plan_image("x", *size, **args, max_pixels=10**8)
+    # What is not thin passes: a panorama, all the pixels allowed, and small ones under a low cap.
+    for fine in ((30_000, 3000), (3000, 30_000), (10_000, 10_000)):
+        assert plan_image("x", *fine, **args, max_pixels=10**8) == plan_tiles(*fine, **args)
+    assert plan_image("x", 600, 20, **args, max_pixels=20_000) == plan_tiles(600, 20, **args)
 
 
 def test_what_a_plan_says():
