@@ -24,7 +24,7 @@ from dattn_mcore.data.sources.source import Source, configured_sources
 from dattn_mcore.data.tiles import ANYRES_POLICIES
 from dattn_mcore.data.tokenizer import Tokenizer
 
-VERSION = 1  # raise it when the same sources would give another index
+VERSION = 2  # raise it when the same sources would give another index
 NEVER = 2**32 - 1  # first_label of a sample without supervised text
 
 SAMPLE = np.dtype(

@@ -21,6 +21,7 @@ from typing import Any
 
 from dattn_mcore.data.sources.record import IMAGE_MARK, Sample, parse_record
 from dattn_mcore.data.sources.source import ImagePlace, Place
+from dattn_mcore.data.sources.tar_members import tar_members
 from dattn_mcore.errors import DataError
 
 _TEXT = ("json", "txt", "caption")
@@ -46,16 +47,12 @@ class TarFile:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise DataError(f"'{path}' cannot be read ({error.strerror})") from None
-        self._rows: dict[int, int] = {}
 
     def scan(self) -> Iterator[Place]:
         """Yields the place of every sample's text, with its images; reads headers only."""
-        size = os.fstat(self._handle).st_size
         key = ""
         members: list[tarfile.TarInfo] = []
-        for member in self._members():
-            if member.offset_data + member.size > size:
-                raise DataError(f"'{self.path}' is truncated inside its member '{member.name}'")
+        for member in tar_members(self.path):
             name = PurePosixPath(member.name)
             found = str(name.parent / name.name.partition(".")[0])
             if found != key and members:
@@ -69,8 +66,8 @@ class TarFile:
     def digest(self) -> str:
         """Returns a SHA-256 of the members' names and sizes and of all text."""
         digest = hashlib.sha256()
-        for member in self._members():
-            digest.update(f"{member.name}\0{member.size}\0".encode())
+        for member in tar_members(self.path):
+            digest.update(f"{member.name}\0{member.size}\0".encode("utf-8", "surrogateescape"))
             if member.name.rpartition(".")[2] in _TEXT:
                 digest.update(os.pread(self._handle, member.size, member.offset_data))
         return digest.hexdigest()
@@ -105,18 +102,6 @@ class TarFile:
     def close(self) -> None:
         """Closes the shard."""
         os.close(self._handle)
-
-    def _members(self) -> Iterator[tarfile.TarInfo]:
-        """Regular members, one at a time; a link or a folder is none."""
-        try:
-            # Not the mode "r|": it reads every byte. tarfile keeps all members: they are dropped.
-            with tarfile.open(self.path, "r:") as shard:
-                while (member := shard.next()) is not None:
-                    shard.members = []  # type: ignore[attr-defined]
-                    if member.isreg():
-                        yield member
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise DataError(f"'{self.path}' is no whole tar file ({error})") from None
 
 
 def _place(key: str, members: list[tarfile.TarInfo]) -> Place:
