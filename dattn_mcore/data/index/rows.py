@@ -103,14 +103,14 @@ class RowMaker:
                     rows.append(self._image_row(made, source, place, image, before))
             except DataError as error:
                 reason = str(error)
-                name = error.id if isinstance(error, RecordError) else name
+                name = (error.id if isinstance(error, RecordError) else "") or name
                 encoded, rows = _Encoded(0, NEVER, 0, ()), []
             start, length = made.name(name)
             made.samples.append(
                 (
                     *(place.offset, place.length, file, start, len(made.images)),
                     *(encoded.text_rows, encoded.first_label, encoded.supervised, length),
-                    *(len(rows), sum(row[6] for row in rows)),
+                    *(len(rows), sum(row[6] for row in rows), place.caption),
                 )
             )
             made.images += rows

@@ -8,14 +8,13 @@ only a file whose brackets do not match is refused as a whole.
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dattn_mcore.data.sources.record import Sample, parse_record
+from dattn_mcore.data.sources.record import Sample, decode_json, parse_record
 from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.errors import DataError
 
@@ -66,16 +65,11 @@ class JsonFile:
 
     def read(self, place: Place) -> tuple[Sample, tuple[ImagePlace, ...]]:
         """Reads and checks one record."""
-        raw = os.pread(self._handle, place.length, place.offset)
         try:
-            record = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"malformed JSON ({error.msg} at character {error.pos})") from None
-        except RecursionError:
-            raise DataError("nested too deeply for a LLaVA record") from None
-        sample = parse_record(record)
+            raw = os.pread(self._handle, place.length, place.offset)
+        except OSError as error:
+            raise DataError(f"cannot be read from '{self.path}' ({error.strerror})") from None
+        sample = parse_record(decode_json(raw))
         return sample, tuple(ImagePlace(name) for name in sample.images)
 
     def image(self, place: Place, image: ImagePlace) -> bytes:

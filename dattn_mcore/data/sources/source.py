@@ -41,12 +41,14 @@ class Place:
         length: Bytes; the row of the group for parquet.
         key: Name that stands in for an `id` the record lacks (tar, parquet).
         images: Images that lie beside the record in the same file (tar).
+        caption: What stands there is a caption's text, no record (tar).
     """
 
     offset: int
     length: int
     key: str = ""
     images: tuple[ImagePlace, ...] = ()
+    caption: bool = False
 
 
 class SourceFile(Protocol):

@@ -99,3 +99,59 @@ def test_a_shard_ends_with_zeros_however_many(tmp_path: Path, zeros: int) -> Non
     end = -(-write_tar(path, good_members(2))[-1][1] // 512) * 512
     path.write_bytes(path.read_bytes()[:end] + bytes(zeros))
     assert [place.key for place in TarFile(path).scan()] == ["g0", "g1"]
+
+
+def first_of(path: Path, members: dict[str, bytes]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Id, images and turns of a shard's only sample."""
+    write_tar(path, members)
+    file = TarFile(path)
+    (place,) = file.scan()
+    sample, images = file.read(place)
+    assert tuple(found.name for found in images) == sample.images
+    return sample.id, sample.images, sample.turns
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"[" + record("a") + b"]", "a record must be an object, got a list"),
+        (b"null", "a record must be an object, got null"),
+        (b'"a caption"', "a record must be an object, got a string"),
+        (b"<html>404</html>", r"malformed JSON \(Expecting value at character 0\)"),
+        (b'{"id": "a"', "malformed JSON"),
+        (b'{"id": ' + b"9" * 5000 + b"}", r"malformed JSON \(a number of thousands"),
+        (b'{"id": "\xff"}', "not UTF-8"),
+        (b'{"width": 7}', "key 'conversations' is missing"),
+    ],
+)
+def test_a_json_member_that_is_no_record_is_no_caption(
+    tmp_path: Path, text: bytes, reason: str
+) -> None:
+    with pytest.raises(DataError, match=f"^{reason}"):
+        first_of(tmp_path / "a.tar", {"a.png": image(), "a.json": text})
+
+
+def test_what_members_of_a_sample_mean(tmp_path: Path) -> None:
+    path, turns = tmp_path / "a.tar", ("<image>\nwhich?", "7")
+    png = {"a.png": image()}
+    bom = b"\xef\xbb\xbf"
+    assert first_of(path, {**png, "a.json": bom + record("x")}) == ("x", ("a.png",), turns)
+    assert first_of(path, {**png, "a.JSON": record("x")})[2] == turns
+    assert first_of(path, {**png, "a.txt": bom + b"{7}\n"}) == ("a", ("a.png",), ("<image>", "{7}"))
+    assert first_of(path, {**png, "a.caption": b"[7]"})[2] == ("<image>", "[7]")
+    # img2dataset: properties beside the caption. A record wins over a caption.
+    properties = {"a.jpg": image(), "a.txt": b"a 7", "a.json": b'{"url": "u", "caption": "b"}'}
+    assert first_of(path, properties) == ("a", ("a.jpg",), ("<image>", "a 7"))
+    assert first_of(path, {**png, "a.txt": b"a 7", "a.json": record("x")})[2] == turns
+    # macOS's own members, and a folder's.
+    hidden = {"./d/._a.png": b"\0\5", "./d/a.png": image(), "./d/._a.json": b"\0\5"}
+    more = {"./d/a.json": record("x"), "./d/.DS_Store": b"\0"}
+    assert first_of(path, {**hidden, **more}) == ("x", ("./d/a.png",), turns)
+
+
+def test_the_digest_depends_on_text_of_any_case(tmp_path: Path) -> None:
+    digests = set()
+    for answer in "ab":
+        write_tar(tmp_path / "a.tar", {"a.PNG": image(), "a.TXT": answer.encode()})
+        digests.add(TarFile(tmp_path / "a.tar").digest())
+    assert len(digests) == 2
