@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from dattn_mcore.data.templates import TextRun, encode_conversation
 from dattn_mcore.data.tiles import plan_tiles
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import DataError
+
+_MOST_OPEN = 8  # files; parts come in the order of files, and shards can be thousands
 
 
 @dataclass
@@ -80,7 +83,7 @@ class RowMaker:
         """
         self._settings = settings
         self._tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
-        self._files: dict[int, SourceFile] = {}
+        self._files: OrderedDict[int, SourceFile] = OrderedDict()
         self._folders: dict[str, Path] = {}
         # Conversations about one image stand near each other in the usual data sets.
         self._probe = functools.lru_cache(maxsize=4096)(self._probe_file)
@@ -137,10 +140,13 @@ class RowMaker:
 
     def _open(self, file: int) -> SourceFile:
         if file not in self._files:
+            while len(self._files) >= _MOST_OPEN:
+                self._files.popitem(last=False)[1].close()
             number, source = self._settings.files[file]
             self._files[file] = open_source_file(
                 source.files[number], source.format, source.image_folder
             )
+        self._files.move_to_end(file)
         return self._files[file]
 
     def _encode(self, sample: Sample) -> _Encoded:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -45,6 +46,9 @@ class ParquetFile:
         try:
             self._file = parquet.ParquetFile(path)
         except Exception as error:  # noqa: BLE001  (pyarrow raises classes of its own)
+            number = getattr(error, "errno", None)
+            if number is not None:  # the system's: too many open files, a failing disk
+                raise DataError(f"'{path}' cannot be read ({os.strerror(number)})") from None
             reason = " ".join(str(error).split())[:120]
             raise DataError(f"'{path}' is no whole parquet file ({reason})") from None
         names = self._file.schema_arrow.names

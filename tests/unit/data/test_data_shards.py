@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import resource
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +13,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dattn_mcore.config.schema import Config, SourceConfig
+from dattn_mcore.data.index.store import open_index
+from dattn_mcore.data.pipeline import DataPipeline
+from dattn_mcore.data.sources.parquet import ParquetFile
 from dattn_mcore.data.sources.tar import TarFile
+from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import DataError
+
+MakeConfig = Callable[..., Config]
 
 
 def image(value: int = 0) -> bytes:
@@ -155,3 +164,62 @@ def test_the_digest_depends_on_text_of_any_case(tmp_path: Path) -> None:
         write_tar(tmp_path / "a.tar", {"a.PNG": image(), "a.TXT": answer.encode()})
         digests.add(TarFile(tmp_path / "a.tar").digest())
     assert len(digests) == 2
+
+
+@pytest.fixture
+def shards(make_config: MakeConfig, tmp_path: Path) -> Callable[..., Config]:
+    """A configuration of files below `tmp_path`."""
+
+    def make(pattern: str, **data: object) -> Config:
+        sources = (SourceConfig(annotations=str(tmp_path / pattern)),)
+        return make_config(sources=sources, index_dir=str(tmp_path / "index"), **data)
+
+    return make
+
+
+def test_more_shards_than_may_be_open(
+    shards: Callable[..., Config], toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    for number in range(40):
+        write_tar(tmp_path / f"{number:02d}.tar", good_members(1, f"s{number}-"))
+    config = shards("*.tar")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, limits[1]))
+        assert open_index(config, toy_tokenizer).num_usable == 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
+def test_the_lack_of_descriptors_is_told_as_what_it_is(tmp_path: Path, name: str) -> None:
+    if name == "a.parquet":
+        pytest.importorskip("pyarrow.parquet", reason="the extra 'parquet' is not installed")
+    kind = {"a.tar": TarFile, "a.parquet": lambda path: ParquetFile(path, "")}[name]
+    path = tmp_path / name
+    path.write_bytes(b"no shard")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        with pytest.raises(DataError, match=r"cannot be read \(Too many open files\)"):
+            kind(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_shard_that_goes_during_a_run_masks_its_samples(
+    shards: Callable[..., Config], toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", good_members(4, f"s{number}-"))
+    config = shards("*.tar", prefetch=1)
+    where = {"dp_rank": 0, "dp_size": 1, "microbatch_multiple": 1, "needs_pixels": True}
+    pipeline = DataPipeline(config, toy_tokenizer, **where)
+    (tmp_path / "1.tar").unlink()
+    batch = pipeline.global_batch(0)
+    pipeline.close()
+    lost = {name for name in batch.sample_ids if name.startswith("s1")}
+    assert {failure.id for failure in batch.failures} == lost != set()
+    gone = f"'{tmp_path / '1.tar'}' cannot be read (No such file or directory)"
+    assert all(failure.reason.endswith(gone) for failure in batch.failures)
