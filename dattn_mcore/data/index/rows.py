@@ -144,7 +144,7 @@ class RowMaker:
                 self._files.popitem(last=False)[1].close()
             number, source = self._settings.files[file]
             self._files[file] = open_source_file(
-                source.files[number], source.format, source.image_folder
+                source.files[number], source.format, source.image_folder, in_order=True
             )
         self._files.move_to_end(file)
         return self._files[file]

@@ -76,6 +76,10 @@ class JsonFile:
         """Never called: images lie in the folder."""
         raise NotImplementedError
 
+    def share(self, place: Place) -> float:
+        """Share of the bytes before a record."""
+        return place.offset / max(os.fstat(self._handle).st_size, 1)
+
     def line(self, offset: int) -> str:
         """Line of a byte; cheap for rising offsets."""
         before, line = self._lines_to if self._lines_to[0] <= offset else (0, 1)

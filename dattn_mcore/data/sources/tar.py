@@ -89,6 +89,10 @@ class TarFile:
         """Reads the bytes of a member."""
         return self._bytes(image.offset, image.length)
 
+    def share(self, place: Place) -> float:
+        """Share of the bytes before a record."""
+        return place.offset / max(os.fstat(self._handle).st_size, 1)
+
     def line(self, offset: int) -> str:
         """Byte of the shard."""
         return f"byte {offset}"
