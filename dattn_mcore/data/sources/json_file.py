@@ -8,6 +8,7 @@ only a file whose brackets do not match is refused as a whole.
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 import re
@@ -22,6 +23,7 @@ _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
 _SCALAR = re.compile(rb'(?:"[^"\\]*(?:\\.[^"\\]*)*"|[^,\[\]{}"])+', re.DOTALL)
+_MOST_LOOKED_AT = 64 << 20  # bytes that are searched for one object over many lines
 _OPEN, _CLOSE = frozenset(b"{["), frozenset(b"}]")
 
 
@@ -53,6 +55,7 @@ class JsonFile:
             if data[start : start + 1] == b"[":
                 yield from self._scan_list(data, start + 1)
             else:
+                self._check_first_line(data, start)
                 yield from _scan_lines(data, start)
 
     def digest(self) -> str:
@@ -131,6 +134,22 @@ class JsonFile:
                 if depth == 0:
                     return token.end()
         raise self._malformed(start, "this record never ends")
+
+    def _check_first_line(self, data: mmap.mmap, start: int) -> None:
+        """Refuses an object over several lines: each of them would be told as a bad sample."""
+        if data[start : start + 1] != b"{" or len(data) > _MOST_LOOKED_AT:
+            return
+        text = data[start:].decode("utf-8", "replace")
+        try:
+            found, end = json.JSONDecoder().raw_decode(text)
+        except (ValueError, RecursionError):
+            return  # a damaged line: one bad sample
+        if "\n" in text[:end]:
+            keys = ", ".join(f"'{key}'" for key in list(found)[:3])
+            raise DataError(
+                f"'{self.path}' starts with a JSON object over several lines (keys {keys}); "
+                "it must be a list of samples, or one object per line"
+            )
 
     def _check_end(self, data: mmap.mmap, place: int) -> None:
         place = _skip_space(data, place)

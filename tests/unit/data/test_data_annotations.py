@@ -199,6 +199,21 @@ def test_a_damaged_line_is_alone(tmp_path: Path) -> None:
     assert file.read(places[2])[0].id == "a"
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n "])
+def test_an_object_over_several_lines_is_told_once(tmp_path: Path, start: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(start + json.dumps({"data": [GOOD] * 9, "by": "ä"}, indent=1))
+    told = (
+        r"a.json' starts with a JSON object over several lines \(keys 'data', 'by'\); it must be "
+        "a list of samples, or one object per line$"
+    )
+    with pytest.raises(DataError, match=told):
+        list(JsonFile(path, "").scan())
+    for text in ('{"id": "a"\n' + json.dumps(GOOD), json.dumps(GOOD)):  # one line that is damaged
+        path.write_text(start + text)
+        assert len(list(JsonFile(path, "").scan())) == text.count("\n") + 1
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     records=st.lists(JSON, max_size=8), indent=st.sampled_from([None, 0, 3]), as_is=st.booleans()
