@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dattn_mcore.data.sources.record import Sample, parse_record
+from dattn_mcore.data.sources.record import RecordError, Sample, parse_record
 from dattn_mcore.data.sources.row_groups import RowGroups
 from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.errors import ConfigError, DataError
@@ -90,8 +90,9 @@ class ParquetFile:
         if isinstance(record.get("conversations"), str):
             try:
                 record["conversations"] = json.loads(record["conversations"])
-            except ValueError:
-                raise DataError("column 'conversations' holds malformed JSON") from None
+            except (ValueError, RecursionError):
+                reason = "column 'conversations' holds malformed JSON"
+                raise RecordError(reason, record.get("id")) from None
         if record.get("id") is None:
             record["id"] = place.key
         cells = self._cells(place)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dattn_mcore.config.schema import Config, SourceConfig
 from dattn_mcore.data.index import build
@@ -16,6 +19,7 @@ from dattn_mcore.data.sources import parquet as source
 from dattn_mcore.data.sources.parquet import ParquetFile
 from dattn_mcore.data.sources.row_groups import RowGroups
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
+from dattn_mcore.errors import DataError
 
 pyarrow = pytest.importorskip("pyarrow", reason="the extra 'parquet' is not installed")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -109,3 +113,38 @@ def test_no_time_is_promised_before_there_is_a_share(
         progress.made(10, 0.25)  # a part that ends late takes nothing back
     assert ["ETA" in line for line in caplog.messages] == [False, True, True]
     assert [line.split()[3] for line in caplog.messages] == ["0%", "50%", "50%"]
+
+
+def test_a_corrupt_corpus(
+    make_config: Callable[..., Config], toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    """Good rows are used, bad ones told with their reason, and a cut file by its name."""
+    out = io.BytesIO()
+    Image.new("RGB", (56, 56)).save(out, "PNG")
+    png = out.getvalue()
+    text = json.dumps(TURNS)
+    rows = {
+        "good": (text, png, None),
+        "json": (text[:-3], png, "column 'conversations' holds malformed JSON"),
+        "null": (None, png, "'conversations' must be a non-empty list, got null"),
+        "imageless": (text, None, "1 <image> mark(s) in the conversation but 0 image(s)"),
+        "note": (text, b"no image", "is not an image"),
+        "empty": (text, b"", "is an empty file"),
+        "last": (text, png, None),
+    }
+    path = tmp_path / "a.parquet"
+    named = [{"id": n, "conversations": t, "image": i} for n, (t, i, _) in rows.items()]
+    parquet.write_table(pyarrow.Table.from_pylist(named), path, row_group_size=2)
+    data = make_config(index_dir=str(tmp_path / "index")).data
+    data = dataclasses.replace(data, sources=(SourceConfig(annotations=f"{tmp_path}/*.parquet"),))
+    config = dataclasses.replace(make_config(), data=data)
+    index = open_index(config, toy_tokenizer)
+    reasons = {entry["id"]: entry["reason"] for entry in index.bad()}
+    assert reasons.keys() == rows.keys() - {"good", "last"} and index.num_usable == 2
+    for name, reason in reasons.items():
+        assert str(rows[name][2]) in reason, name
+    raw = path.read_bytes()
+    for cut in (raw[: len(raw) // 2], b"", raw[:-4]):
+        path.write_bytes(cut)
+        with pytest.raises(DataError, match="a.parquet' is no whole parquet file"):
+            open_index(config, toy_tokenizer)

@@ -223,3 +223,43 @@ def test_a_shard_that_goes_during_a_run_masks_its_samples(
     assert {failure.id for failure in batch.failures} == lost != set()
     gone = f"'{tmp_path / '1.tar'}' cannot be read (No such file or directory)"
     assert all(failure.reason.endswith(gone) for failure in batch.failures)
+
+
+def test_a_corrupt_corpus_of_tars(
+    shards: Callable[..., Config], toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    """Good samples are used, bad ones told with their reason, and a bad shard by its name."""
+    write_tar(tmp_path / "0.tar", good_members(5))
+    half = image(1)[: len(image(1)) // 3]
+    bad = {
+        "list": ({"list.png": image(), "list.json": b"[" + record("l") + b"]"}, "must be an obj"),
+        "page": ({"page.png": image(), "page.json": b"<html>"}, "malformed JSON"),
+        "lone": ({"lone.png": image()}, "has no .json or .txt member"),
+        "imageless": ({"imageless.json": record("imageless")}, "1 <image> mark"),
+        "empty": ({"empty.png": b"", "empty.json": record("empty")}, "image 'empty.png'"),
+        "note": ({"note.png": b"no image", "note.json": record("note")}, "image 'note.png'"),
+        "short": ({"short.png": half[:20], "short.json": record("short")}, "image 'short.png'"),
+    }
+    mixed = good_members(1, "m")
+    for members, _ in bad.values():
+        mixed |= members
+    mixed |= good_members(1, "n")
+    mixed |= {"._n0.png": b"\0", "i.jpg": image(), "i.txt": b"a 7", "i.json": b'{"url": "u"}'}
+    write_tar(tmp_path / "1.tar", mixed)
+    index = open_index(shards("*.tar"), toy_tokenizer)
+    good = {index.sample(n).id for n in range(len(index)) if index.usable[n]}
+    assert good == {*(f"g{n}" for n in range(5)), "m0", "n0", "i"}
+    reasons = {entry["id"]: entry["reason"] for entry in index.bad()}
+    assert reasons.keys() == bad.keys()
+    for name, (_, reason) in bad.items():
+        assert reason in reasons[name], name
+    at = write_tar(tmp_path / "2.tar", good_members(4))[4][0]
+    whole = (tmp_path / "2.tar").read_bytes()
+    for damage, message in DAMAGE.values():
+        (tmp_path / "2.tar").write_bytes(damage(whole, at))
+        with pytest.raises(DataError) as raised:
+            open_index(shards("*.tar"), toy_tokenizer)
+        told = message.format(at=at, past=at + 200, data=at + 512)
+        assert str(raised.value).startswith(f"'{tmp_path / '2.tar'}' {told}")
+    (tmp_path / "2.tar").write_bytes(whole)
+    assert open_index(shards("*.tar"), toy_tokenizer).num_usable == len(good) + 4
