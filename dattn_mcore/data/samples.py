@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from dattn_mcore.data.image_files import check_folder, read_bytes
 from dattn_mcore.data.images import ImageRequest
 from dattn_mcore.data.index.store import Index, IndexedImage, IndexedSample
 from dattn_mcore.data.sources.record import Sample
-from dattn_mcore.data.sources.source import SourceFile, open_source_file
+from dattn_mcore.data.sources.source import ImagePlace, SourceFile, open_source_file
 from dattn_mcore.data.templates import (
     NO_LOSS,
     EncodedSample,
@@ -74,7 +75,9 @@ class SampleReader:
     ) -> None:
         self._index, self._tokenizer = index, tokenizer
         self._rows_per_tile, self._max_pixels = rows_per_tile, max_pixels
+        self._sources = index.settings.files
         self._files: OrderedDict[int, SourceFile] = OrderedDict()
+        self._lock = threading.Lock()  # of the files: images are read by threads
         self._folders: dict[str, Path] = {}
 
     def check_folders(self) -> None:
@@ -144,13 +147,19 @@ class SampleReader:
     def request(self, sample: IndexedSample, image: IndexedImage) -> ImageRequest:
         """What loads an image of a sample; reading happens in the loader's threads."""
         who = f"annotation {sample.id!r}: image '{image.place.name}'"
-        source = self._file(sample.file)
-        if image.place.length or source.image_folder is None:
-            read = partial(_prefixed, who, partial(source.image, sample.place, image.place))
+        # Nothing is opened here: a shard that has gone must fail this image, not the run.
+        source = self._sources[sample.file][1]
+        if image.place.length or source.format == "tar":
+            read = partial(self._read_inside, sample, image.place, who)
         else:
-            folder = source.image_folder
-            read = partial(self._read_file, folder, image.place.name, who)
+            read = partial(self._read_file, source.image_folder, image.place.name, who)
         return ImageRequest(who, read, image.num_tiles, image.grid)
+
+    def _read_inside(self, sample: IndexedSample, image: ImagePlace, who: str) -> bytes:
+        try:
+            return self._file(sample.file).image(sample.place, image)
+        except DataError as error:
+            raise DataError(f"{who}: {error}") from None
 
     def _read_file(self, folder: str, name: str, who: str) -> bytes:
         return read_bytes(self._folder(folder), name, who, self._max_pixels)
@@ -161,17 +170,11 @@ class SampleReader:
         return self._folders[folder]
 
     def _file(self, number: int) -> SourceFile:
-        if number not in self._files:
-            within, source = self._index.settings.files[number]
-            self._files[number] = open_source_file(
-                source.files[within], source.format, source.image_folder
-            )
-        self._files.move_to_end(number)
-        return self._files[number]
-
-
-def _prefixed(who: str, read: partial[bytes]) -> bytes:
-    try:
-        return read()
-    except DataError as error:
-        raise DataError(f"{who} {error}") from None
+        with self._lock:
+            if number not in self._files:
+                within, source = self._sources[number]
+                self._files[number] = open_source_file(
+                    source.files[within], source.format, source.image_folder
+                )
+            self._files.move_to_end(number)
+            return self._files[number]

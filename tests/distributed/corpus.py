@@ -92,7 +92,7 @@ RAW = {
     "not UTF-8": b'{"id": "caf\xe9", "conversations": []}',
     "malformed JSON": b'{"id" "broken"}',
     "must be an object": b"[1, 2]",
-    "a number is too long": b'{"id": ' + b"7" * 5000 + b"}",
+    "malformed JSON (a number of thousands": b'{"id": ' + b"7" * 5000 + b"}",
 }
 
 

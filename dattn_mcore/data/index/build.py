@@ -119,8 +119,7 @@ def _jobs(settings: IndexSettings) -> Iterator[tuple[int, list[Place], float]]:
             for place in opened.scan():
                 places.append(place)
                 if len(places) == PART:
-                    within = place.offset if source.format != "parquet" else 0
-                    yield file, places, (behind + min(within, sizes[file])) / whole
+                    yield file, places, (behind + opened.share(place) * sizes[file]) / whole
                     places = []
         finally:
             opened.close()
@@ -138,7 +137,7 @@ def _make_parts(
     with contextlib.ExitStack() as stack:
         pool: ProcessPoolExecutor | None = None
         maker = None
-        running: set[Future[int]] = set()
+        running: dict[Future[int], float] = {}  # to the share that is behind each
         if workers > 0:
             # Not forked: a parent may have threads.
             context = multiprocessing.get_context("spawn")
@@ -152,13 +151,11 @@ def _make_parts(
                 maker = maker or RowMaker(settings, tokenizer)
                 progress.made(_write_part(maker, paths[-1], file, places), share)
             else:
-                running.add(pool.submit(_work, paths[-1], file, places))
-                while len(running) > 2 * workers:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        progress.made(future.result(), share)
-        for future in running:
-            progress.made(future.result(), 1.0)
+                running[pool.submit(_work, paths[-1], file, places)] = share
+                if len(running) > 2 * workers:
+                    _collect(running, progress)
+        while running:
+            _collect(running, progress)
     if not paths:
         raise DataError(
             f"data: '{settings.sources[0].files[0]}' holds no records; "
@@ -166,6 +163,12 @@ def _make_parts(
         )
     progress.close()
     return paths
+
+
+def _collect(running: dict[Future[int], float], progress: _Progress) -> None:
+    """Counts the parts that are done; waits for one."""
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        progress.made(future.result(), running.pop(future))
 
 
 def _start_worker(settings: IndexSettings) -> None:
@@ -208,26 +211,27 @@ class _Progress:
     def __init__(self) -> None:
         self._started = self._said = time.monotonic()
         self._made = self._found = 0
-        self._share_found = 0.0
+        self._share = self._share_found = 0.0
 
     def found(self, count: int, share: float) -> None:
         """Counts records whose part was there already."""
         self._found += count
-        self._share_found = share
+        self._share = self._share_found = share
 
     def made(self, count: int, share: float) -> None:
         """Counts records that were worked on; says so now and then."""
         self._made += count
+        self._share = max(self._share, share)  # parts end in any order
         now = time.monotonic()
         if now - self._said < _SECONDS_BETWEEN_LINES:
             return
         self._said = now
         seconds = now - self._started
-        fresh = max(share - self._share_found, 1e-9)
+        fresh = self._share - self._share_found
+        left = f"  ETA {duration(seconds * (1 - self._share) / fresh)}" if fresh > 0 else ""
         _LOG.info(
-            "index  %s samples  %.0f%%  %s samples/s  ETA %s",
-            *(f"{self._made + self._found:,}", 100 * share, rate(self._made / seconds)),
-            duration(seconds * (1 - share) / fresh),
+            "index  %s samples  %.0f%%  %s samples/s%s",
+            *(f"{self._made + self._found:,}", 100 * self._share, rate(self._made / seconds), left),
         )
 
     def close(self) -> None:

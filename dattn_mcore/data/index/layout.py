@@ -40,6 +40,7 @@ SAMPLE = np.dtype(
         ("name_length", "<u2"),
         ("num_images", "<u2"),
         ("num_tiles", "<u4"),
+        ("caption", "u1"),  # 1: its text is a caption of a tar shard, no record
     ]
 )
 IMAGE = np.dtype(

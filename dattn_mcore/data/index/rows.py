@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import DataError
 
 _LONGEST_NAME = 65535  # bytes: its length is two bytes of a row
+_MOST_OPEN = 8  # files; parts come in the order of files, and shards can be thousands
 
 
 @dataclass
@@ -84,7 +86,7 @@ class RowMaker:
         """
         self._settings = settings
         self._tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
-        self._files: dict[int, SourceFile] = {}
+        self._files: OrderedDict[int, SourceFile] = OrderedDict()
         self._folders: dict[str, Path] = {}
         # Conversations about one image stand near each other in the usual data sets.
         self._probe = functools.lru_cache(maxsize=4096)(self._probe_file)
@@ -107,14 +109,14 @@ class RowMaker:
                     rows.append(self._image_row(made, source, place, image, before))
             except DataError as error:
                 reason = str(error)
-                name = error.id if isinstance(error, RecordError) else name
+                name = (error.id if isinstance(error, RecordError) else "") or name
                 encoded, rows = _Encoded(0, NEVER, 0, ()), []
             start, length = made.name(name)
             made.samples.append(
                 (
                     *(place.offset, place.length, file, start, len(made.images)),
                     *(encoded.text_rows, encoded.first_label, encoded.supervised, length),
-                    *(len(rows), sum(row[6] for row in rows)),
+                    *(len(rows), sum(row[6] for row in rows), place.caption),
                 )
             )
             made.images += rows
@@ -142,10 +144,13 @@ class RowMaker:
 
     def _open(self, file: int) -> SourceFile:
         if file not in self._files:
+            while len(self._files) >= _MOST_OPEN:
+                self._files.popitem(last=False)[1].close()
             number, source = self._settings.files[file]
             self._files[file] = open_source_file(
-                source.files[number], source.format, source.image_folder
+                source.files[number], source.format, source.image_folder, in_order=True
             )
+        self._files.move_to_end(file)
         return self._files[file]
 
     def _encode(self, sample: Sample) -> _Encoded:

@@ -127,7 +127,9 @@ class Index:
             number=number,
             id=name,
             file=int(row["file"]),
-            place=Place(int(row["offset"]), int(row["length"]), name, inside),
+            place=Place(
+                *(int(row["offset"]), int(row["length"]), name, inside), bool(row["caption"])
+            ),
             text_rows=int(row["text_rows"]),
             images=images,
         )

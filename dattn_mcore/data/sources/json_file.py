@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dattn_mcore.data.sources.record import Sample, parse_record
+from dattn_mcore.data.sources.record import Sample, decode_json, parse_record
 from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.errors import DataError
 
@@ -23,6 +23,7 @@ _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
 _SCALAR = re.compile(rb'(?:"[^"\\]*(?:\\.[^"\\]*)*"|[^,\[\]{}"])+', re.DOTALL)
+_MOST_LOOKED_AT = 64 << 20  # bytes that are searched for one object over many lines
 _OPEN, _CLOSE = frozenset(b"{["), frozenset(b"}]")
 
 
@@ -54,6 +55,7 @@ class JsonFile:
             if data[start : start + 1] == b"[":
                 yield from self._scan_list(data, start + 1)
             else:
+                self._check_first_line(data, start)
                 yield from _scan_lines(data, start)
 
     def digest(self) -> str:
@@ -66,23 +68,20 @@ class JsonFile:
 
     def read(self, place: Place) -> tuple[Sample, tuple[ImagePlace, ...]]:
         """Reads and checks one record."""
-        raw = os.pread(self._handle, place.length, place.offset)
         try:
-            record = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"malformed JSON ({error.msg} at character {error.pos})") from None
-        except ValueError as error:  # of int(): too many digits
-            raise DataError(f"a number is too long ({error})") from None
-        except RecursionError:
-            raise DataError("nested too deeply for a LLaVA record") from None
-        sample = parse_record(record)
+            raw = os.pread(self._handle, place.length, place.offset)
+        except OSError as error:
+            raise DataError(f"cannot be read from '{self.path}' ({error.strerror})") from None
+        sample = parse_record(decode_json(raw))
         return sample, tuple(ImagePlace(name) for name in sample.images)
 
     def image(self, place: Place, image: ImagePlace) -> bytes:
         """Never called: images lie in the folder."""
         raise NotImplementedError
+
+    def share(self, place: Place) -> float:
+        """Share of the bytes before a record."""
+        return place.offset / max(os.fstat(self._handle).st_size, 1)
 
     def line(self, offset: int) -> str:
         """Line of a byte; cheap for rising offsets."""
@@ -135,6 +134,22 @@ class JsonFile:
                 if depth == 0:
                     return token.end()
         raise self._malformed(start, "this record never ends")
+
+    def _check_first_line(self, data: mmap.mmap, start: int) -> None:
+        """Refuses an object over several lines: each of them would be told as a bad sample."""
+        if data[start : start + 1] != b"{" or len(data) > _MOST_LOOKED_AT:
+            return
+        text = data[start:].decode("utf-8", "replace")
+        try:
+            found, end = json.JSONDecoder().raw_decode(text)
+        except (ValueError, RecursionError):
+            return  # a damaged line: one bad sample
+        if "\n" in text[:end]:
+            keys = ", ".join(f"'{key}'" for key in list(found)[:3])
+            raise DataError(
+                f"'{self.path}' starts with a JSON object over several lines (keys {keys}); "
+                "it must be a list of samples, or one object per line"
+            )
 
     def _check_end(self, data: mmap.mmap, place: int) -> None:
         place = _skip_space(data, place)

@@ -3,7 +3,7 @@
 Columns: `conversations` (list of {from, value}, or its JSON), `id` (optional), and `image` or
 `images`: bytes, {bytes, path} (the Image feature of `datasets`), a path below the image folder, or
 a list of any of these. A row is read with its row group, so files with small row groups (some
-hundred rows) serve random access best; the groups used last are kept.
+hundred rows) serve random access best; the groups used last are kept, up to 256 MiB of images.
 """
 
 from __future__ import annotations
@@ -11,25 +11,32 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dattn_mcore.data.sources.record import Sample, parse_record
+from dattn_mcore.data.sources.record import RecordError, Sample, parse_record
+from dattn_mcore.data.sources.row_groups import RowGroups
 from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.errors import ConfigError, DataError
 
-_GROUPS_KEPT = 8
+# Of a process, whatever it opens. Apart, or a large group of images would throw out its text.
+_TEXTS, _IMAGES = RowGroups(64 << 20), RowGroups(256 << 20)
 _IN_FILE = "row {row} image {number}"
 
 
 class ParquetFile:
     """A parquet file, as `SourceFile` describes it."""
 
-    def __init__(self, path: Path, image_folder: str) -> None:
+    def __init__(self, path: Path, image_folder: str, in_order: bool = False) -> None:
         """Opens the file and reads its footer.
+
+        Args:
+            path: The file.
+            image_folder: Folder of the images that lie beside it.
+            in_order: Rows are read in order, so only the newest row group is kept.
 
         Raises:
             DataError: It is no parquet file or lacks a column.
@@ -45,6 +52,9 @@ class ParquetFile:
         try:
             self._file = parquet.ParquetFile(path)
         except Exception as error:  # noqa: BLE001  (pyarrow raises classes of its own)
+            number = getattr(error, "errno", None)
+            if number is not None:  # the system's: too many open files, a failing disk
+                raise DataError(f"'{path}' cannot be read ({os.strerror(number)})") from None
             reason = " ".join(str(error).split())[:120]
             raise DataError(f"'{path}' is no whole parquet file ({reason})") from None
         names = self._file.schema_arrow.names
@@ -53,8 +63,8 @@ class ParquetFile:
         self._image_column = next((name for name in ("image", "images") if name in names), None)
         self._text_columns = [name for name in ("id", "conversations") if name in names]
         self.image_folder: str | None = image_folder
-        self._groups: OrderedDict[tuple[int, bool], list[dict[str, Any]]] = OrderedDict()
-        self._lock = threading.Lock()  # of the file and the groups: readers are threads
+        self._in_order = in_order
+        self._lock = threading.Lock()  # of the file: readers are threads
 
     def scan(self) -> Iterator[Place]:
         """Yields (row group, row in it) of every row."""
@@ -80,8 +90,9 @@ class ParquetFile:
         if isinstance(record.get("conversations"), str):
             try:
                 record["conversations"] = json.loads(record["conversations"])
-            except ValueError:
-                raise DataError("column 'conversations' holds malformed JSON") from None
+            except (ValueError, RecursionError):
+                reason = "column 'conversations' holds malformed JSON"
+                raise RecordError(reason, record.get("id")) from None
         if record.get("id") is None:
             record["id"] = place.key
         cells = self._cells(place)
@@ -112,7 +123,15 @@ class ParquetFile:
 
     def close(self) -> None:
         """Closes the file."""
+        for kept in (_TEXTS, _IMAGES):
+            kept.drop(self)
         self._file.close()
+
+    def share(self, place: Place) -> float:
+        """Share of the file's rows that stand before a place."""
+        metadata = self._file.metadata
+        before = sum(metadata.row_group(group).num_rows for group in range(place.offset))
+        return float((before + place.length) / max(metadata.num_rows, 1))
 
     def _cells(self, place: Place) -> list[Any]:
         if self._image_column is None:
@@ -124,20 +143,19 @@ class ParquetFile:
 
     def _row(self, place: Place, images: bool) -> dict[str, Any]:
         """One row: its text, or its images. Whole row groups are read and some of them kept."""
-        key = (place.offset, images)
-        with self._lock:
-            if key not in self._groups:
-                columns = [self._image_column] if images else self._text_columns
+        kept, columns = (_IMAGES, [self._image_column]) if images else (_TEXTS, self._text_columns)
+        with self._lock:  # so that threads do not read one group twice
+            table = kept.get(self, place.offset)
+            if table is None:
+                if self._in_order:
+                    kept.drop(self)
                 try:
                     table = self._file.read_row_group(place.offset, columns=columns)
                 except Exception as error:  # noqa: BLE001  (pyarrow raises classes of its own)
                     reason = " ".join(str(error).split())[:120]
                     raise DataError(f"row group {place.offset} is damaged ({reason})") from None
-                self._groups[key] = table.to_pylist()
-                while len(self._groups) > _GROUPS_KEPT:
-                    self._groups.popitem(last=False)
-            self._groups.move_to_end(key)
-            return self._groups[key][place.length]
+                kept.put(self, place.offset, table)
+        return dict(table.slice(place.length, 1).to_pylist()[0])
 
 
 def _bytes_of(cell: Any) -> bytes | None:

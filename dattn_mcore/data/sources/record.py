@@ -6,6 +6,7 @@ for each. Turns alternate, human first, gpt last; a gpt turn before the first is
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,24 @@ class RecordError(DataError):
         super().__init__(reason)
         text = str(name) if isinstance(name, str | int) else ""
         self.id = text.encode("utf-8", "replace").decode()  # every message can show it
+
+
+def decode_json(raw: bytes) -> Any:
+    """Decodes the bytes of one record; a byte order mark before it is dropped.
+
+    Raises:
+        DataError: What is wrong with it, without saying where it stands.
+    """
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"malformed JSON ({error.msg} at character {error.pos})") from None
+    except ValueError:  # what Python says names a setting of its own
+        raise DataError("malformed JSON (a number of thousands of digits)") from None
+    except RecursionError:
+        raise DataError("nested too deeply for a LLaVA record") from None
 
 
 def parse_record(record: Any) -> Sample:

@@ -41,12 +41,14 @@ class Place:
         length: Bytes; the row of the group for parquet.
         key: Name that stands in for an `id` the record lacks (tar, parquet).
         images: Images that lie beside the record in the same file (tar).
+        caption: What stands there is a caption's text, no record (tar).
     """
 
     offset: int
     length: int
     key: str = ""
     images: tuple[ImagePlace, ...] = ()
+    caption: bool = False
 
 
 class SourceFile(Protocol):
@@ -83,6 +85,9 @@ class SourceFile(Protocol):
         Raises:
             DataError: It cannot be read.
         """
+
+    def share(self, place: Place) -> float:
+        """Share of the file that stands before a record, 0 to 1, for progress."""
 
     def line(self, offset: int) -> str:
         """Says where a record stands, for people: "line 7", "row 12"."""
@@ -182,8 +187,16 @@ def _format(path: Path, wanted: str, setting: str) -> str:
     return "json"
 
 
-def open_source_file(path: Path, format_name: str, image_folder: str) -> SourceFile:
+def open_source_file(
+    path: Path, format_name: str, image_folder: str, in_order: bool = False
+) -> SourceFile:
     """Opens one file of a source.
+
+    Args:
+        path: The file.
+        format_name: `json`, `tar` or `parquet`.
+        image_folder: See SourceFile.
+        in_order: Its records will be read in order; less of it is kept in memory then.
 
     Raises:
         DataError: It cannot be read, or its format needs a package that is absent.
@@ -196,7 +209,7 @@ def open_source_file(path: Path, format_name: str, image_folder: str) -> SourceF
     if format_name == "parquet":
         from dattn_mcore.data.sources.parquet import ParquetFile
 
-        return ParquetFile(path, image_folder)
+        return ParquetFile(path, image_folder, in_order)
     from dattn_mcore.data.sources.json_file import JsonFile
 
     return JsonFile(path, image_folder)

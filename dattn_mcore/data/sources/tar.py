@@ -2,7 +2,8 @@
 
     000123.jpg  000123.json      a LLaVA record and its image
     000124.0.jpg 000124.1.jpg 000124.json   several images, in the order of their marks
-    000125.jpg  000125.txt       an image and its caption
+    000125.jpg  000125.txt       an image and its caption (or .caption)
+    000126.jpg  000126.txt  000126.json     as img2dataset writes it: .json without `conversations`
 
 A record's `image` may name members; without it, the images of the sample are taken in the order
 they stand in the shard. Members are read at their place: nothing is unpacked, and a shard can be
@@ -12,15 +13,15 @@ of any size. Source: https://github.com/webdataset/webdataset (naming of members
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dattn_mcore.data.sources.record import IMAGE_MARK, Sample, parse_record
+from dattn_mcore.data.sources.record import IMAGE_MARK, Sample, decode_json, parse_record
 from dattn_mcore.data.sources.source import ImagePlace, Place
+from dattn_mcore.data.sources.tar_members import tar_members
 from dattn_mcore.errors import DataError
 
 _TEXT = ("json", "txt", "caption")
@@ -46,57 +47,51 @@ class TarFile:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise DataError(f"'{path}' cannot be read ({error.strerror})") from None
-        self._rows: dict[int, int] = {}
 
     def scan(self) -> Iterator[Place]:
-        """Yields the place of every sample's text, with its images; reads headers only."""
-        size = os.fstat(self._handle).st_size
+        """Yields the place of every sample's text, with its images; reads no image."""
         key = ""
         members: list[tarfile.TarInfo] = []
-        for member in self._members():
-            if member.offset_data + member.size > size:
-                raise DataError(f"'{self.path}' is truncated inside its member '{member.name}'")
+        for member in _named(self.path):
             name = PurePosixPath(member.name)
             found = str(name.parent / name.name.partition(".")[0])
             if found != key and members:
-                yield _place(key, members)
+                yield self._place(key, members)
                 members = []
             key = found
             members.append(member)
         if members:
-            yield _place(key, members)
+            yield self._place(key, members)
 
     def digest(self) -> str:
         """Returns a SHA-256 of the members' names and sizes and of all text."""
         digest = hashlib.sha256()
-        for member in self._members():
-            digest.update(f"{member.name}\0{member.size}\0".encode())
-            if member.name.rpartition(".")[2] in _TEXT:
-                digest.update(os.pread(self._handle, member.size, member.offset_data))
+        for member in _named(self.path):
+            digest.update(f"{member.name}\0{member.size}\0".encode("utf-8", "surrogateescape"))
+            if _suffix(member) in _TEXT:
+                digest.update(self._bytes(member.offset_data, member.size))
         return digest.hexdigest()
 
     def read(self, place: Place) -> tuple[Sample, tuple[ImagePlace, ...]]:
         """Reads and checks one record."""
         if not place.length:
             raise DataError("this sample of the shard has no .json or .txt member, or an empty one")
-        raw = os.pread(self._handle, place.length, place.offset)
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-        record = _record(text, place.images)
-        record.setdefault("id", place.key)
-        if record.get("image") is None and place.images:
-            record["image"] = [image.name for image in place.images]
+        raw = self._bytes(place.offset, place.length)
+        record = _captioned(raw, place.images) if place.caption else decode_json(raw)
+        if isinstance(record, dict):
+            record.setdefault("id", place.key)
+            if record.get("image") is None and place.images:
+                record["image"] = [image.name for image in place.images]
         sample = parse_record(record)
         return sample, _match(sample.images, place.images)
 
     def image(self, place: Place, image: ImagePlace) -> bytes:
         """Reads the bytes of a member."""
-        try:
-            return os.pread(self._handle, image.length, image.offset)
-        except OSError as error:
-            raise DataError(f"cannot be read from '{self.path}' ({error.strerror})") from None
+        return self._bytes(image.offset, image.length)
+
+    def share(self, place: Place) -> float:
+        """Share of the bytes before a record."""
+        return place.offset / max(os.fstat(self._handle).st_size, 1)
 
     def line(self, offset: int) -> str:
         """Byte of the shard."""
@@ -106,51 +101,58 @@ class TarFile:
         """Closes the shard."""
         os.close(self._handle)
 
-    def _members(self) -> Iterator[tarfile.TarInfo]:
-        """Regular members, one at a time; a link or a folder is none."""
+    def _bytes(self, offset: int, length: int) -> bytes:
         try:
-            # Not the mode "r|": it reads every byte. tarfile keeps all members: they are dropped.
-            with tarfile.open(self.path, "r:") as shard:
-                while (member := shard.next()) is not None:
-                    shard.members = []  # type: ignore[attr-defined]
-                    if member.isreg():
-                        yield member
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise DataError(f"'{self.path}' is no whole tar file ({error})") from None
+            return os.pread(self._handle, length, offset)
+        except OSError as error:
+            raise DataError(f"cannot be read from '{self.path}' ({error.strerror})") from None
 
+    def _place(self, key: str, members: list[tarfile.TarInfo]) -> Place:
+        """One sample of the shard."""
+        texts, images = {}, []
+        for member in members:
+            suffix = _suffix(member)
+            if suffix in _TEXT:
+                texts[suffix] = member
+            elif suffix in _IMAGES:
+                images.append(ImagePlace(member.name, member.offset_data, member.size))
+        # Only beside a caption: a lone .json without a conversation is told as what it is.
+        if len(texts) > 1 and "json" in texts and self._is_metadata(texts["json"]):
+            del texts["json"]
+        for suffix in _TEXT:
+            if suffix in texts:
+                text, caption = texts[suffix], suffix != "json"
+                return Place(text.offset_data, text.size, key, tuple(images), caption)
+        return Place(members[0].offset_data, 0, key, tuple(images))
 
-def _place(key: str, members: list[tarfile.TarInfo]) -> Place:
-    """One sample of the shard."""
-    texts, images = {}, []
-    for member in members:
-        suffix = member.name.rpartition(".")[2].lower()
-        if suffix in _TEXT:
-            texts[suffix] = member
-        elif suffix in _IMAGES:
-            images.append(ImagePlace(member.name, member.offset_data, member.size))
-    for suffix in _TEXT:
-        if suffix in texts:
-            text = texts[suffix]
-            return Place(text.offset_data, text.size, key, tuple(images))
-    return Place(members[0].offset_data, 0, key, tuple(images))
-
-
-def _record(text: str, images: tuple[ImagePlace, ...]) -> dict[str, Any]:
-    """A LLaVA record of a .json member, or of a caption."""
-    if text.lstrip()[:1] == "{":
+    def _is_metadata(self, member: tarfile.TarInfo) -> bool:
+        """Whether a .json holds an image's properties (img2dataset writes those), no record."""
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"malformed JSON ({error.msg} at character {error.pos})") from None
-        except ValueError as error:  # of int(): too many digits
-            raise DataError(f"a number is too long ({error})") from None
-        except RecursionError:
-            raise DataError("nested too deeply for a LLaVA record") from None
-        return dict(record)
+            found = decode_json(self._bytes(member.offset_data, member.size))
+        except DataError:
+            return False
+        return isinstance(found, dict) and "conversations" not in found
+
+
+def _named(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Members but hidden ones: macOS adds `._name` to each, and WebDataset skips them, too."""
+    for member in tar_members(path):
+        if not PurePosixPath(member.name).name.startswith("."):
+            yield member
+
+
+def _suffix(member: tarfile.TarInfo) -> str:
+    return member.name.rpartition(".")[2].casefold()
+
+
+def _captioned(raw: bytes, images: tuple[ImagePlace, ...]) -> dict[str, Any]:
+    """A LLaVA record of a caption."""
+    try:
+        text = raw.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
     marks = "\n".join([IMAGE_MARK] * len(images))
-    return {
-        "conversations": [{"from": "human", "value": marks}, {"from": "gpt", "value": text.strip()}]
-    }
+    return {"conversations": [{"from": "human", "value": marks}, {"from": "gpt", "value": text}]}
 
 
 def _match(names: tuple[str, ...], images: tuple[ImagePlace, ...]) -> tuple[ImagePlace, ...]:

@@ -194,7 +194,7 @@ BAD_BYTES = {
     "not UTF-8": (b'{"id": "caf\xe9", "x": "]}"}', "not UTF-8"),
     "number": (b"3", "must be an object, got a number"),
     "text with brackets": (b'"}]{"', "must be an object, got a string"),
-    "long number": (b'{"id": ' + b"7" * 5000 + b"}", "a number is too long (Exceeds the limit"),
+    "long number": (b'{"id": ' + b"7" * 5000 + b"}", "malformed JSON (a number of thousands"),
     "deep": (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
 }
 
@@ -222,6 +222,21 @@ def test_a_damaged_line_is_alone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="malformed JSON"):
         file.read(places[1])
     assert file.read(places[2])[0].id == "a"
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n "])
+def test_an_object_over_several_lines_is_told_once(tmp_path: Path, start: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(start + json.dumps({"data": [GOOD] * 9, "by": "ä"}, indent=1))
+    told = (
+        r"a.json' starts with a JSON object over several lines \(keys 'data', 'by'\); it must be "
+        "a list of samples, or one object per line$"
+    )
+    with pytest.raises(DataError, match=told):
+        list(JsonFile(path, "").scan())
+    for text in ('{"id": "a"\n' + json.dumps(GOOD), json.dumps(GOOD)):  # one line that is damaged
+        path.write_text(start + text)
+        assert len(list(JsonFile(path, "").scan())) == text.count("\n") + 1
 
 
 @settings(max_examples=200, deadline=None)

@@ -142,7 +142,7 @@ def test_bad_tars(
     whole = path.read_bytes()
     config = with_sources(make_config(), tmp_path, SourceConfig(annotations=str(path)))
     for raw, message in (
-        (whole[:9000], "truncated inside its member|no whole tar"),
+        (whole[:9000], "truncated inside its member"),
         (b"<html>" * 400, "no whole tar file"),
     ):
         path.write_bytes(raw)

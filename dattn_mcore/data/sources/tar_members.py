@@ -1,0 +1,73 @@
+"""Walks over the members of a tar file and refuses one that is cut or damaged.
+
+`tarfile` ends its walk in silence at a header that is damaged or cut, as if the shard ended there.
+A whole shard ends with blocks of zeros and nothing behind them. Python, GNU tar and libarchive
+write at least two; one is taken as well, for no header can follow it. A file that ends where a
+member ends, without zeros, is refused: so looks a download that stopped there, and a shard whose
+writer was killed.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from dattn_mcore.errors import DataError
+
+_BLOCK = 512
+_AGAIN = "copy or make the shard again"
+
+
+def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Yields the regular members, one at a time; a link or a folder is none. Reads headers only.
+
+    Raises:
+        DataError: The file cannot be read, is no tar file, or is cut or damaged (at which byte).
+    """
+    try:
+        with open(path, "rb") as file:
+            yield from _walk(path, file)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise DataError(f"'{path}' is no whole tar file ({error})") from None
+    except OSError as error:  # too many open files, a failing disk: nothing wrong with the shard
+        raise DataError(f"'{path}' cannot be read ({error.strerror})") from None
+
+
+def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    size = file.seek(0, 2)
+    file.seek(0)
+    # Not the mode "r|": it reads every byte. tarfile keeps all members: they are dropped.
+    with tarfile.open(fileobj=file, mode="r:") as shard:
+        while (member := shard.next()) is not None:
+            shard.members = []  # type: ignore[attr-defined]
+            if not member.isreg():
+                continue
+            # A damaged size can be negative, too.
+            if not 0 <= member.size <= size - member.offset_data:
+                raise DataError(
+                    f"'{path}' is truncated inside its member '{member.name}', which starts at "
+                    f"byte {member.offset_data}; {_AGAIN}"
+                )
+            yield member
+        _check_end(path, file, shard.offset)  # type: ignore[attr-defined]
+
+
+def _check_end(path: Path, file: BinaryIO, end: int) -> None:
+    """Refuses a shard with anything but zeros from where its last member ends."""
+    file.seek(end)
+    block = file.read(_BLOCK)
+    if len(block) < _BLOCK:
+        where = "inside a member's header" if block.strip(b"\0") else "before the zeros that end it"
+        raise DataError(f"'{path}' is truncated at byte {end + len(block)}, {where}; {_AGAIN}")
+    if block.strip(b"\0"):
+        raise DataError(
+            f"'{path}' is damaged at byte {end}: no member's header stands there; {_AGAIN}"
+        )
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            raise DataError(
+                f"'{path}' is damaged at byte {end}: zeros stand there as at a tar's end, but "
+                f"data follow; {_AGAIN}"
+            )
