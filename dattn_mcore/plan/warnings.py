@@ -1,0 +1,38 @@
+"""What a layout does that its user will hardly have wanted; a line for each."""
+
+from __future__ import annotations
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.plan.estimate import Plan
+from dattn_mcore.plan.workload import Step, pack_multiple
+
+NEARLY_FULL = 0.9  # of the samples that micro-batches could hold: more is nobody's concern
+
+
+def warnings_of(plan: Plan) -> list[str]:
+    """Warnings of a layout on its cluster, on any kind of GPU."""
+    lines = [part_full(plan.config, plan.step, plan.dp)]
+    return [line for line in lines if line]
+
+
+def part_full(config: Config, step: Step, dp: int) -> str:
+    """Whether a step's samples are too few for the replicas; empty where they are not.
+
+    Args:
+        config: with the layout.
+        step: from `step_of`.
+        dp: data parallel size.
+    """
+    if step.packs == step.needed or step.fill >= NEARLY_FULL:
+        return ""
+    enough = step.packs * step.per_pack
+    most = max(1, dp * step.needed // pack_multiple(config, dp))
+    if step.samples < step.packs:
+        found = f"a step's {step.samples} samples leave {step.packs - step.samples} of its "
+        found += f"{step.packs} packs empty ({dp} replicas)"
+    else:
+        found = f"packs of a step are {step.fill:.0%} full ({step.packs} for {dp} replicas)"
+    return (
+        f"{found}: raise train.global_batch_size to at least {enough} or use fewer replicas "
+        f"(at most {most})"
+    )
