@@ -102,8 +102,9 @@ def _run(chosen: argparse.Namespace) -> None:
     if not named:
         rankings = [rank_layouts(config, cluster, gpu, fp8, sample) for gpu, fp8 in combinations]
     remarks = notes(config, sample, assumed, data)
+    name = chosen.config or "the embedded digits task"
     if chosen.plot:
-        _plot(chosen.plot, config, cluster, plans[-1], sample)
+        _plot(chosen.plot, name, config, cluster, plans[-1], sample)
         remarks.append(f"picture: {chosen.plot}")
     if chosen.json:
         result = {
@@ -120,7 +121,6 @@ def _run(chosen: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
         return
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-    name = chosen.config or "the embedded digits task"
     console.print(f"{name} on {cluster.nodes} x {cluster.gpus_per_node} GPUs")
     print_plans(console, plans, data)
     for ranking in rankings:
@@ -154,12 +154,15 @@ def _as_dict(plan: Plan, data: DataSize) -> dict[str, Any]:
     return {**as_dict(plan, data), "warnings": warnings_of(plan)}
 
 
-def _plot(path: str, config: Config, cluster: Cluster, plan: Plan, sample: Sample) -> None:
+def _plot(
+    path: str, name: str, config: Config, cluster: Cluster, plan: Plan, sample: Sample
+) -> None:
     from dattn_mcore.plan.plot import draw, over_visual_rows
 
     points = over_visual_rows(config, cluster, plan.gpu, plan.fp8, sample.text)
     precision = "FP8" if plan.fp8 else config.train.precision
-    title = f"{plan.gpu.name}, {precision}, {layout_name(plan)}"
+    gpus = f"{cluster.nodes} x {cluster.gpus_per_node} {plan.gpu.name}"
+    title = f"{name}, {gpus}, {precision}: {layout_name(plan)}"
     try:
         draw(points, Path(path), title)
     except (OSError, ValueError) as error:

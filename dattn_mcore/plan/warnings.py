@@ -11,8 +11,19 @@ NEARLY_FULL = 0.9  # of the samples that micro-batches could hold: more is nobod
 
 def warnings_of(plan: Plan) -> list[str]:
     """Warnings of a layout on its cluster, on any kind of GPU."""
-    lines = [part_full(plan.config, plan.step, plan.dp)]
+    lines = [part_full(plan.config, plan.step, plan.dp), _tensor_parallel_over_nodes(plan)]
     return [line for line in lines if line]
+
+
+def _tensor_parallel_over_nodes(plan: Plan) -> str:
+    tp, per_node = plan.config.parallel.tp, plan.cluster.gpus_per_node
+    if per_node % tp == 0:
+        return ""
+    within = max(size for size in range(1, tp) if per_node % size == 0 and tp % size == 0)
+    return (
+        f"tp {tp} crosses nodes of {per_node} GPUs: every layer's exchanges wait for the network "
+        f"between nodes; use --tp {within}, and --pp for a model that does not fit then"
+    )
 
 
 def part_full(config: Config, step: Step, dp: int) -> str:

@@ -148,6 +148,33 @@ def test_too_few_samples_for_the_replicas_are_told(dp, message):
     assert dealt in describe(config, 2 * dp)
 
 
+def test_tensor_parallel_groups_over_nodes_are_told():
+    config = load_config(GEMMA, ["parallel.tp=8"])
+    found = [
+        warnings_of(make_plan(config, Cluster(*nodes), GPUS["h100"], False, Sample(512, 1)))
+        for nodes in ((2, 4), (1, 8))
+    ]
+    assert found[0][0].startswith("tp 8 crosses nodes of 4 GPUs") and "--tp 4" in found[0][0]
+    assert found[1] == []
+
+
+def test_the_picture_says_what_it_shows_and_tells_its_curves_apart(monkeypatch, tmp_path):
+    from matplotlib import pyplot
+
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    command = ["--config", "gemma_pt.yaml", "--tp", "2", "--gpu", "h100", "--plot"]
+    monkeypatch.chdir(GEMMA.parent)
+    assert main([*command, str(tmp_path / "plan.png")]) == 0
+    (figure,) = kept
+    title = figure.get_suptitle()
+    assert title.startswith("gemma_pt.yaml, 1 x 8 H100, FP8: tp 2 x pp 1 x dp 4, sp")
+    for axes in figure.axes:
+        d_attn, baseline = axes.get_lines()[:2]
+        assert d_attn.get_linestyle() == "-" and baseline.get_linestyle() == "--"
+        assert d_attn.get_marker() != baseline.get_marker()
+
+
 def test_what_the_dry_run_advises_fills_the_packs():
     config = load_config(GEMMA, ["train.global_batch_size=512"])
     assert "warning: " not in describe(config, 128)
