@@ -94,7 +94,10 @@ def _global_batch(config: Config, dp: int) -> list[str]:
         )
         dealt = pack_multiple(config, dp)
         if multiple % dealt:
-            line += f"; rounded up to a multiple of {dealt} for {dp} replicas, and less full then"
+            line += (
+                f"; {dp} replicas round it up to a multiple of {dealt} and then leave packs less "
+            )
+            line += "full: set data.step_packs_multiple to one"
     images = 1.0 if config.data.visual_budget >= config.model.vision.rows_per_tile else 0.0
     sample = Sample(full_budget_sample(config, images), images)
     problem = part_full(config, step_of(config, sample, dp), dp)

@@ -144,7 +144,7 @@ def test_too_few_samples_for_the_replicas_are_told(dp, message):
     assert [line.startswith(message) for line in lines] == ([True] if message else [])
     dry = [line for line in describe(config, 2 * dp).splitlines() if "warning: " in line]
     assert len(dry) == len(lines) and all(line in dry[0] for line in lines)
-    dealt = f"rounded up to a multiple of {dp} for {dp} replicas, and less full then"
+    dealt = f"{dp} replicas round it up to a multiple of {dp} and then leave packs less full: set"
     assert dealt in describe(config, 2 * dp)
 
 
