@@ -1,7 +1,8 @@
 """The errors a user can cause. Each message is one line: field or file, value, rule, way out.
 
-Entry points print the message without a traceback and exit with status 2. Anything else that
-is raised is a defect of this project and keeps its traceback.
+Entry points print the message without a traceback and exit with status 2; the trainer tells a
+machine's or the network's fault apart, and exits with status 4. Anything else that is raised is a
+defect of this project and keeps its traceback.
 """
 
 
@@ -17,7 +18,11 @@ class DataError(DattnError):
     """An annotation, image or tokenizer that is missing or malformed."""
 
 
-class RankError(DattnError):
+class FaultError(DattnError):
+    """A machine or the network failed, no setting: another start may do better."""
+
+
+class RankError(FaultError):
     """What only this rank can tell: it could not reach the others, so it speaks for itself."""
 
 

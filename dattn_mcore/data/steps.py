@@ -25,7 +25,7 @@ from dattn_mcore.errors import ConfigError, DataError
 
 _WINDOWS = 8  # parts of the first epoch that are packed to see how full packs can get
 _SLACK = 0.01  # of the budgets, below the fill that all of these reached
-_MOST_OFF = 0.25  # of train.global_batch_size, by which full packs may change a step
+MOST_OFF = 0.25  # of train.global_batch_size, by which full packs may change a step
 
 
 class Steps(Protocol):
@@ -190,7 +190,7 @@ def full_steps(
     windows = [rows[numbers.take(range(at, at + most), mode="wrap")] for at in starts]
     needed = sum(len(plan_packs(_some(w), *budgets, 1)) for w in windows) / _WINDOWS / 2
     packs = max(1, round(needed / multiple)) * multiple
-    if abs(packs - needed) > _MOST_OFF * needed:
+    if abs(packs - needed) > MOST_OFF * needed:
         raise ConfigError(
             f"data.step_packs_multiple={multiple}: train.global_batch_size={size} samples fill "
             f"{needed:.1f} packs, and {packs} would be another batch; lower it, or set null for "

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.config.schema import ParallelConfig
-from dattn_mcore.errors import RankError
+from dattn_mcore.errors import ConfigError, RankError
 from dattn_mcore.parallel import platform, torch_adam
 
 _POLL_SECONDS = 0.1
@@ -25,13 +25,15 @@ def join_store(timeout_seconds: float) -> tuple[dist.Store, int, int]:
 
     Raises:
         RankError: the store cannot be reached, or not all processes came.
+        ConfigError: the environment does not say where it is.
     """
     timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
         return next(dist.rendezvous("env://", timeout=timeout))
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RankError(
+        kind = ConfigError if isinstance(error, ValueError) else RankError
+        raise kind(
             f"rank {os.environ.get('RANK')} on {socket.gethostname()} cannot join the run at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within "
             f"{timeout_seconds:g} seconds ({reason}); check that all ranks started with one "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dattn_mcore.errors import ConfigError
+from dattn_mcore.errors import ConfigError, FaultError
 
 _CPU = torch.device("cpu")
 _installed: str | None = None
@@ -49,27 +49,66 @@ def resolve_device(requested: str) -> str:
     return requested
 
 
-def device_problem(device: str, local_rank: int) -> str | None:
-    """What keeps this process from using its device; None where nothing does.
+def gpu_index(local_rank: int) -> int:
+    """Index, among the GPUs that this process sees, of the one it is to use.
+
+    A launcher that shows each process one GPU of its own (Slurm's --gpus-per-task and --gpu-bind)
+    makes that number 0 for everyone; else it is the process's own number on its machine.
+
+    Args:
+        local_rank: index of this process on its machine.
+
+    Raises:
+        ConfigError: this process sees too few GPUs, and none is known to be its own.
+    """
+    count, shown = gpu_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if local_rank < count:
+        return local_rank
+    if count == 1 and (shown == str(local_rank) or _slurm_binds_gpus()):
+        return 0
+    if count == 1:
+        raise ConfigError(
+            f"GPU {local_rank} is not visible: this process sees one GPU "
+            f"(CUDA_VISIBLE_DEVICES={shown or ''}) and is number {local_rank} on its machine; "
+            "show all of a machine's GPUs to each of its processes (srun without --gpus-per-task "
+            "and --gpu-bind), or start one process"
+        )
+    raise ConfigError(
+        f"GPU {local_rank} is not visible (this process sees {count}"
+        + (f", CUDA_VISIBLE_DEVICES={shown}" if shown else "")
+        + "); start no more processes on a machine than it has GPUs, or mend its driver"
+    )
+
+
+def _slurm_binds_gpus() -> bool:
+    """Whether Slurm says that each task has one GPU of its own."""
+    one_each = os.environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == "1"
+    bound = os.environ.get("SLURM_GPU_BIND", "none") not in ("", "none")
+    return one_each or bound or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+
+
+def check_device(device: str, local_rank: int) -> None:
+    """Uses this process's device once.
 
     Args:
         device: cpu or gpu.
-        local_rank: index of this process on its machine; selects the GPU.
+        local_rank: index of this process on its machine.
+
+    Raises:
+        ConfigError: it has no GPU.
+        FaultError: its GPU does not compute.
     """
     if device == "cpu":
-        return None
-    if local_rank >= gpu_count():
-        return (
-            f"GPU {local_rank} is not visible (this machine shows {gpu_count()}); start no more "
-            "processes on a machine than it has GPUs, or mend its driver"
-        )
+        return
+    index = gpu_index(local_rank)
     _order_kernels()
     try:
-        torch.zeros(1024, device=torch.device("cuda", local_rank)).sum().item()
+        torch.zeros(1024, device=torch.device("cuda", index)).sum().item()
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"GPU {local_rank} does not compute ({reason}); take this machine out of the run"
-    return None
+        raise FaultError(
+            f"GPU {local_rank} does not compute ({reason}); take this machine out of the run"
+        ) from None
 
 
 def apex_adds_gradients() -> bool:
@@ -132,7 +171,7 @@ def install(device: str, local_rank: int = 0) -> torch.device:
 
     Args:
         device: cpu or gpu.
-        local_rank: index of this process on its machine; selects the GPU.
+        local_rank: index of this process on its machine; selects the GPU (`gpu_index`).
 
     Returns:
         The torch device on which parameters and activations live.
@@ -145,9 +184,10 @@ def install(device: str, local_rank: int = 0) -> torch.device:
         raise RuntimeError(f"platform {_installed} is installed; {device} needs a new process")
     if device == "gpu":
         _order_kernels()
-        torch.cuda.set_device(local_rank)
+        index = gpu_index(local_rank)
+        torch.cuda.set_device(index)
         _installed = device
-        return torch.device("cuda", local_rank)
+        return torch.device("cuda", index)
     if _installed is None:
         _install_cpu()
         _installed = device

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -15,11 +16,13 @@ from dattn_mcore.config.checks import check_config, processes_per_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError, DattnError
+from dattn_mcore.plan.data_size import data_size
 from dattn_mcore.plan.estimate import Plan, as_dict, make_plan
 from dattn_mcore.plan.hardware import GPUS, Cluster
 from dattn_mcore.plan.rank import rank_layouts
 from dattn_mcore.plan.report import layout_name, notes, print_plans, print_ranking
-from dattn_mcore.plan.workload import Sample, full_budget_sample
+from dattn_mcore.plan.warnings import warnings_of
+from dattn_mcore.plan.workload import DataSize, Sample, full_budget_sample
 
 LAYOUT_FLAGS = ("tp", "pp", "vpp")
 
@@ -87,7 +90,7 @@ def _run(chosen: argparse.Namespace) -> None:
             f"pp {config.parallel.pp}): choose a multiple of it, or another --tp or --pp"
         )
     sample, assumed = _sample(config, chosen)
-    num_samples = chosen.samples if chosen.samples is not None else _count_samples(config)
+    data = DataSize(chosen.samples) if chosen.samples is not None else data_size(config)
     kinds = list(GPUS) if chosen.gpu == "all" else [chosen.gpu]
     combinations = [
         (GPUS[kind], fp8)
@@ -98,31 +101,30 @@ def _run(chosen: argparse.Namespace) -> None:
     rankings = []
     if not named:
         rankings = [rank_layouts(config, cluster, gpu, fp8, sample) for gpu, fp8 in combinations]
-    remarks = notes(config, sample, assumed, num_samples)
+    remarks = notes(config, sample, assumed, data)
+    name = chosen.config or "the embedded digits task"
     if chosen.plot:
-        _plot(chosen.plot, config, cluster, plans[-1], sample)
+        _plot(chosen.plot, name, config, cluster, plans[-1], sample)
         remarks.append(f"picture: {chosen.plot}")
     if chosen.json:
         result = {
             "nodes": chosen.nodes,
             "gpus_per_node": chosen.gpus_per_node,
             "sample": dataclasses.asdict(sample),
-            "samples": num_samples,
-            "plans": [as_dict(plan, num_samples) for plan in plans],
+            "samples": data.samples,
+            "plans": [_as_dict(plan, data) for plan in plans],
             "rankings": [
-                [as_dict(plan, num_samples) for plan in ranking[: chosen.top]]
-                for ranking in rankings
+                [_as_dict(plan, data) for plan in ranking[: chosen.top]] for ranking in rankings
             ],
             "notes": remarks,
         }
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
         return
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-    name = chosen.config or "the embedded digits task"
     console.print(f"{name} on {cluster.nodes} x {cluster.gpus_per_node} GPUs")
-    print_plans(console, plans, num_samples)
+    print_plans(console, plans, data)
     for ranking in rankings:
-        print_ranking(console, ranking, chosen.top, num_samples)
+        print_ranking(console, ranking, chosen.top, data)
     console.print("\n".join(f"- {line}" for line in remarks))
 
 
@@ -148,21 +150,19 @@ def _sample(config: Config, chosen: argparse.Namespace) -> tuple[Sample, list[st
     ]
 
 
-def _count_samples(config: Config) -> int | None:
-    """Records of the annotations where they are on this machine."""
-    try:
-        records = json.loads(Path(config.data.annotations).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return len(records) if isinstance(records, list) else None
+def _as_dict(plan: Plan, data: DataSize) -> dict[str, Any]:
+    return {**as_dict(plan, data), "warnings": warnings_of(plan)}
 
 
-def _plot(path: str, config: Config, cluster: Cluster, plan: Plan, sample: Sample) -> None:
+def _plot(
+    path: str, name: str, config: Config, cluster: Cluster, plan: Plan, sample: Sample
+) -> None:
     from dattn_mcore.plan.plot import draw, over_visual_rows
 
     points = over_visual_rows(config, cluster, plan.gpu, plan.fp8, sample.text)
     precision = "FP8" if plan.fp8 else config.train.precision
-    title = f"{plan.gpu.name}, {precision}, {layout_name(plan)}"
+    gpus = f"{cluster.nodes} x {cluster.gpus_per_node} {plan.gpu.name}"
+    title = f"{name}, {gpus}, {precision}: {layout_name(plan)}"
     try:
         draw(points, Path(path), title)
     except (OSError, ValueError) as error:

@@ -27,7 +27,7 @@ from dattn_mcore.plan.hardware import Cluster, Gpu
 from dattn_mcore.plan.parameters import layers_of_stage
 from dattn_mcore.plan.state_memory import StateMemory, state_memory
 from dattn_mcore.plan.step_time import exposed_seconds, stage_time, update_seconds
-from dattn_mcore.plan.workload import Sample, Step, step_of
+from dattn_mcore.plan.workload import DataSize, Sample, Step, step_of
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,20 @@ class Plan:
         """Of the peak of the precision in which the linears run."""
         return self.tflops_per_gpu * 1e12 / self.gpu.peak["fp8" if self.fp8 else "bf16"]
 
-    def days(self, num_samples: int | None) -> float | None:
+    def days(self, data: DataSize) -> float | None:
         """Of the whole run; None where the number of samples is not known."""
         train = self.config.train
-        steps = train.steps
+        steps = train.steps or data.steps
         if steps is None:
-            if num_samples is None:
+            if data.samples is None:
                 return None
-            steps = max(1, math.ceil(num_samples * train.epochs / train.global_batch_size))
+            steps = max(1, math.ceil(data.samples * train.epochs / self.step.samples))
         return steps * self.seconds / 86400
+
+    def days_are_about(self, data: DataSize) -> bool:
+        """Whether the samples of a step, and so its days, depend on lengths not known here."""
+        multiple = self.config.data.step_packs_multiple
+        return self.config.train.steps is None and data.steps is None and multiple is not None
 
 
 def make_plan(config: Config, cluster: Cluster, gpu: Gpu, fp8: bool, sample: Sample) -> Plan:
@@ -169,7 +174,7 @@ def make_plan(config: Config, cluster: Cluster, gpu: Gpu, fp8: bool, sample: Sam
     )
 
 
-def as_dict(plan: Plan, num_samples: int | None) -> dict[str, Any]:
+def as_dict(plan: Plan, data: DataSize) -> dict[str, Any]:
     """The plan for programs: bytes, seconds, operations."""
     parallel = plan.config.parallel
     return {
@@ -182,7 +187,9 @@ def as_dict(plan: Plan, num_samples: int | None) -> dict[str, Any]:
         "gpu": plan.gpu.name,
         "precision": "fp8" if plan.fp8 else plan.config.train.precision,
         "fits": plan.fits,
+        "samples_per_step": plan.step.samples,
         "micro_batches": plan.step.num_microbatches,
+        "micro_batches_are_full": plan.step.fill,
         "rows_per_micro_batch": {"text": plan.step.pack.text, "visual": plan.step.pack.visual},
         "memory_bytes": [
             {
@@ -201,5 +208,6 @@ def as_dict(plan: Plan, num_samples: int | None) -> dict[str, Any]:
         "tokens_per_second_per_gpu": plan.tokens_per_second_per_gpu,
         "tflops_per_gpu": plan.tflops_per_gpu,
         "mfu": plan.mfu,
-        "days": plan.days(num_samples),
+        "days": plan.days(data),
+        "days_are_about": plan.days_are_about(data),
     }

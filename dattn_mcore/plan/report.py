@@ -8,7 +8,8 @@ from rich.table import Table
 from dattn_mcore.config.schema import Config, TrainConfig
 from dattn_mcore.plan import hardware
 from dattn_mcore.plan.estimate import Plan
-from dattn_mcore.plan.workload import Sample
+from dattn_mcore.plan.warnings import warnings_of
+from dattn_mcore.plan.workload import DataSize, Sample, full_packs, samples_per_pack
 
 GIB = 2**30
 
@@ -34,21 +35,23 @@ def _recompute_name(train: TrainConfig) -> str:
     return train.recompute
 
 
-def print_plans(console: Console, plans: list[Plan], num_samples: int | None) -> None:
+def print_plans(console: Console, plans: list[Plan], data: DataSize) -> None:
     """One layout: a line for each GPU and precision, then its parts.
 
     Args:
         console: where to print.
         plans: of one layout; the first one's parts are shown.
-        num_samples: of the data set; None where not known.
+        data: what is known of the data set.
     """
     first = plans[0]
     console.print(f"\n[bold]{layout_name(first)}[/bold]")
-    _summary(console, plans, num_samples)
+    _summary(console, plans, data)
     for plan in _one_of_each_memory(plans):
         _memory(console, plan)
     _flops(console, first)
     _communication(console, first)
+    for line in warnings_of(first):
+        console.print(f"[yellow]warning:[/yellow] {line}")
     for plan in plans:
         if not plan.fits:
             console.print(
@@ -58,7 +61,7 @@ def print_plans(console: Console, plans: list[Plan], num_samples: int | None) ->
             )
 
 
-def print_ranking(console: Console, plans: list[Plan], shown: int, num_samples: int | None) -> None:
+def print_ranking(console: Console, plans: list[Plan], shown: int, data: DataSize) -> None:
     """The best layouts, or the nearest misses where none fits."""
     fitting = [plan for plan in plans if plan.fits]
     best = (fitting or sorted(plans, key=lambda plan: plan.worst.total))[:shown]
@@ -68,7 +71,7 @@ def print_ranking(console: Console, plans: list[Plan], shown: int, num_samples: 
     name = f"{best[0].gpu.name}, {_precision(best[0])}"
     title = f"best layouts, {name} ({len(fitting)} of {len(plans)} fit)"
     table = _table(
-        title, "layout", "GiB a GPU", "s a step", "tokens/s/GPU", "MFU", "bubble", "days"
+        title, "layout", "GiB a GPU", "s a step", "tokens/s/GPU", "MFU", "bubble", "full", "days"
     )
     for plan in best:
         table.add_row(
@@ -78,12 +81,13 @@ def print_ranking(console: Console, plans: list[Plan], shown: int, num_samples: 
             f"{plan.tokens_per_second_per_gpu:,.0f}",
             f"{plan.mfu:.1%}",
             f"{plan.bubble:.1%}",
-            _days(plan, num_samples),
+            f"{plan.step.fill:.0%}",
+            _days(plan, data),
         )
     console.print(table)
 
 
-def notes(config: Config, sample: Sample, assumed: list[str], num_samples: int | None) -> list[str]:
+def notes(config: Config, sample: Sample, assumed: list[str], data: DataSize) -> list[str]:
     """What the numbers rest on, and what cannot be known here."""
     lines = [
         f"average sample: {sample.text:,.0f} text rows, {sample.images:g} images of "
@@ -100,12 +104,33 @@ def notes(config: Config, sample: Sample, assumed: list[str], num_samples: int |
             "attention.backend=reference keeps a score matrix of text by visual rows, which is "
             "not counted"
         )
-    if num_samples is None and config.train.steps is None:
-        lines.append("days are unknown: data.annotations is not here; give --samples")
-    return lines
+    if config.train.steps is None:
+        lines.append(_what_days_rest_on(config, sample, data))
+    return [line for line in lines if line]
 
 
-def _summary(console: Console, plans: list[Plan], num_samples: int | None) -> None:
+def _what_days_rest_on(config: Config, sample: Sample, data: DataSize) -> str:
+    multiple, size = config.data.step_packs_multiple, config.train.global_batch_size
+    if data.steps is not None:
+        return f"the data's index is here: {data.steps:,} steps, counted from true lengths"
+    if data.samples is None:
+        return "days are unknown: data.annotations is not here; give --samples"
+    if multiple is None:
+        return ""
+    per_pack = samples_per_pack(config, sample)
+    packs = full_packs(config, per_pack)
+    if packs is None:
+        return (
+            f"data.step_packs_multiple={multiple} is left out here: {size} samples of this length "
+            f"fill {size / per_pack:.1f} packs, and with all alike the run would refuse it"
+        )
+    return (
+        f"days are about: with data.step_packs_multiple={multiple} a step takes what fills its "
+        f"{packs} packs, {packs * per_pack} of these samples; the run says how many of yours"
+    )
+
+
+def _summary(console: Console, plans: list[Plan], data: DataSize) -> None:
     first = plans[0]
     table = _table(
         None,
@@ -122,7 +147,7 @@ def _summary(console: Console, plans: list[Plan], num_samples: int | None) -> No
             f"{plan.tokens_per_second_per_gpu:,.0f}",
             f"{plan.tflops_per_gpu:.0f}",
             f"{plan.mfu:.1%}",
-            _days(plan, num_samples),
+            _days(plan, data),
         )
     console.print(table)
     pack = first.step.pack
@@ -188,6 +213,8 @@ def _gib(value: float) -> str:
     return f"{value / GIB:.1f}"
 
 
-def _days(plan: Plan, num_samples: int | None) -> str:
-    days = plan.days(num_samples)
-    return "unknown" if days is None else f"{days:.2f}"
+def _days(plan: Plan, data: DataSize) -> str:
+    days = plan.days(data)
+    if days is None:
+        return "unknown"
+    return f"about {days:.2f}" if plan.days_are_about(data) else f"{days:.2f}"

@@ -15,11 +15,12 @@ from dattn_mcore.config.checks import check_config, data_parallel_size, processe
 from dattn_mcore.config.hints import SHORT_FLAGS, unknown_flag
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
-from dattn_mcore.errors import ConfigError, DattnError, RankError
+from dattn_mcore.errors import ConfigError, DattnError, FaultError, RankError
 from dattn_mcore.log import log_to_stdout
 from dattn_mcore.orphans import signal_when_parent_ends
 from dattn_mcore.training.launch import restart_under_torchrun
 
+FAULT_STATUS = 4  # of a rank that a machine or the network ended; a user's mistake is 2
 SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake and end
 logger = logging.getLogger("dattn_mcore")
 
@@ -54,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, bool]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status (2 for a user's mistake)."""
+    """Runs the command; returns the exit status (2 for a user's mistake, 4 for a fault)."""
     rank = int(os.environ.get("RANK", "0"))
     _set_up_logging(rank)
     try:
@@ -67,13 +68,14 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         return _run(config, sys.argv[1:] if arguments is None else arguments)
     except DattnError as error:
+        fault = isinstance(error, FaultError)
         if rank == 0 or isinstance(error, RankError):
             # Most mistakes are the same on all ranks, and one says so.
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"{'fault' if fault else 'error'}: {error}\n")
         else:
             # torchrun ends all ranks when the first one ends: let that be the one that speaks.
             time.sleep(SPEAKER_SECONDS)
-        return 2
+        return FAULT_STATUS if fault else 2
     except KeyboardInterrupt:
         if rank == 0:
             sys.stderr.write("ended by Ctrl-C; start again to go on from the newest checkpoint\n")
@@ -146,9 +148,9 @@ def _join(config: Config):  # type: ignore[no-untyped-def]
     problem, device_kind = None, config.train.device
     try:
         device_kind = platform.resolve_device(config.train.device)
-        problem = platform.device_problem(device_kind, local_rank)
+        platform.check_device(device_kind, local_rank)
     except DattnError as error:
-        problem = str(error)
+        problem = error
     check_ranks(store, rank, world_size, describe_rank(config, device_kind), problem, limit)
     watchdog = Watchdog(rank, world_size, store)
     watchdog.phase("making the process group", limit, "health.start_timeout_seconds")

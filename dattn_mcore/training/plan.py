@@ -12,6 +12,8 @@ from dattn_mcore.layers.spec import attention_options
 from dattn_mcore.models.transformer_configs import params_dtype
 from dattn_mcore.parallel.platform import resolve_device
 from dattn_mcore.plan.parameters import layers_of_stage, stage_parameters
+from dattn_mcore.plan.warnings import part_full
+from dattn_mcore.plan.workload import Sample, full_budget_sample, pack_multiple, step_of
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -46,7 +48,7 @@ def describe(config: Config, world_size: int) -> str:
         f"rows of a full micro-batch: {visual:,} visual ({visual // rows} tiles of {rows} rows; "
         f"an image has {tiles}) and {text:,} text",
         f"rows per rank between layers: {visual // shards:,} visual and {text // shards:,} text",
-        _global_batch(config),
+        *_global_batch(config, dp),
         *_attention_lines(config),
         "",
     ]
@@ -79,11 +81,27 @@ def attention_backends(config: Config, device_type: str) -> list[tuple[str, Back
     return [("all layers", chosen[0][1])] if alike else chosen
 
 
-def _global_batch(config: Config) -> str:
+def _global_batch(config: Config, dp: int) -> list[str]:
+    """Samples of a step, and whether they are enough for the replicas.
+
+    Lengths are not known before the data are opened; the warning takes both budgets as full.
+    """
     size, multiple = config.train.global_batch_size, config.data.step_packs_multiple
-    if multiple is None:
-        return f"global batch: {size} samples"
-    return f"global batch: about {size} samples, in full micro-batches, a multiple of {multiple}"
+    line = f"global batch: {size} samples"
+    if multiple is not None:
+        line = (
+            f"global batch: about {size} samples, in full micro-batches, a multiple of {multiple}"
+        )
+        dealt = pack_multiple(config, dp)
+        if multiple % dealt:
+            line += (
+                f"; {dp} replicas round it up to a multiple of {dealt} and then leave packs less "
+            )
+            line += "full: set data.step_packs_multiple to one"
+    images = 1.0 if config.data.visual_budget >= config.model.vision.rows_per_tile else 0.0
+    sample = Sample(full_budget_sample(config, images), images)
+    problem = part_full(config, step_of(config, sample, dp), dp)
+    return [line, f"warning: {problem}, if samples are like the budgets"] if problem else [line]
 
 
 def _attention_lines(config: Config) -> list[str]:

@@ -28,11 +28,12 @@ import torch.distributed as dist
 import dattn_mcore
 from dattn_mcore.config.load import to_dict
 from dattn_mcore.config.schema import Config
-from dattn_mcore.errors import CheckpointError, ConfigError, RankError
+from dattn_mcore.errors import CheckpointError, ConfigError, DattnError, FaultError, RankError
 from dattn_mcore.training.agreement import agree
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "triton")
 SHARED_FOLDER_SECONDS = 10.0  # network file systems show a new file late
+_DEVICE = "the kind of device"
 _READING_SECONDS = 20.0  # a rank that takes longer to read why the run ends has ended itself
 
 
@@ -57,7 +58,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def describe_rank(config: Config, device_kind: str) -> dict[str, Any]:
     """What must be the same on every rank, by the name a message gives it."""
     facts: dict[str, Any] = dict(_flatten(to_dict(config)))
-    facts["the kind of device"] = device_kind
+    facts[_DEVICE] = device_kind
     facts["Python"] = python_platform.python_version()
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -71,7 +72,7 @@ def check_ranks(
     rank: int,
     world_size: int,
     facts: dict[str, Any],
-    problem: str | None,
+    problem: DattnError | None,
     timeout_seconds: float,
 ) -> None:
     """Compares all ranks through the store; needs no device and no process group.
@@ -86,20 +87,27 @@ def check_ranks(
 
     Raises:
         ConfigError: the same on every rank; names the rank and host that differ.
+        FaultError: likewise, where a rank does not come or a machine's device fails.
     """
-    mine = {"host": socket.gethostname(), "problem": problem, "facts": facts}
+    mine = {
+        "host": socket.gethostname(),
+        "problem": None if problem is None else str(problem),
+        "fault": isinstance(problem, FaultError),
+        "facts": facts,
+    }
     store.set(f"start/{rank}", json.dumps(mine))
     if rank == 0:
-        verdict = _missing(store, world_size, timeout_seconds) or _compare(store, world_size)
-        store.set("start/verdict", verdict)
+        found = _missing(store, world_size, timeout_seconds) or _compare(store, world_size)
+        kind = type(found).__name__ if found else ""
+        store.set("start/verdict", json.dumps([kind, str(found)]))
     store.wait(["start/verdict"], datetime.timedelta(seconds=2 * timeout_seconds))
-    verdict = store.get("start/verdict").decode()
-    if not verdict:
+    kind, message = json.loads(store.get("start/verdict"))
+    if not kind:
         return
     store.add("start/readers", 1)
     if rank == 0:
         _wait_for_readers(store, world_size)
-    raise ConfigError(verdict)
+    raise FaultError(message) if kind == FaultError.__name__ else ConfigError(message)
 
 
 def _wait_for_readers(store: Any, world_size: int) -> None:
@@ -110,7 +118,7 @@ def _wait_for_readers(store: Any, world_size: int) -> None:
         time.sleep(0.05)
 
 
-def _missing(store: Any, world_size: int, timeout_seconds: float) -> str:
+def _missing(store: Any, world_size: int, timeout_seconds: float) -> DattnError | None:
     names = [f"start/{rank}" for rank in range(world_size)]
     try:
         store.wait(names, datetime.timedelta(seconds=timeout_seconds))
@@ -118,30 +126,37 @@ def _missing(store: Any, world_size: int, timeout_seconds: float) -> str:
         late = [str(rank) for rank, name in enumerate(names) if not store.check([name])]
         if late:
             more = f" and {len(late) - 8} more" if len(late) > 8 else ""
-            return (
+            return FaultError(
                 f"rank {', '.join(late[:8])}{more} of {world_size} did not start within "
                 f"health.start_timeout_seconds={timeout_seconds:g}; look at the logs of those "
                 "ranks, or raise it"
             )
-    return ""
+    return None
 
 
-def _compare(store: Any, world_size: int) -> str:
+def _compare(store: Any, world_size: int) -> DattnError | None:
     reports = [json.loads(store.get(f"start/{rank}")) for rank in range(world_size)]
+    hosts = {report["host"] for report in reports}
+    troubled = {report["host"] for report in reports if report["problem"]}
     for rank, report in enumerate(reports):
         if report["problem"]:
-            return f"rank {rank} on {report['host']}: {report['problem']}"
+            # A mistake of the start shows on every host; on some only, it is those that are ill.
+            fault = report["fault"] or troubled != hosts
+            message = f"rank {rank} on {report['host']}: {report['problem']}"
+            return FaultError(message) if fault else ConfigError(message)
     first = reports[0]
     for rank, report in enumerate(reports):
         ours, theirs = first["facts"], report["facts"]
         for name in sorted({*ours, *theirs}):
             if ours.get(name) != theirs.get(name):
-                return (
+                # Without a GPU where others have one: its driver may have lost it.
+                kind = FaultError if name == _DEVICE else ConfigError
+                return kind(
                     f"rank {rank} on {report['host']}: {name} is {theirs.get(name)!r}, and rank 0 "
                     f"on {first['host']} has {ours.get(name)!r}; give all nodes the same files, "
                     "environment and command"
                 )
-    return ""
+    return None
 
 
 def check_all_reduce(device: torch.device) -> None:

@@ -2,10 +2,14 @@
 # What the sbatch files share; each sets its settings, sources this file and calls
 #   launch_training ARGUMENT...    pretrain_dattn.py on every rank; done when the trainer says so
 #   launch COMMAND...              a Python command on every rank; done when it exits with 0
-# A job that was stopped before it was done (time limit, preemption), or that failed after it had
-# saved a checkpoint, puts itself back into the queue and goes on from there. With --dry-run as an
-# argument, or DATTN_DRY_RUN=1, the command is printed and the trainer checks configuration and
-# layout; that needs neither Slurm nor a GPU. Page: docs/slurm.md
+# A job that was stopped before it was done (time limit, preemption), that failed after it had saved
+# a checkpoint, or that found a faulty machine when it started, puts itself back into the queue and
+# goes on from there. With --dry-run as an argument, or DATTN_DRY_RUN=1, the command is printed and
+# the trainer checks configuration and layout; that needs neither Slurm nor a GPU.
+# Page: docs/slurm.md
+
+# What the trainer says of a machine or network that fails at the start: no reason to give up.
+FAULTS='^fault: |^hung: .*health\.start_timeout_seconds='
 
 say() { printf '%s  %s\n' "$(date '+%F %T')" "$*"; }
 
@@ -167,6 +171,13 @@ forward() {
   kill -USR1 "$step" 2>/dev/null || true
 }
 
+# Whether any rank's log has a line like that; shows the first ones.
+ranks_said() {
+  local lines
+  lines=$(grep -hE "$1" "$logs"/rank-*.log | sort -u) || return
+  head -n 5 <<<"$lines" >&2
+}
+
 finish() {
   local status=$1 job
   if ((status == 0)) && [[ -z $done_file || -e $done_file ]]; then
@@ -182,10 +193,12 @@ finish() {
   [[ $job != *" PreemptTime="[0-9]* ]] || stop_signal=preemption
   if ((status)) && [[ -z $stop_signal ]]; then
     say "failed with status $status; see $logs"
-    if grep -h '^error: ' "$logs"/rank-*.log | sort -u | head -n 5 >&2; then
+    if ranks_said '^error: '; then
       exit "$status" # a mistake in settings, data or checkpoints: the same again next time
     fi
-    if [[ $(newest_checkpoint) == "$first_checkpoint" ]]; then
+    if ranks_said "$FAULTS"; then
+      say "a machine or the network failed while the run started: tried again"
+    elif [[ $(newest_checkpoint) == "$first_checkpoint" ]]; then
       say "no checkpoint since the start, so it is not tried again"
       exit "$status"
     fi

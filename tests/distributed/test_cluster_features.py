@@ -35,6 +35,7 @@ def plain(pool, digits, tmp_path_factory):
     [
         (2, {"parallel": OVERLAP}),
         (4, {"parallel": {"pp": 2, **OVERLAP}}),
+        (4, {"parallel": {"pp": 2, "vpp": 2, **OVERLAP}}),
         (2, {"parallel": OVERLAP, "train": {"trains": ["projector", "llm"]}}),
         (2, {"parallel": {"tp": 2, "sp": True}, "data": {"fixed_rows": True}}),
         (2, {"parallel": {"pp": 2, "first_stage_layers": 1}}),
@@ -52,8 +53,8 @@ def plain(pool, digits, tmp_path_factory):
         (1, {"parallel": {}, "train": {"recompute": "full", "recompute_layers": 3}}),
     ],
     ids=[
-        *("overlap-dp2", "overlap-pp2-dp2", "overlap-frozen", "fixed-tp2", "uneven", "fixed-pp2"),
-        *("recompute-modules", "recompute-layers"),
+        *("overlap-dp2", "overlap-pp2-dp2", "overlap-vpp2-dp2", "overlap-frozen"),
+        *("fixed-tp2", "uneven", "fixed-pp2", "recompute-modules", "recompute-layers"),
     ],
 )
 def test_losses_are_those_of_one_process(pool, digits, tmp_path, plain, world_size, sections):

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from dattn_mcore.checkpoint import folders
 from dattn_mcore.config.schema import Config
-from dattn_mcore.errors import CheckpointError, ConfigError
-from dattn_mcore.training import watchdog
+from dattn_mcore.errors import CheckpointError, ConfigError, DattnError, FaultError
+from dattn_mcore.training import start_checks, watchdog
 from dattn_mcore.training.start_checks import check_ranks, describe_rank
 from tests.distributed.faults import end_ranks, start_ranks
 from tests.distributed.jobs import (
@@ -135,8 +135,8 @@ def compare(facts, problems, timeout_seconds=20.0):
     def one(rank):
         try:
             check_ranks(store, rank, len(problems), facts[rank], problems[rank], timeout_seconds)
-        except ConfigError as error:
-            raised[rank] = str(error)
+        except DattnError as error:
+            raised[rank] = error
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in facts]
     for thread in threads:
@@ -152,19 +152,36 @@ def test_equal_ranks_pass():
 
 
 @pytest.mark.parametrize(
-    ("change", "problem", "message"),
+    ("change", "problem", "kind", "message"),
     [
-        ({"the code of dattn_mcore (digest)": "0"}, None, "the code of dattn_mcore"),
-        ({"the version of torch": "2.0"}, None, "the version of torch is '2.0'"),
-        ({"the kind of device": "gpu"}, None, "the kind of device is 'gpu'"),
-        ({}, "GPU 3 is not visible", "GPU 3 is not visible"),
+        ({"the code of dattn_mcore (digest)": "0"}, None, ConfigError, "the code of dattn_mcore"),
+        ({"the version of torch": "2.0"}, None, ConfigError, "the version of torch is '2.0'"),
+        ({"the kind of device": "gpu"}, None, FaultError, "the kind of device is 'gpu'"),
+        ({}, ConfigError("GPU 3 is not visible"), ConfigError, "GPU 3 is not visible"),
+        ({}, FaultError("GPU 3 does not compute"), FaultError, "GPU 3 does not compute"),
     ],
 )
-def test_a_rank_that_differs_is_named_on_all(change, problem, message):
+def test_a_rank_that_differs_is_named_on_all(change, problem, kind, message):
     facts = describe_rank(Config(), "cpu")
     raised = compare({0: facts, 1: {**facts, **change}}, [None, problem])
-    assert set(raised) == {0, 1} and len(set(raised.values())) == 1
-    assert raised[0].startswith(f"rank 1 on {HOST}: {message}")
+    assert set(raised) == {0, 1} and len({str(error) for error in raised.values()}) == 1
+    assert {type(error) for error in raised.values()} == {kind}
+    assert str(raised[0]).startswith(f"rank 1 on {HOST}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("blind", "kind"), [({1, 3}, ConfigError), ({3}, FaultError)], ids=["every-host", "one-host"]
+)
+def test_a_gpu_that_one_host_alone_lacks_is_that_hosts_fault(blind, kind):
+    """Two ranks a host; where every host lacks one, the run was started wrongly."""
+    store = dist.HashStore()
+    for rank, host in enumerate("aabb"):
+        problem = "GPU 1 is not visible" if rank in blind else None
+        report = {"host": host, "problem": problem, "fault": False, "facts": {}}
+        store.set(f"start/{rank}", json.dumps(report))
+    found = start_checks._compare(store, 4)
+    assert type(found) is kind
+    assert str(found) == f"rank {min(blind)} on {'aabb'[min(blind)]}: GPU 1 is not visible"
 
 
 def test_a_rank_that_does_not_start_is_named():
@@ -172,7 +189,10 @@ def test_a_rank_that_does_not_start_is_named():
     began = time.monotonic()
     raised = compare({0: facts}, [None, None], timeout_seconds=1.0)
     assert time.monotonic() - began < 10
-    assert raised[0].startswith("rank 1 of 2 did not start within health.start_timeout_seconds=1")
+    assert type(raised[0]) is FaultError
+    assert str(raised[0]).startswith(
+        "rank 1 of 2 did not start within health.start_timeout_seconds=1"
+    )
 
 
 def test_ranks_wait_for_one_that_makes_the_index(pool, tmp_path):

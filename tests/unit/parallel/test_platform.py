@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from dattn_mcore.errors import ConfigError
+from dattn_mcore.errors import ConfigError, FaultError
 from dattn_mcore.parallel import platform
 
 GPU = "cu" + "da"  # the word itself belongs to platform.py alone
@@ -53,6 +53,51 @@ def test_gpu_asked_for_and_absent(monkeypatch):
     assert platform.resolve_device("auto") == "cpu"
     with pytest.raises(ConfigError, match="train.device=gpu needs a GPU"):
         platform.resolve_device("gpu")
+
+
+VISIBLE = f"{GPU}_visible_devices".upper()
+
+
+@pytest.mark.parametrize(
+    ("count", "local_rank", "environment", "index"),
+    [
+        (8, 3, {}, 3),
+        (1, 0, {}, 0),
+        (1, 3, {VISIBLE: "3"}, 0),  # Slurm without cgroups: the machine's number
+        (1, 3, {VISIBLE: "0", "SLURM_GPUS_PER_TASK": "1"}, 0),  # with them: always 0
+        (1, 3, {VISIBLE: "0", "SLURM_GPUS_PER_TASK": "h100:1"}, 0),
+        (1, 3, {VISIBLE: "0", "SLURM_GPU_BIND": "single:1"}, 0),
+        (1, 3, {VISIBLE: "0", "SLURM_TRES_PER_TASK": "cpu:4,gres/gpu:1"}, 0),
+        (1, 3, {VISIBLE: "0", "SLURM_GPU_BIND": "none"}, "sees one GPU .*without --gpus-per-task"),
+        (1, 3, {}, "sees one GPU"),
+        (4, 4, {}, "sees 4.*start no more processes"),
+        (2, 3, {"SLURM_GPUS_PER_TASK": "2"}, "sees 2"),
+    ],
+)
+def test_the_gpu_of_a_process(monkeypatch, count, local_rank, environment, index):
+    for name in (VISIBLE, "SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_TRES_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(platform, "gpu_count", lambda: count)
+    if isinstance(index, int):
+        assert platform.gpu_index(local_rank) == index
+        return
+    with pytest.raises(ConfigError, match=f"GPU {local_rank} is not visible.*{index}") as caught:
+        platform.check_device("gpu", local_rank)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gpu_that_does_not_compute_is_a_fault(monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("uncorrectable ECC error\nCompile with ...")
+
+    monkeypatch.setattr(platform, "gpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "zeros", fails)
+    message = r"^GPU 3 does not compute \(uncorrectable ECC error\); take this machine out"
+    with pytest.raises(FaultError, match=message):
+        platform.check_device("gpu", 3)
+    platform.check_device("cpu", 3)
 
 
 def test_importing_changes_nothing():

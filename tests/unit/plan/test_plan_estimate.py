@@ -12,7 +12,9 @@ from dattn_mcore.plan.estimate import make_plan
 from dattn_mcore.plan.hardware import GPUS, Cluster, peak_flops
 from dattn_mcore.plan.plot import baseline
 from dattn_mcore.plan.rank import rank_layouts
+from dattn_mcore.plan.warnings import warnings_of
 from dattn_mcore.plan.workload import Sample, full_budget_sample, step_of
+from dattn_mcore.training.plan import describe
 
 ROOT = Path(__file__).resolve().parents[3]
 LLAMA = ROOT / "configs/planner/llama3_8b_8xh100.yaml"
@@ -100,6 +102,82 @@ def test_packs_of_a_step():
     spread = step_of(config, Sample(512, 1), dp=64)  # more replicas than full packs
     assert spread.num_microbatches == 1
     assert spread.pack.text == 4 * 512
+    assert (step.fill, spread.fill) == (1.0, 0.5)
+
+
+def test_samples_stay_whole():
+    """The largest pack is timed: more replicas than samples make it no smaller than one."""
+    config = load_config(GEMMA, ["data.step_packs_multiple=null"])
+    steps = [step_of(config, Sample(512, 1), dp) for dp in (256, 512)]
+    assert [(step.pack.text, step.pack.visual) for step in steps] == [(512, 729)] * 2
+    uneven = step_of(config, Sample(512, 1), dp=24)  # 256 samples over 48 packs: 16 have six
+    assert (uneven.packs, uneven.pack.text) == (48, 6 * 512)
+    assert uneven.rows.text == 256 * 512
+
+
+def test_full_packs_decide_how_many_samples_a_step_has():
+    settings = ["train.global_batch_size=120", "data.step_packs_multiple=16"]
+    step = step_of(load_config(GEMMA, settings), Sample(512, 1), dp=4)
+    assert (step.samples, step.packs, step.fill) == (128, 16, 1.0)
+    settings[0] = "train.global_batch_size=64"  # fills 8 packs: 16 would be another batch
+    step = step_of(load_config(GEMMA, settings), Sample(512, 1), dp=4)
+    assert (step.samples, step.packs) == (64, 8)
+
+
+@pytest.mark.parametrize(
+    ("dp", "message"),
+    [
+        (32, None),
+        (
+            64,
+            "packs of a step are 50% full (64 for 64 replicas): raise train.global_batch_size to "
+            "at least 512 or use fewer replicas (at most 32)",
+        ),
+        (128, "packs of a step are 25% full"),
+        (512, "a step's 256 samples leave 256 of its 512 packs empty (512 replicas): raise"),
+    ],
+)
+def test_too_few_samples_for_the_replicas_are_told(dp, message):
+    config = load_config(GEMMA)
+    plan = make_plan(config, Cluster(dp // 4, 8), GPUS["h100"], False, Sample(512, 1))
+    lines = warnings_of(plan)
+    assert [line.startswith(message) for line in lines] == ([True] if message else [])
+    dry = [line for line in describe(config, 2 * dp).splitlines() if "warning: " in line]
+    assert len(dry) == len(lines) and all(line in dry[0] for line in lines)
+    dealt = f"{dp} replicas round it up to a multiple of {dp} and then leave packs less full: set"
+    assert dealt in describe(config, 2 * dp)
+
+
+def test_tensor_parallel_groups_over_nodes_are_told():
+    config = load_config(GEMMA, ["parallel.tp=8"])
+    found = [
+        warnings_of(make_plan(config, Cluster(*nodes), GPUS["h100"], False, Sample(512, 1)))
+        for nodes in ((2, 4), (1, 8))
+    ]
+    assert found[0][0].startswith("tp 8 crosses nodes of 4 GPUs") and "--tp 4" in found[0][0]
+    assert found[1] == []
+
+
+def test_the_picture_says_what_it_shows_and_tells_its_curves_apart(monkeypatch, tmp_path):
+    from matplotlib import pyplot
+
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    command = ["--config", "gemma_pt.yaml", "--tp", "2", "--gpu", "h100", "--plot"]
+    monkeypatch.chdir(GEMMA.parent)
+    assert main([*command, str(tmp_path / "plan.png")]) == 0
+    (figure,) = kept
+    title = figure.get_suptitle()
+    assert title.startswith("gemma_pt.yaml, 1 x 8 H100, FP8: tp 2 x pp 1 x dp 4, sp")
+    for axes in figure.axes:
+        d_attn, baseline = axes.get_lines()[:2]
+        assert d_attn.get_linestyle() == "-" and baseline.get_linestyle() == "--"
+        assert d_attn.get_marker() != baseline.get_marker()
+
+
+def test_what_the_dry_run_advises_fills_the_packs():
+    config = load_config(GEMMA, ["train.global_batch_size=512"])
+    assert "warning: " not in describe(config, 128)
 
 
 def test_command_prints_tables_warnings_and_what_it_cannot_know(capsys):

@@ -189,6 +189,42 @@ def test_a_mistake_does_not_come_back_though_the_run_got_on(job):
     assert (status, job.requeued) == (2, False)
 
 
+NOT_JOINED = "fault: rank 3 on node8 cannot join the run at 10.0.0.7:24711 within 120 seconds"
+HUNG = "hung: rank 3 on node8: the first all-reduce takes longer than {} seconds (120 so far)"
+
+
+@pytest.mark.parametrize(
+    ("said", "comes_back"),
+    [
+        ([NOT_JOINED], True),
+        ([HUNG.format("health.start_timeout_seconds=120")], True),
+        ([HUNG.format("health.step_timeout_seconds=480")], False),
+        ([f"{NOT_JOINED} ({number})" for number in range(4000)], True),
+        ([NOT_JOINED, "error: data.annotations=x is missing"], False),
+    ],
+    ids=["fault", "hung-at-start", "hung-in-step", "many", "mistake-too"],
+)
+def test_a_faulty_machine_at_the_start_is_no_reason_to_give_up(job, said, comes_back):
+    """Nothing was saved since the start; the ranks say whose fault it is."""
+    (job.folder / "said").write_text("".join(f"{line}\n" for line in said))
+    log = f"{job.run_dir}/logs/4711.0/rank-0003.log"
+    status, out, err = job.run(f'cp "{job.folder}/said" "{log}"; exit 4')
+    assert (status, job.requeued) == ((0, True) if comes_back else (4, False))
+    assert err.count("\n") <= 5
+    if comes_back:
+        assert err.startswith(said[0]) and "tried again" in out
+    elif said[-1].startswith("error: "):
+        assert err == f"{said[-1]}\n"
+
+
+def test_faults_count_as_restarts(job):
+    log = f"{job.run_dir}/logs/4711.3/rank-0000.log"
+    step = f'echo "{NOT_JOINED}" > "{log}"; exit 4'
+    status, _, err = job.run(step, SLURM_RESTART_COUNT="3", DATTN_MAX_RESTARTS="3")
+    assert (status, job.requeued) == (2, False)
+    assert err.splitlines()[0] == NOT_JOINED and "3 restarts are enough" in err
+
+
 def test_preempted_while_importing_comes_back(job):
     """Slurm told the ranks alone, which died of it: the job's PreemptTime tells."""
     status, _, _ = job.run("exit 143", preempted="2026-01-31T10:00:00")
