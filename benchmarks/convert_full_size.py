@@ -52,8 +52,8 @@ SIGLIP = dict(
     image_size=384,
     patch_size=14,
 )
-SMALL_GEMMA = dict(num_hidden_layers=4, hidden_size=896, intermediate_size=3584, vocab_size=32000)
-SMALL_SIGLIP = dict(num_hidden_layers=4)
+SMALL_GEMMA = dict(num_hidden_layers=2, hidden_size=128, intermediate_size=256, vocab_size=1024)
+SMALL_SIGLIP = dict(num_hidden_layers=2)
 UNREAD = ("head.", "post_layernorm.")  # of the tower: the shipped configuration selects layer -2
 HEADER = ("", "GB", "s", "GB/s", "processor s", "peak anonymous GiB a process", "load around it")
 

@@ -20,6 +20,8 @@ from sentencepiece import sentencepiece_model_pb2
 from dattn_mcore.errors import DataError
 
 CHAT_SYMBOLS = ("[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>")
+# Left open, transformers asks on the terminal whether it may run a folder's own code.
+NO_FOREIGN_CODE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 class Tokenizer(Protocol):
@@ -152,7 +154,8 @@ class HuggingFaceTokenizer:
         """Opens the folder.
 
         Raises:
-            DataError: transformers cannot read it, or it has no beginning or end token.
+            DataError: transformers cannot read it without code that the folder brings, or it has
+                no beginning or end token.
         """
         # Slow to import, and not every run needs it.
         from transformers import AutoTokenizer
@@ -160,8 +163,13 @@ class HuggingFaceTokenizer:
         self.path = Path(path)
         self._setting = setting
         try:
-            self._model: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            self._model: Any = AutoTokenizer.from_pretrained(str(path), **NO_FOREIGN_CODE)
         except Exception as error:
+            if "trust_remote_code" in str(error):  # its advice is to let the code run
+                raise DataError(
+                    f"{setting}: '{path}' can only be read by Python code that it brings, and such "
+                    "code is never run; give a fast tokenizer (tokenizer.json) or a .model file"
+                ) from None
             reason = " ".join(str(error).split())[:200]
             raise DataError(
                 f"{setting}: '{path}' is not a Hugging Face tokenizer folder ({reason})"

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 import dattn_mcore.hf
+from dattn_mcore.data.tokenizer import NO_FOREIGN_CODE
 from dattn_mcore.errors import CheckpointError, ConfigError
 from dattn_mcore.evaluation.images import Picture
 
@@ -75,11 +76,10 @@ class Generator:
         check_model_folder(self.folder)
         dattn_mcore.hf.register()
         transformers_logging.disable_progress_bar()
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            self.processor: Any = AutoProcessor.from_pretrained(str(folder), **local)
+            self.processor: Any = AutoProcessor.from_pretrained(str(folder), **NO_FOREIGN_CODE)
             model: Any = AutoModelForImageTextToText.from_pretrained(
-                str(folder), dtype=DTYPES[dtype], **local
+                str(folder), dtype=DTYPES[dtype], **NO_FOREIGN_CODE
             )
         except Exception as error:  # transformers raises whatever its parts raise
             reason = " ".join(str(error).split())[:300]

@@ -9,7 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import rich.progress
@@ -237,24 +237,32 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _interruptible() -> int:
-    """`main`, ended by Ctrl-C or SIGTERM with one line; what it had written is removed.
+    """`main`, ended by Ctrl-C, SIGTERM or SIGHUP with one line; what it had written is removed.
 
     What a library makes of the exception on its way (PyTorch's writer wraps it) does not matter.
     """
     stopped: list[int] = []
 
     def stop(number: int, _: object) -> None:
+        if stopped and number == signal.SIGHUP:  # kernel and shell both send it: let it clean up
+            return
         stopped.append(number)
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which is how nohup asks to go on
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         signal.signal(number, stop)
     try:
         return main()
     except BaseException:
         if not stopped:
             raise
-        sys.stderr.write(f"stopped by {signal.Signals(stopped[0]).name}; nothing is left of it\n")
+        with suppress(OSError):  # a closed terminal
+            sys.stderr.write(
+                f"stopped by {signal.Signals(stopped[0]).name}; nothing is left of it\n"
+            )
         return 128 + stopped[0]
 
 

@@ -13,6 +13,17 @@ from dattn_mcore.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
+def check_free(path: str | Path) -> None:
+    """Checks that an output's name is not taken; a link that points nowhere takes it, too.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    if os.path.lexists(path):
+        what = "exists" if os.path.exists(path) else "is a link that points nowhere"
+        raise CheckpointError(f"{path} {what}; give another output folder or remove it")
+
+
 class AtomicFolder:
     """A folder that appears under its name only when the block ends without an error.
 
@@ -25,8 +36,7 @@ class AtomicFolder:
         self.temporary = self.path.parent / f".{self.path.name}.{os.getpid()}.tmp"
 
     def __enter__(self) -> Path:
-        if self.path.exists():
-            raise CheckpointError(f"{self.path} exists; give another output folder or remove it")
+        check_free(self.path)
         for left in sorted(self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp")):
             logger.warning("%s was left by a conversion that was killed, or still runs", left)
         try:

@@ -175,6 +175,14 @@ def _find(path: Path) -> Path:
             raise CheckpointError(
                 f"{path} is a Hugging Face folder; name a run folder or a folder step_... in it"
             ) from None
+        if path.is_file():
+            what = (
+                "pickled weights, and a pickle can run code" if path.suffix in PICKLES else "a file"
+            )
+            raise CheckpointError(
+                f"{path} is {what}; name a checkpoint folder of this trainer, or for hf-to-mcore a "
+                "Hugging Face folder with safetensors"
+            ) from None
         found = (file for end in PICKLES for file in path.rglob(f"*{end}"))
         pickles = sorted(file for file in found if file.name != "common.pt")  # an unfinished save
         if pickles:

@@ -15,7 +15,7 @@ from dattn_mcore.config.schema import AttentionConfig, Config, DataConfig, Model
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.hf import DattnConfig
 from tools.checkpoint_convert import projector
-from tools.checkpoint_convert.atomic_folder import AtomicFolder
+from tools.checkpoint_convert.atomic_folder import AtomicFolder, check_free
 from tools.checkpoint_convert.configs import from_hf, understanding
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
 from tools.checkpoint_convert.mapping import Entry, Shape, in_order_of_layers
@@ -137,8 +137,7 @@ def convert_parts(
         CheckpointError: a folder is damaged or of another model, or the output exists.
     """
     llm, vision, model = Path(llm), Path(vision), config.model
-    if Path(output).exists():
-        raise CheckpointError(f"{output} exists; give another output folder or remove it")
+    check_free(output)
     check_fits(llm, vision, model, config.data)
     plan: list[Planned] = []
     tower = open_vision_tower(vision, model.vision)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from dattn_mcore.config.schema import DataConfig, ParallelConfig
+from dattn_mcore.data.tokenizer import NO_FOREIGN_CODE
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import image_settings
 
@@ -45,7 +46,9 @@ def _by_transformers(folder: Path, avoid: frozenset[int]) -> Tensor:
     from dattn_mcore.hf import DattnForConditionalGeneration
 
     transformers_logging.disable_progress_bar()
-    model = DattnForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = DattnForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, **NO_FOREIGN_CODE
+    ).eval()
     config = model.config
     ids, tiles = _input(config.text_config.vocab_size, config.vision_config.image_size, avoid)
     images = torch.tensor([config.image_token_id] * len(GRIDS))

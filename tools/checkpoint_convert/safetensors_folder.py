@@ -134,6 +134,12 @@ class SafetensorsFolder:
                 f"{self.folder} holds pickled weights ({pickles[0]}); only safetensors are read, "
                 "because a pickle can run code: save it again with save_pretrained of transformers"
             )
+        shards = sorted(file.name for file in self.folder.glob("*.safetensors"))
+        if not promised and shards and SINGLE not in shards:
+            raise CheckpointError(
+                f"{self.folder / INDEX} is missing, which says what {shards[0]} and the other "
+                "safetensors hold; copy the folder again"
+            )
         for file in sorted(set(promised.values())) if promised else [self.folder / SINGLE]:
             for name, shape, dtype, offset in _header(file):
                 if promised and promised.get(name) != file:

@@ -17,6 +17,7 @@ from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.data.templates import TextRun, encode_conversation, stop_id
 from dattn_mcore.data.tiles import ANYRES_POLICIES, POLICIES
 from dattn_mcore.data.tokenizer import (
+    NO_FOREIGN_CODE,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
@@ -115,7 +116,7 @@ def _convert(ours: Tokenizer) -> Any:
         theirs: Any = from_sentencepiece(ours.path)
     else:
         assert isinstance(ours, HuggingFaceTokenizer)
-        theirs = AutoTokenizer.from_pretrained(str(ours.path), local_files_only=True)
+        theirs = AutoTokenizer.from_pretrained(str(ours.path), **NO_FOREIGN_CODE)
     if theirs.pad_token is None:
         theirs.pad_token = theirs.unk_token or theirs.eos_token
     theirs.add_special_tokens({"additional_special_tokens": [IMAGE_MARK]})

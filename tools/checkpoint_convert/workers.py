@@ -103,7 +103,8 @@ def run_shares(
 
 
 def _worker(job: Callable[[int, Report], Any], share: int, pipe: Connection, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends all
+    for number in (signal.SIGINT, signal.SIGHUP):  # they reach the parent, which ends all
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)  # a fork has none of its parent's threads, but may think so
 

@@ -12,6 +12,7 @@ from dattn_mcore.errors import CheckpointError
 from tests.unit.convert.convert_helpers import make_tokenizer
 from tests.unit.convert.raw_models import make_llm, make_tower, raw_config, rename
 from tools.checkpoint_convert.__main__ import main
+from tools.checkpoint_convert.atomic_folder import check_free
 from tools.checkpoint_convert.hf_to_mcore import convert_parts
 from tools.checkpoint_convert.raw_folders import check_fits
 
@@ -92,6 +93,35 @@ def test_bad_folders(tmp_path, capsys, parts):
     assert "together" in fails(capsys, "hf-to-mcore", *parts[:4], out)
     assert "together" in fails(capsys, "hf-to-mcore", *parts, "folder", out)
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".out*"))
+
+
+def test_shards_without_their_index(tmp_path, capsys, parts):
+    """What is missing is the index, not a single file that there never was."""
+    (tmp_path / "llm/model.safetensors").rename(tmp_path / "llm/model-00001-of-00002.safetensors")
+    error = fails(capsys, "hf-to-mcore", *parts, tmp_path / "out")
+    assert f"{tmp_path}/llm/model.safetensors.index.json is missing" in error
+    assert "model-00001-of-00002.safetensors" in error
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "pytorch_model.bin"])
+def test_a_file_in_place_of_a_checkpoint(tmp_path, capsys, name):
+    (tmp_path / name).touch()
+    for command in (
+        ("mcore-to-hf", tmp_path / name, tmp_path / "out"),
+        ("inspect", tmp_path / name),
+    ):
+        error = fails(capsys, *command)
+        assert f"{tmp_path / name} is pickled weights" in error and "safetensors" in error
+
+
+def test_a_link_that_points_nowhere_is_refused_first(tmp_path, capsys, parts):
+    """Not after everything is written: nothing is made beside it."""
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="out is a link that points nowhere"):
+        check_free(tmp_path / "out")
+    before = sorted(tmp_path.iterdir())
+    assert "points nowhere" in fails(capsys, "hf-to-mcore", *parts, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, parts):

@@ -214,7 +214,7 @@ sys.exit(__main__._interruptible())
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_it_with_one_line(one, tmp_path, name):
     script = STOPPED.replace("NAME", name)
     command = [sys.executable, "-c", script, *there(one), str(tmp_path / "out")]

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from dattn_mcore.hf import REMOTE_CODE_FILES
-from tests.unit.convert.convert_helpers import make_checkpoint, make_tokenizer, small_config
+from tests.unit.convert.convert_helpers import make_tokenizer, plan, random_tensors, small_config
 from tools.checkpoint_convert import mcore_to_hf
-from tools.checkpoint_convert.mcore_to_hf import ExportOptions
+from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
+from tools.checkpoint_convert.mcore_to_hf import EMBEDDING, ExportOptions
+from tools.checkpoint_convert.tables import model_table
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,15 @@ def test_export_stands_alone(tmp_path, family, policy):
     tokenizer = make_tokenizer(tmp_path)
     config = small_config(tokenizer, family)
     config = replace(config, data=replace(config.data, image_policy=policy))
-    make_checkpoint(tmp_path / "a", config)
+    table = model_table(config.model)
+    tensors = random_tensors(table)
+    if config.model.llm.tie_embeddings:  # else its head answers with the word that it has just read
+        for (key, layer), tensor in tensors.items():
+            if key == EMBEDDING:
+                tensor.mul_(0.1)
+            elif "linear" in key and (layer is not None or "projector" in key):
+                tensor.mul_(2.0)
+    write_checkpoint(tmp_path / "a", plan(table, tensors), config)
     mcore_to_hf.convert(tmp_path / "a", tmp_path / "hf", ExportOptions(max_shard_bytes=100_000))
     script = Path(__file__).with_name("load_alone.py")
     environment = {
@@ -46,6 +56,9 @@ def test_export_stands_alone(tmp_path, family, policy):
     assert result["foreign"] == []
     assert result["model_type"] == "dattn"
     assert result["class"].startswith("transformers_modules.")
+    # Else a model that says one word whatever it is asked would pass.
+    assert all(len(set(answer)) > 2 for answer in result["alone"]), result["alone"]
+    assert len(set(map(tuple, result["alone"]))) == 3
     assert result["cached"] == result["uncached"] == result["alone"] == result["causal_lm"]
     assert result["in_parts"] == result["alone"][:1]
     assert result["again"] == result["cached"]
