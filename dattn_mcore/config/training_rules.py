@@ -8,7 +8,7 @@ from dattn_mcore.config.schema import Config
 
 RECOMPUTABLE = ("core_attn", "layernorm", "mlp")
 FP8_ROWS = 16  # rows and columns of an FP8 product are multiples of this
-FP8_BLOCK = 128  # columns of a block with one scale (blockwise)
+FP8_BLOCK = 128  # columns, or rows, of a block with one scale (blockwise)
 PARTS = ("vision", "projector", "llm")
 
 

@@ -127,7 +127,14 @@ def test_shipped_models_run_in_every_recipe(recipe, model):
     config = load_config(ROOT / f"configs/{model}.yaml", [f"train.fp8={recipe}"])
     check_config(config)
     shards = config.parallel.tp if config.parallel.sp else 1
-    assert row_multiple(config) % (16 * shards) == 0
+    assert shards > 1  # so the rows below are those of a shard
+    # Transformer Engine's `assert_dim_for_all_gather` wants blocks of 128 rows on each shard.
+    assert row_multiple(config) % ((128 if recipe == "blockwise" else 16) * shards) == 0
+
+
+def test_blockwise_rows_of_one_process_are_padded_as_in_other_recipes():
+    settings = ["train.fp8=blockwise", "parallel.tp=1", "parallel.pp=1", "parallel.sp=false"]
+    assert row_multiple(load_config(GEMMA, settings)) == 16
 
 
 @pytest.mark.parametrize(
