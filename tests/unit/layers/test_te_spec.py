@@ -26,7 +26,7 @@ def compared():
     """What tests/unit/layers/te_specs.py found, by case."""
     path = os.pathsep.join([str(ROOT / "tests/standins"), str(ROOT)])
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.unit.layers.te_specs", *CASES],
+        [sys.executable, "-W", "ignore", "-m", "tests.unit.layers.te_specs", *CASES, "fp8-norms"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -34,7 +34,8 @@ def compared():
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return dict(zip(CASES, map(json.loads, result.stdout.splitlines()), strict=True))
+    cases = (*CASES, "fp8-norms")
+    return dict(zip(cases, map(json.loads, result.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -58,6 +59,14 @@ def test_the_second_spec_is_made_of_megatrons_wrappers(compared):
     assert {"TextColumnLinear", "KeyValueColumnLinear", "FoldableRowLinearWithPostNorm"} <= classes
     assert {"TEDotProductAttention", "TEColumnParallelLinear", "RMSNorm", "LayerNorm"} <= classes
     assert {"DecomposedSelfAttention", "TransformerLayer"} <= classes
+
+
+def test_recomputed_norms_in_fp8_have_the_linears_after_them_keep_their_input(compared):
+    (kept,) = compared["fp8-norms"]
+    after_a_norm = {name for name, all_layers in kept.items() if all(all_layers)}
+    assert after_a_norm == {"linear_q", "linear_kv", "linear_fc1"}
+    assert not any(kept["linear_proj"] + kept["linear_fc2"])
+    assert len(kept["linear_q"]) == 4
 
 
 def test_auto_is_local_on_a_cpu_and_a_missing_package_is_told():
