@@ -45,6 +45,11 @@ def overlap(config: Config) -> Iterator[str]:
         yield f"{name} needs Transformer Engine; use model.transformer_impl=auto"
     if train.recompute_visual_chunk is not None:
         yield f"{name} cannot go with train.recompute_visual_chunk; set one of them off"
+    if train.fp8 == "blockwise":
+        yield (
+            f"{name} cannot go with train.fp8=blockwise, for which Transformer Engine has no "
+            "buffers; use the recipe tensorwise or delayed, or set the overlap off"
+        )
 
 
 def recompute(config: Config) -> Iterator[str]:
