@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -133,6 +134,32 @@ def kept_inputs() -> dict[str, list[bool]]:
     return found
 
 
+def overlap_buffers() -> dict[str, object]:
+    """What is registered for overlapped exchanges, by recipe (Transformer Engine's stand-in)."""
+    from transformer_engine.pytorch.module import base
+
+    from dattn_mcore.training.setup import _start_overlap
+
+    asked = {
+        "model": {"transformer_impl": "transformer_engine"},
+        "parallel": {"tp": 2, "sp": True, "tp_comm_overlap": True},
+        "data": {"fixed_rows": True, "text_budget": 100, "visual_budget": 64},
+        "train": {"precision": "bf16"},
+    }
+    recipes: dict[str, dict[str, Any]] = {
+        "bf16": {},
+        "delayed": {"fp8": "delayed"},
+        "tensorwise": {"fp8": "tensorwise"},
+        "no-edges": {"fp8": "tensorwise", "fp8_bf16_layers": 0},
+    }
+    for train in recipes.values():
+        _start_overlap(from_dict(merge(asked, {"train": train})), torch.device("cpu"))
+    return dict(zip(recipes, base.calls, strict=True))
+
+
+OTHERS = {"fp8-norms": kept_inputs, "overlap": overlap_buffers}
+
+
 def _rank(case: str, rank: int, world_size: int, store: str, output: str) -> None:
     platform.install("cpu")
     dist.init_process_group(
@@ -141,7 +168,7 @@ def _rank(case: str, rank: int, world_size: int, store: str, output: str) -> Non
         rank=rank,
         world_size=world_size,
     )
-    result = compare(case) if case in CASES else kept_inputs()
+    result = OTHERS[case]() if case in OTHERS else compare(case)
     with open(f"{output}.{rank}", "w") as file:
         json.dump(result, file)
 
