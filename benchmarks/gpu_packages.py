@@ -39,7 +39,8 @@ def parts() -> list[Part]:
             "Transformer Engine",
             "its losses and checkpoints, every FP8 recipe, their accuracy and their speed",
             transformer_engine_missing(),
-            INSTALL + "--no-build-isolation '.[te]', or go without: make gpu-check ARGS=--without-te",
+            INSTALL
+            + "--no-build-isolation '.[te]', or go without: make gpu-check ARGS=--without-te",
         ),
         Part(
             "flash-attn",
