@@ -1,7 +1,8 @@
 # make quickstart   installs into .venv, then trains, converts and evaluates the digits model
 # make test         installs into .venv, then runs all tests
 # make check        formatting, lint and types
-# make gpu-check    on a machine with a GPU: its tests, all benchmarks, docs/performance.md
+# make gpu-check    on a machine with a GPU: its tests, all benchmarks, docs/performance.md;
+#                   fails without Transformer Engine, unless ARGS=--without-te
 # make clean        removes .venv and what the tools left; keeps data/ and runs/
 
 PYTHON ?= python3

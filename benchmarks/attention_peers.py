@@ -55,7 +55,7 @@ def causal(
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float) -> Forward:
-    if flash_version() == 3:
+    if flash_version(q.shape[-1]) == 3:
         from flash_attn_interface import flash_attn_func
     else:
         from flash_attn import flash_attn_func

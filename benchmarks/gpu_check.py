@@ -6,7 +6,9 @@
 Every benchmark is a process of its own; its Markdown table goes between its two markers on the
 page, with machine, versions, commit and command; pictures and JSON files go into
 docs/performance. What fails is said on the page too, the rest goes on.
-Exit status 1: a test failed, or a benchmark did, or one missed its own bound.
+What is skipped for want of a package is said first, and again at the end.
+Exit status 1: a test failed, or a benchmark did, or one missed its own bound, or Transformer Engine
+is missing on a GPU and --without-te was not given.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ PYTHON = [sys.executable, "-W", "ignore", "-m"]
 # On one GPU of 80 to 141 GB: D-Attn, baseline and LLaVA stand side by side in the step.
 STEP = ["benchmarks.training_step", "--layers", "4", "--text", "512", "--visual"]
 # As many layers as fit, in bf16 and FP8, next to the planner's word.
-PLANNED = ["benchmarks.planned_step", "--text", "512", "--precision", "bf16", "tensorwise"]
+PLANNED = ["benchmarks.planned_step", "--text", "512", "--precision", "bf16"]
+PLANNED += ["tensorwise", "blockwise", "delayed"]
 MEMORY = ["benchmarks.peak_memory", "--layers", "16", "--text", "512", "--chunk", "2048"]
 OVER = ["576", "2304", "4608", "9216", "18432", "36864"]
 GPU = {
@@ -83,20 +86,37 @@ def _origin(page: Path, name: str, device: str, status: int) -> str:
     return provenance(device)
 
 
+def _say_what_is_skipped() -> bool:
+    """One line for each package that is missing; False if Transformer Engine is.
+
+    In a process of its own, because importing these packages can take memory of the device.
+    """
+    sys.stdout.flush()
+    return (
+        subprocess.run([*PYTHON, "benchmarks.gpu_packages"], cwd=ROOT, check=False).returncode == 0
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs everything; see the file's docstring."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu")
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--only", nargs="+", default=None, help="names of benchmarks to run")
+    parser.add_argument(
+        "--without-te", action="store_true", help="succeed where Transformer Engine is missing"
+    )
     args = parser.parse_args(arguments)
     good = True
     if args.device == "gpu":
-        tests = subprocess.run([*PYTHON, "pytest", "-q", "tests/gpu"], cwd=ROOT, check=False)
+        _say_what_is_skipped()  # hours before the end
+        tests = subprocess.run([*PYTHON, "pytest", "-q", "-rs", "tests/gpu"], cwd=ROOT, check=False)
         good = tests.returncode == 0
     for name, command in commands(args.device).items():
         if args.only is None or name in args.only:
             good &= run_benchmark(name, command, args.device, args.page)
+    if args.device == "gpu" and not _say_what_is_skipped():
+        good &= args.without_te
     return 0 if good else 1
 
 

@@ -206,6 +206,7 @@ def resume(
         content["rng"] = state.rng_state(pg_collection, layout)
     loaded = _load(folder, content)
     _put_weights(loaded, chunks)
+    _fit_groups(loaded["optimizer"], optimizer)
     optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:
         platform.set_rng_state(loaded["rng"])
@@ -219,6 +220,24 @@ def _load(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
         # The files are as they were written (verified), so this is a mismatch of content.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{folder} does not fit this run ({reason})") from error
+
+
+def _fit_groups(content: dict[Any, Any], optimizer: MegatronOptimizer) -> None:
+    """Lets what one Adam has saved go on in another: PyTorch's, or a fused one where it is built.
+
+    Their groups have settings of their own (`bias_correction`, `amsgrad`), which are this
+    optimizer's where the checkpoint has none. PyTorch counts steps in float32, the others in int.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    contents = [content] if len(parts) == 1 else [part for _, part in sorted(content.items())]
+    for part, saved in zip(parts, contents, strict=True):
+        if part.is_stub_optimizer:
+            continue
+        for group in saved["optimizer"]["param_groups"]:
+            for name, value in part.optimizer.defaults.items():
+                group.setdefault(name, value)
+            if "step" in group:
+                group["step"] = int(group["step"])
 
 
 def _put_weights(content: dict[str, Any], chunks: list[DattnModel]) -> None:

@@ -80,10 +80,13 @@ def processes_per_replica(config: Config) -> int:
 def row_multiple(config: Config) -> int:
     """What visual and text rows of a micro-batch are padded to a multiple of.
 
-    Every sequence parallel shard holds as many rows as the others, and in FP8 a multiple of 16.
+    Every sequence parallel shard holds as many rows as the others, and in FP8 a multiple of 16;
+    Transformer Engine gathers what is quantised by blocks in whole blocks only.
     """
     shards = config.parallel.tp if config.parallel.sp else 1
     per_shard = training_rules.FP8_ROWS if config.train.fp8 != "none" else 1
+    if config.train.fp8 == "blockwise" and shards > 1:
+        per_shard = training_rules.FP8_BLOCK
     return math.lcm(config.data.pad_multiple, shards * per_shard)
 
 

@@ -8,7 +8,7 @@ from dattn_mcore.config.schema import Config
 
 RECOMPUTABLE = ("core_attn", "layernorm", "mlp")
 FP8_ROWS = 16  # rows and columns of an FP8 product are multiples of this
-FP8_BLOCK = 128  # columns of a block with one scale (blockwise)
+FP8_BLOCK = 128  # columns, or rows, of a block with one scale (blockwise)
 PARTS = ("vision", "projector", "llm")
 
 
@@ -45,6 +45,11 @@ def overlap(config: Config) -> Iterator[str]:
         yield f"{name} needs Transformer Engine; use model.transformer_impl=auto"
     if train.recompute_visual_chunk is not None:
         yield f"{name} cannot go with train.recompute_visual_chunk; set one of them off"
+    if train.fp8 == "blockwise":
+        yield (
+            f"{name} cannot go with train.fp8=blockwise, for which Transformer Engine has no "
+            "buffers; use the recipe tensorwise or delayed, or set the overlap off"
+        )
 
 
 def recompute(config: Config) -> Iterator[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from dattn_mcore.data.decode_pillow import PillowDecoder
 from dattn_mcore.data.image_files import ImageFile
 from dattn_mcore.errors import DataError
+from dattn_mcore.parallel.platform import wait_for_stream
 
 _LOG = logging.getLogger(__name__)
 _MODES = {
@@ -113,8 +114,11 @@ class DaliDecoder:
             self._pipeline = _build_pipeline(self._threads, self._device, self._device_id)
         self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
         (output,) = self._pipeline.run()
-        # Copies: DALI may reuse its output buffers at the next iteration.
-        return [torch.from_dlpack(output[i]).clone().permute(2, 0, 1) for i in range(len(encoded))]
+        # Copies: DALI may reuse its output buffers at the next iteration. On a GPU a copy only
+        # stands in the stream's queue when the call returns, behind whatever training put there.
+        copies = [torch.from_dlpack(output[i]).clone() for i in range(len(encoded))]
+        wait_for_stream(copies[0].device)
+        return [copy.permute(2, 0, 1) for copy in copies]
 
 
 def _batches(indexes: Sequence[int], images: Sequence[ImageFile]) -> Iterator[list[int]]:

@@ -177,6 +177,17 @@ class DecomposedSelfAttention(MegatronModule):
             return self.linear_proj(rows)
         return self._project(kv_visual, text)
 
+    def set_for_recompute_input_layernorm(self) -> None:
+        """Has the linears keep the norm's output, not an FP8 copy, so that it can be dropped.
+
+        `TransformerLayer` calls it where the norm is computed again in an FP8 run; the MLP's first
+        linear it sets itself.
+        """
+        from megatron.core.extensions.transformer_engine import set_save_original_input
+
+        set_save_original_input(self.linear_q)
+        set_save_original_input(self.linear_kv)
+
     def keys_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Keys and values [rows, 1, groups / tp * 2 * head_dim] of normed rows (of this shard)."""
         return self.linear_kv(hidden_states)[0]

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 
+from dattn_mcore.errors import ConfigError
 from dattn_mcore.layers.linear import fold
 from dattn_mcore.layers.parts import LayerParts
 
@@ -144,21 +145,36 @@ PARTS = LayerParts(
 )
 
 
-def start_overlap(rows: int, hidden_size: int, tp_size: int, fp8: bool, backend: str) -> None:
+def start_overlap(
+    rows: int, hidden_size: int, tp_size: int, fp8: bool, bf16: bool, backend: str
+) -> None:
     """Registers the buffers of `parallel.tp_comm_overlap`; once, before the first step.
 
     Args:
         rows: visual and text rows of every micro-batch (`data.fixed_rows`).
         hidden_size: of the language model.
         tp_size: tensor parallel size.
-        fp8: whether the linears run in FP8.
+        fp8: whether any layer's linears run in FP8.
+        bf16: whether any layer's linears run in bf16; both kinds look for buffers of their own.
         backend: of torch.distributed, for the exchange of handles.
-    """
-    from transformer_engine.pytorch.module.base import initialize_ub
 
+    Raises:
+        ConfigError: this Transformer Engine is older than the call.
+    """
+    try:
+        from transformer_engine.pytorch.module.base import (
+            UserBufferQuantizationMode,
+            initialize_ub,
+        )
+    except ImportError as error:
+        raise ConfigError(
+            "parallel.tp_comm_overlap=true needs Transformer Engine 2.8 or newer; update it, or "
+            "set the overlap off"
+        ) from error
+    modes = [UserBufferQuantizationMode.FP8] * fp8 + [UserBufferQuantizationMode.NONE] * bf16
     initialize_ub(
         shape=[rows, hidden_size],
         tp_size=tp_size,
-        use_fp8=fp8,
+        quantization_modes=modes,
         bootstrap_backend=backend,
     )

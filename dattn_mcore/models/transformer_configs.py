@@ -66,13 +66,19 @@ def fuses_gradients(config: Config) -> bool:
     return current_device().type != "cpu" and apex_adds_gradients()
 
 
+def edge_layers_in_bf16(config: Config) -> int:
+    """Decoder layers at each end that an FP8 run computes in bf16."""
+    few = config.train.fp8_bf16_layers
+    if few is None:
+        return 0 if config.train.fp8 == "delayed" else 1
+    return few
+
+
 def _fp8(config: Config) -> dict[str, Any]:
     train = config.train
     if train.fp8 == "none":
         return {}
-    edge = train.fp8_bf16_layers
-    if edge is None:
-        edge = 0 if train.fp8 == "delayed" else 1
+    edge = edge_layers_in_bf16(config)
     settings: dict[str, Any] = dict(
         fp8="hybrid",
         fp8_recipe=train.fp8,

@@ -204,6 +204,12 @@ def synchronize() -> None:
     torch.cuda.synchronize()
 
 
+def wait_for_stream(device: torch.device) -> None:
+    """Waits until a device has done what this thread's current stream of it was given."""
+    if device.type != "cpu":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def empty_cache() -> None:
     """Gives the GPU memory back that PyTorch keeps for later tensors."""
     torch.cuda.empty_cache()

@@ -61,8 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config, dry_run = parse_arguments(arguments)
         if dry_run:
+            from dattn_mcore.parallel import platform
             from dattn_mcore.training.plan import describe
 
+            if config.train.deterministic:
+                platform.make_deterministic()  # kernels are chosen by it
             if rank == 0:
                 sys.stdout.write(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
             return 0

@@ -33,6 +33,7 @@ from dattn_mcore.errors import ConfigError, DataError, DattnError
 from dattn_mcore.layers.implementation import TRANSFORMER_ENGINE, choose_implementation
 from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel
+from dattn_mcore.models.transformer_configs import edge_layers_in_bf16
 from dattn_mcore.parallel import groups, platform
 from dattn_mcore.training.agreement import agree
 from dattn_mcore.training.inputs import fixed_rows, needs_pixels
@@ -218,10 +219,12 @@ def _start_overlap(config: Config, device: torch.device) -> None:
         )
     from dattn_mcore.layers.spec_te import start_overlap
 
+    fp8 = config.train.fp8 != "none"
     start_overlap(
         sum(fixed_rows(config)),
         config.model.llm.hidden_size,
         config.parallel.tp,
-        config.train.fp8 != "none",
+        fp8,
+        not fp8 or edge_layers_in_bf16(config) > 0,
         platform.backend("cpu" if device.type == "cpu" else "gpu"),
     )

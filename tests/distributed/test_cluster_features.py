@@ -99,6 +99,13 @@ def test_overlapped_weights_are_saved_whole(pool, digits, tmp_path, plain):
             ],
             "needs Transformer Engine",
         ),
+        (
+            [
+                *("parallel.tp_comm_overlap=true", "data.fixed_rows=true"),
+                "train.fp8=blockwise",
+            ],
+            "cannot go with train.fp8=blockwise",
+        ),
         (["parallel.first_stage_layers=42"], "must leave layers"),
         (["parallel.first_stage_layers=20", "parallel.pp=1"], "needs --pp of at least 2"),
         (["parallel.first_stage_layers=3", "parallel.pp=3"], "cannot be dealt evenly"),

@@ -15,6 +15,7 @@ from tests.distributed.jobs import (
     saves_until_killed,
     small_config,
     train_until_killed,
+    train_with_fused_adam,
 )
 from tests.distributed.pool import WorkerError
 
@@ -82,6 +83,24 @@ def test_saved_while_training_goes_on(pool, digits, tmp_path, uninterrupted, wor
     exact = 0 if world_size == 1 else 1e-5
     for row, want in zip(rows, expected, strict=True):
         assert abs(row["loss"] - want["loss"]) <= exact
+
+
+@pytest.mark.parametrize("first", ["torch", "fused"])
+def test_a_checkpoint_of_one_adam_resumes_in_the_other(
+    pool, digits, tmp_path, uninterrupted, first
+):
+    """As when Transformer Engine is installed, or gone, between two parts of a run."""
+    tree = tree_for(digits, tmp_path)
+    if first == "torch":
+        pool.run(train_until_killed, 1, tree, 3)
+        assert all(pool.run(train_with_fused_adam, 1, tree))
+    else:
+        pool.run(train_with_fused_adam, 1, tree, 3)
+        assert all(pool.run(run_training, 1, tree))
+    rows, expected = read_metrics(tmp_path), read_metrics(uninterrupted)
+    assert len(rows) == 6
+    for row, want in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(want["loss"], abs=1e-5)  # the two round differently
 
 
 def test_killed_without_warning(pool, digits, tmp_path, uninterrupted):

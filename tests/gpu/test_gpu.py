@@ -121,3 +121,23 @@ def test_gpu_decode_is_close_to_the_cpus(digits, policy):
     ]
     difference = (tiles[0].cpu().int() - tiles[1].cpu().int()).abs()
     assert difference.max() <= 8 and difference.float().mean() < 0.5
+
+
+def test_decoding_beside_a_busy_gpu_gives_each_image_its_own_pixels(digits, monkeypatch):
+    """Copies out of DALI's buffers queue behind training; the next batch must not overtake them."""
+    pytest.importorskip("nvidia.dali")
+    from dattn_mcore.data import decode_dali
+    from dattn_mcore.data.image_files import read_image_file
+
+    folder = digits / "images"
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.jpg"))[:24]]
+    images = [read_image_file(folder, name, name, 10**7) for name in names]
+    monkeypatch.setattr(decode_dali, "_MAX_BATCH", 2)
+    device = platform.current_device()
+    decoder = decode_dali.DaliDecoder(2, "gpu", device.index)
+    quiet = decoder.decode(images)
+    factor = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    for _ in range(200):  # some tenths of a second of work, queued
+        torch.mm(factor, factor)
+    for alone, beside in zip(quiet, decoder.decode(images), strict=True):
+        assert torch.equal(alone, beside)

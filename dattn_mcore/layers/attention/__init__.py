@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 
 from dattn_mcore.errors import ConfigError
-from dattn_mcore.layers.attention.flash import flash_attention, flash_refuses, flash_version
+from dattn_mcore.layers.attention.flash import flash_attention, flash_chosen, flash_refuses
 from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.reference import reference_attention
 from dattn_mcore.layers.attention.rotary import Rotary
@@ -96,15 +96,15 @@ def choose_backend(
     passed: list[str] = []
     for name in order:
         if refusals[name] is None:
-            return BackendChoice(name, "; ".join([*passed, _WHY[name]()]))
+            return BackendChoice(name, "; ".join([*passed, _WHY[name](head_dim)]))
         passed.append(f"not {name}: {refusals[name]}")
     return BackendChoice("reference", "; ".join(passed))
 
 
-_WHY: dict[str, Callable[[], str]] = {
-    "flash": lambda: f"flash-attn {flash_version()} computes this model",
-    "triton": lambda: "the joint Triton kernel computes this model",
-    "sdpa": lambda: "PyTorch's flash kernels compute this model",
+_WHY: dict[str, Callable[[int], str]] = {
+    "flash": flash_chosen,
+    "triton": lambda head_dim: "the joint Triton kernel computes this model",
+    "sdpa": lambda head_dim: "PyTorch's flash kernels compute this model",
 }
 
 

@@ -11,9 +11,12 @@ Source: Dao-AILab/flash-attention, `flash_attn/flash_attn_interface.py` (2.7 and
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -25,14 +28,16 @@ from dattn_mcore.layers.layout import DecomposedSeqParams
 from dattn_mcore.parallel.platform import is_hopper
 
 _MODULES = {2: "flash_attn.flash_attn_interface", 3: "flash_attn_interface"}
+_ABSENT = "is not installed"
+# Largest head size of 3's deterministic backward pass: `hopper/flash_api.cpp` rounds sizes above
+# up to 256 and refuses that.
+_ORDERED_3 = 192
 
 
 def flash_refuses(
     options: AttentionOptions, device_type: str, dtype: torch.dtype, head_dim: int
 ) -> str | None:
     """Why flash-attn cannot run here or compute this; None if it can."""
-    if flash_version() is None:
-        return "the package flash-attn is not installed (pip install flash-attn)"
     if device_type == "cpu":
         return "it needs a GPU"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -41,14 +46,23 @@ def flash_refuses(
         return f"head size {head_dim} is no multiple of 8 up to 256"
     if options.window is not None and not options.debiased and not options.is_baseline:
         return "it has no sliding window between text and visual rows in this mixed mode"
+    if flash_version(head_dim) is None:
+        return _why_no_version(head_dim)
     return None
 
 
-def flash_version() -> int | None:
-    """The flash-attn that is used: 3 on a Hopper GPU where it is installed, else 2; or None."""
-    if is_hopper() and _installed(_MODULES[3]):
+def flash_version(head_dim: int) -> int | None:
+    """The flash-attn that is used: 3 on a Hopper GPU where it can be, else 2; or None."""
+    if is_hopper() and _problem(3) is None and not _only_unordered(head_dim):
         return 3
-    return 2 if _installed(_MODULES[2]) else None
+    return 2 if _problem(2) is None else None
+
+
+def flash_chosen(head_dim: int) -> str:
+    """Which flash-attn computes, and why not 3 where that is installed but not used."""
+    chosen = f"flash-attn {flash_version(head_dim)} computes this model"
+    why = _why_not_3(head_dim)
+    return f"{chosen}; not flash-attn 3: it {why}" if why else chosen
 
 
 def flash_attention(
@@ -68,9 +82,47 @@ def flash_attention(
     )
 
 
-def _installed(name: str) -> bool:
-    package = name.partition(".")[0]
-    return importlib.util.find_spec(package) is not None
+def _why_no_version(head_dim: int) -> str:
+    older, newer = _problem(2), _why_not_3(head_dim)
+    if older == _ABSENT and newer is None:
+        return f"the package flash-attn {_ABSENT} (pip install flash-attn)"
+    return f"flash-attn 2 {older}" + (f", flash-attn 3 {newer}" if newer else "")
+
+
+def _why_not_3(head_dim: int) -> str | None:
+    """What keeps an installed flash-attn 3 from running on this GPU; None: nothing, or no such."""
+    if not is_hopper() or (problem := _problem(3)) == _ABSENT:
+        return None
+    if problem is None and _only_unordered(head_dim):
+        return f"has no deterministic backward pass for head size {head_dim} (train.deterministic)"
+    return problem
+
+
+def _only_unordered(head_dim: int) -> bool:
+    """Whether a run must be deterministic where flash-attn 3 can add in any order only."""
+    return head_dim > _ORDERED_3 and torch.are_deterministic_algorithms_enabled()
+
+
+@functools.cache
+def _problem(version: int) -> str | None:
+    """Why a version cannot be used; None where it can. Imports it: a build may not fit PyTorch."""
+    name = _MODULES[version]
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        return _ABSENT
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # noqa: BLE001 (a build for another PyTorch raises anything)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"cannot be imported ({reason})"
+    return None
+
+
+def _kernels(head_dim: int) -> tuple[Any, Callable[..., tuple], Callable[..., None]]:
+    """The module of the version for a head size, and how its two passes are called."""
+    version = flash_version(head_dim)
+    assert version is not None  # `choose_backend` has refused
+    calls = (_forward_2, _backward_2) if version == 2 else (_forward_3, _backward_3)
+    return importlib.import_module(_MODULES[version]), *calls
 
 
 class _Parts:
@@ -116,9 +168,6 @@ class _Part:
         # flash-attn counts the keys to the left of the own one; -1 is no window.
         self.left = -1 if window is None else window - 1
         self.right = 0 if sequences.causal else -1
-        version = flash_version()
-        assert version is not None  # `choose_backend` has refused
-        self.version, self.module = version, importlib.import_module(_MODULES[version])
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -127,8 +176,8 @@ class _Part:
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
         if s.max_q:
-            call = _forward_2 if self.version == 2 else _forward_3
-            part_out, part_lse = call(self, q[s.q_rows], k[s.k_rows], v[s.k_rows])
+            module, call, _ = _kernels(q.shape[-1])
+            part_out, part_lse = call(module, self, q[s.q_rows], k[s.k_rows], v[s.k_rows])
             out[s.q_rows], lse[s.q_rows] = part_out, part_lse.transpose(0, 1)
         return out, lse, None
 
@@ -150,8 +199,9 @@ class _Part:
         parts = tuple(
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_part, k_part, v_part)
         )
-        call = _backward_2 if self.version == 2 else _backward_3
+        module, _, call = _kernels(q.shape[-1])
         call(
+            module,
             self,
             *(grad[s.q_rows], q_part, k_part, v_part, out[s.q_rows]),
             lse[s.q_rows].transpose(0, 1).contiguous(),
@@ -171,9 +221,11 @@ class _Part:
         return grads  # type: ignore[return-value]
 
 
-def _forward_2(part: _Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
+def _forward_2(
+    module: Any, part: _Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple:
     s, options = part.sequences, part.options
-    out, lse, _, _ = part.module._flash_attn_varlen_forward(
+    out, lse, _, _ = module._flash_attn_varlen_forward(
         *(q, k, v, s.cu_q, s.cu_k, s.max_q, s.max_k),
         dropout_p=0.0,
         softmax_scale=options.scale,
@@ -185,9 +237,11 @@ def _forward_2(part: _Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -
     return out, lse
 
 
-def _forward_3(part: _Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
+def _forward_3(
+    module: Any, part: _Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple:
     s, options = part.sequences, part.options
-    out, lse, *_ = part.module._flash_attn_forward(
+    out, lse, *_ = module._flash_attn_forward(
         *(q, k, v),
         cu_seqlens_q=s.cu_q,
         cu_seqlens_k=s.cu_k,
@@ -202,10 +256,10 @@ def _forward_3(part: _Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -
     return out, lse
 
 
-def _backward_2(part: _Part, *tensors: torch.Tensor) -> None:
+def _backward_2(module: Any, part: _Part, *tensors: torch.Tensor) -> None:
     """tensors: d_out, q, k, v, out, lse [heads, rows]; d_q, d_k, d_v are filled."""
     s, options = part.sequences, part.options
-    part.module._flash_attn_varlen_backward(
+    module._flash_attn_varlen_backward(
         *(*tensors, s.cu_q, s.cu_k, s.max_q, s.max_k),
         dropout_p=0.0,
         softmax_scale=options.scale,
@@ -218,11 +272,11 @@ def _backward_2(part: _Part, *tensors: torch.Tensor) -> None:
     )
 
 
-def _backward_3(part: _Part, *tensors: torch.Tensor) -> None:
+def _backward_3(module: Any, part: _Part, *tensors: torch.Tensor) -> None:
     """As `_backward_2`. Positional: the name of the argument `causal` has changed over time."""
     s, options = part.sequences, part.options
     rows, grads = tensors[:6], tensors[6:]
-    part.module._flash_attn_backward(
+    module._flash_attn_backward(
         *(*rows, s.cu_q, s.cu_k, None, None, s.max_q, s.max_k, *grads),
         *(options.scale, s.causal, part.left, part.right, options.softcap or 0.0),
         torch.are_deterministic_algorithms_enabled(),

@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import attention_backends, gpu_check, planned_step
+from benchmarks import attention_backends, gpu_check, gpu_packages, planned_step
 from benchmarks.measure import peak_bytes, seconds_in_turn
 from benchmarks.results import hand_over, markdown_table, write_section
 
@@ -76,6 +76,32 @@ def test_the_page_gets_tables_and_says_what_failed(tmp_path, monkeypatch):
     good, bad = page.read_text().split("<!-- end good-cpu -->")
     assert "| a |\n| --- |\n| 1 |\n" in good and "words" not in good and "good.py`" in good
     assert "failed (exit status 1): no memory left" in bad
+
+
+@pytest.mark.parametrize("te", [None, "it is not installed"])
+@pytest.mark.parametrize("flag", [[], ["--without-te"]])
+def test_a_gpu_without_transformer_engine_does_not_pass_unasked(te, flag, monkeypatch, capsys):
+    """Tests and benchmarks pass here; the packages' lines come first and last."""
+    monkeypatch.setattr(gpu_packages, "transformer_engine_missing", lambda: te)
+    monkeypatch.setattr(gpu_packages, "flash_refuses", lambda *layer: "flash is gone")
+    ran = []
+
+    def run(command, **kwargs):
+        module = command[command.index("-m") + 1]
+        ran.append(module)
+        status = gpu_packages.main() if module == "benchmarks.gpu_packages" else 0
+        return subprocess.CompletedProcess(command, status, "", "")
+
+    monkeypatch.setattr(gpu_check, "subprocess", types.SimpleNamespace(run=run))
+    monkeypatch.setattr(gpu_check, "commands", lambda device: {})
+    assert gpu_check.main(["--device", "gpu", *flag]) == int(te is not None and not flag)
+    assert ran == ["benchmarks.gpu_packages", "pytest", "benchmarks.gpu_packages"]
+    lines = capsys.readouterr().out.splitlines()
+    last = lines[len(lines) // 2 :]
+    assert lines == 2 * last
+    assert any("flash is gone" in line and "'.[flash]'" in line for line in last)
+    told = [line for line in last if line.startswith("skipped without Transformer Engine: ")]
+    assert len(told) == (te is not None)
 
 
 def test_the_page_has_a_section_for_every_table():

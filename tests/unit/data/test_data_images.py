@@ -178,6 +178,29 @@ def test_links_inside_the_folder_are_fine(tmp_path: Path) -> None:
 
 
 @needs_dali
+def test_copies_of_a_dali_batch_are_awaited_before_the_next(
+    golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def build(*arguments: object) -> object:
+        pipeline = build_pipeline(*arguments)
+        run = pipeline.run
+        pipeline.run = lambda: (events.append("run"), run())[1]
+        return pipeline
+
+    build_pipeline = decode_dali._build_pipeline
+    monkeypatch.setattr(decode_dali, "_build_pipeline", build)
+    monkeypatch.setattr(decode_dali, "_MAX_BATCH", 2)
+    monkeypatch.setattr(decode_dali, "wait_for_stream", lambda d: events.append(f"wait {d}"))
+    names = ["d_0.jpg", "d_rgb.png", "d_grey.jpg"]
+    decoder = DaliDecoder(threads=1)
+    decoder.decode([read_image_file(golden, name, name, LIMIT) for name in names])
+    decoder.close()
+    assert events == ["run", "wait cpu"] * 2
+
+
+@needs_dali
 def test_an_image_that_only_dali_refuses_goes_to_pillow_alone(
     golden: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -106,6 +107,59 @@ def compare(case: str) -> dict[str, object]:
     }
 
 
+# An FP8 run that computes norms again in backward; not compared, the stand-ins have no FP8.
+FP8_NORMS = {
+    "train": {
+        **{"precision": "bf16", "fp8": "tensorwise"},
+        **{"recompute": "selective", "recompute_modules": ["layernorm"]},
+    },
+}
+
+
+def kept_inputs() -> dict[str, list[bool]]:
+    """For each decoder linear of such a run, by name: whether it keeps its input as it came."""
+    from dattn_mcore.models.build import build_model
+    from tests.distributed.jobs import start
+
+    config, groups = start(merge({"model": SMALL_MODEL}, FP8_NORMS))
+    (built,) = build_model(config, groups, torch.device("cpu"))
+    found: dict[str, list[bool]] = {}
+    for name, module in built.named_modules():
+        if (
+            "decoder.layers" in name
+            and "vision" not in name
+            and hasattr(module, "save_original_input")
+        ):
+            found.setdefault(name.rpartition(".")[2], []).append(module.save_original_input)
+    return found
+
+
+def overlap_buffers() -> dict[str, object]:
+    """What is registered for overlapped exchanges, by recipe (Transformer Engine's stand-in)."""
+    from transformer_engine.pytorch.module import base
+
+    from dattn_mcore.training.setup import _start_overlap
+
+    asked = {
+        "model": {"transformer_impl": "transformer_engine"},
+        "parallel": {"tp": 2, "sp": True, "tp_comm_overlap": True},
+        "data": {"fixed_rows": True, "text_budget": 100, "visual_budget": 64},
+        "train": {"precision": "bf16"},
+    }
+    recipes: dict[str, dict[str, Any]] = {
+        "bf16": {},
+        "delayed": {"fp8": "delayed"},
+        "tensorwise": {"fp8": "tensorwise"},
+        "no-edges": {"fp8": "tensorwise", "fp8_bf16_layers": 0},
+    }
+    for train in recipes.values():
+        _start_overlap(from_dict(merge(asked, {"train": train})), torch.device("cpu"))
+    return dict(zip(recipes, base.calls, strict=True))
+
+
+OTHERS = {"fp8-norms": kept_inputs, "overlap": overlap_buffers}
+
+
 def _rank(case: str, rank: int, world_size: int, store: str, output: str) -> None:
     platform.install("cpu")
     dist.init_process_group(
@@ -114,7 +168,7 @@ def _rank(case: str, rank: int, world_size: int, store: str, output: str) -> Non
         rank=rank,
         world_size=world_size,
     )
-    result = compare(case)
+    result = OTHERS[case]() if case in OTHERS else compare(case)
     with open(f"{output}.{rank}", "w") as file:
         json.dump(result, file)
 
@@ -124,7 +178,7 @@ def main(case: str) -> None:
     from_dict({})
     import dattn_mcore.models.build  # noqa: F401  (import once, then fork)
 
-    world_size = CASES[case][0]
+    world_size = CASES[case][0] if case in CASES else 1
     with tempfile.TemporaryDirectory() as folder:
         children = []
         for rank in range(world_size):

@@ -1,5 +1,6 @@
 """Which attention backend runs, why, and what is said of one that cannot."""
 
+import builtins
 import re
 
 import pytest
@@ -9,23 +10,27 @@ from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import load_config
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.layers import attention
-from dattn_mcore.layers.attention import AttentionOptions, choose_backend
+from dattn_mcore.layers.attention import AttentionOptions, choose_backend, flash
 from dattn_mcore.training import main
 from dattn_mcore.training.plan import attention_backends, describe
 
 PLAIN = AttentionOptions(scale=0.1)
 CAPPED = AttentionOptions(scale=0.1, softcap=50.0)
 WINDOWED = AttentionOptions(scale=0.1, window=4096)
+PACKAGES = {2: "flash_attn", 3: "flash_attn_interface"}
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
 @pytest.fixture
 def installed(monkeypatch):
     """Says which optional packages there are, wherever the test runs."""
-    from dattn_mcore.layers.attention import flash, triton_backend
+    from dattn_mcore.layers.attention import triton_backend
+
+    def problem(version, names):
+        return None if PACKAGES[version] in names else "is not installed"
 
     def install(*names):
-        monkeypatch.setattr(flash, "_installed", lambda name: name.partition(".")[0] in names)
+        monkeypatch.setattr(flash, "_problem", lambda version: problem(version, names))
         monkeypatch.setattr(triton_backend, "installed", lambda: "triton" in names)
 
     return install
@@ -72,6 +77,50 @@ def test_asking_for_one_that_cannot_run_is_an_error(
     with pytest.raises(ConfigError, match=message) as error:
         choose_backend(requested, PLAIN, device, dtype, head_dim)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("packages", "head_dim", "ordered", "backend", "reason"),
+    [
+        (("flash_attn_interface", "flash_attn"), 256, False, "flash", "flash-attn 3 computes"),
+        (("flash_attn_interface", "flash_attn"), 192, True, "flash", "flash-attn 3 computes"),
+        (("flash_attn_interface", "flash_attn"), 256, True, "flash", "flash-attn 2 computes.*not"),
+        (("flash_attn_interface", "triton"), 256, True, "triton", "not flash: .*deterministic"),
+        (("flash_attn_interface", "triton"), 128, True, "flash", "flash-attn 3 computes"),
+    ],
+)
+def test_a_deterministic_run_takes_no_kernel_that_aborts(
+    installed, monkeypatch, packages, head_dim, ordered, backend, reason
+):
+    """On a Hopper GPU; flash-attn 3 has no deterministic backward pass above head size 192."""
+    installed(*packages)
+    monkeypatch.setattr(flash, "is_hopper", lambda: True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: ordered)
+    choice = choose_backend("auto", CAPPED, "gpu", BF16, head_dim)
+    assert choice.name == backend and re.search(reason, choice.reason)
+    if backend == "triton":
+        with pytest.raises(ConfigError, match="head size 256 .train.deterministic.; use"):
+            choose_backend("flash", CAPPED, "gpu", BF16, head_dim)
+
+
+@pytest.mark.parametrize("package", PACKAGES.values())
+def test_a_build_for_another_torch_is_said_not_run(package, tmp_path, monkeypatch):
+    """A stand-in that fails as such builds do, imported once."""
+    folder = tmp_path / package
+    folder.mkdir()
+    failing = "raise ImportError('undefined symbol: _ZN3c10\\nmore')\n"
+    (folder / "__init__.py").write_text("import builtins; builtins.tried += 1\n" + failing)
+    monkeypatch.setattr(builtins, "tried", 0, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(flash, "is_hopper", lambda: True)
+    flash._problem.cache_clear()
+    for _ in range(2):
+        choice = choose_backend("auto", PLAIN, "gpu", BF16, 128)
+        assert choice.name != "flash"
+        assert "cannot be imported (undefined symbol: _ZN3c10)" in choice.reason
+        assert "\n" not in choice.reason
+    assert builtins.tried == 1
+    flash._problem.cache_clear()
 
 
 def test_an_interpreted_kernel_must_be_asked_for(monkeypatch):

@@ -16,7 +16,7 @@ from dattn_mcore.layers import implementation
 from dattn_mcore.layers.implementation import choose_implementation, transformer_engine_missing
 from dattn_mcore.models.transformer_configs import llm_transformer_config
 from dattn_mcore.parallel import platform
-from tests.unit.layers.te_specs import CASES
+from tests.unit.layers.te_specs import CASES, OTHERS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -24,9 +24,10 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(scope="module")
 def compared():
     """What tests/unit/layers/te_specs.py found, by case."""
+    cases = (*CASES, *OTHERS)
     path = os.pathsep.join([str(ROOT / "tests/standins"), str(ROOT)])
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.unit.layers.te_specs", *CASES],
+        [sys.executable, "-W", "ignore", "-m", "tests.unit.layers.te_specs", *cases],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -34,7 +35,7 @@ def compared():
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return dict(zip(CASES, map(json.loads, result.stdout.splitlines()), strict=True))
+    return dict(zip(cases, map(json.loads, result.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -58,6 +59,26 @@ def test_the_second_spec_is_made_of_megatrons_wrappers(compared):
     assert {"TextColumnLinear", "KeyValueColumnLinear", "FoldableRowLinearWithPostNorm"} <= classes
     assert {"TEDotProductAttention", "TEColumnParallelLinear", "RMSNorm", "LayerNorm"} <= classes
     assert {"DecomposedSelfAttention", "TransformerLayer"} <= classes
+
+
+def test_recomputed_norms_in_fp8_have_the_linears_after_them_keep_their_input(compared):
+    (kept,) = compared["fp8-norms"]
+    after_a_norm = {name for name, all_layers in kept.items() if all(all_layers)}
+    assert after_a_norm == {"linear_q", "linear_kv", "linear_fc1"}
+    assert not any(kept["linear_proj"] + kept["linear_fc2"])
+    assert len(kept["linear_q"]) == 4
+
+
+def test_overlap_has_buffers_for_fp8_and_for_the_layers_in_bf16(compared):
+    (found,) = compared["overlap"]
+    # Both budgets (64, 100), padded to 8, and in FP8 to 16 on each of two shards.
+    in_bf16, in_fp8 = [64 + 104, 128], [64 + 128, 128]
+    assert found == {
+        "bf16": [in_bf16, 2, ["none"]],
+        "delayed": [in_fp8, 2, ["fp8"]],
+        "tensorwise": [in_fp8, 2, ["fp8", "none"]],
+        "no-edges": [in_fp8, 2, ["fp8"]],
+    }
 
 
 def test_auto_is_local_on_a_cpu_and_a_missing_package_is_told():
@@ -127,7 +148,14 @@ def test_shipped_models_run_in_every_recipe(recipe, model):
     config = load_config(ROOT / f"configs/{model}.yaml", [f"train.fp8={recipe}"])
     check_config(config)
     shards = config.parallel.tp if config.parallel.sp else 1
-    assert row_multiple(config) % (16 * shards) == 0
+    assert shards > 1  # so the rows below are those of a shard
+    # Transformer Engine's `assert_dim_for_all_gather` wants blocks of 128 rows on each shard.
+    assert row_multiple(config) % ((128 if recipe == "blockwise" else 16) * shards) == 0
+
+
+def test_blockwise_rows_of_one_process_are_padded_as_in_other_recipes():
+    settings = ["train.fp8=blockwise", "parallel.tp=1", "parallel.pp=1", "parallel.sp=false"]
+    assert row_multiple(load_config(GEMMA, settings)) == 16
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ class Linear(torch.nn.Module):
         self.parallel_mode, self.tp_size, self.group = parallel_mode, tp_size, tp_group
         self.sequence_parallel = sequence_parallel and tp_size > 1
         self.use_bias, self.return_bias = bias, return_bias
+        self.save_original_input = save_original_input
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.ub_name = ub_name if ub_overlap_ag or ub_overlap_rs else None
         self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype))

@@ -1,0 +1,80 @@
+"""Says which parts of `make gpu-check` are skipped on this machine, for want of which package.
+
+    python -m benchmarks.gpu_packages
+
+One line for each package that cannot be used, with how to install it; nothing where all can.
+Exit status 1: Transformer Engine is among them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NamedTuple
+
+import torch
+
+from dattn_mcore.layers.attention import AttentionOptions
+from dattn_mcore.layers.attention.flash import flash_refuses
+from dattn_mcore.layers.attention.triton_backend import triton_refuses
+from dattn_mcore.layers.implementation import transformer_engine_missing
+
+INSTALL = "install it with .venv/bin/pip install "
+PLAIN = (AttentionOptions(scale=1.0), "gpu", torch.bfloat16, 128)  # what every backend computes
+
+
+class Part(NamedTuple):
+    """What needs a package, why that cannot be used here (None: it can), and how to get it."""
+
+    package: str
+    skipped: str
+    problem: str | None
+    install: str
+
+
+def parts() -> list[Part]:
+    """Every optional package of a GPU machine; imports them, which may touch the device."""
+    return [
+        Part(
+            "Transformer Engine",
+            "its losses and checkpoints, every FP8 recipe, their accuracy and their speed",
+            transformer_engine_missing(),
+            INSTALL
+            + "--no-build-isolation '.[te]', or go without: make gpu-check ARGS=--without-te",
+        ),
+        Part(
+            "flash-attn",
+            "its kernels' tests and times",
+            flash_refuses(*PLAIN),
+            INSTALL + "--no-build-isolation '.[flash]'",
+        ),
+        Part(
+            "Triton",
+            "the joint kernel's tests and times",
+            triton_refuses(*PLAIN),
+            INSTALL + "'.[triton]'",
+        ),
+        Part("DALI", "decoding on the GPU", _dali_problem(), INSTALL + "'.[dali]'"),
+    ]
+
+
+def _dali_problem() -> str | None:
+    try:
+        importlib.import_module("nvidia.dali")
+    except ImportError as error:
+        return (str(error).strip() or "it cannot be imported").splitlines()[0]
+    return None
+
+
+def main() -> int:
+    """Writes the lines; see the file's docstring."""
+    missing = [part for part in parts() if part.problem is not None]
+    for part in missing:
+        sys.stdout.write(
+            f"skipped without {part.package}: {part.skipped} ({part.problem}); {part.install}\n"
+        )
+    return int(any(part.package == "Transformer Engine" for part in missing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
