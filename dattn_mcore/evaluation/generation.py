@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,12 +78,19 @@ class Generator:
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             self.processor: Any = AutoProcessor.from_pretrained(str(folder), **local)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                str(folder), dtype=DTYPES[dtype], **local
+            model: Any
+            loaded: Any
+            model, loaded = AutoModelForImageTextToText.from_pretrained(
+                str(folder),
+                dtype=DTYPES[dtype],
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `check_weights` tells them
+                **local,
             )
         except Exception as error:  # transformers raises whatever its parts raise
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"--model {folder} cannot be loaded ({reason})") from error
+        check_weights(self.folder, loaded)
         self.model = model.eval().to(device)
 
     def chat_prompt(self, text: str) -> str:
@@ -149,6 +156,27 @@ def check_model_folder(folder: Path) -> None:
         raise CheckpointError(
             f"--model {folder} has no config.json; give an exported folder (python -m "
             "tools.checkpoint_convert mcore-to-hf RUN FOLDER)"
+        )
+
+
+def check_weights(folder: Path, loaded: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where transformers left tensors at random values, or passed some over.
+
+    Args:
+        folder: exported folder.
+        loaded: what `from_pretrained` says about loading; tied weights are not missing.
+    """
+    wrong = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        # Of a mismatched one transformers gives the name and both shapes.
+        names = sorted(k if isinstance(k, str) else k[0] for k in loaded[f"{kind}_keys"])
+        if names:
+            first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            wrong.append(f"{len(names)} {kind} ({first})")
+    if wrong:
+        raise CheckpointError(
+            f"--model {folder}: its weights do not fit its config.json: {'; '.join(wrong)}; copy "
+            "or export the folder again"
         )
 
 
