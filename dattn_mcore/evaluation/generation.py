@@ -13,7 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 import dattn_mcore.hf
-from dattn_mcore.errors import CheckpointError, ConfigError
+from dattn_mcore.errors import CheckpointError, ConfigError, DataError
+from dattn_mcore.evaluation.files import read_object
 from dattn_mcore.evaluation.images import Picture
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -91,6 +92,11 @@ class Generator:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"--model {folder} cannot be loaded ({reason})") from error
         check_weights(self.folder, loaded)
+        if not getattr(self.processor, "chat_template", None):
+            raise CheckpointError(
+                f"--model {folder} has no chat template, which every prompt needs; copy "
+                "chat_template.jinja into it, or export it again"
+            )
         self.model = model.eval().to(device)
 
     def chat_prompt(self, text: str) -> str:
@@ -151,11 +157,19 @@ class Generator:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises CheckpointError where a folder is clearly no exported model."""
-    if not (folder / "config.json").is_file():
+    """Raises CheckpointError where a folder is clearly no exported D-Attn model."""
+    path = folder / "config.json"
+    way_out = "give an exported folder (python -m tools.checkpoint_convert mcore-to-hf RUN FOLDER)"
+    if not path.is_file():
+        raise CheckpointError(f"--model {folder} has no config.json; {way_out}")
+    try:
+        kind = read_object(path, "config").get("model_type")
+    except DataError as error:
+        raise CheckpointError(f"--model {folder} cannot be loaded ({error}); {way_out}") from None
+    if kind != "dattn":
         raise CheckpointError(
-            f"--model {folder} has no config.json; give an exported folder (python -m "
-            "tools.checkpoint_convert mcore-to-hf RUN FOLDER)"
+            f"--model {folder} has model_type {kind!r} in its config.json; it must be 'dattn': "
+            f"{way_out}"
         )
 
 

@@ -148,7 +148,17 @@ def test_bad_arguments(world, tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text('{"model_type": "dattn"')
     assert command(world, tmp_path, model=tmp_path / "broken") == 2
+    assert "cannot be loaded (config" in fails(capsys)
+    (tmp_path / "broken/config.json").write_text('{"model_type": "dattn"}')
+    assert command(world, tmp_path, model=tmp_path / "broken") == 2
     assert "cannot be loaded" in fails(capsys)
+    (tmp_path / "broken/config.json").write_text('{"model_type": "llava"}')
+    assert command(world, tmp_path, model=tmp_path / "broken") == 2
+    assert "has model_type 'llava' in its config.json; it must be 'dattn'" in fails(capsys)
+    dumb = shutil.copytree(world / "model", tmp_path / "dumb")
+    (dumb / "chat_template.jinja").unlink()
+    assert command(world, tmp_path, model=dumb) == 2
+    assert "has no chat template" in fails(capsys)
     assert resolve_device("cpu") == torch.device("cpu")
 
 
