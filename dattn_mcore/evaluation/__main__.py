@@ -30,8 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # all ranks have the same mistake; one says so
             sys.stderr.write(f"error: {error}\n")
         else:
-            # torchrun ends all ranks when the first one ends: let that be the one that speaks.
+            # torchrun ends all ranks when the first one ends: let that be the one that speaks. If
+            # it has not by then, the mistake is this rank's alone.
             time.sleep(SPEAKER_SECONDS)
+            sys.stderr.write(f"error: rank {os.environ['RANK']}: {error}\n")
         return 2
 
 

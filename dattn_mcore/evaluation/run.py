@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -75,8 +74,13 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
     device = resolve_device(settings.device, processes.local_rank, processes.local_size)
     folder = RunFolder(settings.out)
     begun = time.time()
-    _claim(folder, settings, processes)
+    identity = _claim(folder, settings, processes)
     generator = Generator(settings.model, device, settings.dtype)
+    if processes.rank == 0:
+        folder.settle(identity)
+        processes.post("settle", "")
+    else:
+        processes.wait("settle", 0)
     with RunProgress(processes.rank == 0) as progress:
         shares = [
             Share(benchmark, settings, generator, folder, processes, progress)
@@ -89,18 +93,18 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
     results = []
     for share, failure in zip(shares, failures, strict=True):
         results.append(share.result(failure, generator.model_id, judge))
-    about = _about(settings, generator, processes.size, time.time() - begun)
+    about = _about(identity, settings, generator, processes.size, time.time() - begun)
     write_scores(folder.scores, about, results)
     return results
 
 
-def _claim(folder: RunFolder, settings: RunSettings, processes: Processes) -> None:
-    """Rank 0 takes the run's folder before any process writes into it."""
+def _claim(folder: RunFolder, settings: RunSettings, processes: Processes) -> dict[str, Any]:
+    """Rank 0 takes the run's folder before the slow part; returns what it is taken for."""
     if processes.rank:
         problem = processes.wait("claim", 0)
         if problem:
             raise DataError(problem)
-        return
+        return {}
     identity = {
         "model": str(settings.model.resolve()),
         "model fingerprint": model_fingerprint(settings.model),
@@ -112,6 +116,7 @@ def _claim(folder: RunFolder, settings: RunSettings, processes: Processes) -> No
         processes.post("claim", str(error))
         raise
     processes.post("claim", "")
+    return identity
 
 
 class Share:
@@ -223,13 +228,16 @@ def check_pictures(benchmark: Benchmark, numbers: Sequence[int]) -> None:
 
 
 def _about(
-    settings: RunSettings, generator: Generator, processes: int, seconds: float
+    identity: dict[str, Any],
+    settings: RunSettings,
+    generator: Generator,
+    processes: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """What the scores depend on."""
-    run_file = json.loads((settings.out / "run.json").read_text(encoding="utf-8"))
     return {
         "run": {
-            **run_file,
+            **identity,
             "model_id": generator.model_id,
             "data": str(settings.data.resolve()),
             "template": generator.processor.chat_template,

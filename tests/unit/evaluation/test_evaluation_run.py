@@ -1,12 +1,17 @@
 """Runs over all twelve benchmarks: what is written, batches, resuming, and bad input."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 
 import pytest
 
+from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.__main__ import main
 from dattn_mcore.evaluation.benchmarks import ALL
+from dattn_mcore.evaluation.run_folder import RunFolder
 from tests.unit.evaluation import trees
 from tests.unit.evaluation.conftest import ROOT
 from tests.unit.evaluation.judge_server import JudgeServer
@@ -163,6 +168,38 @@ def test_a_folder_belongs_to_one_model_and_data(whole, tiny_model, tmp_path, cap
     assert "holds answers to other questions" in scores(out)["benchmarks"]["gqa"]["error"]
 
 
+def test_a_model_that_cannot_be_loaded_takes_no_folder(tiny_model, tmp_path, capsys):
+    """The right model is not refused afterwards."""
+    broken = shutil.copytree(tiny_model / "tiny", tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"cut")
+    out, more = tmp_path / "out", ("--benchmarks=gqa", "--max-new-tokens=2", "--device=cpu")
+    arguments = ["run", f"--data={tiny_model / 'val'}", f"--out={out}", *more]
+    assert main([*arguments, f"--model={broken}"]) == 2
+    assert "cannot be loaded" in last_error(capsys)
+    assert run(tiny_model, out, *more) == 0
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, caplog):
+    """As on some network file systems: said once, and used; a folder in use is still refused."""
+    with_locks, first, second = fcntl.flock, RunFolder(tmp_path), RunFolder(tmp_path)
+    first.claim({"model": "m"})
+    with pytest.raises(DataError, match="is being written by another run"):
+        second.claim({"model": "m"})
+
+    def without_locks(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    second.claim({"model": "m"})
+    assert caplog.text.count("cannot be locked (No locks available)") == 1
+    second.settle({"model": "m"})
+    monkeypatch.setattr(fcntl, "flock", with_locks)
+    assert first.lock is not None
+    first.lock.close()
+    with pytest.raises(DataError, match="holds answers with model 'm', this run has 'n'"):
+        RunFolder(tmp_path).claim({"model": "n"})
+
+
 def last_error(capsys) -> str:
     errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(errors) == 1
@@ -246,7 +283,6 @@ def test_check(tree, capsys):
 
 
 def test_images_stay_inside(tree):
-    from dattn_mcore.errors import DataError
     from dattn_mcore.evaluation.benchmarks import make_benchmark
 
     path = tree / "vizwiz/llava_test.jsonl"
