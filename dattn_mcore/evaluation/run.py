@@ -15,6 +15,7 @@ from dattn_mcore.errors import ConfigError, DataError, DattnError
 from dattn_mcore.evaluation.answer_files import AnswerStore
 from dattn_mcore.evaluation.benchmarks import Options, make_benchmark
 from dattn_mcore.evaluation.benchmarks.base import Benchmark
+from dattn_mcore.evaluation.failures import reason
 from dattn_mcore.evaluation.generation import (
     Generator,
     Request,
@@ -152,8 +153,8 @@ class Share:
         try:
             self._answer()
             word = ""
-        except DattnError as error:
-            word = str(error)
+        except Exception as error:  # a defect too: the other benchmarks go on
+            word = reason(error, self.folder, self.benchmark.name, self.processes.rank)
         self.processes.post(self.benchmark.name, word)
         return word
 
@@ -195,7 +196,10 @@ class Share:
             if not own:
                 self._show(self.processes.add(self.benchmark.name, 0))
 
-        words = self.processes.collect(self.benchmark.name, own, show)
+        try:
+            words = self.processes.collect(self.benchmark.name, own, show)
+        except Exception as error:  # as above
+            return reason(error, self.folder, self.benchmark.name)
         return next((word for word in words if word), "")
 
     def result(self, failure: str, model_id: str, judge: JudgeAnswers | None) -> Result:
@@ -205,14 +209,15 @@ class Share:
             return Result(benchmark.name, benchmark.title, error=failure)
         try:
             answers = self.store.merge()
-        except DattnError as error:
-            return Result(benchmark.name, benchmark.title, error=str(error))
-        result = evaluate(benchmark, list(answers), self.folder, model_id, judge)
-        result.more |= {
-            "answers": str(self.store.whole),
-            "max_new_tokens": self.tokens,
-            "prompt": self.generator.chat_prompt(benchmark.rows[0].text),
-        }
+            result = evaluate(benchmark, list(answers), self.folder, model_id, judge)
+            result.more |= {
+                "answers": str(self.store.whole),
+                "max_new_tokens": self.tokens,
+                "prompt": self.generator.chat_prompt(benchmark.rows[0].text),
+            }
+        except Exception as error:  # as above
+            told = reason(error, self.folder, benchmark.name)
+            return Result(benchmark.name, benchmark.title, error=told)
         return result
 
 

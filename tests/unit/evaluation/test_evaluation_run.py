@@ -11,6 +11,9 @@ import pytest
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.__main__ import main
 from dattn_mcore.evaluation.benchmarks import ALL
+from dattn_mcore.evaluation.benchmarks.gqa import Gqa
+from dattn_mcore.evaluation.benchmarks.mmbench import MmBench
+from dattn_mcore.evaluation.benchmarks.vqav2 import Vqav2
 from dattn_mcore.evaluation.run_folder import RunFolder
 from tests.unit.evaluation import trees
 from tests.unit.evaluation.conftest import ROOT
@@ -234,6 +237,45 @@ def test_what_fails_leaves_the_others_alone(tiny_model, tree, tmp_path, capsys):
     # TextVQA was answered; with its annotations it is scored without being asked again.
     trees.textvqa(tree / "textvqa")
     assert run(tiny_model, tmp_path / "out", "--benchmarks=textvqa", data=tree) == 0
+
+
+def test_a_defect_costs_one_benchmark(whole, tiny_model, tmp_path, monkeypatch):
+    """Its traceback is kept, the others are scored; a score needs no submission."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+
+    def broken(error):
+        def raises(*arguments):
+            raise error
+
+        return raises
+
+    monkeypatch.setattr(Gqa, "score", broken(TypeError("two\nlines")))
+    monkeypatch.setattr(MmBench, "submit", broken(DataError("openpyxl is missing")))
+    monkeypatch.setattr(Vqav2, "submit", broken(KeyError("q")))
+    assert run(tiny_model, out, "--benchmarks=gqa,mmbench,vqav2,pope") == 1
+    found = scores(out)["benchmarks"]
+    log = out / "errors-0.log"
+    assert found["gqa"]["error"] == f"internal error: TypeError: two lines; see {log}"
+    assert found["vqav2"]["error"] == f"internal error: KeyError: 'q'; see {log}"
+    assert [log.read_text().count(x) for x in ("Traceback", "in raises", "gqa\n")] == [2, 2, 1]
+    assert found["pope"]["status"] == found["mmbench"]["status"] == "scored"
+    assert found["mmbench"]["note"].startswith("no submission: openpyxl is missing")
+    assert found["mmbench"]["value"] == scores(whole)["benchmarks"]["mmbench"]["value"]
+
+
+def test_a_full_disk(tiny_model, tmp_path, monkeypatch):
+    """One line; what is answered later goes on from there."""
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert run(tiny_model, tmp_path / "out", "--benchmarks=gqa") == 1
+    error = scores(tmp_path / "out")["benchmarks"]["gqa"]["error"]
+    assert "gqa/0.jsonl cannot be written (No space left on device)" in error
+    assert run(tiny_model, tmp_path / "out", "--benchmarks=gqa") == 0
 
 
 def test_bad_arguments(tiny_model, tmp_path, capsys):
