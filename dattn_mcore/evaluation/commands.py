@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     _console().print(table(results, f"{model.resolve().name}, {options.data}"))
     sys.stdout.write(f"scores {out / 'scores.json'}\nreport {write_report([out])}\n")
-    return FAILED if any(result.error for result in results) else 0
+    return FAILED if any(result.error for result in results if result.name in names) else 0
 
 
 def check(options: argparse.Namespace) -> int:

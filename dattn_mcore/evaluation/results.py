@@ -1,8 +1,7 @@
-"""From answers to results: score, submission, details of every row, one table, one JSON."""
+"""From answers to results: score, submission, details of every row, one table."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.table import Table
 from dattn_mcore.evaluation.benchmarks.base import Benchmark
 from dattn_mcore.evaluation.benchmarks.judged import Judged
 from dattn_mcore.evaluation.failures import reason
-from dattn_mcore.evaluation.files import write_json_lines, write_text
+from dattn_mcore.evaluation.files import write_json_lines
 from dattn_mcore.evaluation.run_folder import RunFolder
 from dattn_mcore.evaluation.scores import Outcome, Score
 
@@ -143,12 +142,6 @@ def write_details(
             }
         records.append(record)
     write_json_lines(path, records, "details")
-
-
-def write_scores(path: Path, run: dict[str, Any], results: Sequence[Result]) -> None:
-    """One JSON of all scores, with what they depend on."""
-    value = {**run, "benchmarks": {result.name: result.to_json() for result in results}}
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", "scores")
 
 
 def table(results: Sequence[Result], title: str) -> Table:

@@ -25,8 +25,9 @@ from dattn_mcore.evaluation.generation import (
 )
 from dattn_mcore.evaluation.processes import Processes
 from dattn_mcore.evaluation.progress import RunProgress
-from dattn_mcore.evaluation.results import JudgeAnswers, Result, evaluate, write_scores
+from dattn_mcore.evaluation.results import JudgeAnswers, Result, evaluate
 from dattn_mcore.evaluation.run_folder import RunFolder, model_fingerprint, versions
+from dattn_mcore.evaluation.score_file import earlier_results, write_scores
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
     """Answers and scores all benchmarks; what fails is part of the results.
 
     Returns:
-        Results in the order of benchmarks on rank 0, nothing on the others.
+        On rank 0 results in the order of benchmarks, then those that earlier calls left in the
+        folder; nothing on the others.
 
     Raises:
         CheckpointError: the model folder is none.
@@ -95,6 +97,7 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
     for share, failure in zip(shares, failures, strict=True):
         results.append(share.result(failure, generator.model_id, judge))
     about = _about(identity, settings, generator, processes.size, time.time() - begun)
+    results += earlier_results(folder.scores, about, list(identity), settings.benchmarks)
     write_scores(folder.scores, about, results)
     return results
 
@@ -241,22 +244,20 @@ def _about(
 ) -> dict[str, Any]:
     """What the scores depend on."""
     return {
-        "run": {
-            **identity,
-            "model_id": generator.model_id,
-            "data": str(settings.data.resolve()),
-            "template": generator.processor.chat_template,
-            "decoding": {
-                "greedy": True,
-                "num_beams": 1,
-                "dtype": str(generator.model.dtype).removeprefix("torch."),
-                "device": generator.device.type,
-                "batch_size": settings.batch_size,
-                "processes": processes,
-            },
-            "options": asdict(settings.options),
-            "versions": versions(),
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "seconds": round(seconds, 1),
-        }
+        **identity,
+        "model_id": generator.model_id,
+        "data": str(settings.data.resolve()),
+        "template": generator.processor.chat_template,
+        "decoding": {
+            "greedy": True,
+            "num_beams": 1,
+            "dtype": str(generator.model.dtype).removeprefix("torch."),
+            "device": generator.device.type,
+            "batch_size": settings.batch_size,
+            "processes": processes,
+        },
+        "options": asdict(settings.options),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 1),
     }

@@ -236,7 +236,21 @@ def test_what_fails_leaves_the_others_alone(tiny_model, tree, tmp_path, capsys):
     assert shown.count("failed:") == 6
     # TextVQA was answered; with its annotations it is scored without being asked again.
     trees.textvqa(tree / "textvqa")
-    assert run(tiny_model, tmp_path / "out", "--benchmarks=textvqa", data=tree) == 0
+    assert (
+        run(tiny_model, tmp_path / "out", "--benchmarks=textvqa", "--as-original", data=tree) == 0
+    )
+    # The others' scores stay, with the options that they were made with; so in table and report.
+    shown = " ".join(capsys.readouterr().out.split())
+    again = scores(tmp_path / "out")
+    assert set(again["benchmarks"]) == set(found) and again["run"]["options"]["as_original"]
+    assert again["benchmarks"]["textvqa"]["status"] == "scored"
+    assert "earlier" not in again["benchmarks"]["textvqa"]
+    for name in set(found) - {"textvqa"}:
+        earlier = again["benchmarks"][name].pop("earlier")
+        assert not earlier["options"]["as_original"] and "model" not in earlier
+        assert again["benchmarks"][name] == found[name]
+    assert shown.count("failed:") == 5 and "ScienceQA" in shown
+    assert "ScienceQA" in (tmp_path / "out/report.html").read_text()
 
 
 def test_a_defect_costs_one_benchmark(whole, tiny_model, tmp_path, monkeypatch):
