@@ -274,3 +274,22 @@ def test_a_full_disk_ends_the_judging(tree, tmp_path, monkeypatch):
         with pytest.raises(DataError, match="judgements.jsonl cannot be written .No space"):
             judge(server, parallel=1)(benchmark, ANSWERS, tmp_path / "r.jsonl")
         assert len(server.requests) <= 2
+
+
+def test_bad_commands(tree, tmp_path, capsys):
+    """Each is one line."""
+    data, file = f"--data={tree}", trees.lines(tmp_path / "a.jsonl", [])
+    asks = ["--benchmark=mm-vet", data, "--judge-url=http://localhost:1", "--judge-model=m"]
+    for arguments, message in (
+        (["score", *asks], "--answers is missing"),
+        (["score", *asks, "--answers=."], "--answers . cannot be read"),
+        (["submit", "--benchmark=vqav2", data, f"--answers={file}", f"--out={file}"], "be written"),
+        (["check", data, "--benchmarks=,"], "at least one of scienceqa"),
+        (["run", data, "--model=x", "--benchmarks="], "at least one of scienceqa"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    for wait in ("-1", "nan", "inf", "x"):
+        with pytest.raises(SystemExit):
+            main(["score", *asks, f"--judge-wait-seconds={wait}"])
+        assert "a number of seconds, 0 or more" in capsys.readouterr().err
