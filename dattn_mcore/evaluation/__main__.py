@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import time
@@ -30,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # all ranks have the same mistake; one says so
             sys.stderr.write(f"error: {error}\n")
         else:
-            # torchrun ends all ranks when the first one ends: let that be the one that speaks.
+            # torchrun ends all ranks when the first one ends: let that be the one that speaks. If
+            # it has not by then, the mistake is this rank's alone.
             time.sleep(SPEAKER_SECONDS)
+            sys.stderr.write(f"error: rank {os.environ['RANK']}: {error}\n")
         return 2
 
 
@@ -110,7 +113,7 @@ def _judge(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--judge-model", help="name of its model")
     group.add_argument("--judge-key-env", default="OPENAI_API_KEY", help="variable with its key")
     group.add_argument("--judge-attempts", type=_positive, default=5, help="for one judgement")
-    group.add_argument("--judge-wait-seconds", type=float, default=2.0, help="doubles each time")
+    group.add_argument("--judge-wait-seconds", type=_seconds, default=2.0, help="doubles each time")
     group.add_argument("--judge-parallel", type=_positive, default=8, help="requests at once")
 
 
@@ -136,6 +139,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of 1 or more")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds, 0 or more")
+    return value
 
 
 def _answer(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ of the questions.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -136,7 +137,8 @@ class AnswerStore:
         records = [found[number] for number in range(len(found))]
         write_json_lines(self.whole, records, "answers")
         for path in self.parts.glob("*.jsonl"):
-            path.unlink()
+            with contextlib.suppress(OSError):  # it only says again what the whole file says
+                path.unlink()
         return [record["text"] for record in records]
 
 
@@ -144,7 +146,7 @@ class Part:
     """An answer file that grows batch by batch, on disk after each."""
 
     def __init__(self, store: AnswerStore, path: Path) -> None:
-        self.store = store
+        self.store, self.path = store, path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("ab")
@@ -154,14 +156,25 @@ class Part:
             raise DataError(f"answers {path} cannot be written ({error.strerror})") from None
 
     def append(self, answers: dict[int, str]) -> None:
-        """Writes the answers of a batch, by row number."""
+        """Writes the answers of a batch, by row number.
+
+        Raises:
+            DataError: they cannot be written, as where the disk is full.
+        """
         lines = (json.dumps(self.store.line(n, t), ensure_ascii=False) for n, t in answers.items())
-        self.file.write("".join(f"{line}\n" for line in lines).encode())
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        try:
+            self.file.write("".join(f"{line}\n" for line in lines).encode())
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise DataError(
+                f"answers {self.path} cannot be written ({error.strerror}); run again when they "
+                "can be, what is answered is kept"
+            ) from None
 
     def __enter__(self) -> Part:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # what a full disk left over; `append` has told it
+            self.file.close()

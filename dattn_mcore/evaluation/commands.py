@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     _console().print(table(results, f"{model.resolve().name}, {options.data}"))
     sys.stdout.write(f"scores {out / 'scores.json'}\nreport {write_report([out])}\n")
-    return FAILED if any(result.error for result in results) else 0
+    return FAILED if any(result.error for result in results if result.name in names) else 0
 
 
 def check(options: argparse.Namespace) -> int:
@@ -84,8 +84,8 @@ def score(options: argparse.Namespace) -> int:
             raise ConfigError(
                 f"{benchmark.title} is judged; give --judge-url and --judge-model, or --reviews"
             )
-        path = Path(options.answers).with_suffix(".reviews.jsonl")
         answers = _answers(options, benchmark)
+        path = Path(options.answers).with_suffix(".reviews.jsonl")
         result.rows, result.score = len(answers), judge(benchmark, answers, path)
     else:
         answers = _answers(options, benchmark)
@@ -158,8 +158,11 @@ def judge_from(options: argparse.Namespace) -> JudgeAnswers | None:
 
 
 def _names(text: str | None) -> tuple[str, ...]:
-    names = [name.strip() for name in text.split(",")] if text else list(BY_NAME)
-    return tuple(dict.fromkeys(name for name in names if name))
+    names = list(BY_NAME) if text is None else [name.strip() for name in text.split(",")]
+    chosen = tuple(dict.fromkeys(name for name in names if name))
+    if not chosen:
+        raise ConfigError(f"--benchmarks is {text!r}; name at least one of {', '.join(BY_NAME)}")
+    return chosen
 
 
 def _one(options: argparse.Namespace) -> Benchmark:

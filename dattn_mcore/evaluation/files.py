@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -141,7 +142,8 @@ def write_text(path: Path, text: str, what: str) -> Path:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be none
+            temporary.unlink()
         raise DataError(f"{what} {path} cannot be written ({error.strerror})") from None
     return path
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 import dattn_mcore.hf
 from dattn_mcore.data.tokenizer import NO_FOREIGN_CODE
-from dattn_mcore.errors import CheckpointError, ConfigError
+from dattn_mcore.errors import CheckpointError, ConfigError, DataError
+from dattn_mcore.evaluation.files import read_object
 from dattn_mcore.evaluation.images import Picture
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -78,12 +79,24 @@ class Generator:
         transformers_logging.disable_progress_bar()
         try:
             self.processor: Any = AutoProcessor.from_pretrained(str(folder), **NO_FOREIGN_CODE)
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                str(folder), dtype=DTYPES[dtype], **NO_FOREIGN_CODE
+            model: Any
+            loaded: Any
+            model, loaded = AutoModelForImageTextToText.from_pretrained(
+                str(folder),
+                dtype=DTYPES[dtype],
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `check_weights` tells them
+                **NO_FOREIGN_CODE,
             )
         except Exception as error:  # transformers raises whatever its parts raise
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"--model {folder} cannot be loaded ({reason})") from error
+        check_weights(self.folder, loaded)
+        if not getattr(self.processor, "chat_template", None):
+            raise CheckpointError(
+                f"--model {folder} has no chat template, which every prompt needs; copy "
+                "chat_template.jinja into it, or export it again"
+            )
         self.model = model.eval().to(device)
 
     def chat_prompt(self, text: str) -> str:
@@ -144,11 +157,40 @@ class Generator:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises CheckpointError where a folder is clearly no exported model."""
-    if not (folder / "config.json").is_file():
+    """Raises CheckpointError where a folder is clearly no exported D-Attn model."""
+    path = folder / "config.json"
+    way_out = "give an exported folder (python -m tools.checkpoint_convert mcore-to-hf RUN FOLDER)"
+    if not path.is_file():
+        raise CheckpointError(f"--model {folder} has no config.json; {way_out}")
+    try:
+        kind = read_object(path, "config").get("model_type")
+    except DataError as error:
+        raise CheckpointError(f"--model {folder} cannot be loaded ({error}); {way_out}") from None
+    if kind != "dattn":
         raise CheckpointError(
-            f"--model {folder} has no config.json; give an exported folder (python -m "
-            "tools.checkpoint_convert mcore-to-hf RUN FOLDER)"
+            f"--model {folder} has model_type {kind!r} in its config.json; it must be 'dattn': "
+            f"{way_out}"
+        )
+
+
+def check_weights(folder: Path, loaded: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where transformers left tensors at random values, or passed some over.
+
+    Args:
+        folder: exported folder.
+        loaded: what `from_pretrained` says about loading; tied weights are not missing.
+    """
+    wrong = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        # Of a mismatched one transformers gives the name and both shapes.
+        names = sorted(k if isinstance(k, str) else k[0] for k in loaded[f"{kind}_keys"])
+        if names:
+            first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            wrong.append(f"{len(names)} {kind} ({first})")
+    if wrong:
+        raise CheckpointError(
+            f"--model {folder}: its weights do not fit its config.json: {'; '.join(wrong)}; copy "
+            "or export the folder again"
         )
 
 

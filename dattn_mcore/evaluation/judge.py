@@ -12,24 +12,24 @@ import json
 import logging
 import os
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.evaluation.benchmarks.judged import Judged
 from dattn_mcore.evaluation.files import write_json_lines
+from dattn_mcore.evaluation.judge_endpoint import (
+    JudgementFailed,
+    Line,
+    is_base_url,
+    request_reply,
+)
 from dattn_mcore.evaluation.scores import Score
 
 logger = logging.getLogger(__name__)
 
-REFUSED = frozenset({401, 403, 404, 405})  # the same for every row: a wrong key, model or URL
-FINAL = frozenset({400, 413, 422})  # the same at every attempt: this row is too long, or unwanted
 LONGEST_WAIT = 60.0
 
 
@@ -56,14 +56,6 @@ class JudgeSettings:
     parallel: int = 8
 
 
-class JudgementFailed(Exception):
-    """One judgement could not be had; `final`: nor will another attempt have it."""
-
-    def __init__(self, message: str, final: bool = False) -> None:
-        super().__init__(message)
-        self.final = final
-
-
 class Judge:
     """Asks the endpoint, and keeps the replies.
 
@@ -75,7 +67,7 @@ class Judge:
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
-        if not settings.url.startswith(("http://", "https://")):
+        if not is_base_url(settings.url):
             raise ConfigError(
                 f"--judge-url is {settings.url!r}; it must be the http(s) base URL of an "
                 "OpenAI-compatible endpoint, such as http://localhost:8000/v1"
@@ -97,15 +89,18 @@ class Judge:
         conversations = benchmark.conversations(answers)
         keys = [self._key(benchmark, messages) for messages in conversations]
         with Kept(reviews.with_name(f"{reviews.stem}.judgements.jsonl")) as kept:
-            self._ask_for_missing(benchmark, conversations, keys, kept)
+            unheard = self._ask_for_missing(benchmark, conversations, keys, kept)
         records = []
         for i, key in enumerate(keys):
             reply = kept.replies.get(key)
             figures = None if reply is None else benchmark.read_judgement(reply)
             records.append(benchmark.review(i, reply or "", figures))
         write_json_lines(reviews, records, "reviews")
-        score = benchmark.score_reviews(records)
-        score.notes.insert(0, f"judge {self.settings.model}")
+        try:
+            score = benchmark.score_reviews(records)
+        except DataError as error:
+            raise DataError(f"{error}; {unheard}" if unheard else str(error)) from None
+        score.notes[:0] = [f"judge {self.settings.model}", *([unheard] if unheard else [])]
         return score
 
     def _ask_for_missing(
@@ -114,15 +109,21 @@ class Judge:
         conversations: list[list[dict[str, str]]],
         keys: list[str],
         kept: Kept,
-    ) -> None:
+    ) -> str:
+        """Asks for what is not kept; returns why it gave up before the end, or nothing."""
         open_ = [i for i, key in enumerate(keys) if key not in kept.replies]
+        line = Line()
 
         def ask(i: int) -> None:
+            if line.down.is_set():
+                return
             try:
-                reply = self._judgement(benchmark, conversations[i])
+                reply = self._judgement(benchmark, conversations[i], line)
             except JudgementFailed as error:
+                line.failed(error)
                 logger.warning("%s, row %d: judgement failed (%s)", benchmark.title, i, error)
                 return
+            line.heard()
             kept.add(keys[i], reply)
 
         with ThreadPoolExecutor(self.settings.parallel) as pool:
@@ -130,67 +131,49 @@ class Judge:
             try:
                 for future in asked:
                     future.result()
-            except ConfigError:
+            except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        if not line.down.is_set():
+            return ""
+        gave_up = f"--judge-url {self.settings.url} does not answer ({line.reason})"
+        logger.warning("%s: %s; the other rows were not asked", benchmark.title, gave_up)
+        return gave_up
 
     def _key(self, benchmark: Judged, messages: list[dict[str, str]]) -> str:
         asked = [self.settings.model, benchmark.temperature, benchmark.max_tokens, messages]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
-    def _judgement(self, benchmark: Judged, messages: list[dict[str, str]]) -> str:
+    def _judgement(self, benchmark: Judged, messages: list[dict[str, str]], line: Line) -> str:
         """A reply that holds a score."""
-        problem = ""
-        for attempt in range(self.settings.attempts):
+        at, problem, silent = self.settings, "", True
+        for attempt in range(at.attempts):
             if attempt:
-                wait = self.settings.wait_seconds * 2 ** (attempt - 1)
-                time.sleep(min(wait, LONGEST_WAIT))
+                wait = at.wait_seconds * 2 ** (attempt - 1)
+                if line.down.wait(min(wait, LONGEST_WAIT)):
+                    break
             # After a reply without a score, a reminder and more chance for another one.
             worded = problem.startswith("no score") and benchmark.reminder
             last = {**messages[-1], "content": messages[-1]["content"] + (worded or "")}
             heat = 0.5 * attempt if problem.startswith("no score") else 0.0
             body = {
-                "model": self.settings.model,
+                "model": at.model,
                 "messages": [*messages[:-1], last],
                 "temperature": min(benchmark.temperature + heat, 2.0),
                 "max_tokens": benchmark.max_tokens,
             }
             try:
-                reply = self._request(body)
+                reply = request_reply(at.url, at.key, at.timeout_seconds, body)
             except JudgementFailed as error:
-                problem = str(error)
+                problem, silent = str(error), silent and error.silent
                 if error.final:
                     break
                 continue
+            silent = False
             if benchmark.read_judgement(reply) is not None:
                 return reply
             problem = f"no score in {reply[:60]!r}"
-        raise JudgementFailed(f"{problem}, attempt {attempt + 1}")
-
-    def _request(self, body: dict[str, Any]) -> str:
-        """The text of one reply."""
-        headers = {"Content-Type": "application/json"}
-        if self.settings.key:
-            headers["Authorization"] = f"Bearer {self.settings.key}"
-        url = f"{self.settings.url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.settings.timeout_seconds) as response:
-                content = json.load(response)["choices"][0]["message"]["content"]
-        except urllib.error.HTTPError as error:
-            reason = " ".join(error.read(300).decode(errors="replace").split())
-            if error.code in REFUSED:
-                raise ConfigError(
-                    f"--judge-url {url} refuses ({error.code} {error.reason}: {reason}); check the "
-                    "URL, --judge-model and the key"
-                ) from None
-            final = error.code in FINAL
-            raise JudgementFailed(f"{error.code} {error.reason}: {reason}", final) from None
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise JudgementFailed(f"{type(error).__name__}: {error}") from None
-        if not isinstance(content, str):
-            raise JudgementFailed("the reply has no text")
-        return content
+        raise JudgementFailed(f"{problem}, attempt {attempt + 1}", silent=silent)
 
 
 class Kept:
@@ -204,6 +187,7 @@ class Kept:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.replies: dict[str, str] = {}
         self.lock = threading.Lock()
         try:
@@ -222,13 +206,22 @@ class Kept:
                 raise DataError(f"{path} holds a damaged line; remove the file") from None
 
     def add(self, key: str, reply: str) -> None:
-        """Keeps a reply, on disk at once."""
+        """Keeps a reply, on disk at once.
+
+        Raises:
+            DataError: it cannot be written.
+        """
         line = json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n"
         with self.lock:
             self.replies[key] = reply
-            self.file.write(line.encode())
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            try:
+                self.file.write(line.encode())
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                raise DataError(
+                    f"judgements {self.path} cannot be written ({error.strerror})"
+                ) from None
 
     def __enter__(self) -> Kept:
         return self

@@ -98,7 +98,7 @@ def _section(name: str, runs: list[Path], loaded: list[dict[str, Any]]) -> Secti
     if any(rows and len(rows) != len(details[0]) for rows in details[1:]):
         section.entries[1] = {**entries[1], "note": "asked about other rows"}
         details = details[:1]
-    pictures = _pictures(name, loaded[0]["run"])
+    pictures = _pictures(name, {**loaded[0]["run"], **entries[0].get("earlier", {})})
     for heading, numbers in choose(details).items():
         section.samples[heading] = [_sample(i, details, pictures) for i in numbers]
     return section

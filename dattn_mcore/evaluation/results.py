@@ -1,8 +1,7 @@
-"""From answers to results: score, submission, details of every row, one table, one JSON."""
+"""From answers to results: score, submission, details of every row, one table."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
-from dattn_mcore.errors import DattnError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark
 from dattn_mcore.evaluation.benchmarks.judged import Judged
-from dattn_mcore.evaluation.files import write_json_lines, write_text
+from dattn_mcore.evaluation.failures import reason
+from dattn_mcore.evaluation.files import write_json_lines
 from dattn_mcore.evaluation.run_folder import RunFolder
 from dattn_mcore.evaluation.scores import Outcome, Score
 
@@ -75,6 +74,8 @@ def evaluate(
 ) -> Result:
     """Scores answers, writes the submission and the details; a failure is part of the result.
 
+    A score stands also where its submission cannot be written; the note says why.
+
     Args:
         benchmark: whose rows were answered.
         answers: text for each row, None where there is none.
@@ -83,11 +84,15 @@ def evaluate(
         judge: asks the judge; None: there is none.
     """
     result = Result(benchmark.name, benchmark.title, len(benchmark.rows))
-    try:
-        if benchmark.submits:
+    unsubmitted = ""
+    if benchmark.submits:
+        try:
             target = folder.submissions / benchmark.name
             result.submission = benchmark.submit(answers, target, model_id)
             result.note = "submission written"
+        except Exception as error:  # its score is worth having all the same
+            unsubmitted = reason(error, folder, benchmark.name)
+    try:
         if isinstance(benchmark, Judged):
             if judge is None:
                 result.note = "not judged; give --judge-url and --judge-model"
@@ -98,12 +103,16 @@ def evaluate(
             result.score = benchmark.score(answers)
         elif benchmark.scores:
             result.note = benchmark.unscored()
-    except DattnError as error:
-        result.error = str(error)
+        outcomes = result.score.outcomes if result.score else []
+        write_details(folder.details / f"{benchmark.name}.jsonl", benchmark, answers, outcomes)
+    except Exception as error:  # a defect too: the other benchmarks go on
+        result.error = reason(error, folder, benchmark.name)
     if result.score:
         result.note = "; ".join(result.score.notes)
-    outcomes = result.score.outcomes if result.score else []
-    write_details(folder.details / f"{benchmark.name}.jsonl", benchmark, answers, outcomes)
+        if unsubmitted:
+            result.note = "; ".join([f"no submission: {unsubmitted}", *result.score.notes])
+    elif unsubmitted and not result.error:
+        result.error = unsubmitted
     return result
 
 
@@ -133,12 +142,6 @@ def write_details(
             }
         records.append(record)
     write_json_lines(path, records, "details")
-
-
-def write_scores(path: Path, run: dict[str, Any], results: Sequence[Result]) -> None:
-    """One JSON of all scores, with what they depend on."""
-    value = {**run, "benchmarks": {result.name: result.to_json() for result in results}}
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", "scores")
 
 
 def table(results: Sequence[Result], title: str) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from dattn_mcore.errors import ConfigError, DataError, DattnError
 from dattn_mcore.evaluation.answer_files import AnswerStore
 from dattn_mcore.evaluation.benchmarks import Options, make_benchmark
 from dattn_mcore.evaluation.benchmarks.base import Benchmark
+from dattn_mcore.evaluation.failures import reason
 from dattn_mcore.evaluation.generation import (
     Generator,
     Request,
@@ -25,8 +25,9 @@ from dattn_mcore.evaluation.generation import (
 )
 from dattn_mcore.evaluation.processes import Processes
 from dattn_mcore.evaluation.progress import RunProgress
-from dattn_mcore.evaluation.results import JudgeAnswers, Result, evaluate, write_scores
+from dattn_mcore.evaluation.results import JudgeAnswers, Result, evaluate
 from dattn_mcore.evaluation.run_folder import RunFolder, model_fingerprint, versions
+from dattn_mcore.evaluation.score_file import earlier_results, write_scores
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
     """Answers and scores all benchmarks; what fails is part of the results.
 
     Returns:
-        Results in the order of benchmarks on rank 0, nothing on the others.
+        On rank 0 results in the order of benchmarks, then those that earlier calls left in the
+        folder; nothing on the others.
 
     Raises:
         CheckpointError: the model folder is none.
@@ -75,8 +77,13 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
     device = resolve_device(settings.device, processes.local_rank, processes.local_size)
     folder = RunFolder(settings.out)
     begun = time.time()
-    _claim(folder, settings, processes)
+    identity = _claim(folder, settings, processes)
     generator = Generator(settings.model, device, settings.dtype)
+    if processes.rank == 0:
+        folder.settle(identity)
+        processes.post("settle", "")
+    else:
+        processes.wait("settle", 0)
     with RunProgress(processes.rank == 0) as progress:
         shares = [
             Share(benchmark, settings, generator, folder, processes, progress)
@@ -89,18 +96,19 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
     results = []
     for share, failure in zip(shares, failures, strict=True):
         results.append(share.result(failure, generator.model_id, judge))
-    about = _about(settings, generator, processes.size, time.time() - begun)
+    about = _about(identity, settings, generator, processes.size, time.time() - begun)
+    results += earlier_results(folder.scores, about, list(identity), settings.benchmarks)
     write_scores(folder.scores, about, results)
     return results
 
 
-def _claim(folder: RunFolder, settings: RunSettings, processes: Processes) -> None:
-    """Rank 0 takes the run's folder before any process writes into it."""
+def _claim(folder: RunFolder, settings: RunSettings, processes: Processes) -> dict[str, Any]:
+    """Rank 0 takes the run's folder before the slow part; returns what it is taken for."""
     if processes.rank:
         problem = processes.wait("claim", 0)
         if problem:
             raise DataError(problem)
-        return
+        return {}
     identity = {
         "model": str(settings.model.resolve()),
         "model fingerprint": model_fingerprint(settings.model),
@@ -112,6 +120,7 @@ def _claim(folder: RunFolder, settings: RunSettings, processes: Processes) -> No
         processes.post("claim", str(error))
         raise
     processes.post("claim", "")
+    return identity
 
 
 class Share:
@@ -147,8 +156,8 @@ class Share:
         try:
             self._answer()
             word = ""
-        except DattnError as error:
-            word = str(error)
+        except Exception as error:  # a defect too: the other benchmarks go on
+            word = reason(error, self.folder, self.benchmark.name, self.processes.rank)
         self.processes.post(self.benchmark.name, word)
         return word
 
@@ -190,7 +199,10 @@ class Share:
             if not own:
                 self._show(self.processes.add(self.benchmark.name, 0))
 
-        words = self.processes.collect(self.benchmark.name, own, show)
+        try:
+            words = self.processes.collect(self.benchmark.name, own, show)
+        except Exception as error:  # as above
+            return reason(error, self.folder, self.benchmark.name)
         return next((word for word in words if word), "")
 
     def result(self, failure: str, model_id: str, judge: JudgeAnswers | None) -> Result:
@@ -200,14 +212,15 @@ class Share:
             return Result(benchmark.name, benchmark.title, error=failure)
         try:
             answers = self.store.merge()
-        except DattnError as error:
-            return Result(benchmark.name, benchmark.title, error=str(error))
-        result = evaluate(benchmark, list(answers), self.folder, model_id, judge)
-        result.more |= {
-            "answers": str(self.store.whole),
-            "max_new_tokens": self.tokens,
-            "prompt": self.generator.chat_prompt(benchmark.rows[0].text),
-        }
+            result = evaluate(benchmark, list(answers), self.folder, model_id, judge)
+            result.more |= {
+                "answers": str(self.store.whole),
+                "max_new_tokens": self.tokens,
+                "prompt": self.generator.chat_prompt(benchmark.rows[0].text),
+            }
+        except Exception as error:  # as above
+            told = reason(error, self.folder, benchmark.name)
+            return Result(benchmark.name, benchmark.title, error=told)
         return result
 
 
@@ -223,27 +236,28 @@ def check_pictures(benchmark: Benchmark, numbers: Sequence[int]) -> None:
 
 
 def _about(
-    settings: RunSettings, generator: Generator, processes: int, seconds: float
+    identity: dict[str, Any],
+    settings: RunSettings,
+    generator: Generator,
+    processes: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """What the scores depend on."""
-    run_file = json.loads((settings.out / "run.json").read_text(encoding="utf-8"))
     return {
-        "run": {
-            **run_file,
-            "model_id": generator.model_id,
-            "data": str(settings.data.resolve()),
-            "template": generator.processor.chat_template,
-            "decoding": {
-                "greedy": True,
-                "num_beams": 1,
-                "dtype": str(generator.model.dtype).removeprefix("torch."),
-                "device": generator.device.type,
-                "batch_size": settings.batch_size,
-                "processes": processes,
-            },
-            "options": asdict(settings.options),
-            "versions": versions(),
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "seconds": round(seconds, 1),
-        }
+        **identity,
+        "model_id": generator.model_id,
+        "data": str(settings.data.resolve()),
+        "template": generator.processor.chat_template,
+        "decoding": {
+            "greedy": True,
+            "num_beams": 1,
+            "dtype": str(generator.model.dtype).removeprefix("torch."),
+            "device": generator.device.type,
+            "batch_size": settings.batch_size,
+            "processes": processes,
+        },
+        "options": asdict(settings.options),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 1),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import platform as machine
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import IO, Any
 
 import dattn_mcore
 from dattn_mcore.errors import DataError
-from dattn_mcore.evaluation.files import read_json, write_text
+from dattn_mcore.evaluation.files import read_object, write_text
+
+logger = logging.getLogger(__name__)
 
 WHOLE_BYTES = 64 * 2**20
 SAMPLES, SAMPLE_BYTES = 16, 2**20
@@ -54,12 +57,13 @@ class RunFolder:
         self.submissions = path / "submissions"
         self.reviews = path / "reviews"
         self.details = path / "details"
+        self.run_file = path / "run.json"
         self.scores = path / "scores.json"
         self.report = path / "report.html"
         self.lock: IO[str] | None = None
 
     def claim(self, identity: dict[str, Any]) -> None:
-        """Takes the folder for this run, or goes on with an earlier one of the same identity.
+        """Keeps other runs out, and sees that the folder is free or of the same identity.
 
         Args:
             identity: what all answers of the folder have in common: model and decoding.
@@ -67,7 +71,6 @@ class RunFolder:
         Raises:
             DataError: another run is writing, or its answers come from another model or decoding.
         """
-        path = self.path / "run.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = (self.path / ".lock").open("w")
@@ -79,16 +82,29 @@ class RunFolder:
             raise DataError(
                 f"--out {self.path} is being written by another run; wait, or give another folder"
             ) from None
-        if path.is_file():
-            earlier = read_json(path, "run file")
+        except OSError as error:  # some network file systems have no locks
+            logger.warning(
+                "--out %s cannot be locked (%s); see that no other run writes into it",
+                self.path,
+                error.strerror,
+            )
+        if self.run_file.is_file():
+            earlier = read_object(self.run_file, "run file")
             for key, value in identity.items():
                 if earlier.get(key) != value:
                     raise DataError(
                         f"--out {self.path} holds answers with {key} {earlier.get(key)!r}, this "
                         f"run has {value!r}; give another --out"
                     )
-        else:
-            write_text(path, json.dumps(identity, indent=2) + "\n", "run file")
+
+    def settle(self, identity: dict[str, Any]) -> None:
+        """Makes the folder this identity's; only once its model is loaded, lest a wrong one stays.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        if not self.run_file.is_file():
+            write_text(self.run_file, json.dumps(identity, indent=2) + "\n", "run file")
 
 
 def versions() -> dict[str, str]:

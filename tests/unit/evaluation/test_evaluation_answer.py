@@ -1,15 +1,18 @@
 """The answer runner: order, batching, and what it says about bad input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from dattn_mcore.errors import CheckpointError
 from dattn_mcore.evaluation.__main__ import main
 from dattn_mcore.evaluation.answer import Answerer, Settings
-from dattn_mcore.evaluation.generation import resolve_device
+from dattn_mcore.evaluation.generation import Generator, resolve_device
 from dattn_mcore.evaluation.questions import read_questions
 from tests.unit.convert.convert_helpers import make_checkpoint, make_tokenizer, small_config
 from tools.checkpoint_convert import mcore_to_hf
@@ -145,5 +148,35 @@ def test_bad_arguments(world, tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text('{"model_type": "dattn"')
     assert command(world, tmp_path, model=tmp_path / "broken") == 2
+    assert "cannot be loaded (config" in fails(capsys)
+    (tmp_path / "broken/config.json").write_text('{"model_type": "dattn"}')
+    assert command(world, tmp_path, model=tmp_path / "broken") == 2
     assert "cannot be loaded" in fails(capsys)
+    (tmp_path / "broken/config.json").write_text('{"model_type": "llava"}')
+    assert command(world, tmp_path, model=tmp_path / "broken") == 2
+    assert "has model_type 'llava' in its config.json; it must be 'dattn'" in fails(capsys)
+    dumb = shutil.copytree(world / "model", tmp_path / "dumb")
+    (dumb / "chat_template.jinja").unlink()
+    assert command(world, tmp_path, model=dumb) == 2
+    assert "has no chat template" in fails(capsys)
     assert resolve_device("cpu") == torch.device("cpu")
+
+
+def test_no_answers_from_random_weights(world, tmp_path, capsys):
+    """A tensor that is missing, strange or of another shape; tied embeddings are none of these."""
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    norm = next(name for name in weights if name.endswith("layers.1.input_layernorm.weight"))
+    head = weights.pop("lm_head.weight")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert command(world, tmp_path, model=model) == 2
+    assert "config.json: 1 missing (lm_head.weight); copy or export" in fails(capsys)
+    weights |= {"lm_head.weight": head, "odd": head.clone(), norm: weights[norm][:3].clone()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"1 unexpected .odd.; 1 mismatched .{norm}.;"):
+        Generator(model, torch.device("cpu"))
+
+    make_checkpoint(tmp_path / "g", small_config(make_tokenizer(tmp_path), family="gemma2"))
+    mcore_to_hf.convert(tmp_path / "g", tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied/model.safetensors")
+    Generator(tmp_path / "tied", torch.device("cpu"))

@@ -1,6 +1,11 @@
 """The judge, against a real HTTP server: cached, retried, resumable; failures never scored."""
 
+import errno
 import json
+import os
+import socket
+import threading
+import time
 
 import pytest
 
@@ -10,6 +15,7 @@ from dattn_mcore.evaluation.benchmarks import Options, make_benchmark
 from dattn_mcore.evaluation.benchmarks.llava_bench import RULE
 from dattn_mcore.evaluation.benchmarks.mmvet import PROMPT
 from dattn_mcore.evaluation.judge import Judge, JudgeSettings
+from dattn_mcore.evaluation.judge_endpoint import SILENT_ROWS
 from tests.unit.evaluation import trees
 from tests.unit.evaluation.judge_server import JudgeServer
 
@@ -168,8 +174,9 @@ def test_a_row_that_is_refused_is_a_failed_judgement(tree, tmp_path):
 
 def test_bad_judges(tree, tmp_path, capsys):
     benchmark = make_benchmark("llava-bench", tree)
-    with pytest.raises(ConfigError, match="must be the http"):
-        Judge(JudgeSettings("localhost:8000", "m"))
+    for url in ("localhost:8000", "http://", "http://a b/v1", "http://a:80x0/v1", "http://a\n/v1"):
+        with pytest.raises(ConfigError, match="must be the http"):
+            Judge(JudgeSettings(url, "m"))
     with JudgeServer(lambda asked, body: 500) as server:
         asks = judge(server, attempts=1)
         with pytest.raises(DataError, match="none of 3 judgements succeeded"):
@@ -189,3 +196,100 @@ def test_bad_judges(tree, tmp_path, capsys):
     assert "go together" in capsys.readouterr().err
     assert main(["score", "--benchmark=gqa", f"--reviews={answers}"]) == 2
     assert "GQA is not judged" in capsys.readouterr().err
+
+
+def test_replies_that_are_no_http_are_failed_judgements(tree, tmp_path, caplog):
+    """A reply that is cut in its body, and a port where something else listens."""
+    benchmark = make_benchmark("llava-bench", tree)
+    cut = b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"
+    for said, told in ((cut, "IncompleteRead"), (b"SSH-2.0-OpenSSH\r\n", "BadStatusLine")):
+        with Talker(said) as talker, pytest.raises(DataError, match="none of 3 judgements"):
+            judge(talker, attempts=2)(benchmark, ANSWERS, tmp_path / "r.jsonl")
+        assert told in caplog.text
+        caplog.clear()
+
+
+class Talker:
+    """A port that says the same to everyone."""
+
+    def __init__(self, said: bytes) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+
+        def talk() -> None:
+            while True:
+                try:
+                    caller, _ = self.socket.accept()
+                except OSError:  # closed
+                    return
+                with caller:
+                    caller.recv(65536)
+                    caller.sendall(said)
+
+        threading.Thread(target=talk, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
+def test_an_endpoint_that_is_down_is_not_asked_about_every_row(tree, tmp_path, caplog):
+    """With no answer at all to the first rows, the rest is left; what is kept is scored."""
+    root, path = tree / "llava-bench-in-the-wild", tmp_path / "r.jsonl"
+    for name in ("questions.jsonl", "answers_gpt4.jsonl"):
+        records = read(root / name)
+        changed = [{**r, "question_id": n} for n, r in enumerate(records * 30)]
+        trees.lines(root / name, changed)
+    benchmark = make_benchmark("llava-bench", tree)
+    answers = [str(n) for n in range(90)]
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+    down = Judge(JudgeSettings(url, "judge-1", attempts=3, wait_seconds=0.2))
+    begun = time.monotonic()
+    with pytest.raises(DataError, match=r"none of 90 .* does not answer .URLError.*refused"):
+        down(benchmark, answers, path)
+    assert time.monotonic() - begun < 5  # 90 rows, 8 at once, with 0.6 s of waits: 7 s
+    # Each of the 8 threads is at one row when the third fails; two others failed before.
+    assert SILENT_ROWS <= caplog.text.count("judgement failed") <= 8 + SILENT_ROWS - 1
+    assert len(read(path)) == 90
+    with JudgeServer(lambda asked, body: "8 4") as server:
+        judge(server)(benchmark, answers, path)
+    score = down(benchmark, [*answers[:40], *("new" for _ in range(50))], path)
+    assert score.value == 50 and score.figures["failed judgements"] == 50
+    assert "does not answer" in score.notes[1]
+
+
+def test_a_full_disk_ends_the_judging(tree, tmp_path, monkeypatch):
+    """One line, not a traceback, and no reply is paid for that cannot be kept."""
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    benchmark = make_benchmark("llava-bench", tree)
+    with JudgeServer(lambda asked, body: "8 4") as server:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(DataError, match="judgements.jsonl cannot be written .No space"):
+            judge(server, parallel=1)(benchmark, ANSWERS, tmp_path / "r.jsonl")
+        assert len(server.requests) <= 2
+
+
+def test_bad_commands(tree, tmp_path, capsys):
+    """Each is one line."""
+    data, file = f"--data={tree}", trees.lines(tmp_path / "a.jsonl", [])
+    asks = ["--benchmark=mm-vet", data, "--judge-url=http://localhost:1", "--judge-model=m"]
+    for arguments, message in (
+        (["score", *asks], "--answers is missing"),
+        (["score", *asks, "--answers=."], "--answers . cannot be read"),
+        (["submit", "--benchmark=vqav2", data, f"--answers={file}", f"--out={file}"], "be written"),
+        (["check", data, "--benchmarks=,"], "at least one of scienceqa"),
+        (["run", data, "--model=x", "--benchmarks="], "at least one of scienceqa"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    for wait in ("-1", "nan", "inf", "x"):
+        with pytest.raises(SystemExit):
+            main(["score", *asks, f"--judge-wait-seconds={wait}"])
+        assert "a number of seconds, 0 or more" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from tests.unit.evaluation.conftest import ROOT
 from tests.unit.evaluation.test_evaluation_run import answers, run, scores
 
 
-def torchrun(world, out):
+def torchrun(world, out, program=("-m", "dattn_mcore.evaluation"), more=("--batch-size=1",)):
     """Starts a run over all benchmarks on two processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -20,9 +20,9 @@ def torchrun(world, out):
     # A port that was free a moment ago: runs of other tests do not meet on torchrun's default.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    command += ["-m", "dattn_mcore.evaluation", "run", f"--model={world / 'tiny'}"]
+    command += [*program, "run", f"--model={world / 'tiny'}"]
     command += [f"--data={world / 'val'}", f"--out={out}", "--max-new-tokens=6"]
-    command += ["--device=cpu", "--batch-size=1"]
+    command += ["--device=cpu", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     log = (out.parent / f"{out.name}.log").open("a")
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
@@ -79,3 +79,38 @@ def test_killed_half_way_and_resumed(tiny_model, tmp_path):
         assert set(kept) <= set(whole[path.parent.name])
     log = (tmp_path / "two.log").read_text()
     assert "answered before" in log
+
+
+BROKEN = """
+import os, sys
+from dattn_mcore.evaluation.__main__ import main
+from dattn_mcore.evaluation.run import Share
+
+answer = Share._answer
+
+def broken(share):
+    if (share.benchmark.name, os.environ["RANK"]) in (("gqa", "1"), ("pope", "0")):
+        raise TypeError("a defect")
+    answer(share)
+
+Share._answer = broken
+sys.exit(main())
+"""
+
+
+def test_a_defect_on_one_process_costs_one_benchmark(tiny_model, tmp_path):
+    """The other process does not wait for it, and both go on with the next benchmark."""
+    (tmp_path / "broken.py").write_text(BROKEN)
+    out, names = tmp_path / "out", "--benchmarks=gqa,pope,vizwiz,mmstar"
+    process = torchrun(tiny_model, out, [str(tmp_path / "broken.py")], ["--batch-size=4", names])
+    try:
+        assert process.wait(timeout=240) == 1
+    finally:
+        if process.poll() is None:
+            kill(process)
+    found = scores(out)["benchmarks"]
+    for name, rank in (("gqa", 1), ("pope", 0)):
+        log = out / f"errors-{rank}.log"
+        assert found[name]["error"] == f"internal error: TypeError: a defect; see {log}"
+        assert log.read_text().startswith(f"{name}\nTraceback")
+    assert (found["vizwiz"]["status"], found["mmstar"]["status"]) == ("submission", "scored")

@@ -1,12 +1,20 @@
 """Runs over all twelve benchmarks: what is written, batches, resuming, and bad input."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 
 import pytest
 
+from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.__main__ import main
 from dattn_mcore.evaluation.benchmarks import ALL
+from dattn_mcore.evaluation.benchmarks.gqa import Gqa
+from dattn_mcore.evaluation.benchmarks.mmbench import MmBench
+from dattn_mcore.evaluation.benchmarks.vqav2 import Vqav2
+from dattn_mcore.evaluation.run_folder import RunFolder
 from tests.unit.evaluation import trees
 from tests.unit.evaluation.conftest import ROOT
 from tests.unit.evaluation.judge_server import JudgeServer
@@ -163,6 +171,38 @@ def test_a_folder_belongs_to_one_model_and_data(whole, tiny_model, tmp_path, cap
     assert "holds answers to other questions" in scores(out)["benchmarks"]["gqa"]["error"]
 
 
+def test_a_model_that_cannot_be_loaded_takes_no_folder(tiny_model, tmp_path, capsys):
+    """The right model is not refused afterwards."""
+    broken = shutil.copytree(tiny_model / "tiny", tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"cut")
+    out, more = tmp_path / "out", ("--benchmarks=gqa", "--max-new-tokens=2", "--device=cpu")
+    arguments = ["run", f"--data={tiny_model / 'val'}", f"--out={out}", *more]
+    assert main([*arguments, f"--model={broken}"]) == 2
+    assert "cannot be loaded" in last_error(capsys)
+    assert run(tiny_model, out, *more) == 0
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, caplog):
+    """As on some network file systems: said once, and used; a folder in use is still refused."""
+    with_locks, first, second = fcntl.flock, RunFolder(tmp_path), RunFolder(tmp_path)
+    first.claim({"model": "m"})
+    with pytest.raises(DataError, match="is being written by another run"):
+        second.claim({"model": "m"})
+
+    def without_locks(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    second.claim({"model": "m"})
+    assert caplog.text.count("cannot be locked (No locks available)") == 1
+    second.settle({"model": "m"})
+    monkeypatch.setattr(fcntl, "flock", with_locks)
+    assert first.lock is not None
+    first.lock.close()
+    with pytest.raises(DataError, match="holds answers with model 'm', this run has 'n'"):
+        RunFolder(tmp_path).claim({"model": "n"})
+
+
 def last_error(capsys) -> str:
     errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(errors) == 1
@@ -196,7 +236,60 @@ def test_what_fails_leaves_the_others_alone(tiny_model, tree, tmp_path, capsys):
     assert shown.count("failed:") == 6
     # TextVQA was answered; with its annotations it is scored without being asked again.
     trees.textvqa(tree / "textvqa")
-    assert run(tiny_model, tmp_path / "out", "--benchmarks=textvqa", data=tree) == 0
+    assert (
+        run(tiny_model, tmp_path / "out", "--benchmarks=textvqa", "--as-original", data=tree) == 0
+    )
+    # The others' scores stay, with the options that they were made with; so in table and report.
+    shown = " ".join(capsys.readouterr().out.split())
+    again = scores(tmp_path / "out")
+    assert set(again["benchmarks"]) == set(found) and again["run"]["options"]["as_original"]
+    assert again["benchmarks"]["textvqa"]["status"] == "scored"
+    assert "earlier" not in again["benchmarks"]["textvqa"]
+    for name in set(found) - {"textvqa"}:
+        earlier = again["benchmarks"][name].pop("earlier")
+        assert not earlier["options"]["as_original"] and "model" not in earlier
+        assert again["benchmarks"][name] == found[name]
+    assert shown.count("failed:") == 5 and "ScienceQA" in shown
+    assert "ScienceQA" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_defect_costs_one_benchmark(whole, tiny_model, tmp_path, monkeypatch):
+    """Its traceback is kept, the others are scored; a score needs no submission."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+
+    def broken(error):
+        def raises(*arguments):
+            raise error
+
+        return raises
+
+    monkeypatch.setattr(Gqa, "score", broken(TypeError("two\nlines")))
+    monkeypatch.setattr(MmBench, "submit", broken(DataError("openpyxl is missing")))
+    monkeypatch.setattr(Vqav2, "submit", broken(KeyError("q")))
+    assert run(tiny_model, out, "--benchmarks=gqa,mmbench,vqav2,pope") == 1
+    found = scores(out)["benchmarks"]
+    log = out / "errors-0.log"
+    assert found["gqa"]["error"] == f"internal error: TypeError: two lines; see {log}"
+    assert found["vqav2"]["error"] == f"internal error: KeyError: 'q'; see {log}"
+    assert [log.read_text().count(x) for x in ("Traceback", "in raises", "gqa\n")] == [2, 2, 1]
+    assert found["pope"]["status"] == found["mmbench"]["status"] == "scored"
+    assert found["mmbench"]["note"].startswith("no submission: openpyxl is missing")
+    assert found["mmbench"]["value"] == scores(whole)["benchmarks"]["mmbench"]["value"]
+
+
+def test_a_full_disk(tiny_model, tmp_path, monkeypatch):
+    """One line; what is answered later goes on from there."""
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert run(tiny_model, tmp_path / "out", "--benchmarks=gqa") == 1
+    error = scores(tmp_path / "out")["benchmarks"]["gqa"]["error"]
+    assert "gqa/0.jsonl cannot be written (No space left on device)" in error
+    assert run(tiny_model, tmp_path / "out", "--benchmarks=gqa") == 0
 
 
 def test_bad_arguments(tiny_model, tmp_path, capsys):
@@ -246,7 +339,6 @@ def test_check(tree, capsys):
 
 
 def test_images_stay_inside(tree):
-    from dattn_mcore.errors import DataError
     from dattn_mcore.evaluation.benchmarks import make_benchmark
 
     path = tree / "vizwiz/llava_test.jsonl"
