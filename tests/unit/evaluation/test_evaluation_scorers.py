@@ -287,8 +287,8 @@ def test_vizwiz_needs_every_answer(tree, tmp_path):
 def test_mmbench_prompt(tree):
     """Hint, question, options up to the first that is missing; the suffix is not saved."""
     rows = make_benchmark("mmbench", tree).rows
-    assert rows[1].prompt == "Look closely.\nWhat is 1?\nA. cat\nB. dog"
-    assert rows[0].prompt.startswith("What is 0?")  # its hint is "nan"
+    assert rows[1].prompt == "Look closely.\nWhich is 1?\nA. cat\nB. dog"
+    assert rows[0].prompt.startswith("Which is 0?")  # its hint is "nan"
     assert rows[0].text == f"<image>\n{rows[0].prompt}{trees.LETTER_ANSWER}"
     assert rows[0].extra["options"] == ["cat", "dog"]
 
