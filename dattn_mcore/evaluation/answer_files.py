@@ -63,6 +63,7 @@ def read_answers_for(benchmark: Benchmark, path: Path) -> list[str | None]:
             "benchmark or split"
         )
     _check_prompts(benchmark, path, prompts)
+    benchmark.answered_prompts = prompts
     return answers
 
 

@@ -67,6 +67,10 @@ class Benchmark(ABC):
     Args:
         data: folder that holds the folders of all benchmarks.
         options: choices about scoring.
+
+    Attributes:
+        answered_prompts: what an answer file says it was asked, by row; empty where the rows of
+            this benchmark were asked, or the file does not say.
     """
 
     name: ClassVar[str]  # on the command line
@@ -81,6 +85,7 @@ class Benchmark(ABC):
     def __init__(self, data: str | Path, options: Options | None = None) -> None:
         self.root = Path(data) / self.folder
         self.options = options or Options()
+        self.answered_prompts: dict[int, str] = {}
 
     @cached_property
     def rows(self) -> list[Row]:

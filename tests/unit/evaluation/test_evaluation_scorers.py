@@ -244,6 +244,28 @@ def test_textvqa_repeated_ids(tree, tmp_path):
     assert benchmark.score(joined).value == 100
 
 
+@pytest.mark.parametrize(
+    ("tokens", "note"),
+    [
+        (("", ""), "without reference OCR tokens in the prompt"),
+        (("\nReference OCR token: a", "\nReference OCR token: b"), "with reference OCR tokens in"),
+        (("\nReference OCR token: a", ""), "mixed: 1 of 2 prompts have reference OCR tokens"),
+    ],
+)
+@pytest.mark.parametrize("asks_with_tokens", [True, False])
+def test_textvqa_says_what_the_answers_were_asked(tree, tmp_path, tokens, note, asks_with_tokens):
+    """The answers' prompts count, not the question file or the flag of this run."""
+    questions = ("What does it say?", "What color is it?")
+    records = [
+        {"question_id": "abc", "prompt": question + token + trees.SHORT_ANSWER, "text": "x"}
+        for question, token in zip(questions, tokens, strict=True)
+    ]
+    benchmark = make_benchmark("textvqa", tree, Options(textvqa_ocr=asks_with_tokens))
+    result = benchmark.score(read_answers_for(benchmark, trees.lines(tmp_path / "a", records)))
+    assert result.notes[0].startswith(note)
+    assert result.figures["rows with OCR tokens"] == sum(map(bool, tokens))
+
+
 def test_seed(tree):
     """Ids are numbers in one file and text in the other; "A." only behind the flag."""
     result = score(tree, "seed", ["A", "B."])
