@@ -55,13 +55,19 @@ class Mme(Benchmark):
         """See the interface; every image must be asked about exactly twice.
 
         Raises:
-            DataError: the pairs are broken.
+            DataError: the pairs are broken, or an id is no path of an image.
         """
         rows = self.llava_rows("llava_mme.jsonl", IMAGES)
         pairs: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             if not row.category:
                 raise DataError(f"{self.title}: question {row.question_id!r} has no category")
+            image = Path(str(row.question_id))
+            if len(image.parts) < 2 or image.is_absolute() or ".." in image.parts:
+                raise DataError(
+                    f"{self.title}: question_id {row.question_id!r} must be an image's path below "
+                    f"{IMAGES}, such as 'artwork/images/0.jpg'; the ground truth is found by it"
+                )
             pairs.setdefault(str(row.question_id), []).append(number)
         for question_id, numbers in pairs.items():
             if len(numbers) != 2:

@@ -63,17 +63,21 @@ class MmStar(Benchmark):
         """See the interface; options stand in the question, or in columns of their own."""
         rows = []
         for number, record in enumerate(self.table):
-            source, index = record["image"], record["index"]
+            source, index = record["image"], _whole_number(record["index"])
             source = source.get("bytes") if isinstance(source, dict) else source
-            if not (source and record["question"] and record["answer"]):
+            texts = (record["question"], record["answer"])
+            if index is None or not all(isinstance(text, str) and text for text in texts):
                 raise DataError(
-                    f"{self.root / self.file}: row {number} needs question, answer and image"
+                    f"{self.root / self.file}: row {number} needs index (a whole number), question "
+                    "and answer (texts)"
                 )
+            if not source or not isinstance(source, str | bytes):
+                raise DataError(f"{self.root / self.file}: row {number} needs image")
             lines = [record["question"]]
             lines += [f"{letter}. {record[letter]}" for letter in "ABCD" if record.get(letter)]
             picture = Picture(f"{index}.jpg", source)
             prompt = "\n".join(lines) + LETTER_ANSWER
-            rows.append(Row(int(index), prompt, (picture,), str(record["category"] or "")))
+            rows.append(Row(index, prompt, (picture,), str(record["category"] or "")))
         return rows
 
     def score(self, answers: Sequence[str | None]) -> Score:
@@ -98,6 +102,12 @@ class MmStar(Benchmark):
             notes=notes,
             outcomes=outcomes,
         )
+
+
+def _whole_number(cell: Any) -> int | None:
+    if isinstance(cell, str) and re.fullmatch(r"[0-9]{1,18}", cell):
+        return int(cell)
+    return cell if isinstance(cell, int) and not isinstance(cell, bool) else None
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

@@ -383,14 +383,8 @@ def test_mmstar(tree, text, right):
 
 
 def test_mmstar_from_tsv(tree):
-    import base64
-
     (tree / "mmstar/mmstar.parquet").unlink()
-    rows = [
-        {**row, "image": base64.b64encode(row["image"]).decode(), "A": "x", "B": "y"}
-        for row in trees.mmstar_rows()
-    ]
-    trees.write_tsv(tree / "mmstar/MMStar.tsv", rows, list(rows[0]))
+    trees.mmstar_tsv(tree / "mmstar")
     benchmark = make_benchmark("mmstar", tree)
     assert benchmark.rows[0].prompt.endswith(f"\nA. x\nB. y{trees.LETTER_ANSWER}")
     assert benchmark.rows[0].pictures[0].open("row").size == (30, 20)

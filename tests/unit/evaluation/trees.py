@@ -281,6 +281,15 @@ def mmstar(root: Path) -> None:
     write_table(pyarrow.Table.from_pylist(mmstar_rows()), root / "mmstar.parquet")
 
 
+def mmstar_tsv(root: Path) -> None:
+    """VLMEvalKit's form: images in base64, options in columns of their own."""
+    rows = [
+        {**row, "image": base64.b64encode(row["image"]).decode(), "A": "x", "B": "y"}
+        for row in mmstar_rows()
+    ]
+    write_tsv(root / "MMStar.tsv", rows, list(rows[0]))
+
+
 MAKERS = {
     "scienceqa": scienceqa,
     "MME": mme,
