@@ -35,6 +35,7 @@ def read_answers_for(benchmark: Benchmark, path: Path) -> list[str | None]:
         waiting.setdefault(key, deque()).append(number)
     answers: list[str | None] = [None] * len(benchmark.rows)
     prompts: dict[int, str] = {}
+    left_out = benchmark.left_out()
     strangers: list[Any] = []
     total = 0
     for line, record in read_json_lines(path, "--answers"):
@@ -44,7 +45,10 @@ def read_answers_for(benchmark: Benchmark, path: Path) -> list[str | None]:
         total += 1
         prompt = record.get("prompt")
         prompt = prompt if isinstance(prompt, str) else ""
-        rows = waiting.get(benchmark.join_key(question_id, prompt))
+        key = benchmark.join_key(question_id, prompt)
+        if key in left_out:
+            continue
+        rows = waiting.get(key)
         if rows is None:
             strangers.append(question_id)
         elif not rows:

@@ -49,7 +49,8 @@ def check(benchmark: Benchmark) -> Finding:
     missing = [name for name, picture in pictures.items() if not picture.exists()]
     finding.rows, finding.images = len(rows), len(pictures) - len(missing)
     if missing:
-        finding.problems.append(f"{len(missing)} images are missing (first: {missing[0]})")
+        hint = benchmark.images_hint(missing)
+        finding.problems.append(f"{len(missing)} images are missing (first: {missing[0]}){hint}")
     if len(rows) != benchmark.full_rows:
         finding.notes.append(f"the released file has {benchmark.full_rows:,} rows")
     without = sum(not row.pictures for row in rows)

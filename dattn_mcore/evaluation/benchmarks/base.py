@@ -120,6 +120,14 @@ class Benchmark(ABC):
         """What identifies a row, or an answer, of LLaVA's files; numbers may be text in one."""
         return str(question_id)
 
+    def left_out(self) -> set[Hashable]:
+        """Join keys of rows that the options leave out; answers to them are passed over."""
+        return set()
+
+    def images_hint(self, missing: Sequence[str]) -> str:
+        """What to do where these images are not there, to be added to a message; mostly nothing."""
+        return ""
+
     def truths(self) -> Sequence[Any]:
         """What scoring needs to know about each row; nothing where a server scores.
 

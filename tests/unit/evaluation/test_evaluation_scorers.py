@@ -1,6 +1,7 @@
 """Every scorer against hand-counted answers, and the traps of the original formats."""
 
 import json
+import shutil
 
 import pytest
 from openpyxl import load_workbook
@@ -8,6 +9,8 @@ from openpyxl import load_workbook
 from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.evaluation.answer_files import read_answers_for
 from dattn_mcore.evaluation.benchmarks import ALL, Options, make_benchmark
+from dattn_mcore.evaluation.check import check
+from dattn_mcore.evaluation.run import check_pictures
 from dattn_mcore.evaluation.text import leading_letter, normalise_answer, says_no, yes_or_no
 from tests.unit.evaluation import trees
 
@@ -276,16 +279,25 @@ def test_seed(tree):
     assert lenient.value == 100
 
 
-def test_seed_without_videos(tree):
-    """An image-only tree says what to do, and runs and scores with the flag."""
-    import shutil
-
+def test_seed_without_videos(tree, tmp_path):
+    """Answers that exist are scored without the frames; to answer, an image-only tree needs the flag."""
     shutil.rmtree(tree / "seed_bench/SEED-Bench-video-image")
-    with pytest.raises(DataError, match="1 rows are about videos.*--seed-images-only"):
-        _ = make_benchmark("seed", tree).rows
-    result = score(tree, "seed", ["A"], seed_images_only=True)
+    whole = make_benchmark("seed", tree)
+    records = [{"question_id": r.question_id, "prompt": r.prompt, "text": "A"} for r in whole.rows]
+    path = trees.lines(tmp_path / "a.jsonl", records)
+    assert whole.score(read_answers_for(whole, path)).figures == {"image": 100, "video": 0}
+    with pytest.raises(DataError, match="1 of 2 images are not there.*--seed-images-only"):
+        check_pictures(whole, [0, 1])
+    assert any("--seed-images-only" in problem for problem in check(whole).problems)
+    images = make_benchmark("seed", tree, Options(seed_images_only=True))
+    check_pictures(images, [0])
+    assert not check(images).problems
+    assert read_answers_for(images, path) == ["A"]  # the answer to the video row is passed over
+    result = images.score(["A"])
     assert result.value == 100 and list(result.figures) == ["image"]
     assert any("no rows about videos" in note for note in result.notes)
+    with pytest.raises(DataError, match="they belong to another benchmark"):
+        read_answers_for(images, trees.lines(path, [{**records[1], "question_id": 5}]))
 
 
 def test_vqav2(tree, tmp_path):
