@@ -189,3 +189,22 @@ def test_bad_judges(tree, tmp_path, capsys):
     assert "go together" in capsys.readouterr().err
     assert main(["score", "--benchmark=gqa", f"--reviews={answers}"]) == 2
     assert "GQA is not judged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [("llava-bench", {"tuple": [8, 4]}), ("mm-vet", {"score": 0.5})],
+)
+def test_partial_and_doubled_reviews(tree, tmp_path, capsys, name, good):
+    """Half a file is scored and says so; a question that stands twice is refused."""
+    benchmark = make_benchmark(name, tree)
+    reviews = [{"question_id": number, **good} for number in range(benchmark.full_rows)]
+    assert not benchmark.score_reviews(reviews).notes
+    half = benchmark.score_reviews(reviews[:5])
+    assert half.notes == [f"5 reviews; the released file has {benchmark.full_rows} questions"]
+    path = trees.lines(tmp_path / "r.jsonl", [*reviews, {**reviews[3], "question_id": "3"}])
+    arguments = ["score", f"--benchmark={name}", f"--data={tree}", f"--reviews={path}"]
+    assert main(arguments) == 2
+    assert "is about question '3', which review 4 is about already" in capsys.readouterr().err
+    assert main([*arguments, f"--answers={path}"]) == 2
+    assert "give one of them" in capsys.readouterr().err
