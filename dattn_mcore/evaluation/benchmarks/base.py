@@ -77,6 +77,7 @@ class Benchmark(ABC):
     title: ClassVar[str]
     folder: ClassVar[str]  # below the data folder
     full_rows: ClassVar[int]  # rows of the released question file
+    unique_ids: ClassVar[bool] = True  # no two rows of the released file have one id
     max_new_tokens: ClassVar[int] = 128
     scores: ClassVar[bool] = False  # from files on this machine
     judged: ClassVar[bool] = False  # by a GPT judge

@@ -44,6 +44,7 @@ class Mme(Benchmark):
     title = "MME"
     folder = "MME"
     full_rows = 2374
+    unique_ids = False  # an id is its image's
     scores = True
     submits = True
 

@@ -29,6 +29,7 @@ class TextVqa(Benchmark):
     title = "TextVQA"
     folder = "textvqa"
     full_rows = 5000
+    unique_ids = False  # an id is its image's
     scores = True
 
     def required(self) -> list[str]:
