@@ -348,6 +348,46 @@ def test_mmbench_rotations_missing(tree):
     assert (once.metric, once.value) == ("accuracy", 50)
 
 
+def test_mmbench_rows_that_stand_twice(tree):
+    """Two rows of one index are no two rotations."""
+    rows = trees.mmbench_rows()
+    rows[2]["index"] = 0
+    path = tree / "mmbench/mmbench_dev_20230712.tsv"
+    trees.write_tsv(path, rows, trees.MMBENCH_COLUMNS)
+    with pytest.raises(DataError, match="row 4 has index 0, as row 2 has"):
+        score(tree, "mmbench", ["A"] * 4)
+
+
+def test_mmbench_with_answers_to_some_rows(tree):
+    """Neither the test split nor a file to score; what it is asked can still be answered."""
+    rows = trees.mmbench_rows()
+    rows[1]["answer"] = ""
+    path = tree / "mmbench/mmbench_dev_20230712.tsv"
+    trees.write_tsv(path, rows, trees.MMBENCH_COLUMNS)
+    benchmark = make_benchmark("mmbench", tree)
+    with pytest.raises(DataError, match=r"1 of 4 rows have no answer \(first: index 1\)"):
+        benchmark.score(["A"] * 4)
+    assert "1 of 4 rows have no answer" in check(benchmark).problems[0]
+
+
+def test_mmbench_submission_that_fails(tree, tmp_path, monkeypatch):
+    """A full disk leaves the file of before, and nothing half."""
+    from openpyxl import Workbook
+
+    benchmark = make_benchmark("mmbench", tree)
+    path = benchmark.submit(["A"] * 4, tmp_path / "out", "m")
+    before = path.read_bytes()
+
+    def full(book, target):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Workbook, "save", full)
+    with pytest.raises(DataError, match="No space left"):
+        benchmark.submit(["B"] * 4, tmp_path / "out", "m")
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
 def test_mmbench_submission(tree, tmp_path):
     """Columns as LLaVA writes them; an answer that begins with = is no formula."""
     answers = ["A", "=1+1", "tab\there\nline", "ctrl\x07"]
