@@ -76,6 +76,12 @@ class Mme(Benchmark):
                     f"{self.title}: image {question_id!r} has {len(numbers)} questions; every "
                     "image has two, so the question file is cut or damaged"
                 )
+            one, other = (_bare(rows[number].prompt) for number in numbers)
+            if one == other:
+                raise DataError(
+                    f"{self.title}: image {question_id!r} has the question {one!r} twice; every "
+                    "image has two, so the question file is damaged"
+                )
         return rows
 
     def join_key(self, question_id: str | int, prompt: str) -> Hashable:
@@ -118,7 +124,7 @@ class Mme(Benchmark):
         truths = self.truths()
         outcomes = []
         for answer, (_, truth) in zip(answers, truths, strict=True):
-            parsed = yes_or_no(answer or "")
+            parsed = yes_or_no(_cell(answer or ""))
             outcomes.append(Outcome(float(parsed == truth), parsed, truth))
         right: dict[str, list[float]] = {}
         both: dict[str, list[float]] = {}
@@ -158,12 +164,17 @@ class Mme(Benchmark):
             for i in pair:
                 question, truth = truths[i]
                 cells = Path(str(self.rows[i].question_id)).name, question, truth.capitalize()
-                answer = " ".join(texts[i].split())
-                lines.setdefault(self.rows[i].category, []).append("\t".join((*cells, answer)))
+                line = "\t".join((*cells, _cell(texts[i])))
+                lines.setdefault(self.rows[i].category, []).append(line)
         target = folder / name
         for task, text in lines.items():
             write_text(target / f"{task}.txt", "\n".join(text) + "\n", "submission")
         return target
+
+
+def _cell(answer: str) -> str:
+    """An answer as it stands in the tool's file: what is scored here is what the tool reads."""
+    return " ".join(answer.split())
 
 
 def _bare(question: str) -> str:

@@ -147,6 +147,26 @@ def test_mme_broken_pairs(tree):
         _ = make_benchmark("mme", tree).rows
 
 
+def test_mme_same_question_twice(tree):
+    path = tree / "MME/llava_mme.jsonl"
+    records = read(path)
+    records[1]["text"] = records[0]["text"].replace(" ", "  ", 1)
+    trees.lines(path, records)
+    with pytest.raises(DataError, match="has the question 'Is there thing 0 in it.' twice"):
+        _ = make_benchmark("mme", tree).rows
+
+
+def test_mme_scores_what_it_submits(tree, tmp_path):
+    """The tool reads the first four letters of its file, where outer and line breaks are gone."""
+    benchmark = make_benchmark("mme", tree)
+    answers = [" \n Yes", "\t\n  No", "   yes", "\n\n\n\nno", "Yes", "No", "Yes", "No"]
+    assert [o.parsed for o in benchmark.score(answers).outcomes] == ["yes", "no"] * 4
+    target = benchmark.submit(answers, tmp_path, "m")
+    files = [f.read_text().splitlines() for f in sorted(target.iterdir())]
+    submitted = [line.split("\t")[3] for file in files for line in file]
+    assert sorted(yes_or_no(text) for text in submitted) == ["no"] * 4 + ["yes"] * 4
+
+
 def test_gqa(tree, tmp_path):
     result = score(tree, "gqa", ["Ball.", "Yes"])
     assert (result.value, result.figures) == (100, {"open": 100, "binary": 100})
@@ -432,6 +452,16 @@ def test_mmstar(tree, text, right):
     assert result.outcomes[0].credit == right
     assert result.value == 50 + 50 * right
     assert any("article" in note for note in result.notes) == (text == "a dog")
+
+
+@pytest.mark.parametrize("text", ["an apple", "all", "And", "(apple", "Option abc"])
+def test_mmstar_words(tree, text):
+    """The original reads their first letter; so does this, and says it."""
+    result = score(tree, "mmstar", [text, "dog"])
+    assert [o.credit for o in result.outcomes] == [1, 0]
+    assert "2 answers begin with a word" in result.notes[0]
+    assert "1 of them count as right" in result.notes[0]
+    assert not score(tree, "mmstar", ["A.", "(B) x"]).notes
 
 
 def test_mmstar_from_tsv(tree):
