@@ -19,19 +19,24 @@ from typing import Any
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark
 from dattn_mcore.evaluation.files import read_json_lines, take, write_json_lines
+from dattn_mcore.evaluation.prompts import same_question, words_asked
 
 
 def read_answers_for(benchmark: Benchmark, path: Path) -> list[str | None]:
     """Answers of a LLaVA answer file for each row of a benchmark, joined by id (and question).
 
+    Ids of different benchmarks overlap, so the prompts are compared too, where answers have them.
+
     Raises:
-        DataError: the file is malformed, answers other questions, or answers one twice.
+        DataError: the file is empty or malformed, answers other questions, or answers one twice.
     """
     waiting: dict[Hashable, deque[int]] = {}
     for number, row in enumerate(benchmark.rows):
         key = benchmark.join_key(row.question_id, row.prompt)
         waiting.setdefault(key, deque()).append(number)
     answers: list[str | None] = [None] * len(benchmark.rows)
+    prompts: dict[int, str] = {}
+    left_out = benchmark.left_out()
     strangers: list[Any] = []
     total = 0
     for line, record in read_json_lines(path, "--answers"):
@@ -39,20 +44,46 @@ def read_answers_for(benchmark: Benchmark, path: Path) -> list[str | None]:
         if not isinstance(question_id, str | int) or not isinstance(text, str):
             raise DataError(f"{path}:{line}: needs question_id and text")
         total += 1
-        rows = waiting.get(benchmark.join_key(question_id, str(record.get("prompt", ""))))
+        prompt = record.get("prompt")
+        prompt = prompt if isinstance(prompt, str) else ""
+        key = benchmark.join_key(question_id, prompt)
+        if key in left_out:
+            continue
+        rows = waiting.get(key)
         if rows is None:
             strangers.append(question_id)
         elif not rows:
             raise DataError(f"{path}:{line}: question {question_id!r} is answered twice")
         else:
-            answers[rows.popleft()] = text
+            number = rows.popleft()
+            answers[number] = text
+            if prompt:
+                prompts[number] = prompt
+    if not total:
+        raise DataError(f"--answers {path} holds no answers; give a file in LLaVA's form")
     if strangers:
         raise DataError(
             f"--answers {path}: {len(strangers)} of {total} answers are to questions that "
             f"{benchmark.title} does not ask (first: {strangers[0]!r}); they belong to another "
             "benchmark or split"
         )
+    _check_prompts(benchmark, path, prompts)
+    benchmark.answered_prompts = prompts
     return answers
+
+
+def _check_prompts(benchmark: Benchmark, path: Path, prompts: dict[int, str]) -> None:
+    """Refuses answers most of whose prompts ask something else than the rows of their ids."""
+    rows = benchmark.rows
+    other = [i for i, prompt in prompts.items() if not same_question(prompt, rows[i].prompt)]
+    if 2 * len(other) > len(prompts):
+        row, prompt = rows[other[0]], prompts[other[0]]
+        asked, answered = words_asked(row.prompt), words_asked(prompt)
+        raise DataError(
+            f"--answers {path}: {len(other)} of {len(prompts)} prompts ask something else than "
+            f"{benchmark.title} does (question {row.question_id!r} is {asked!r:.90}, the answer's "
+            f"prompt {answered!r:.90}); they belong to another benchmark or split"
+        )
 
 
 class AnswerStore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ class Finding:
     Attributes:
         title: as people write it.
         rows: questions.
+        full_rows: questions of the released file.
         images: different images that they name.
         problems: what keeps it from being run, scored or submitted.
         notes: what is unusual and harmless.
@@ -25,14 +27,25 @@ class Finding:
 
     title: str
     rows: int = 0
+    full_rows: int = 0
     images: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def state(self) -> str:
+        """complete, partial or larger than the released file; or how many problems there are."""
+        count = len(self.problems)
+        if count:
+            return f"{count} problem{'s' if count > 1 else ''}"
+        if self.rows == self.full_rows:
+            return "complete"
+        return "partial" if self.rows < self.full_rows else "larger"
+
 
 def check(benchmark: Benchmark) -> Finding:
-    """Looks at all files of a benchmark, without decoding images."""
-    finding = Finding(benchmark.title)
+    """Looks at all files of a benchmark; of images at their first bytes."""
+    finding = Finding(benchmark.title, full_rows=benchmark.full_rows)
     if not benchmark.root.is_dir():
         finding.problems.append(f"{benchmark.root} is no folder")
         return finding
@@ -49,7 +62,14 @@ def check(benchmark: Benchmark) -> Finding:
     missing = [name for name, picture in pictures.items() if not picture.exists()]
     finding.rows, finding.images = len(rows), len(pictures) - len(missing)
     if missing:
-        finding.problems.append(f"{len(missing)} images are missing (first: {missing[0]})")
+        hint = benchmark.images_hint(missing)
+        finding.problems.append(f"{len(missing)} images are missing (first: {missing[0]}){hint}")
+    faults = [(name, picture.fault()) for name, picture in pictures.items()]
+    faults = [(name, fault) for name, fault in faults if fault]
+    if faults:
+        name, fault = faults[0]
+        finding.problems.append(f"{len(faults)} files are no images (first: {name} {fault})")
+    finding.problems += repeated(benchmark)
     if len(rows) != benchmark.full_rows:
         finding.notes.append(f"the released file has {benchmark.full_rows:,} rows")
     without = sum(not row.pictures for row in rows)
@@ -63,6 +83,15 @@ def check(benchmark: Benchmark) -> Finding:
     return finding
 
 
+def repeated(benchmark: Benchmark) -> list[str]:
+    """A problem where questions stand twice, as in a file that was appended to itself."""
+    if not benchmark.unique_ids:
+        return []
+    counts = Counter(str(row.question_id) for row in benchmark.rows)
+    twice = [name for name, count in counts.items() if count > 1]
+    return [f"{len(twice)} question ids stand twice (first: {name!r})" for name in twice[:1]]
+
+
 def table(findings: Sequence[Finding]) -> Table:
     """One row for each benchmark."""
     shown = Table("benchmark", "rows", "images", "state", "notes")
@@ -70,8 +99,6 @@ def table(findings: Sequence[Finding]) -> Table:
         shown.columns[column].justify = "right"
     for finding in findings:
         counts = (f"{finding.rows:,}", f"{finding.images:,}") if finding.rows else ("", "")
-        count = len(finding.problems)
-        state = f"{count} problem{'s' if count > 1 else ''}" if count else "complete"
         notes = "; ".join([*finding.problems, *finding.notes])
-        shown.add_row(finding.title, *counts, state, notes)
+        shown.add_row(finding.title, *counts, finding.state, notes)
     return shown

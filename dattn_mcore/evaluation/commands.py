@@ -74,6 +74,10 @@ def score(options: argparse.Namespace) -> int:
     benchmark = _one(options)
     judge = judge_from(options)
     result = Result(benchmark.name, benchmark.title)
+    if options.reviews and options.answers:
+        raise ConfigError(
+            "--reviews are scored as they are, --answers are judged anew; give one of them"
+        )
     if options.reviews:
         if not isinstance(benchmark, Judged):
             raise ConfigError(f"--reviews: {benchmark.title} is not judged; give --answers")

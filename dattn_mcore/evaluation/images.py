@@ -7,11 +7,13 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dattn_mcore.errors import DataError
 
 MAX_PIXELS = 100_000_000
+# How files begin: JPEG, PNG, GIF, BMP, TIFF.
+_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
 
 def check_images(folder: str | Path, paths: list[tuple[str, str]]) -> Path:
@@ -54,6 +56,25 @@ class Picture:
     def exists(self) -> bool:
         """Whether its file is there; encoded images always are."""
         return not isinstance(self.source, Path) or self.source.is_file()
+
+    def fault(self) -> str:
+        """Why it can be no image, by its first bytes; empty where it may be, or is not there."""
+        try:
+            file = self._file()
+            with file.open("rb") if isinstance(file, Path) else file as opened:
+                start = opened.read(16)
+                if not start:
+                    return "is empty"
+                if not start.startswith(_BEGINNINGS):
+                    opened.seek(0)
+                    Image.open(opened)  # the rarer formats; reads the header alone
+        except FileNotFoundError:
+            return ""
+        except UnidentifiedImageError:
+            return f"begins with {start!r}"
+        except Exception as error:  # as in `open`
+            return f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
+        return ""
 
     def open(self, who: str) -> Image.Image:
         """Decodes the first frame as RGB.

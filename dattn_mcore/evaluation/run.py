@@ -231,7 +231,7 @@ def check_pictures(benchmark: Benchmark, numbers: Sequence[int]) -> None:
     if missing:
         raise DataError(
             f"{benchmark.title}: {len(missing)} of {len(pictures)} images are not there (first: "
-            f"{missing[0]!r} below {benchmark.root})"
+            f"{missing[0]!r} below {benchmark.root}){benchmark.images_hint(missing)}"
         )
 
 

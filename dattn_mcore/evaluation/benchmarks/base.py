@@ -67,12 +67,17 @@ class Benchmark(ABC):
     Args:
         data: folder that holds the folders of all benchmarks.
         options: choices about scoring.
+
+    Attributes:
+        answered_prompts: what an answer file says it was asked, by row; empty where the rows of
+            this benchmark were asked, or the file does not say.
     """
 
     name: ClassVar[str]  # on the command line
     title: ClassVar[str]
     folder: ClassVar[str]  # below the data folder
     full_rows: ClassVar[int]  # rows of the released question file
+    unique_ids: ClassVar[bool] = True  # no two rows of the released file have one id
     max_new_tokens: ClassVar[int] = 128
     scores: ClassVar[bool] = False  # from files on this machine
     judged: ClassVar[bool] = False  # by a GPT judge
@@ -81,6 +86,7 @@ class Benchmark(ABC):
     def __init__(self, data: str | Path, options: Options | None = None) -> None:
         self.root = Path(data) / self.folder
         self.options = options or Options()
+        self.answered_prompts: dict[int, str] = {}
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -114,6 +120,14 @@ class Benchmark(ABC):
     def join_key(self, question_id: str | int, prompt: str) -> Hashable:
         """What identifies a row, or an answer, of LLaVA's files; numbers may be text in one."""
         return str(question_id)
+
+    def left_out(self) -> set[Hashable]:
+        """Join keys of rows that the options leave out; answers to them are passed over."""
+        return set()
+
+    def images_hint(self, missing: Sequence[str]) -> str:
+        """What to do where these images are not there, to be added to a message; mostly nothing."""
+        return ""
 
     def truths(self) -> Sequence[Any]:
         """What scoring needs to know about each row; nothing where a server scores.

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark
 from dattn_mcore.evaluation.scores import Score
 
@@ -48,6 +49,27 @@ def is_figure(value: Any) -> bool:
     """Whether a value of a review file is a number that can be averaged."""
     kind = isinstance(value, int | float) and not isinstance(value, bool)
     return kind and math.isfinite(value)
+
+
+def check_reviews(benchmark: Judged, reviews: Sequence[dict[str, Any]]) -> list[str]:
+    """Looks at the questions of a review file; returns a note where it is not about all of them.
+
+    Raises:
+        DataError: a question is judged twice, which would weigh it twice.
+    """
+    seen: dict[str, int] = {}
+    for number, review in enumerate(reviews, start=1):
+        question_id = review.get("question_id")
+        if question_id is None:
+            continue
+        first = seen.setdefault(str(question_id), number)
+        if first != number:
+            raise DataError(
+                f"review {number} of {benchmark.title} is about question {question_id!r}, which "
+                f"review {first} is about already; keep one of them"
+            )
+    count, full = len(reviews), benchmark.full_rows
+    return [f"{count} reviews; the released file has {full} questions"] * (count != full)
 
 
 def failed_note(failed: int, total: int, as_original: bool) -> list[str]:

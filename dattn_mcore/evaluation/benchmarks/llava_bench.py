@@ -8,7 +8,7 @@ from typing import Any
 
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Row, all_answered
-from dattn_mcore.evaluation.benchmarks.judged import Judged, failed_note, is_figure
+from dattn_mcore.evaluation.benchmarks.judged import Judged, check_reviews, failed_note, is_figure
 from dattn_mcore.evaluation.files import read_json, read_json_lines
 from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean
 
@@ -141,6 +141,7 @@ class LlavaBench(Judged):
 
     def score_reviews(self, reviews: Sequence[dict[str, Any]]) -> Score:
         """See the interface."""
+        partial = check_reviews(self, reviews)
         outcomes, groups, failed = [], dict[str, list[tuple[float, float]]](), 0
         for number, review in enumerate(reviews, start=1):
             pair = review.get("tuple")
@@ -170,7 +171,7 @@ class LlavaBench(Judged):
             categories={
                 name: Bar(_relative(group), len(group)) for name, group in sorted(groups.items())
             },
-            notes=failed_note(failed, len(reviews), self.options.as_original),
+            notes=failed_note(failed, len(reviews), self.options.as_original) + partial,
             outcomes=outcomes,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -59,16 +60,25 @@ class MmBench(Benchmark):
         """Columns and cells of the TSV.
 
         Raises:
-            DataError: it is missing, or lacks a column.
+            DataError: it is missing, lacks a column, or has an index twice.
         """
         path = self.root / self.file
         header, cells = read_tsv(path, "question file")
         lacking = [c for c in ("index", "question", "image", "A") if c not in header]
         if lacking:
             raise DataError(f"{path} lacks the column {lacking[0]!r}; it has {', '.join(header)}")
+        seen: dict[int, int] = {}
         for number, cell in enumerate(cells, start=2):
-            if not (cell["index"] or "").isdecimal() or not cell["question"] or not cell["image"]:
+            if not re.fullmatch("[0-9]{1,18}", cell["index"] or "") or not (
+                cell["question"] and cell["image"]
+            ):
                 raise DataError(f"{path}: row {number} needs index, question and image")
+            first = seen.setdefault(int(cell["index"] or 0), number)
+            if first != number:  # it would count as another rotation
+                raise DataError(
+                    f"{path}: row {number} has index {cell['index']}, as row {first} has; every "
+                    "rotation has one of its own (index + k x 10^6)"
+                )
         return header, cells
 
     def load_rows(self) -> list[Row]:
@@ -106,10 +116,21 @@ class MmBench(Benchmark):
         return whole, len(groups) - len(whole)
 
     def unscored(self) -> str:
-        """The file of the test split has no answers."""
-        header, cells = self.table
-        known = "answer" in header and all(cell["answer"] is not None for cell in cells)
-        return "" if known else f"{self.file} has no answers; submit it to the server"
+        """The file of the test split has no answers.
+
+        Raises:
+            DataError: some rows have an answer, and others have none.
+        """
+        cells = self.table[1]
+        without = [cell["index"] for cell in cells if cell.get("answer") is None]
+        if len(without) == len(cells):
+            return f"{self.file} has no answers; submit it to the server"
+        if without:
+            raise DataError(
+                f"{self.root / self.file}: {len(without)} of {len(cells)} rows have no answer "
+                f"(first: index {without[0]}); the file is damaged, take it anew"
+            )
+        return ""
 
     def check_truth(self) -> list[str]:
         """See the interface."""
@@ -192,10 +213,13 @@ class MmBench(Benchmark):
                     place.value = ILLEGAL_CHARACTERS_RE.sub("", value)
                     place.data_type = "s"  # an answer that begins with "=" is no formula
         path = folder / f"{name}.xlsx"
+        temporary = folder / f".{path.name}.{os.getpid()}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            book.save(path)
+            book.save(temporary)
+            temporary.replace(path)  # it appears under its name when whole
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             raise DataError(f"submission {path} cannot be written ({error.strerror})") from None
         return path
 

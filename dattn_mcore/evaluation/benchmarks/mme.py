@@ -44,6 +44,7 @@ class Mme(Benchmark):
     title = "MME"
     folder = "MME"
     full_rows = 2374
+    unique_ids = False  # an id is its image's
     scores = True
     submits = True
 
@@ -55,19 +56,31 @@ class Mme(Benchmark):
         """See the interface; every image must be asked about exactly twice.
 
         Raises:
-            DataError: the pairs are broken.
+            DataError: the pairs are broken, or an id is no path of an image.
         """
         rows = self.llava_rows("llava_mme.jsonl", IMAGES)
         pairs: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             if not row.category:
                 raise DataError(f"{self.title}: question {row.question_id!r} has no category")
+            image = Path(str(row.question_id))
+            if len(image.parts) < 2 or image.is_absolute() or ".." in image.parts:
+                raise DataError(
+                    f"{self.title}: question_id {row.question_id!r} must be an image's path below "
+                    f"{IMAGES}, such as 'artwork/images/0.jpg'; the ground truth is found by it"
+                )
             pairs.setdefault(str(row.question_id), []).append(number)
         for question_id, numbers in pairs.items():
             if len(numbers) != 2:
                 raise DataError(
                     f"{self.title}: image {question_id!r} has {len(numbers)} questions; every "
                     "image has two, so the question file is cut or damaged"
+                )
+            one, other = (_bare(rows[number].prompt) for number in numbers)
+            if one == other:
+                raise DataError(
+                    f"{self.title}: image {question_id!r} has the question {one!r} twice; every "
+                    "image has two, so the question file is damaged"
                 )
         return rows
 
@@ -111,7 +124,7 @@ class Mme(Benchmark):
         truths = self.truths()
         outcomes = []
         for answer, (_, truth) in zip(answers, truths, strict=True):
-            parsed = yes_or_no(answer or "")
+            parsed = yes_or_no(_cell(answer or ""))
             outcomes.append(Outcome(float(parsed == truth), parsed, truth))
         right: dict[str, list[float]] = {}
         both: dict[str, list[float]] = {}
@@ -151,12 +164,17 @@ class Mme(Benchmark):
             for i in pair:
                 question, truth = truths[i]
                 cells = Path(str(self.rows[i].question_id)).name, question, truth.capitalize()
-                answer = " ".join(texts[i].split())
-                lines.setdefault(self.rows[i].category, []).append("\t".join((*cells, answer)))
+                line = "\t".join((*cells, _cell(texts[i])))
+                lines.setdefault(self.rows[i].category, []).append(line)
         target = folder / name
         for task, text in lines.items():
             write_text(target / f"{task}.txt", "\n".join(text) + "\n", "submission")
         return target
+
+
+def _cell(answer: str) -> str:
+    """An answer as it stands in the tool's file: what is scored here is what the tool reads."""
+    return " ".join(answer.split())
 
 
 def _bare(question: str) -> str:

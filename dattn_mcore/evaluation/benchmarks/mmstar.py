@@ -17,13 +17,16 @@ from dattn_mcore.evaluation.text import LETTER_ANSWER
 
 FILES = ("mmstar.parquet", "MMStar.tsv")
 PREFIXES = ("", "(", "option ", "the answer is ")
+# Where a letter is read, it begins a word: "all", "the answer is dark blue".
+WORD = re.compile(r"(?:\(|option |the answer is )?[a-d][a-z]")
 
 
 class MmStar(Benchmark):
     """Accuracy by axis and over all; the letter comes first in the answer, or after a prefix.
 
-    An answer that begins with the article "a" counts as A, as in the original; the score says how
-    many did.
+    An answer that begins with the article "a" counts as A and one that begins with a word counts
+    as its first letter ("all" as A, "dog" as D), as in the original, so that scores compare; the
+    score says how many did.
 
     Source: MMStar's eval/vlmeval/evaluate/mmstar.py.
     """
@@ -63,32 +66,44 @@ class MmStar(Benchmark):
         """See the interface; options stand in the question, or in columns of their own."""
         rows = []
         for number, record in enumerate(self.table):
-            source, index = record["image"], record["index"]
+            source, index = record["image"], _whole_number(record["index"])
             source = source.get("bytes") if isinstance(source, dict) else source
-            if not (source and record["question"] and record["answer"]):
+            texts = (record["question"], record["answer"])
+            if index is None or not all(isinstance(text, str) and text for text in texts):
                 raise DataError(
-                    f"{self.root / self.file}: row {number} needs question, answer and image"
+                    f"{self.root / self.file}: row {number} needs index (a whole number), question "
+                    "and answer (texts)"
                 )
+            if not source or not isinstance(source, str | bytes):
+                raise DataError(f"{self.root / self.file}: row {number} needs image")
             lines = [record["question"]]
             lines += [f"{letter}. {record[letter]}" for letter in "ABCD" if record.get(letter)]
             picture = Picture(f"{index}.jpg", source)
             prompt = "\n".join(lines) + LETTER_ANSWER
-            rows.append(Row(int(index), prompt, (picture,), str(record["category"] or "")))
+            rows.append(Row(index, prompt, (picture,), str(record["category"] or "")))
         return rows
 
     def score(self, answers: Sequence[str | None]) -> Score:
         """See the interface."""
         outcomes = []
-        articles = 0
+        articles = words = gained = 0
         for answer, record in zip(answers, self.table, strict=True):
             text = (answer or "").lower().strip().replace("\n", " ")
             truth = str(record["answer"]).lower().strip()
             right = any(text.startswith(prefix + truth) for prefix in PREFIXES)
             articles += bool(re.match(r"a [a-z]", text))
+            if WORD.match(text):
+                words += 1
+                gained += right
             outcomes.append(Outcome(float(right), text[:20], truth.upper()))
         notes = unanswered_note(answers)
         if articles:
             notes.append(f'{articles} answers begin with the article "a" and are read as A')
+        if words:
+            notes.append(
+                f"{words} answers begin with a word, of which the first letter is read as the "
+                f"choice, as in the original; {gained} of them count as right"
+            )
         categories = bars([row.category for row in self.rows], outcomes)
         return Score(
             "accuracy",
@@ -98,6 +113,12 @@ class MmStar(Benchmark):
             notes=notes,
             outcomes=outcomes,
         )
+
+
+def _whole_number(cell: Any) -> int | None:
+    if isinstance(cell, str) and re.fullmatch(r"[0-9]{1,18}", cell):
+        return int(cell)
+    return cell if isinstance(cell, int) and not isinstance(cell, bool) else None
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

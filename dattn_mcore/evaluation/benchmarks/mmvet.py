@@ -10,7 +10,7 @@ from typing import Any
 
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Row, all_answered
-from dattn_mcore.evaluation.benchmarks.judged import Judged, failed_note, is_figure
+from dattn_mcore.evaluation.benchmarks.judged import Judged, check_reviews, failed_note, is_figure
 from dattn_mcore.evaluation.files import read_object, take
 from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean
 
@@ -140,6 +140,7 @@ class MmVet(Judged):
 
     def score_reviews(self, reviews: Sequence[dict[str, Any]]) -> Score:
         """See the interface."""
+        partial = check_reviews(self, reviews)
         outcomes, groups, failed = [], dict[str, list[float]](), 0
         for number, review in enumerate(reviews, start=1):
             value = review.get("score")
@@ -162,6 +163,6 @@ class MmVet(Judged):
             100 * mean(values),
             figures={"judged": len(reviews) - failed, "failed judgements": failed},
             categories={name: Bar(100 * mean(v), len(v)) for name, v in sorted(groups.items())},
-            notes=failed_note(failed, len(reviews), self.options.as_original),
+            notes=failed_note(failed, len(reviews), self.options.as_original) + partial,
             outcomes=outcomes,
         )

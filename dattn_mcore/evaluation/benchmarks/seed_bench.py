@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +44,25 @@ class SeedBench(Benchmark):
         return ["llava-seed-bench.jsonl", "SEED-Bench.json", "SEED-Bench-image", *frames]
 
     def load_rows(self) -> list[Row]:
-        """See the interface.
+        """See the interface."""
+        return [
+            row for row in self._all_rows if not (self.options.seed_images_only and _video(row))
+        ]
 
-        Raises:
-            DataError: video rows are asked and the frames are not there.
-        """
-        rows = self.llava_rows("llava-seed-bench.jsonl", "")
-        video = [row for row in rows if row.pictures and row.pictures[0].name.startswith(FRAMES)]
-        if self.options.seed_images_only:
-            asked = set(map(id, video))
-            return [row for row in rows if id(row) not in asked]
-        if video and not (self.root / FRAMES).is_dir():
-            raise DataError(
-                f"{self.root / FRAMES} is not there, and {len(video)} rows are about videos; "
-                "extract their middle frames, or give --seed-images-only"
-            )
-        return rows
+    @cached_property
+    def _all_rows(self) -> list[Row]:
+        return self.llava_rows("llava-seed-bench.jsonl", "")
+
+    def left_out(self) -> set[Hashable]:
+        """The video rows, where they are not asked: answers to all rows can be scored so."""
+        rows = self._all_rows if self.options.seed_images_only else []
+        return {self.join_key(row.question_id, row.prompt) for row in rows if _video(row)}
+
+    def images_hint(self, missing: Sequence[str]) -> str:
+        """Frames have to be extracted; who has none can do without."""
+        if not any(name.startswith(FRAMES) for name in missing):
+            return ""
+        return "; extract the videos' middle frames, or give --seed-images-only"
 
     def truths(self) -> list[tuple[str, str, str]]:
         """Answer, name of the question's type, image or video, for each row.
@@ -131,3 +135,7 @@ class SeedBench(Benchmark):
             for row, text in zip(self.rows, texts, strict=True)
         )
         return write_text(folder / f"{name}.jsonl", "".join(lines), "submission")
+
+
+def _video(row: Row) -> bool:
+    return any(picture.name.startswith(FRAMES) for picture in row.pictures)

@@ -8,11 +8,11 @@ from dataclasses import replace
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark, Row, unanswered_note
 from dattn_mcore.evaluation.files import read_json
+from dattn_mcore.evaluation.prompts import OCR_MARK
 from dattn_mcore.evaluation.scores import Outcome, Score, mean, percent
 from dattn_mcore.evaluation.text import normalise_answer
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
-OCR_MARK = "Reference OCR token:"
 
 
 class TextVqa(Benchmark):
@@ -20,7 +20,7 @@ class TextVqa(Benchmark):
 
     A question's id is its image's id, which is not unique: answers and annotations are joined by
     image and lower-case question. Prompts carry reference OCR tokens, which is worth more than ten
-    points: the score says whether they did.
+    points: the score says whether those that were answered did.
 
     Source: LLaVA's llava/eval/{eval_textvqa,m4c_evaluator}.py.
     """
@@ -29,6 +29,7 @@ class TextVqa(Benchmark):
     title = "TextVQA"
     folder = "textvqa"
     full_rows = 5000
+    unique_ids = False  # an id is its image's
     scores = True
 
     def required(self) -> list[str]:
@@ -85,15 +86,27 @@ class TextVqa(Benchmark):
             credit = 0.0 if answer is None else soft_accuracy(parsed, normal)
             common = max(dict.fromkeys(normal), key=normal.count)
             outcomes.append(Outcome(credit, parsed, common))
-        with_ocr = sum(OCR_MARK in row.prompt for row in self.rows)
-        label = "with" if with_ocr == len(self.rows) else "partly with" if with_ocr else "without"
+        with_ocr, note = self._ocr()
         return Score(
             "accuracy",
             percent(outcomes),
             figures={"rows with OCR tokens": with_ocr},
-            notes=[f"{label} reference OCR tokens in the prompt", *unanswered_note(answers)],
+            notes=[note, *unanswered_note(answers)],
             outcomes=outcomes,
         )
+
+    def _ocr(self) -> tuple[int, str]:
+        """How many of the prompts that were answered hold OCR tokens, and what to say about it.
+
+        The answers' own prompts tell; where a file has none, the rows' prompts have to.
+        """
+        prompts = list(self.answered_prompts.values()) or [row.prompt for row in self.rows]
+        count, total = sum(OCR_MARK in prompt for prompt in prompts), len(prompts)
+        if 0 < count < total:
+            return count, (
+                f"mixed: {count} of {total} prompts have reference OCR tokens, the others have none"
+            )
+        return count, f"{'with' if count else 'without'} reference OCR tokens in the prompt"
 
 
 def soft_accuracy(answer: str, humans: list[str]) -> float:

@@ -7,11 +7,12 @@ import pytest
 from dattn_mcore.errors import DattnError
 from dattn_mcore.evaluation.answer_files import AnswerStore, read_answers_for
 from dattn_mcore.evaluation.benchmarks import ALL, Options, make_benchmark
+from dattn_mcore.evaluation.benchmarks.mmstar import MmStar
 from dattn_mcore.evaluation.check import check
 from tests.unit.evaluation import trees
 
 LEFT_OUT = object()
-JUNK = (LEFT_OUT, None, 1, 0.5, "x", [], [1], {}, {"x": 1})
+JUNK = (LEFT_OUT, None, 1, 0.5, "", "x", [], [1], {}, {"x": 1})
 
 
 def places(value, path=()):
@@ -85,10 +86,17 @@ def use(benchmark, folder):
         benchmark.submit(answers, folder, "model")
 
 
-@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
-def test_files_of_a_benchmark(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        *((kind, trees.MAKERS[kind.folder]) for kind in ALL),
+        (MmStar, trees.mmstar_tsv),
+    ],
+    ids=lambda x: getattr(x, "name", x.__name__),
+)
+def test_files_of_a_benchmark(tmp_path, kind, make):
     root = tmp_path / "val" / kind.folder
-    trees.MAKERS[kind.folder](root)
+    make(root)
     suffixes = (".json", ".jsonl", ".tsv", ".txt", ".parquet")
     files = [path for path in root.rglob("*") if path.suffix in suffixes]
     refused = 0
@@ -102,6 +110,24 @@ def test_files_of_a_benchmark(tmp_path, kind):
         path.write_bytes(whole)
         assert only_one_line(use, make_benchmark(kind.name, tmp_path / "val"), tmp_path / "out")
     assert refused >= 6  # nothing of an empty or halved file is taken
+
+
+@pytest.mark.parametrize("column", ["index", "question", "answer", "image", "category"])
+@pytest.mark.parametrize("junk", [None, 7, 0.5, "", "x", [1], {"bytes": 1}])
+def test_cells_of_a_parquet_file(tmp_path, column, junk):
+    """Parquet files keep types: a question may be a number there, an index a text."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    rows = [{**row, column: junk} for row in trees.mmstar_rows()]
+    (tmp_path / "mmstar").mkdir()
+    write_table(pyarrow.Table.from_pylist(rows), tmp_path / "mmstar/mmstar.parquet")
+    taken = only_one_line(use, MmStar(tmp_path), tmp_path / "out")
+    assert taken == (
+        column == "category"
+        or (column, junk) in (("index", 7), ("question", "x"), ("answer", "x"))
+        or (column, junk) == ("image", "x")  # base64 or not is seen when the image is opened
+    )
 
 
 @pytest.mark.parametrize("name", ["gqa", "textvqa"])

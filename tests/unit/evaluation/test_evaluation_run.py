@@ -314,10 +314,10 @@ def test_bad_arguments(tiny_model, tmp_path, capsys):
 
 
 def test_check(tree, capsys):
-    """All complete; then what is missing, by name."""
+    """All usable and, so small, partial; then what is missing, by name."""
     assert main(["check", f"--data={tree}"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("complete") == 12 and "1 rows have no image" in shown
+    assert shown.count("partial") == 12 and "1 rows have no image" in shown
     (tree / "scienceqa/images/test/2/image.png").unlink()
     (tree / "scienceqa/problems.json").unlink()
     (tree / "seed_bench/SEED-Bench.json").write_text("[]")
@@ -327,7 +327,7 @@ def test_check(tree, capsys):
     shutil.rmtree(tree / "mm-vet")
     assert main(["check", f"--data={tree}"]) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count("complete") == 7
+    assert shown.count("partial") == 7
     for message in (
         "problems.json is missing; 1 images are missing (first: 2/image.png)",
         "SEED-Bench.json is no SEED-Bench annotation file",

@@ -1,6 +1,7 @@
 """Every scorer against hand-counted answers, and the traps of the original formats."""
 
 import json
+import shutil
 
 import pytest
 from openpyxl import load_workbook
@@ -8,6 +9,8 @@ from openpyxl import load_workbook
 from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.evaluation.answer_files import read_answers_for
 from dattn_mcore.evaluation.benchmarks import ALL, Options, make_benchmark
+from dattn_mcore.evaluation.check import check
+from dattn_mcore.evaluation.run import check_pictures
 from dattn_mcore.evaluation.text import leading_letter, normalise_answer, says_no, yes_or_no
 from tests.unit.evaluation import trees
 
@@ -144,6 +147,26 @@ def test_mme_broken_pairs(tree):
         _ = make_benchmark("mme", tree).rows
 
 
+def test_mme_same_question_twice(tree):
+    path = tree / "MME/llava_mme.jsonl"
+    records = read(path)
+    records[1]["text"] = records[0]["text"].replace(" ", "  ", 1)
+    trees.lines(path, records)
+    with pytest.raises(DataError, match="has the question 'Is there thing 0 in it.' twice"):
+        _ = make_benchmark("mme", tree).rows
+
+
+def test_mme_scores_what_it_submits(tree, tmp_path):
+    """The tool reads the first four letters of its file, where outer and line breaks are gone."""
+    benchmark = make_benchmark("mme", tree)
+    answers = [" \n Yes", "\t\n  No", "   yes", "\n\n\n\nno", "Yes", "No", "Yes", "No"]
+    assert [o.parsed for o in benchmark.score(answers).outcomes] == ["yes", "no"] * 4
+    target = benchmark.submit(answers, tmp_path, "m")
+    files = [f.read_text().splitlines() for f in sorted(target.iterdir())]
+    submitted = [line.split("\t")[3] for file in files for line in file]
+    assert sorted(yes_or_no(text) for text in submitted) == ["no"] * 4 + ["yes"] * 4
+
+
 def test_gqa(tree, tmp_path):
     result = score(tree, "gqa", ["Ball.", "Yes"])
     assert (result.value, result.figures) == (100, {"open": 100, "binary": 100})
@@ -244,6 +267,28 @@ def test_textvqa_repeated_ids(tree, tmp_path):
     assert benchmark.score(joined).value == 100
 
 
+@pytest.mark.parametrize(
+    ("tokens", "note"),
+    [
+        (("", ""), "without reference OCR tokens in the prompt"),
+        (("\nReference OCR token: a", "\nReference OCR token: b"), "with reference OCR tokens in"),
+        (("\nReference OCR token: a", ""), "mixed: 1 of 2 prompts have reference OCR tokens"),
+    ],
+)
+@pytest.mark.parametrize("asks_with_tokens", [True, False])
+def test_textvqa_says_what_the_answers_were_asked(tree, tmp_path, tokens, note, asks_with_tokens):
+    """The answers' prompts count, not the question file or the flag of this run."""
+    questions = ("What does it say?", "What color is it?")
+    records = [
+        {"question_id": "abc", "prompt": question + token + trees.SHORT_ANSWER, "text": "x"}
+        for question, token in zip(questions, tokens, strict=True)
+    ]
+    benchmark = make_benchmark("textvqa", tree, Options(textvqa_ocr=asks_with_tokens))
+    result = benchmark.score(read_answers_for(benchmark, trees.lines(tmp_path / "a", records)))
+    assert result.notes[0].startswith(note)
+    assert result.figures["rows with OCR tokens"] == sum(map(bool, tokens))
+
+
 def test_seed(tree):
     """Ids are numbers in one file and text in the other; "A." only behind the flag."""
     result = score(tree, "seed", ["A", "B."])
@@ -254,16 +299,25 @@ def test_seed(tree):
     assert lenient.value == 100
 
 
-def test_seed_without_videos(tree):
-    """An image-only tree says what to do, and runs and scores with the flag."""
-    import shutil
-
+def test_seed_without_videos(tree, tmp_path):
+    """Answers that exist are scored without the frames; to answer, an image-only tree needs the flag."""
     shutil.rmtree(tree / "seed_bench/SEED-Bench-video-image")
-    with pytest.raises(DataError, match="1 rows are about videos.*--seed-images-only"):
-        _ = make_benchmark("seed", tree).rows
-    result = score(tree, "seed", ["A"], seed_images_only=True)
+    whole = make_benchmark("seed", tree)
+    records = [{"question_id": r.question_id, "prompt": r.prompt, "text": "A"} for r in whole.rows]
+    path = trees.lines(tmp_path / "a.jsonl", records)
+    assert whole.score(read_answers_for(whole, path)).figures == {"image": 100, "video": 0}
+    with pytest.raises(DataError, match="1 of 2 images are not there.*--seed-images-only"):
+        check_pictures(whole, [0, 1])
+    assert any("--seed-images-only" in problem for problem in check(whole).problems)
+    images = make_benchmark("seed", tree, Options(seed_images_only=True))
+    check_pictures(images, [0])
+    assert not check(images).problems
+    assert read_answers_for(images, path) == ["A"]  # the answer to the video row is passed over
+    result = images.score(["A"])
     assert result.value == 100 and list(result.figures) == ["image"]
     assert any("no rows about videos" in note for note in result.notes)
+    with pytest.raises(DataError, match="they belong to another benchmark"):
+        read_answers_for(images, trees.lines(path, [{**records[1], "question_id": 5}]))
 
 
 def test_vqav2(tree, tmp_path):
@@ -287,8 +341,8 @@ def test_vizwiz_needs_every_answer(tree, tmp_path):
 def test_mmbench_prompt(tree):
     """Hint, question, options up to the first that is missing; the suffix is not saved."""
     rows = make_benchmark("mmbench", tree).rows
-    assert rows[1].prompt == "Look closely.\nWhat is 1?\nA. cat\nB. dog"
-    assert rows[0].prompt.startswith("What is 0?")  # its hint is "nan"
+    assert rows[1].prompt == "Look closely.\nWhich is 1?\nA. cat\nB. dog"
+    assert rows[0].prompt.startswith("Which is 0?")  # its hint is "nan"
     assert rows[0].text == f"<image>\n{rows[0].prompt}{trees.LETTER_ANSWER}"
     assert rows[0].extra["options"] == ["cat", "dog"]
 
@@ -312,6 +366,46 @@ def test_mmbench_rotations_missing(tree):
     trees.write_tsv(path, trees.mmbench_rows()[:2], trees.MMBENCH_COLUMNS)
     once = score(tree, "mmbench", ["A", "B"])
     assert (once.metric, once.value) == ("accuracy", 50)
+
+
+def test_mmbench_rows_that_stand_twice(tree):
+    """Two rows of one index are no two rotations."""
+    rows = trees.mmbench_rows()
+    rows[2]["index"] = 0
+    path = tree / "mmbench/mmbench_dev_20230712.tsv"
+    trees.write_tsv(path, rows, trees.MMBENCH_COLUMNS)
+    with pytest.raises(DataError, match="row 4 has index 0, as row 2 has"):
+        score(tree, "mmbench", ["A"] * 4)
+
+
+def test_mmbench_with_answers_to_some_rows(tree):
+    """Neither the test split nor a file to score; what it is asked can still be answered."""
+    rows = trees.mmbench_rows()
+    rows[1]["answer"] = ""
+    path = tree / "mmbench/mmbench_dev_20230712.tsv"
+    trees.write_tsv(path, rows, trees.MMBENCH_COLUMNS)
+    benchmark = make_benchmark("mmbench", tree)
+    with pytest.raises(DataError, match=r"1 of 4 rows have no answer \(first: index 1\)"):
+        benchmark.score(["A"] * 4)
+    assert "1 of 4 rows have no answer" in check(benchmark).problems[0]
+
+
+def test_mmbench_submission_that_fails(tree, tmp_path, monkeypatch):
+    """A full disk leaves the file of before, and nothing half."""
+    from openpyxl import Workbook
+
+    benchmark = make_benchmark("mmbench", tree)
+    path = benchmark.submit(["A"] * 4, tmp_path / "out", "m")
+    before = path.read_bytes()
+
+    def full(book, target):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Workbook, "save", full)
+    with pytest.raises(DataError, match="No space left"):
+        benchmark.submit(["B"] * 4, tmp_path / "out", "m")
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 def test_mmbench_submission(tree, tmp_path):
@@ -360,15 +454,19 @@ def test_mmstar(tree, text, right):
     assert any("article" in note for note in result.notes) == (text == "a dog")
 
 
-def test_mmstar_from_tsv(tree):
-    import base64
+@pytest.mark.parametrize("text", ["an apple", "all", "And", "(apple", "Option abc"])
+def test_mmstar_words(tree, text):
+    """The original reads their first letter; so does this, and says it."""
+    result = score(tree, "mmstar", [text, "dog"])
+    assert [o.credit for o in result.outcomes] == [1, 0]
+    assert "2 answers begin with a word" in result.notes[0]
+    assert "1 of them count as right" in result.notes[0]
+    assert not score(tree, "mmstar", ["A.", "(B) x"]).notes
 
+
+def test_mmstar_from_tsv(tree):
     (tree / "mmstar/mmstar.parquet").unlink()
-    rows = [
-        {**row, "image": base64.b64encode(row["image"]).decode(), "A": "x", "B": "y"}
-        for row in trees.mmstar_rows()
-    ]
-    trees.write_tsv(tree / "mmstar/MMStar.tsv", rows, list(rows[0]))
+    trees.mmstar_tsv(tree / "mmstar")
     benchmark = make_benchmark("mmstar", tree)
     assert benchmark.rows[0].prompt.endswith(f"\nA. x\nB. y{trees.LETTER_ANSWER}")
     assert benchmark.rows[0].pictures[0].open("row").size == (30, 20)

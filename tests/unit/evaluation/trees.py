@@ -222,7 +222,7 @@ def mmbench_rows(rotations: tuple[int, ...] = (0, 1)) -> list[dict]:
             rows.append(
                 {
                     "index": number + rotation * 1_000_000,
-                    "question": f"What is {number}?",
+                    "question": f"Which is {number}?",
                     "hint": "Look closely." if number else "nan",
                     **dict(zip("AB", options, strict=True)),
                     "answer": "AB"[options.index("cat")],
@@ -254,7 +254,7 @@ def vizwiz(root: Path) -> None:
     for number in range(2):
         image = f"VizWiz_test_{number}.jpg"
         put(root / "test" / image, picture(100 + number, "JPEG"))
-        text = f"What is {number}?" + VIZWIZ + SHORT_ANSWER
+        text = f"What is this thing, {number}?" + VIZWIZ + SHORT_ANSWER
         records.append({"question_id": number, "image": image, "text": text})
     lines(root / "llava_test.jsonl", records)
 
@@ -263,7 +263,7 @@ def mmstar_rows() -> list[dict]:
     return [
         {
             "index": number,
-            "question": f"What is {number}?\nOptions: A: x, B: y",
+            "question": f"Where is {number}?\nOptions: A: x, B: y",
             "image": picture(110 + number, "JPEG"),
             "answer": "AB"[number],
             "category": ("math", "coarse perception")[number],
@@ -279,6 +279,15 @@ def mmstar(root: Path) -> None:
 
     root.mkdir(parents=True)
     write_table(pyarrow.Table.from_pylist(mmstar_rows()), root / "mmstar.parquet")
+
+
+def mmstar_tsv(root: Path) -> None:
+    """VLMEvalKit's form: images in base64, options in columns of their own."""
+    rows = [
+        {**row, "image": base64.b64encode(row["image"]).decode(), "A": "x", "B": "y"}
+        for row in mmstar_rows()
+    ]
+    write_tsv(root / "MMStar.tsv", rows, list(rows[0]))
 
 
 MAKERS = {
