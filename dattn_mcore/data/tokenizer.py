@@ -18,10 +18,9 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from dattn_mcore.errors import DataError
+from dattn_mcore.hf import NO_FOREIGN_CODE
 
 CHAT_SYMBOLS = ("[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>")
-# Left open, transformers asks on the terminal whether it may run a folder's own code.
-NO_FOREIGN_CODE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 class Tokenizer(Protocol):

@@ -13,10 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 import dattn_mcore.hf
-from dattn_mcore.data.tokenizer import NO_FOREIGN_CODE
 from dattn_mcore.errors import CheckpointError, ConfigError, DataError
 from dattn_mcore.evaluation.files import read_object
 from dattn_mcore.evaluation.images import Picture
+from dattn_mcore.hf import NO_FOREIGN_CODE
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 

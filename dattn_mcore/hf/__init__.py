@@ -35,6 +35,8 @@ REMOTE_CODE_FILES = (
     "image_processing_dattn.py",
     "processing_dattn.py",
 )
+# Left open, transformers asks on the terminal whether it may run a folder's own code.
+NO_FOREIGN_CODE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from dattn_mcore.config.schema import DataConfig, ParallelConfig
-from dattn_mcore.data.tokenizer import NO_FOREIGN_CODE
+from dattn_mcore.hf import NO_FOREIGN_CODE
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import image_settings
 

@@ -17,7 +17,6 @@ from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.data.templates import TextRun, encode_conversation, stop_id
 from dattn_mcore.data.tiles import ANYRES_POLICIES, POLICIES
 from dattn_mcore.data.tokenizer import (
-    NO_FOREIGN_CODE,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
@@ -26,6 +25,7 @@ from dattn_mcore.errors import CheckpointError, DataError
 from dattn_mcore.hf import (
     AUTO_MAP,
     IMAGE_PROCESSOR_AUTO_MAP,
+    NO_FOREIGN_CODE,
     DattnImageProcessor,
     DattnProcessor,
 )

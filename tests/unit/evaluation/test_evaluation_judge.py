@@ -188,6 +188,8 @@ def test_bad_judges(tree, tmp_path, capsys):
     with pytest.raises(DataError, match="context.jsonl cannot be read"):
         judge(server)(benchmark, ANSWERS, tmp_path / "r.jsonl")
     answers = trees.lines(tmp_path / "a.jsonl", [])
+    given = [{"question_id": r.question_id, "text": "x"} for r in make_benchmark("vqav2", tree).rows]
+    trees.lines(file, given)
     arguments = ["score", "--benchmark=llava-bench", f"--data={tree}", f"--answers={answers}"]
     assert main(arguments) == 2
     assert "is judged; give --judge-url" in capsys.readouterr().err

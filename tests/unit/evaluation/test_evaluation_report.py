@@ -14,8 +14,9 @@ from dattn_mcore.evaluation.__main__ import main
 from dattn_mcore.evaluation.answer_files import read_answers_for
 from dattn_mcore.evaluation.benchmarks import make_benchmark
 from dattn_mcore.evaluation.report import choose
-from dattn_mcore.evaluation.results import Result, evaluate, write_scores
+from dattn_mcore.evaluation.results import Result, evaluate
 from dattn_mcore.evaluation.run_folder import RunFolder
+from dattn_mcore.evaluation.score_file import write_scores
 from tests.unit.evaluation import trees
 
 MAGENTA = (255, 0, 255)
@@ -49,7 +50,7 @@ def make_run(tree, out, model, answers):
         "versions": {"dattn_mcore": "1", "transformers": "5"},
         "date": "2026-01-01T00:00:00Z",
     }
-    write_scores(folder.scores, {"run": about}, results)
+    write_scores(folder.scores, about, results)
     return out
 
 
