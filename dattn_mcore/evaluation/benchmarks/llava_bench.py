@@ -74,7 +74,12 @@ class LlavaBench(Judged):
         answers = self._by("answers_gpt4.jsonl", "question_id", "text")
         references = []
         for row in self.rows:
-            image = row.pictures[0].name if row.pictures else ""
+            if not row.pictures:
+                raise DataError(
+                    f"{self.title}: question {row.question_id!r} has no image; the judge reads its "
+                    "description in context.jsonl, so give the row its image"
+                )
+            image = row.pictures[0].name
             if image not in contexts:
                 raise DataError(f"{self.root / 'context.jsonl'} has no image {image!r}")
             if str(row.question_id) not in answers:

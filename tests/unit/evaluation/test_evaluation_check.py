@@ -1,6 +1,7 @@
 """What `check` sees in a data tree: files that are no images, cut and doubled question files."""
 
 import io
+import json
 
 import pytest
 from PIL import Image
@@ -61,3 +62,42 @@ def test_a_doubled_question_file(tree, name, file):
     count = finding.rows // 2
     assert finding.problems == [f"{count} question ids stand twice (first: '0')"]
     assert finding.state == "1 problem"
+
+
+QUESTIONS = {
+    "mme": "MME/llava_mme.jsonl",
+    "gqa": "gqa/llava_gqa_testdev_balanced.jsonl",
+    "pope": "pope/llava_pope_test.jsonl",
+    "textvqa": "textvqa/llava_textvqa_val_v051_ocr.jsonl",
+    "seed": "seed_bench/llava-seed-bench.jsonl",
+    "llava-bench": "llava-bench-in-the-wild/questions.jsonl",
+    "mm-vet": "mm-vet/llava-mm-vet.jsonl",
+    "vqav2": "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl",
+    "vizwiz": "vizwiz/llava_test.jsonl",
+}
+# Labels, descriptions and the server's file go by the image: there it cannot be missing.
+BY_IMAGE = {
+    "pope": "has no label for image ''",
+    "llava-bench": "question 0 has no image; the judge reads its description",
+    "vizwiz": "question 0 has no image",
+}
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_row_without_an_image(tree, name, missing):
+    """It is asked as text alone, or is one problem that names it."""
+    path = tree / QUESTIONS[name]
+    first, *others = [json.loads(line) for line in path.read_text().splitlines()]
+    first["image"] = None
+    if missing:
+        del first["image"]
+    trees.lines(path, [first, *others])
+    benchmark = make_benchmark(name, tree)
+    finding = check(benchmark)
+    if name in BY_IMAGE:
+        assert len(finding.problems) == 1 and BY_IMAGE[name] in finding.problems[0]
+        return
+    assert not finding.problems and "1 rows have no image" in finding.notes
+    assert benchmark.rows[0].pictures == () and "<image>" not in benchmark.rows[0].text
+    assert benchmark.rows[1].text.startswith("<image>\n")

@@ -65,7 +65,7 @@ def runs(tree, tmp_path):
         "scienceqa": ["A", "B", "B"],
         "mme": ["Yes", "No"] * 3 + ["No", "Yes"],
         "gqa": [NASTY, "yes"],
-        "vqav2": ["", "1"],
+        "vqav2": [""] * 9,
     }
     second = {**first, "scienceqa": ["B", "B", "A"], "gqa": ["ball", "no"]}
     del second["vqav2"]

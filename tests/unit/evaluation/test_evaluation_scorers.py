@@ -322,11 +322,11 @@ def test_seed_without_videos(tree, tmp_path):
 
 def test_vqav2(tree, tmp_path):
     """Every id of test2015, in its order; empty where nothing was asked or answered."""
-    path = make_benchmark("vqav2", tree).submit(["A dog.", None], tmp_path, "m")
+    path = make_benchmark("vqav2", tree).submit(["A dog.", *[None] * 8], tmp_path, "m")
     assert json.loads(path.read_text()) == [
         {"question_id": 7, "answer": ""},
         {"question_id": 262144000, "answer": "dog"},
-        {"question_id": 262144001, "answer": ""},
+        *({"question_id": 262144000 + number, "answer": ""} for number in range(1, 9)),
     ]
 
 

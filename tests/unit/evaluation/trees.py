@@ -183,12 +183,13 @@ def mm_vet(root: Path) -> None:
     put(root / "mm-vet.json", json.dumps(truth))
 
 
-def vqav2(root: Path) -> None:
+def vqav2(root: Path, count: int = 9) -> None:
+    """More rows than a batch of 8, of different lengths: a batch of it is full, and padded."""
     records = []
-    for number in range(2):
+    for number in range(count):
         image = f"COCO_test2015_{number}.jpg"
         put(root / "test2015" / image, picture(80 + number, "JPEG"))
-        text = f"What is {number}?" + SHORT_ANSWER
+        text = f"What is {number}{' and more' * (number % 4)}?" + SHORT_ANSWER
         records.append({"question_id": 262144000 + number, "image": image, "text": text})
     lines(root / "llava_vqav2_mscoco_test-dev2015.jsonl", records)
     more = {"question_id": 7, "image": "other.jpg", "text": "Not asked?"}
