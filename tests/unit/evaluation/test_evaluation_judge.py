@@ -188,8 +188,6 @@ def test_bad_judges(tree, tmp_path, capsys):
     with pytest.raises(DataError, match="context.jsonl cannot be read"):
         judge(server)(benchmark, ANSWERS, tmp_path / "r.jsonl")
     answers = trees.lines(tmp_path / "a.jsonl", [])
-    given = [{"question_id": r.question_id, "text": "x"} for r in make_benchmark("vqav2", tree).rows]
-    trees.lines(file, given)
     arguments = ["score", "--benchmark=llava-bench", f"--data={tree}", f"--answers={answers}"]
     assert main(arguments) == 2
     assert "is judged; give --judge-url" in capsys.readouterr().err
@@ -277,7 +275,9 @@ def test_a_full_disk_ends_the_judging(tree, tmp_path, monkeypatch):
 
 def test_bad_commands(tree, tmp_path, capsys):
     """Each is one line."""
-    data, file = f"--data={tree}", trees.lines(tmp_path / "a.jsonl", [])
+    rows = make_benchmark("vqav2", tree).rows
+    given = [{"question_id": row.question_id, "text": "x"} for row in rows]
+    data, file = f"--data={tree}", trees.lines(tmp_path / "a.jsonl", given)
     asks = ["--benchmark=mm-vet", data, "--judge-url=http://localhost:1", "--judge-model=m"]
     for arguments, message in (
         (["score", *asks], "--answers is missing"),
