@@ -25,7 +25,7 @@ from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel
-from dattn_mcore.parallel import single_process
+from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import decoder_work
 from dattn_mcore.plan.rows import Layout, rows_of
 

@@ -22,7 +22,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from benchmarks.measure import peak_bytes
 from benchmarks.results import add_arguments, hand_over, markdown_table, number_ticks
 from benchmarks.steps import BASELINE, SIZES, Step, llava_step, our_step, sized_config
-from dattn_mcore.parallel import platform, single_process
+from dattn_mcore.parallel import platform
+from dattn_mcore.parallel.groups import single_process
 
 BOUND = 1 / 3
 TOWER = {"model": {"vision": {"image_size": 448}}}  # 1,024 visual rows an image

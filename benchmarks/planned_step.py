@@ -28,7 +28,8 @@ from benchmarks.steps import SIZES, our_step, sized_config
 from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError
-from dattn_mcore.parallel import platform, single_process
+from dattn_mcore.parallel import platform
+from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.estimate import Plan, make_plan
 from dattn_mcore.plan.flops import step_work
 from dattn_mcore.plan.hardware import GPUS, LIBRARY_BYTES, Cluster, Gpu, peak_flops

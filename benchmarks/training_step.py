@@ -20,7 +20,8 @@ import torch
 from benchmarks.measure import seconds_in_turn
 from benchmarks.results import add_arguments, hand_over, markdown_table, number_ticks
 from benchmarks.steps import BASELINE, SIZES, llava_step, our_step, sized_config
-from dattn_mcore.parallel import platform, single_process
+from dattn_mcore.parallel import platform
+from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import step_work
 from dattn_mcore.plan.rows import rows_of
 

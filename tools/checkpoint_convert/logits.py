@@ -65,7 +65,7 @@ def _by_megatron(path: Path, avoid: frozenset[int]) -> Tensor:
     from dattn_mcore.checkpoint.load import load_weights
     from dattn_mcore.data.batch import MicroBatch
     from dattn_mcore.models.build import build_model
-    from dattn_mcore.parallel import single_process
+    from dattn_mcore.parallel.groups import single_process
     from dattn_mcore.training.inputs import to_model_inputs
 
     config = DistCheckpoint(path).config

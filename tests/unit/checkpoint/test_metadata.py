@@ -15,7 +15,7 @@ from dattn_mcore.checkpoint import folders
 from dattn_mcore.checkpoint.load import choose_checkpoint
 from dattn_mcore.checkpoint.metadata import NEEDED, read_metadata
 from dattn_mcore.errors import CheckpointError
-from dattn_mcore.parallel import single_process
+from dattn_mcore.parallel.groups import single_process
 from tests.unit.convert.convert_helpers import make_checkpoint, make_tokenizer, small_config
 from tools.checkpoint_convert.__main__ import main
 

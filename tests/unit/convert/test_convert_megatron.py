@@ -11,7 +11,7 @@ from dattn_mcore.config.schema import AttentionConfig
 from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.hf import DattnForConditionalGeneration
 from dattn_mcore.models.build import build_model
-from dattn_mcore.parallel import single_process
+from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.training.inputs import to_model_inputs
 from tests.unit.convert.convert_helpers import make_tokenizer, small_config
 from tools.checkpoint_convert import mcore_to_hf

@@ -18,7 +18,7 @@ from dattn_mcore.config.load import to_yaml
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import ModelInputs
-from dattn_mcore.parallel import single_process
+from dattn_mcore.parallel.groups import single_process
 from tests.unit.convert.convert_helpers import make_tokenizer
 from tests.unit.convert.raw_models import (
     hugging_face_features,

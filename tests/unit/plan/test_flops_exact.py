@@ -8,7 +8,7 @@ from benchmarks.count_flops import FLASH, counted_decoder_step
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.layers.vocabulary import chunked_cross_entropy
 from dattn_mcore.models.build import build_model
-from dattn_mcore.parallel import single_process
+from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import decoder_work, layer_pairs, step_work
 from dattn_mcore.plan.rows import rows_of
 from tests.distributed.jobs import SMALL_MODEL
