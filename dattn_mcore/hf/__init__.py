@@ -9,7 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .configuration_dattn import AUTO_MAP, IMAGE_PROCESSOR_AUTO_MAP, DattnConfig
+    from .configuration_dattn import (
+        AUTO_MAP,
+        IMAGE_PROCESSOR_AUTO_MAP,
+        TESTED_TRANSFORMERS,
+        DattnConfig,
+    )
     from .image_processing_dattn import DattnImageProcessor
     from .layout_dattn import DattnCache
     from .modeling_dattn import DattnForConditionalGeneration, DattnModel
@@ -18,6 +23,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "AUTO_MAP": "configuration_dattn",
     "IMAGE_PROCESSOR_AUTO_MAP": "configuration_dattn",
+    "TESTED_TRANSFORMERS": "configuration_dattn",
     "DattnConfig": "configuration_dattn",
     "DattnCache": "layout_dattn",
     "DattnImageProcessor": "image_processing_dattn",
@@ -75,6 +81,7 @@ __all__ = [
     "AUTO_MAP",
     "IMAGE_PROCESSOR_AUTO_MAP",
     "REMOTE_CODE_FILES",
+    "TESTED_TRANSFORMERS",
     "DattnCache",
     "DattnConfig",
     "DattnForConditionalGeneration",

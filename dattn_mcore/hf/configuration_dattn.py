@@ -19,6 +19,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_dattn.DattnForConditionalGeneration",
 }
 IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_dattn.DattnImageProcessor"}
+# Oldest and newest release of transformers with which this code is tested.
+TESTED_TRANSFORMERS = ("5.6", "5.24.0")
 
 
 class DattnConfig(PreTrainedConfig):
@@ -111,4 +113,4 @@ def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
 
 
-__all__ = ["AUTO_MAP", "IMAGE_PROCESSOR_AUTO_MAP", "DattnConfig"]
+__all__ = ["AUTO_MAP", "IMAGE_PROCESSOR_AUTO_MAP", "TESTED_TRANSFORMERS", "DattnConfig"]
