@@ -13,6 +13,10 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dattn_mcore.parallel import platform  # noqa: E402
+from tests.ci_skips import (  # noqa: E402, F401  (pytest finds hooks here)
+    pytest_make_collect_report,
+    pytest_runtest_makereport,
+)
 
 torch.set_num_threads(1)
 

@@ -84,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     same.add_argument("second", help="the same; a language model or tower is compared alone")
     same.set_defaults(run=_verify)
 
+    renew = commands.add_parser(
+        "refresh", help="new code and processor settings for an older export; weights stay"
+    )
+    renew.add_argument("folder", help="exported folder; changed in place")
+    renew.set_defaults(run=_refresh)
+
     look = commands.add_parser("inspect", help="what a checkpoint or folder holds")
     look.add_argument("path")
     look.add_argument("--tensors", action="store_true", help="list every tensor")
@@ -184,6 +190,16 @@ def _hf_to_mcore(options: argparse.Namespace) -> None:
             *(progress, options.processes),
         )
     sys.stdout.write(f"{options.llm} + {options.vision} -> {options.output}\n")
+
+
+def _refresh(options: argparse.Namespace) -> None:
+    from tools.checkpoint_convert.refresh import refresh
+
+    lines = refresh(options.folder)
+    for line in lines:
+        sys.stdout.write(f"{line}\n")
+    what = f"{len(lines)} files renewed" if lines else "up to date"
+    sys.stdout.write(f"{options.folder}: {what}; weights untouched\n")
 
 
 def _verify(options: argparse.Namespace) -> int:
