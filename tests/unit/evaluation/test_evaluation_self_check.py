@@ -1,0 +1,146 @@
+"""Answers are not begun with a model whose cache, batches or logits are broken."""
+
+import functools
+import importlib.util
+
+import pytest
+import torch
+import transformers
+
+import dattn_mcore
+from dattn_mcore.evaluation.__main__ import main
+from dattn_mcore.evaluation.generation import Generator, Request
+from dattn_mcore.evaluation.images import Picture
+from dattn_mcore.evaluation.self_check import SelfCheckError, spread_difference
+from dattn_mcore.hf import DattnForConditionalGeneration
+from dattn_mcore.hf.configuration_dattn import TESTED_TRANSFORMERS
+
+
+def breaks(monkeypatch, change):
+    """Changes what `forward` is given, or gives."""
+    whole = DattnForConditionalGeneration.forward
+
+    @functools.wraps(whole)
+    def broken(self, *args, **kwargs):
+        return change(functools.partial(whole, self), args, kwargs)
+
+    monkeypatch.setattr(DattnForConditionalGeneration, "forward", broken)
+
+
+def without_cache(forward, args, kwargs):
+    kept = {n: v for n, v in kwargs.items() if n not in ("past_key_values", "cache")}
+    return forward(*args, **kept)
+
+
+def without_mask(forward, args, kwargs):
+    return forward(*args, **{n: v for n, v in kwargs.items() if n != "attention_mask"})
+
+
+def not_finite(forward, args, kwargs):
+    out = forward(*args, **kwargs)
+    out.logits = out.logits * float("nan")
+    return out
+
+
+def refuses(forward, args, kwargs):
+    raise TypeError("forward() got an unexpected\nkeyword argument 'cache'")
+
+
+BROKEN = [
+    (without_cache, "generation with the cache goes wrong: at new token 2 of 4 its logits are off"),
+    (without_mask, "generation in a batch goes wrong: at new token 1 of 4 its logits are off by"),
+    (not_finite, "at new token 1 of 4 its logits are not finite"),
+    (refuses, "it cannot be run (TypeError: forward() got an unexpected keyword argument 'cache')"),
+]
+
+
+def line_of(error, model, message):
+    oldest, newest = TESTED_TRANSFORMERS
+    assert f"--model {model} fails its self-check: " in error and message in error
+    assert (
+        f"this is dattn_mcore {dattn_mcore.__version__} with transformers "
+        f"{transformers.__version__}, tested with transformers {oldest} to {newest}: "
+    ) in error
+    assert "checkpoint_convert refresh" in error and "\n" not in error
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN)
+def test_a_broken_model_answers_nothing(tiny_model, tmp_path, monkeypatch, capsys, change, message):
+    """`run` and `answer` end with 2 and one line; the run's folder stays free."""
+    breaks(monkeypatch, change)
+    out, model = tmp_path / "out", tiny_model / "tiny"
+    arguments = [f"--model={model}", "--device=cpu", "--batch-size=2"]
+    data = [f"--data={tiny_model / 'val'}", f"--out={out}", "--benchmarks=gqa,pope"]
+    assert main(["run", *arguments, *data]) == 2
+    line_of(capsys.readouterr().err.strip().splitlines()[-1], model, message)
+    assert not (out / "run.json").exists() and not (out / "answers").exists()
+
+    questions = tiny_model / "val/gqa/llava_gqa_testdev_balanced.jsonl"
+    files = [f"--questions={questions}", f"--image-folder={tiny_model / 'val/gqa/data/images'}"]
+    assert main(["answer", *arguments, *files, f"--answers={tmp_path / 'a.jsonl'}"]) == 2
+    line_of(capsys.readouterr().err.strip().splitlines()[-1], model, message)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed"
+)
+def test_lmms_eval_ends_with_the_line(tiny_model, monkeypatch):
+    """It would turn any other exception into exit status 0."""
+    from lmms_eval.api.instance import Instance
+
+    from dattn_mcore.evaluation.lmms_eval_model import DattnMcore
+
+    model = DattnMcore(str(tiny_model / "tiny"), device="cpu")
+    model.task_dict = {"t": {"s": [[]]}}
+    request = Instance(
+        request_type="generate_until",
+        arguments=("a?", {"max_new_tokens": 2}, lambda doc: doc, 0, "t", "s"),
+        idx=0,
+        metadata={"task": "t", "doc_id": 0, "repeats": 1},
+    )
+    assert len(model.generate_until([request])) == 1
+    model = DattnMcore(str(tiny_model / "tiny"), device="cpu")
+    model.task_dict = {"t": {"s": [[]]}}
+    breaks(monkeypatch, without_cache)
+    with pytest.raises(SystemExit) as ended:
+        model.generate_until([request])
+    line_of(ended.value.code, tiny_model / "tiny", BROKEN[0][1])
+
+
+def first(tiny_model):
+    name = "n0.jpg"
+    picture = Picture(name, tiny_model / "val/gqa/data/images" / name)
+    return Request("the first", "<image>\nWhat is red?", (picture,))
+
+
+def test_a_whole_model_passes(tiny_model):
+    """In float32 nearly exactly; in bf16 within its bound, and worse than float32."""
+    differences = []
+    for dtype, bound in (("float32", "0.001"), ("bfloat16", "0.06")):
+        generator = Generator(tiny_model / "tiny", torch.device("cpu"), dtype)
+        line = generator.self_check(first(tiny_model), batch_size=2)
+        assert "with and without the cache, alone and in a batch agree" in line
+        assert f"bound {bound})" in line
+        differences.append(float(line.split("differ by ")[1].split(" ")[0]))
+    assert differences[0] < 1e-5 < differences[1] < 2**-4
+    assert "in a batch" not in generator.self_check(first(tiny_model), batch_size=1)
+
+
+def test_a_lost_cache_is_found_in_bf16(tiny_model, monkeypatch):
+    """Far beyond the bound: a bound that a lost cache stays below would be none."""
+    generator = Generator(tiny_model / "tiny", torch.device("cpu"), "bfloat16")
+    breaks(monkeypatch, without_cache)
+    with pytest.raises(SelfCheckError, match="with the cache goes wrong") as raised:
+        generator.self_check(first(tiny_model), batch_size=1)
+    assert float(str(raised.value).split("off by ")[1].split(" ")[0]) > 4 * 2**-4
+
+
+def test_spread_difference():
+    """A share of the row's spread, the worst row counts; infinite where not finite."""
+    expected = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
+    assert spread_difference(expected, expected) == 0
+    found = torch.tensor([[1.0, 3.1], [5.0, 5.0]])
+    assert spread_difference(found, expected) == pytest.approx(0.1 / 2**0.5)
+    assert spread_difference(expected + 100, expected) == float("inf")  # a row without spread
+    assert spread_difference(found / 0, expected) == float("inf")
