@@ -13,6 +13,12 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dattn_mcore.parallel import platform  # noqa: E402
+from tests.tiers import (  # noqa: E402, F401  (pytest finds hooks here)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_terminal_summary,
+)
 
 torch.set_num_threads(1)
 
