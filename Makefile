@@ -1,23 +1,37 @@
 # make quickstart   installs into .venv, then trains, converts and evaluates the digits model
-# make test         installs into .venv, then runs all tests
+# make test-fast    installs into .venv, then runs the tests of single functions: under 3 minutes
+# make test         those, and one of each kind over several processes: under 15 minutes
+# make test-all     every test: under an hour
 # make check        formatting, lint and types
 # make gpu-check    on a machine with a GPU: its tests, all benchmarks, docs/performance.md;
 #                   fails without Transformer Engine, unless ARGS=--without-te
-# make clean        removes .venv and what the tools left; keeps data/ and runs/
+# make update       constraints*.txt anew: the newest versions that pyproject.toml allows; tests
+#                   exports under every release of transformers that is supported
+# make test-newest, make quickstart-newest
+#                   the same as test-all and quickstart in .venv-newest, which has no constraints
+# make clean        removes .venv, .venv-newest and what the tools left; keeps data/ and runs/
 
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NEWEST := .venv-newest/bin
+LOCK := pyproject.toml constraints.txt constraints-torch.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check gpu-check clean
+.PHONY: quickstart test-fast test test-all check gpu-check update
+.PHONY: newest test-newest quickstart-newest clean
 
 quickstart: .venv/installed
 	@$(BIN)/python -m dattn_mcore.quickstart $(ARGS)
 
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest -q --tier fast $(ARGS)
+
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q --tier default $(ARGS)
+
+test-all: .venv/installed-dev
+	$(BIN)/python -m pytest -q --tier all $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -27,28 +41,41 @@ check: .venv/installed-dev
 gpu-check: .venv/installed-dev
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
+update: .venv/installed-dev
+	$(BIN)/python -m tools.update_constraints
+	@$(MAKE) --no-print-directory .venv/installed-dev
+	$(BIN)/python -m pytest -q tests/matrix
+
+newest: .venv-newest/bin/pip
+	@echo "installing the newest versions that are allowed into .venv-newest (two minutes)"
+	@$(NEWEST)/python -m tools.install --newest --dev
+
+test-newest: newest
+	DATTN_MATRIX_NEWEST=1 $(NEWEST)/python -m pytest -q --tier all $(ARGS)
+
+quickstart-newest: newest
+	@$(NEWEST)/python -m dattn_mcore.quickstart $(ARGS)
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Without its dependencies: some clash with ours (protobuf), and most serve other models.
-LMMS_EVAL := 0.7.3
+RIGHT := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
+%/bin/pip:
+	@found=$$($(PYTHON) --version 2>&1) || found="not a command"; \
+	$(PYTHON) -c '$(RIGHT)' 2>/dev/null || { echo "error: Python 3.10, 3.11 or 3.12 is needed," \
+	  "and $(PYTHON) is $$found; run make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "making $*"
+	@$(PYTHON) -m venv $* >/dev/null || { rm -rf $*; echo "error: $(PYTHON) cannot make" \
+	  "environments; install its venv module (on Debian: apt-get install python3-venv)" >&2; exit 1; }
 
-# PyTorch goes first and alone: on a machine where one build of it was chosen, that build stays.
-.venv/torch: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info < (3, 13) else "error: Python 3.10, 3.11 or 3.12 is needed, $(PYTHON) is " + sys.version.split()[0] + "; run make PYTHON=python3.11 ...")'
-	@test -x $(BIN)/pip || { echo "making .venv"; $(PYTHON) -m venv .venv; }
-	@echo "installing PyTorch into .venv (about a minute)"
-	@$(PIP) "torch>=2.11,<2.14"
-	@touch $@
-
-.venv/installed: .venv/torch
-	@echo "installing Megatron-Core, transformers and DALI into .venv (about a minute)"
-	@$(PIP) --editable ".[dali]"
+.venv/installed: $(LOCK) | .venv/bin/pip
+	@echo "installing PyTorch, Megatron-Core, transformers and DALI into .venv (two minutes)"
+	@$(BIN)/python -m tools.install
 	@touch $@
 
 .venv/installed-dev: .venv/installed
 	@echo "installing the tools for tests into .venv"
-	@$(PIP) --editable ".[dali,dev]"
-	@$(PIP) --no-deps "lmms-eval==$(LMMS_EVAL)"
+	@$(BIN)/python -m tools.install --dev
 	@touch $@

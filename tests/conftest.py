@@ -17,6 +17,12 @@ from tests.ci_skips import (  # noqa: E402, F401  (pytest finds hooks here)
     pytest_make_collect_report,
     pytest_runtest_makereport,
 )
+from tests.tiers import (  # noqa: E402, F401  (pytest finds hooks here)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_terminal_summary,
+)
 
 torch.set_num_threads(1)
 

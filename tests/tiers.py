@@ -1,0 +1,110 @@
+"""Which tests `make test-fast`, `make test` and `make test-all` run: pytest's option `--tier`.
+
+Every test gets the markers that say what it costs, by its fixtures and by where it stands; no test
+sets them itself. A tier leaves out the tests of some markers and says so at the end of its output.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+MARKERS = {
+    "pool": "runs in a pool of processes (fixture `pool`)",
+    "processes": "starts processes: torchrun, make, pip, the command line",
+    "interpreter": "runs Triton's interpreter or compiler",
+    "slurm": "runs a Slurm cluster of four virtual nodes",
+    "browser": "opens a page in a browser",
+    "network": "installs packages from the package index",
+    "slow": "took more than 20 s on two cores",
+}
+# What a tier leaves out, and the command that runs what is left out.
+LEFT_OUT = {
+    "fast": frozenset(MARKERS),
+    "default": frozenset({"slurm", "network", "slow"}),
+    "all": frozenset[str](),
+}
+COMMANDS = {"fast": "make test-fast", "default": "make test", "all": "make test-all"}
+
+# A fixture's name, or the beginning of a test's id.
+BY_FIXTURE = {"pool": "pool"}
+BY_PLACE = {
+    "tests/end_to_end/test_slurm.py": "slurm",
+    "tests/end_to_end/": "processes",
+    "tests/unit/evaluation/test_evaluation_lmms_eval.py": "processes",
+    "tests/unit/evaluation/test_evaluation_processes.py": "processes",
+    "tests/unit/layers/test_triton_attention.py": "interpreter",
+    "tests/unit/layers/test_triton_compiles.py": "interpreter",
+}
+
+
+def markers_of(item: pytest.Item) -> set[str]:
+    """The markers that a test gets."""
+    fixtures = getattr(item, "fixturenames", ())
+    found = {marker for fixture, marker in BY_FIXTURE.items() if fixture in fixtures}
+    return found | {marker for place, marker in BY_PLACE.items() if item.nodeid.startswith(place)}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--tier`."""
+    parser.addoption(
+        "--tier",
+        choices=sorted(LEFT_OUT),
+        default="all",
+        help="which tests to run (tests/tiers.py)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the markers, for `-m` and `--strict-markers`."""
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks every test and takes those away that the tier leaves out."""
+    unwanted = LEFT_OUT[config.getoption("tier")]
+    kept, left_out = [], []
+    for item in items:
+        for marker in markers_of(item):
+            item.add_marker(marker)
+        names = {mark.name for mark in item.iter_markers()}
+        (left_out if names & unwanted else kept).append(item)
+    if left_out:
+        config.stash[_LEFT_OUT] = left_out
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Says what the tier left out and how to run it."""
+    for line in summary(config.getoption("tier"), config.stash.get(_LEFT_OUT, [])):
+        terminalreporter.write_line(line)
+
+
+def summary(tier: str, left_out: list[pytest.Item]) -> list[str]:
+    """Lines for the end of the output; none where nothing was left out."""
+    if not left_out:
+        return []
+    counts = Counter(
+        name
+        for item in left_out
+        for name in {mark.name for mark in item.iter_markers()} & LEFT_OUT[tier]
+    )
+    lines = [f"{COMMANDS[tier]} leaves out {len(left_out)} tests:"]
+    lines += [f"  {counts[name]:5}  {name}: {MARKERS[name]}" for name in MARKERS if counts[name]]
+    wider = ["default", "all"] if tier == "fast" else ["all"]
+    run = [
+        f"{COMMANDS[one]} runs {sum(not _names(item) & LEFT_OUT[one] for item in left_out)} of them"
+        for one in wider
+    ]
+    return [*lines, ", ".join(run)]
+
+
+def _names(item: pytest.Item) -> set[str]:
+    return {mark.name for mark in item.iter_markers()}
+
+
+_LEFT_OUT = pytest.StashKey[list[pytest.Item]]()

@@ -1,0 +1,150 @@
+"""Installs this package into the environment whose Python runs this: `python -m tools.install`.
+
+    python -m tools.install               what training, conversion and evaluation need
+    python -m tools.install --dev         and the tools for tests
+    python -m tools.install --newest      the newest versions that pyproject.toml allows
+
+Without `--newest` every package gets the version that constraints.txt names. A build of PyTorch
+that is installed already, within the range of pyproject.toml, stays: constraints-torch.txt is then
+not applied. Needs nothing but Python's standard library and pip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CONSTRAINTS = ROOT / "constraints.txt"
+TORCH_CONSTRAINTS = ROOT / "constraints-torch.txt"
+# Holds the version of PyTorch that came from constraints-torch.txt, which may be replaced.
+TORCH_RECORD = Path(sys.prefix) / "torch-from-constraints"
+LOG = Path(sys.prefix) / "pip.log"
+
+# lmms-eval comes without its dependencies: some clash with ours, and most serve other models.
+# The extra `dev` has those that it needs for tasks of images and text.
+_WITHOUT_DEPENDENCIES = "lmms-eval>=0.7.3,<0.8"
+_UNREACHABLE = re.compile(
+    r"NewConnectionError|NameResolutionError|ConnectTimeoutError|ReadTimeout|Read timed out|"
+    r"ProxyError|SSLError|Network is unreachable|Max retries exceeded|Connection refused|"
+    r"name resolution|Name or service not known|Connection (?:broken|reset|aborted)"
+)
+
+
+class InstallError(Exception):
+    """What went wrong and the way out, in one line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tools.install", description="Install.")
+    parser.add_argument("--dev", action="store_true", help="the tools for tests too")
+    parser.add_argument("--newest", action="store_true", help="the newest versions, not the locked")
+    chosen = parser.parse_args(arguments)
+    try:
+        install(dev=chosen.dev, newest=chosen.newest)
+    except InstallError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return 130
+    return 0
+
+
+def install(*, dev: bool, newest: bool) -> None:
+    """Installs the package, editable, with what it needs.
+
+    Args:
+        dev: with the tools for tests.
+        newest: the newest versions that are allowed, instead of those of the constraints files.
+
+    Raises:
+        InstallError: pip failed.
+    """
+    LOG.unlink(missing_ok=True)
+    package = f"{ROOT}[dali,dev]" if dev else f"{ROOT}[dali]"
+    if newest:
+        pip("install", "--upgrade", "--upgrade-strategy", "eager", "--editable", package)
+        if dev:
+            pip("install", "--upgrade", "--no-deps", _WITHOUT_DEPENDENCIES)
+        return
+    constraints = ["--constraint", str(CONSTRAINTS)]
+    pip("install", "setuptools", *constraints)  # pip's own build environments know no constraints
+    torch_comes_from_us = not torch_stays(installed("torch"))
+    if torch_comes_from_us:
+        constraints += ["--constraint", str(TORCH_CONSTRAINTS)]
+    pip("install", "--no-build-isolation", "--editable", package, *constraints)
+    if torch_comes_from_us:
+        TORCH_RECORD.write_text(f"{installed('torch')}\n")
+    if dev:
+        pip("install", "--no-deps", _WITHOUT_DEPENDENCIES, *constraints)
+
+
+def torch_stays(present: str | None) -> bool:
+    """Whether the environment's PyTorch was chosen by somebody else, and is one that will do."""
+    if present is None:
+        return False
+    if TORCH_RECORD.is_file() and TORCH_RECORD.read_text().strip() == present:
+        return False
+    allowed = torch_range()
+    # pip's own answer: it would install nothing.
+    report = pip("install", "--dry-run", "--no-deps", "--report", "-", allowed)
+    stays = not json.loads(report)["install"]
+    what = "stays" if stays else f"is replaced, {allowed} is needed"
+    sys.stdout.write(f"PyTorch {present} is installed already and {what}\n")
+    sys.stdout.flush()
+    return stays
+
+
+def torch_range() -> str:
+    """`torch>=A,<B`, as pyproject.toml says (Python 3.10 has no reader for TOML)."""
+    (found,) = re.findall(r'^    "(torch[<>=][^"]*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    return str(found)
+
+
+def installed(name: str) -> str | None:
+    """Version of a distribution in this environment."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def pip(command: str, *arguments: str) -> str:
+    """Runs pip; returns what it wrote to its standard output.
+
+    Raises:
+        InstallError: with the reason in one line.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check"]
+        + ["--no-input", "--log", str(LOG), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise InstallError(f"{reason(done.stdout + done.stderr)}; pip's messages are in {LOG}")
+    return done.stdout
+
+
+def reason(output: str) -> str:
+    """What pip's messages come to."""
+    if _UNREACHABLE.search(output):
+        return (
+            "the package index cannot be reached; check the network and pip's settings "
+            "(pip config list), then give the same command again"
+        )
+    errors = re.findall(r"^ERROR: (.+)$", output, re.MULTILINE) or output.split("\n")[-1:]
+    return f"pip failed: {errors[0].strip() or 'without a message'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
