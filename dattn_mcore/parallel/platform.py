@@ -289,7 +289,7 @@ def _is_gpu_device(value: Any) -> bool:
 class _GpuNamesMeanCpu(TorchFunctionMode):
     """Maps `device="cuda"` arguments, and `.to("cuda")`, to the CPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if kwargs and _is_gpu_device(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
         if func is torch.Tensor.to and len(args) > 1 and _is_gpu_device(args[1]):
@@ -321,8 +321,8 @@ class _DropRngWarning(logging.Filter):
 
 
 def _install_cpu() -> None:
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
     tensor_type = torch.Tensor.type
 
@@ -361,7 +361,7 @@ def _install_cpu() -> None:
     }
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
-    torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
 
     from megatron.core import jit
 

@@ -32,7 +32,7 @@ from dattn_mcore.hf import (
 from tools.checkpoint_convert.chat_templates import chat_template
 from tools.checkpoint_convert.configs import TokenIds
 
-_MODEL: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+_MODEL: Any = sentencepiece_model_pb2.ModelProto
 _PIECE = _MODEL.SentencePiece
 # Texts on which the exported tokenizer must give the ids of the trainer's, beside conversations.
 PROBES = (
