@@ -363,11 +363,10 @@ def _install_cpu() -> None:
         setattr(torch.cuda, name, value)
     torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
 
-    from megatron.core import jit
-
     # Megatron-Core would compile small fused functions at their first call: on a CPU that costs
-    # more than it gains, and needs a C++ compiler.
-    jit.disable_jit_fuser()
+    # more than it gains, and needs a C++ compiler. Its own switch comes too late for modules that
+    # have been imported.
+    torch.compiler.set_stance("force_eager")
 
     from megatron.core.tensor_parallel import random as megatron_random
 
