@@ -289,7 +289,7 @@ def _is_gpu_device(value: Any) -> bool:
 class _GpuNamesMeanCpu(TorchFunctionMode):
     """Maps `device="cuda"` arguments, and `.to("cuda")`, to the CPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if kwargs and _is_gpu_device(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
         if func is torch.Tensor.to and len(args) > 1 and _is_gpu_device(args[1]):
@@ -321,8 +321,8 @@ class _DropRngWarning(logging.Filter):
 
 
 def _install_cpu() -> None:
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
     tensor_type = torch.Tensor.type
 
@@ -361,13 +361,12 @@ def _install_cpu() -> None:
     }
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
-    torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()  # type: ignore[assignment]
-
-    from megatron.core import jit
+    torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
 
     # Megatron-Core would compile small fused functions at their first call: on a CPU that costs
-    # more than it gains, and needs a C++ compiler.
-    jit.disable_jit_fuser()
+    # more than it gains, and needs a C++ compiler. Its own switch comes too late for modules that
+    # have been imported.
+    torch.compiler.set_stance("force_eager")
 
     from megatron.core.tensor_parallel import random as megatron_random
 

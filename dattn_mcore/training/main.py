@@ -139,7 +139,7 @@ def _run(config: Config, arguments: list[str]) -> int:
         dist.destroy_process_group()
 
 
-def _join(config: Config):  # type: ignore[no-untyped-def]
+def _join(config: Config):
     """Joins the other ranks, once all see their device and run the same code and configuration."""
     from dattn_mcore.parallel import groups, platform
     from dattn_mcore.training.start_checks import check_ranks, describe_rank
@@ -164,7 +164,7 @@ def _join(config: Config):  # type: ignore[no-untyped-def]
     return device_kind, device, watchdog
 
 
-def _prepare_data(config: Config, device) -> None:  # type: ignore[no-untyped-def]
+def _prepare_data(config: Config, device) -> None:
     """Makes the embedded data set where it is absent; rank 0 does, the others wait."""
     import torch.distributed as dist
 

@@ -33,7 +33,7 @@ from tools.checkpoint_convert.chat_templates import chat_template
 from tools.checkpoint_convert.configs import TokenIds
 
 PROCESSOR = "processor_config.json"
-_MODEL: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+_MODEL: Any = sentencepiece_model_pb2.ModelProto
 _PIECE = _MODEL.SentencePiece
 # Texts on which the exported tokenizer must give the ids of the trainer's, beside conversations.
 PROBES = (

@@ -128,7 +128,7 @@ def test_held_out_digits_are_in_no_training_mosaic(
     held_out = round(len(labels) * digits._HELD_OUT_SHARE)
     seen: dict[str, set[int]] = {}
 
-    def spy(folder, split, images, labels, count, rng, vary):  # type: ignore[no-untyped-def]
+    def spy(folder, split, images, labels, count, rng, vary):
         seen[split] = {hash(image.tobytes()) for image in images}
         assert len(images) == len(labels)
         return [digits.Mosaic(f"{split}/{i}.jpg", (1, 2, 3, 4)) for i in range(count)]
