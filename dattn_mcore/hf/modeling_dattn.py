@@ -264,7 +264,10 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
             logits = torch.tanh(logits / cap) * cap
         loss = None
         if labels is not None:
-            loss = self._loss(logits, labels, input_ids, attention_mask, num_items_in_batch)
+            live = ~placeholder_columns(self.config, input_ids, None)
+            if attention_mask is not None:
+                live &= attention_mask[:, -input_ids.shape[1] :].to(live.device).bool()
+            loss = next_token_loss(logits, labels, live, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=states if output_hidden_states else None
         )
@@ -272,31 +275,26 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
             output[cache_field()] = cache
         return output if return_dict else output.to_tuple()
 
-    def _loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
-    ) -> Tensor:
-        """Cross-entropy of each text row's next text row, averaged over the labels that count."""
-        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-        live = input_ids != self.config.image_token_id
-        if mask is not None:
-            live = live & mask.to(live.device).bool()
-        rows = [(logits[i, row][:-1], labels[i, row][1:]) for i, row in enumerate(live)]
-        scores = torch.cat([row for row, _ in rows]).float()
-        targets = torch.cat([target for _, target in rows])
-        if len(targets) and int(targets.max()) >= scores.shape[1]:
-            raise ValueError(
-                f"labels hold token {int(targets.max())}, but the vocabulary has {scores.shape[1]} "
-                "tokens; a label is a token, or -100"
-            )
-        if num_items_in_batch is None:
-            return F.cross_entropy(scores, targets)
-        total = F.cross_entropy(scores, targets, reduction="sum")
-        return total / torch.as_tensor(num_items_in_batch, device=total.device)
+
+def next_token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    live: Tensor,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor:
+    """Cross-entropy of each text row's next text row, averaged over the labels that count."""
+    rows = [(logits[i, row][:-1], labels[i, row][1:]) for i, row in enumerate(live)]
+    scores = torch.cat([row for row, _ in rows]).float()
+    targets = torch.cat([target for _, target in rows])
+    if len(targets) and int(targets.max()) >= scores.shape[1]:
+        raise ValueError(
+            f"labels hold token {int(targets.max())}, but the vocabulary has {scores.shape[1]} "
+            "tokens; a label is a token, or -100"
+        )
+    if num_items_in_batch is None:
+        return F.cross_entropy(scores, targets)
+    total = F.cross_entropy(scores, targets, reduction="sum")
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
 
 __all__ = ["DattnForConditionalGeneration", "DattnModel", "DattnPreTrainedModel"]
