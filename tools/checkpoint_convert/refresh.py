@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from packaging.version import InvalidVersion, Version
 from transformers import AutoTokenizer
 
 import dattn_mcore.hf
@@ -71,14 +71,17 @@ def refresh(folder: str | Path) -> list[str]:
 
 
 def _check_not_newer(folder: Path, config: dict[str, Any]) -> None:
-    recorded = config.get("dattn_mcore_version", "0")
-    with suppress(InvalidVersion, TypeError):
-        if Version(recorded) <= Version(dattn_mcore.__version__):
-            return
-    raise CheckpointError(
-        f"{folder / CONFIG}: dattn_mcore_version is {recorded!r}, this is dattn_mcore "
-        f"{dattn_mcore.__version__}; refresh the folder with a release that is as new"
+    """Raises CheckpointError where a later release of this package wrote the folder."""
+    recorded = str(config.get("dattn_mcore_version", "0"))
+    theirs, ours = (
+        [int(number) for number in re.findall(r"\d+", version)]
+        for version in (recorded, dattn_mcore.__version__)
     )
+    if not theirs or theirs > ours:
+        raise CheckpointError(
+            f"{folder / CONFIG}: dattn_mcore_version is {recorded!r}, this is dattn_mcore "
+            f"{dattn_mcore.__version__}; refresh the folder with a release that is as new"
+        )
 
 
 def _processor(folder: Path, model: Any) -> bytes:
