@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cache_dattn import DattnCache
     from .configuration_dattn import (
         AUTO_MAP,
         IMAGE_PROCESSOR_AUTO_MAP,
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
         DattnConfig,
     )
     from .image_processing_dattn import DattnImageProcessor
-    from .layout_dattn import DattnCache
     from .modeling_dattn import DattnForConditionalGeneration, DattnModel
     from .processing_dattn import DattnProcessor
 
@@ -25,7 +25,7 @@ _MODULES = {
     "IMAGE_PROCESSOR_AUTO_MAP": "configuration_dattn",
     "TESTED_TRANSFORMERS": "configuration_dattn",
     "DattnConfig": "configuration_dattn",
-    "DattnCache": "layout_dattn",
+    "DattnCache": "cache_dattn",
     "DattnImageProcessor": "image_processing_dattn",
     "DattnForConditionalGeneration": "modeling_dattn",
     "DattnModel": "modeling_dattn",
@@ -33,10 +33,15 @@ _MODULES = {
 }
 REMOTE_CODE_FILES = (
     "configuration_dattn.py",
+    "layers_dattn.py",
     "layout_dattn.py",
+    "cache_dattn.py",
+    "arguments_dattn.py",
+    "samples_dattn.py",
     "attention_dattn.py",
     "text_dattn.py",
     "visual_dattn.py",
+    "generation_dattn.py",
     "modeling_dattn.py",
     "image_processing_dattn.py",
     "processing_dattn.py",
