@@ -17,7 +17,9 @@ from dattn_mcore.errors import CheckpointError, ConfigError, DataError
 from dattn_mcore.evaluation.files import read_object
 from dattn_mcore.evaluation.images import Picture
 from dattn_mcore.evaluation.self_check import (
+    BOUND,
     NEW_TOKENS,
+    SelfCheckError,
     compare_batched,
     compare_generation,
     saying_versions,
@@ -177,7 +179,11 @@ class Generator:
             prepared.append(self._inputs(both, prompts, [0, 1]))
         way_out = ", or renew its code (python -m tools.checkpoint_convert refresh FOLDER)"
         with saying_versions(f"--model {self.folder}", way_out):
-            agreement = compare_generation(self.model, prepared[0].to(self.device))
+            first = prepared[0].to(self.device)
+            agreement = compare_generation(self.model, first)
+            with torch.inference_mode():  # in its own dtype, which float16 can overflow
+                if not self.model(**first, use_cache=False).logits.isfinite().all():
+                    raise SelfCheckError(f"in {self.model.dtype} its logits are not finite")
             largest, batched = agreement.difference, ""
             for batch in prepared[1:]:
                 largest = max(
@@ -185,8 +191,8 @@ class Generator:
                 )
                 batched = ", alone and in a batch"
         return (
-            f"self-check: {NEW_TOKENS} tokens with and without the cache{batched} agree (logits "
-            f"differ by {largest:.1g} of their spread, bound {agreement.bound:.1g})"
+            f"self-check: {NEW_TOKENS} tokens with and without the cache{batched} agree (logits in "
+            f"float32 differ by {largest:.1g} of their spread, bound {BOUND:.0e})"
         )
 
     @torch.inference_mode()

@@ -31,7 +31,7 @@ from dattn_mcore.data.resize import to_tiles
 from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.data.tiles import ANYRES_POLICIES
 from dattn_mcore.evaluation.self_check import (
-    BOUNDS,
+    BOUND,
     NEW_TOKENS,
     Agreement,
     SelfCheckError,
@@ -55,7 +55,6 @@ from tools.checkpoint_convert.tables import hf_shapes, model_table
 QUESTION = f"{IMAGE_MARK}\nWhich digit is in the top-left cell?"
 WHOLE = 50_000_000  # parameters up to which the whole model is compared
 GREY_LEVELS = 2  # torch's resizing and Pillow's differ by so much
-BOUND = BOUNDS[torch.float32]
 OWN_CODE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": True}
 WAY_OUT = ", or write the folder unchecked with --no-check"
 
