@@ -15,6 +15,7 @@ if not torch.accelerator.is_available():
 from dattn_mcore.parallel import platform  # noqa: E402
 
 torch.set_num_threads(1)
+platform.load_no_compiler("auto")
 
 
 @pytest.fixture(scope="session", autouse=True)
