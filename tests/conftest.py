@@ -25,6 +25,7 @@ from tests.tiers import (  # noqa: E402, F401  (pytest finds hooks here)
 )
 
 torch.set_num_threads(1)
+platform.load_no_compiler("auto")
 
 
 @pytest.fixture(scope="session", autouse=True)

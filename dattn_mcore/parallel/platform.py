@@ -166,6 +166,19 @@ def backend(device: str) -> str:
     return "nccl" if device == "gpu" else "gloo"
 
 
+def load_no_compiler(requested: str) -> None:
+    """Spares a process without a GPU the import of PyTorch's compiler; call before Megatron-Core's.
+
+    Megatron-Core decorates functions with `torch.compile` while it is imported, which loads the
+    compiler at once: two of a rank's seven seconds, for what `install` then switches off.
+
+    Args:
+        requested: `train.device`.
+    """
+    if requested == "cpu" or (requested == "auto" and not gpu_available()):
+        torch.compile = _uncompiled
+
+
 def install(device: str, local_rank: int = 0) -> torch.device:
     """Makes this process ready to run Megatron-Core on a device.
 
@@ -318,6 +331,11 @@ class _DropRngWarning(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+def _uncompiled(model: Any = None, **settings: Any) -> Any:
+    """`torch.compile`, as a decorator with or without settings, where nothing is compiled."""
+    return _uncompiled if model is None else model
 
 
 def _install_cpu() -> None:

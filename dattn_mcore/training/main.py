@@ -62,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         config, dry_run = parse_arguments(arguments)
         if dry_run:
             from dattn_mcore.parallel import platform
+
+            platform.load_no_compiler(config.train.device)
             from dattn_mcore.training.plan import describe
 
             if config.train.deterministic:
@@ -94,8 +96,11 @@ def _run(config: Config, arguments: list[str]) -> int:
     # Importing PyTorch and Megatron-Core takes seconds; mistakes above are told at once.
     import torch.distributed as dist
 
+    from dattn_mcore.parallel import platform
+
+    platform.load_no_compiler(config.train.device)
     from dattn_mcore.layers.implementation import choose_implementation
-    from dattn_mcore.parallel import groups, platform
+    from dattn_mcore.parallel import groups
     from dattn_mcore.training.loop import train
     from dattn_mcore.training.plan import attention_backends
     from dattn_mcore.training.start_checks import check_all_reduce

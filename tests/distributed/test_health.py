@@ -14,7 +14,7 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError, DattnError, FaultError
 from dattn_mcore.training import start_checks, watchdog
 from dattn_mcore.training.start_checks import check_ranks, describe_rank
-from tests.distributed.faults import end_ranks, start_ranks
+from tests.distributed.faults import start_ranks
 from tests.distributed.jobs import (
     check_folder,
     read_metrics,
@@ -24,6 +24,7 @@ from tests.distributed.jobs import (
     wait_for_a_slow_rank,
 )
 from tests.distributed.pool import WorkerError
+from tests.ranks import end_ranks
 
 HOST = socket.gethostname()
 LIMIT = 8.0  # seconds a step may take here; one takes a fraction of a second

@@ -132,3 +132,23 @@ def test_nothing_is_compiled_on_a_cpu(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert not list((tmp_path / "cache").iterdir())
+
+
+LOADS_NO_COMPILER = """
+import sys
+from dattn_mcore.training.main import main
+
+assert main(["--dry-run", "--device=cpu"]) == 0
+import torch
+assert "megatron.core.activations" in sys.modules
+assert "torch._inductor.compile_fx" not in sys.modules
+assert torch.compile(abs) is abs and torch.compile(dynamic=True)(abs) is abs
+"""
+
+
+def test_a_run_on_a_cpu_loads_no_compiler():
+    """It costs each rank two seconds of its start."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOADS_NO_COMPILER], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
