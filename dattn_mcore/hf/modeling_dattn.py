@@ -66,9 +66,7 @@ class DattnPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DattnRMSNorm):
-            (init.zeros_ if module.zero_centred else init.ones_)(module.weight)
-        elif isinstance(module, DattnProjector):
-            init.constant_(module.output_norm.weight, self.config.projector_output_norm_init)
+            init.constant_(module.weight, module.initial)
 
 
 class DattnModel(DattnPreTrainedModel):
@@ -268,11 +266,10 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
             if attention_mask is not None:
                 live &= attention_mask[:, -input_ids.shape[1] :].to(live.device).bool()
             loss = next_token_loss(logits, labels, live, num_items_in_batch)
+        held: dict[str, Any] = {} if cache is None else {cache_field(): cache}
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=states if output_hidden_states else None
+            loss=loss, logits=logits, hidden_states=states if output_hidden_states else None, **held
         )
-        if cache is not None:
-            output[cache_field()] = cache
         return output if return_dict else output.to_tuple()
 
 
