@@ -25,7 +25,7 @@ from .configuration_dattn import DattnConfig, releases
 from .generation_dattn import DattnGenerationMixin, placeholder_columns
 from .layers_dattn import DattnRMSNorm
 from .layout_dattn import Rows
-from .samples_dattn import check_tiles, one_after_another
+from .samples_dattn import check_pixels, check_tiles, one_after_another
 from .text_dattn import DattnTextModel
 from .visual_dattn import DattnProjector, build_vision_tower, place_images, tower_features
 
@@ -240,6 +240,7 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
         past = 0 if cache is None else cache.get_seq_length()
         check_further(kwargs, past, input_ids)
         check_shapes(input_ids, attention_mask, labels, logits_to_keep, cache)
+        check_pixels(pixel_values)
         if image_columns is not None:
             input_ids = input_ids.masked_fill(image_columns, self.config.image_token_id)
         if output_hidden_states is None:

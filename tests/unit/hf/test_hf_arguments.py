@@ -24,7 +24,7 @@ def logits(model, *args, **kwargs):
 
 def refused(model, match, ids=IDS, images=2, **kwargs):
     with pytest.raises(ValueError, match=match) as caught:
-        model(ids, pixels(images) if images else None, **kwargs)
+        model(ids, **({"pixel_values": pixels(images)} if images else {}), **kwargs)
     assert "\n" not in str(caught.value)
 
 
@@ -184,6 +184,17 @@ def test_the_field_of_the_cache_is_found_or_named():
         with pytest.raises(RuntimeError, match="Output has the fields loss.*tested with"):
             cache_field(output(*names))
     assert issubclass(DattnCache, Cache)
+
+
+def test_pixels():
+    model = make_model()
+    for message, values in {
+        "pixel_values are list": [pixels(2)],
+        r"pixel_values are of shape \[3, 12, 12\]": pixels(2)[0],
+    }.items():
+        refused(model, message, IDS, 0, pixel_values=values)
+        with pytest.raises(ValueError, match=message):
+            model.generate(input_ids=IDS, pixel_values=values, max_new_tokens=2)
 
 
 def test_masks():

@@ -170,15 +170,19 @@ def test_a_callers_cache_of_transformers_own():
         model.generate(**ONE, **SETTINGS, past_key_values=cache)
 
 
+@pytest.mark.parametrize("image_token", [IMAGE, VOCAB])
 @pytest.mark.parametrize("t2v_position", ["none", "rope"])
-def test_a_second_turn_through_generate(t2v_position):
+def test_a_second_turn_through_generate(t2v_position, image_token):
     """With the whole chat's images or the new ones, the whole chat's ids or the new ones."""
     model = make_model(t2v_position=t2v_position)
+    model.config.image_token_id = image_token
     settings = {**SETTINGS, "suppress_tokens": [0, IMAGE]}  # 0 is padding, of which masks are made
     cache = DattnCache()
-    first = {"input_ids": torch.tensor([PROMPTS[0]]), "pixel_values": pixels(2)}
+    prompt = torch.tensor([PROMPTS[0]])
+    prompt[prompt == IMAGE] = image_token
+    first = {"input_ids": prompt, "pixel_values": pixels(2)}
     answer = model.generate(**first, **settings, past_key_values=cache)
-    chat = torch.cat([answer, torch.tensor([[7, IMAGE, 8]])], dim=1)
+    chat = torch.cat([answer, torch.tensor([[7, image_token, 8]])], dim=1)
     images, new = pixels(3), pixels(3)[2:]
     expected = model.generate(input_ids=chat, pixel_values=images, **settings)[:, -LENGTH:]
     mask, held = torch.ones_like(chat), cache.get_seq_length()
