@@ -12,7 +12,7 @@ from transformers import GenerationMixin
 
 from .arguments_dattn import NO_EMBEDDINGS
 from .cache_dattn import DattnCache, check_replaceable, is_cache
-from .samples_dattn import by_sample
+from .samples_dattn import by_sample, check_pixels
 
 # "dynamic_full": transformers' own name for a dynamic cache that keeps what is behind a window.
 CACHES = (None, "dynamic", "dynamic_full")
@@ -128,6 +128,7 @@ def _check_settings(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
     if kwargs.get("inputs_embeds") is not None:
         raise ValueError(NO_EMBEDDINGS)
+    check_pixels(kwargs.get("pixel_values"))
     kind = setting("cache_implementation")
     if kind not in CACHES:
         raise ValueError(
