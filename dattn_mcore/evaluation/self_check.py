@@ -23,7 +23,7 @@ from dattn_mcore.hf.configuration_dattn import TESTED_TRANSFORMERS
 
 NEW_TOKENS = 4  # the first comes from the prompt, the others through the cache
 # How far logits of one model may lie apart in float32, as a share of their spread: two orders of
-# summation are 1e-7 to 1e-5 apart, by how sharp attention is; a lost cache or image moves them by 1.
+# summation are 1e-7 to 1e-5 apart, by how sharp attention is; a lost cache moves them by about 1.
 BOUND = 1e-3
 
 

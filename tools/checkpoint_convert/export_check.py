@@ -99,7 +99,8 @@ def check_export(folder: Path, source: DistCheckpoint, name: str) -> str:
     whole = sum(map(math.prod, sizes)) <= WHOLE
     with saying_versions(name, WAY_OUT):
         prompt = _prompt(folder, config)
-        part = None if whole else first_layers(config, prompt.inputs["input_ids"])
+        ids = prompt.inputs["input_ids"][0]
+        part = None if whole else first_layers(config, ids, int(ids[prompt.image_column]))
         agreement = _by_export(folder, part, prompt)
         expected = _by_trainer(source, part, prompt, agreement)
         is_text = torch.arange(len(agreement.sequence)) != prompt.image_column

@@ -40,18 +40,20 @@ class FirstLayers:
     vocabulary: Tensor
 
 
-def first_layers(config: Config, prompt: Tensor) -> FirstLayers:
+def first_layers(config: Config, prompt: Tensor, image_token: int) -> FirstLayers:
     """The first layers of a model, and the prompt's words among others.
 
     Args:
         config: the trainer's.
-        prompt: int64 ids that the vocabulary must hold; those beyond it are no words.
+        prompt: int64 ids that the vocabulary must hold.
+        image_token: no word, even where it has a row of its own: it must not be generated.
     """
     model = config.model
     llm, vision = model.llm, model.vision
-    known = prompt[prompt < llm.vocab_size].flatten()
+    known = prompt[prompt != image_token]
     others = torch.linspace(0, llm.vocab_size - 1, VOCABULARY - known.numel()).long()
     vocabulary = torch.cat([known, others]).unique()
+    vocabulary = vocabulary[vocabulary != image_token]
     unread = -1 - vision.select_layer  # layers of the tower that nobody runs
     model = replace(
         model,

@@ -29,7 +29,7 @@ BREAK = """
 whole = shutil.copyfile
 def copyfile(source, target):
     whole(source, target)
-    if pathlib.Path(target).name == "modeling_dattn.py" and "first_layers" not in str(target):
+    if pathlib.Path(source).parts[-3:] == ("dattn_mcore", "hf", "modeling_dattn.py"):
         with open(target, "a") as file:
             file.write({code!r})
 shutil.copyfile = copyfile
