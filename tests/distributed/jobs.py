@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import time
 from pathlib import Path
@@ -410,13 +412,23 @@ def train_with_poison(tree: dict[str, Any], poison: str) -> tuple[str, bool]:
     return "", False
 
 
-def train_in_small_buckets(tree: dict[str, Any]) -> bool:
-    """Like `run_training`, with gradient buckets so small that there are many of them."""
+def train_without_last_save(tree: dict[str, Any]) -> bool:
+    """The training loop alone: the save at its end takes as long as its steps here.
+
+    Where gradients are reduced while backward goes on, their buckets are so small that there are
+    many of them.
+    """
+    from unittest import mock
+
+    from dattn_mcore.checkpoint.save import CheckpointSaver
     from dattn_mcore.training import optimizer
 
-    original = optimizer.DistributedDataParallelConfig
-    optimizer.DistributedDataParallelConfig = lambda **kwargs: original(**kwargs, bucket_size=2000)
-    try:
+    small = functools.partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
+    overlaps = tree.get("parallel", {}).get("overlap_grad_reduce", False)
+    with (
+        mock.patch.object(CheckpointSaver, "save", lambda saver, step: None),
+        mock.patch.object(optimizer, "DistributedDataParallelConfig", small)
+        if overlaps
+        else contextlib.nullcontext(),
+    ):
         return run_training(tree)
-    finally:
-        optimizer.DistributedDataParallelConfig = original
