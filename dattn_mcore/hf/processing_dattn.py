@@ -15,7 +15,7 @@ class DattnProcessor(ProcessorMixin):
     Batches are padded on the left, as generation needs.
     """
 
-    text_kwargs = {"add_special_tokens": False, "padding_side": "left"}
+    text_defaults = {"add_special_tokens": False, "padding_side": "left"}
 
     def __init__(
         self,
@@ -28,6 +28,16 @@ class DattnProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """See transformers; defaults are handed on here, because releases differ in how they ask.
+
+        A class variable is heeded by newer ones only: older ones would pad on the right and, of
+        some tokenizers, put a second first token in front.
+        """
+        given = kwargs.get("text_kwargs") or {}
+        defaults = {k: v for k, v in self.text_defaults.items() if k not in given}
+        return super().__call__(images=images, text=text, **{**defaults, **kwargs})
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """One placeholder stays one placeholder."""
