@@ -15,6 +15,7 @@ class DattnProcessor(ProcessorMixin):
     Batches are padded on the left, as generation needs.
     """
 
+    # Not every release looks at a `text_kwargs` of the class: `__call__` gives these itself.
     text_defaults = {"add_special_tokens": False, "padding_side": "left"}
 
     def __init__(
@@ -30,14 +31,12 @@ class DattnProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-        """See transformers; defaults are handed on here, because releases differ in how they ask.
-
-        A class variable is heeded by newer ones only: older ones would pad on the right and, of
-        some tokenizers, put a second first token in front.
-        """
-        given = kwargs.get("text_kwargs") or {}
-        defaults = {k: v for k, v in self.text_defaults.items() if k not in given}
-        return super().__call__(images=images, text=text, **{**defaults, **kwargs})
+        """See transformers; text is not given special tokens, and padded on the left."""
+        nested = kwargs.get("text_kwargs") or {}
+        for name, value in self.text_defaults.items():
+            if name not in nested:
+                kwargs.setdefault(name, value)
+        return super().__call__(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """One placeholder stays one placeholder."""

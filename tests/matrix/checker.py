@@ -238,12 +238,34 @@ class Subject:
             self.same_logits("text_only", logits, self.tensors[f"0.{sample}.answer"])
 
     def check_second_turn_with_the_cache(self) -> None:
-        """`generate` goes on with the cache of the first turn, and with new images."""
+        """`generate` goes on with the cache of the first turn; only the new images are given."""
         for sample in self.samples:
             first = self.generate(self.inputs([sample], 0))
             inputs = self.padded([self.ids(sample, 1)]) | self.pixels(self.tiles[1][sample])
             out = self.generate({**inputs, CACHE: first[CACHE]})
             self.same_answers("second_turn_with_the_cache", out, [sample], 1)
+
+    def check_second_turn_with_all_images(self) -> None:
+        """The same where all images are given, as a chat's processor does."""
+        for sample in self.samples:
+            first = self.generate(self.inputs([sample], 0))
+            out = self.generate({**self.inputs([sample], 1), CACHE: first[CACHE]})
+            self.same_answers("second_turn_with_all_images", out, [sample], 1)
+
+    def check_second_turn_batched(self) -> None:
+        """A batch goes on with its cache; padding stands between its turns."""
+        samples = list(self.samples)
+        before = self.inputs(samples, 0)
+        first = self.generate(before)
+        after = self.padded([self.turns[1][sample]["prompt"] for sample in samples])
+        said = torch.tensor(self.new(first))
+        parts = [before["input_ids"], said, after["input_ids"]]
+        masks = [before["attention_mask"], torch.ones_like(said), after["attention_mask"]]
+        images = [image for sample in samples for image in self.tiles[1][sample]]
+        inputs = {"input_ids": torch.cat(parts, dim=1), "attention_mask": torch.cat(masks, dim=1)}
+        inputs |= self.pixels(images)
+        out = self.generate({**inputs, CACHE: first[CACHE]})
+        self.same_answers("second_turn_batched", out, samples, 1)
 
     def check_second_turn_without(self) -> None:
         """The whole conversations anew, in a batch, with and without a cache of their own."""
