@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
+
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.tokenizer import load_tokenizer
 from tests.matrix.trainer_answers import save_answers
@@ -15,6 +17,7 @@ from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
 from tools.checkpoint_convert.mcore_to_hf import EMBEDDING, ExportOptions
 from tools.checkpoint_convert.streaming import Planned
 from tools.checkpoint_convert.tables import model_table
+from tools.checkpoint_convert.tokenizers_out import from_sentencepiece
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Architecture:
         attention: settings of the attention that differ from the defaults.
         model: settings of the model that differ from the defaults.
         window: sliding window of every layer (Mistral; Gemma 2 has one on every second).
+        adds_bos: whether the tokenizer is one of Hugging Face that puts the first token in front
+            by itself, as Mistral's and Gemma's do; the chat template writes one, too.
         seed: of the weights, chosen so that answers differ from one another and hold several words.
     """
 
@@ -40,12 +45,15 @@ class Architecture:
     attention: dict[str, str] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     window: int | None = None
+    adds_bos: bool = False
     seed: int = 0
 
 
 # Every pair of family, tower, and square tile or AnyRes; the rest is spread over them.
 ARCHITECTURES = {
-    "mistral_siglip_square": Architecture("mistral", "siglip", "stretch", vocab_size=330, seed=8),
+    "mistral_siglip_square": Architecture(
+        "mistral", "siglip", "stretch", vocab_size=330, adds_bos=True, seed=8
+    ),
     "mistral_clip_anyres": Architecture(
         "mistral",
         "clip",
@@ -73,18 +81,32 @@ def make_export(folder: Path, name: str, tokenizer: Path) -> Path:
     Args:
         folder: gets both.
         name: one of `ARCHITECTURES`.
-        tokenizer: SentencePiece file.
+        tokenizer: SentencePiece file of the run.
 
     Returns:
         The export.
     """
     architecture = ARCHITECTURES[name]
+    if architecture.adds_bos:
+        tokenizer = _adding_bos(tokenizer, folder / f"{name}.tokenizer")
     config = trainer_config(architecture, tokenizer)
     checkpoint, export = folder / f"{name}.mcore", folder / name
     write_checkpoint(checkpoint, _lively_weights(config, architecture.seed), config)
     mcore_to_hf.convert(checkpoint, export, ExportOptions(max_shard_bytes=100_000))
     save_answers(folder / f"{name}.trainer", checkpoint, config, load_tokenizer(tokenizer), export)
     return export
+
+
+def _adding_bos(model: Path, folder: Path) -> Path:
+    """A SentencePiece model as a Hugging Face tokenizer that adds the first token by itself."""
+    tokenizer = from_sentencepiece(model)
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    assert tokenizer("a")["input_ids"][0] == bos[1]
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def trainer_config(architecture: Architecture, tokenizer: Path) -> Config:
