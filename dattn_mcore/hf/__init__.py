@@ -60,11 +60,13 @@ def register() -> None:
     """Registers model type `dattn` with the Auto classes; harmless when called again."""
     from transformers import (
         AutoConfig,
-        AutoImageProcessor,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoProcessor,
     )
+
+    # Where it lies: at the top level, some releases have it only beside torchvision.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from . import (
         DattnConfig,

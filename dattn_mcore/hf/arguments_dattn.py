@@ -134,17 +134,17 @@ def _check_earlier(mask: Tensor, cache: DattnCache) -> None:
         )
 
 
-def cache_field() -> str:
+def cache_field(output: Any = CausalLMOutputWithPast) -> str:
     """The name under which this release looks for the cache in a model's output.
 
     Raises:
         RuntimeError: it has none, or several that may be it.
     """
-    names = [field.name for field in fields(CausalLMOutputWithPast)]
+    names = [field.name for field in fields(output)]
     unknown = [name for name in names if name not in _KNOWN_OUTPUTS]
     if len(unknown) != 1:
         raise RuntimeError(
-            f"CausalLMOutputWithPast has the fields {', '.join(names)}, of which one must be the "
+            f"{output.__name__} has the fields {', '.join(names)}, of which one must be the "
             f"cache; {releases()}"
         )
     return unknown[0]

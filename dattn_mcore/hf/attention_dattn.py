@@ -239,12 +239,13 @@ class DattnDecoderLayer(GradientCheckpointingLayer):
         text_out, visual_out = self.self_attn(
             self.input_layernorm(text), self.input_layernorm(visual), **attention
         )
-        text = self._finish(text, text_out)
+        text = self.finish(text, text_out)
         if visual_out is None:
             return text, visual[:, :0]
-        return text, self._finish(visual, visual_out)
+        return text, self.finish(visual, visual_out)
 
-    def _finish(self, residual: Tensor, branch: Tensor) -> Tensor:
+    def finish(self, residual: Tensor, branch: Tensor) -> Tensor:
+        """Adds the attention's output, and the MLP's of the sum."""
         if self.gemma2:
             hidden = residual + self.post_attention_layernorm(branch)
             branch = self.mlp(self.pre_feedforward_layernorm(hidden))

@@ -57,7 +57,8 @@ class DattnCache(DynamicCache):
         self.visual_keys[layer], self.visual_values[layer] = keys, values
         return keys, values
 
-    def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+    def map_samples(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Changes the first axis, that of samples, of everything beside the text's keys."""
         for name in ("text_live", "image_starts", "visual_live", "visual_image"):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
@@ -68,17 +69,17 @@ class DattnCache(DynamicCache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the samples for beam search."""
         super().reorder_cache(beam_idx)
-        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.map_samples(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sample `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+        self.map_samples(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the samples `indices`."""
         super().batch_select_indices(indices)
-        self._map_batch(lambda x: x[indices, ...])
+        self.map_samples(lambda x: x[indices, ...])
 
     def crop(self, *args: int) -> None:
         """Removes the last text columns; see transformers for how many.

@@ -12,7 +12,7 @@ from transformers import GenerationMixin
 
 from .arguments_dattn import NO_EMBEDDINGS
 from .cache_dattn import DattnCache, check_replaceable, is_cache
-from .samples_dattn import by_sample
+from .samples_dattn import by_sample, check_pixels
 
 # "dynamic_full": transformers' own name for a dynamic cache that keeps what is behind a window.
 CACHES = (None, "dynamic", "dynamic_full")
@@ -32,13 +32,14 @@ class DattnGenerationMixin(GenerationMixin):
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             return super().generate(inputs, *args, **kwargs)
-        columns = kwargs.get("image_columns")
-        if columns is None:
-            columns = placeholder_columns(self.config, input_ids, kwargs.get("attention_mask"))
+        given = kwargs.get("image_columns")
+        columns = placeholder_columns(self.config, input_ids, kwargs.get("attention_mask"))
+        if given is not None:  # an assistant's prompt has grown since
+            columns = F.pad(given, (0, input_ids.shape[1] - given.shape[1]))
         if (pixel_values := kwargs.get("pixel_values")) is not None and pixel_values.ndim == 4:
             kwargs["pixel_values"], kwargs["image_grids"] = _by_sample(columns, kwargs)
         beyond = self.config.image_token_id >= self.config.text_config.vocab_size
-        if not beyond or not bool(columns.any()):
+        if given is not None or not beyond or not bool(columns.any()):
             return super().generate(inputs, *args, **kwargs)
         # transformers looks up the score of every token of the prompt (a repetition penalty, a
         # guess of what follows), and this one has none: another stands in for it meanwhile.
@@ -127,6 +128,7 @@ def _check_settings(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
     if kwargs.get("inputs_embeds") is not None:
         raise ValueError(NO_EMBEDDINGS)
+    check_pixels(kwargs.get("pixel_values"))
     kind = setting("cache_implementation")
     if kind not in CACHES:
         raise ValueError(
@@ -136,6 +138,8 @@ def _check_settings(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     with_images = kwargs.get("pixel_values") is not None
     if with_images and setting("prefill_chunk_size"):
         raise ValueError("prefill_chunk_size cuts prompts with images apart; leave it out")
+    if with_images and setting("token_healing"):
+        raise ValueError("token_healing moves the columns of a prompt with images; leave it out")
     assistants = [a for a in (kwargs.get("assistant_model"), *args[6:7]) if a is not None]
     for assistant in assistants:
         if with_images and not isinstance(assistant, DattnGenerationMixin):

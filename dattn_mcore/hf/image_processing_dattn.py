@@ -103,8 +103,8 @@ class DattnImageProcessor(PilBackend):
         for image in images:
             targets = [(rows * height, columns * width) for columns, rows in anyres_grids]
             canvas_size = best_canvas(image.shape[-2:], targets)
-            canvas = self._canvas(image, canvas_size, resample, image_policy)
-            tiles = [self._resized(image, (height, width), resample)]
+            canvas = self.on_canvas(image, canvas_size, resample, image_policy)
+            tiles = [self.resized(image, (height, width), resample)]
             for top in range(0, canvas_size[0], height):
                 for left in range(0, canvas_size[1], width):
                     tiles.append(canvas[:, top : top + height, left : left + width])
@@ -118,20 +118,21 @@ class DattnImageProcessor(PilBackend):
         data = {"pixel_values": np.array(pixel_values), "image_grids": np.array(grids)}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def _canvas(
+    def on_canvas(
         self, image: np.ndarray, size: tuple[int, int], resample: Any, policy: str
     ) -> np.ndarray:
         """The image on its canvas, [3, *size]."""
         if policy == "anyres_stretch":
-            return self._resized(image, size, resample)
+            return self.resized(image, size, resample)
         inner = inner_size(image.shape[-2:], size)
         margins = [
             (math.floor((outer - side) / 2), math.ceil((outer - side) / 2))
             for outer, side in zip(size, inner, strict=True)
         ]
-        return np.pad(self._resized(image, inner, resample), ((0, 0), *margins))
+        return np.pad(self.resized(image, inner, resample), ((0, 0), *margins))
 
-    def _resized(self, image: np.ndarray, size: tuple[int, int], resample: Any) -> np.ndarray:
+    def resized(self, image: np.ndarray, size: tuple[int, int], resample: Any) -> np.ndarray:
+        """The image in another size, [3, *size]."""
         return self.resize(image, SizeDict(height=size[0], width=size[1]), resample=resample)
 
 

@@ -22,12 +22,16 @@ class DattnRMSNorm(nn.Module):
         size: width of the last axis.
         eps: added to the mean square.
         zero_centred: Gemma 2's: scales by 1 + weight, before it rounds to the input's dtype.
+        start: factor of a fresh model.
     """
 
-    def __init__(self, size: int, eps: float, zero_centred: bool = False) -> None:
+    def __init__(
+        self, size: int, eps: float, zero_centred: bool = False, start: float = 1.0
+    ) -> None:
         super().__init__()
         self.eps, self.zero_centred = eps, zero_centred
-        self.weight = nn.Parameter(torch.zeros(size) if zero_centred else torch.ones(size))
+        self.initial = start - 1.0 if zero_centred else start
+        self.weight = nn.Parameter(torch.full((size,), self.initial))
 
     def forward(self, x: Tensor) -> Tensor:
         """Norms the last axis."""

@@ -25,7 +25,7 @@ from .configuration_dattn import DattnConfig, releases
 from .generation_dattn import DattnGenerationMixin, placeholder_columns
 from .layers_dattn import DattnRMSNorm
 from .layout_dattn import Rows
-from .samples_dattn import check_tiles, one_after_another
+from .samples_dattn import check_pixels, check_tiles, one_after_another
 from .text_dattn import DattnTextModel
 from .visual_dattn import DattnProjector, build_vision_tower, place_images, tower_features
 
@@ -66,9 +66,7 @@ class DattnPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, DattnRMSNorm):
-            (init.zeros_ if module.zero_centred else init.ones_)(module.weight)
-        elif isinstance(module, DattnProjector):
-            init.constant_(module.output_norm.weight, self.config.projector_output_norm_init)
+            init.constant_(module.weight, module.initial)
 
 
 class DattnModel(DattnPreTrainedModel):
@@ -242,6 +240,7 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
         past = 0 if cache is None else cache.get_seq_length()
         check_further(kwargs, past, input_ids)
         check_shapes(input_ids, attention_mask, labels, logits_to_keep, cache)
+        check_pixels(pixel_values)
         if image_columns is not None:
             input_ids = input_ids.masked_fill(image_columns, self.config.image_token_id)
         if output_hidden_states is None:
@@ -264,39 +263,36 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
             logits = torch.tanh(logits / cap) * cap
         loss = None
         if labels is not None:
-            loss = self._loss(logits, labels, input_ids, attention_mask, num_items_in_batch)
+            live = ~placeholder_columns(self.config, input_ids, None)
+            if attention_mask is not None:
+                live &= attention_mask[:, -input_ids.shape[1] :].to(live.device).bool()
+            loss = next_token_loss(logits, labels, live, num_items_in_batch)
+        held: dict[str, Any] = {} if cache is None else {cache_field(): cache}
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=states if output_hidden_states else None
+            loss=loss, logits=logits, hidden_states=states if output_hidden_states else None, **held
         )
-        if cache is not None:
-            output[cache_field()] = cache
         return output if return_dict else output.to_tuple()
 
-    def _loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
-    ) -> Tensor:
-        """Cross-entropy of each text row's next text row, averaged over the labels that count."""
-        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-        live = input_ids != self.config.image_token_id
-        if mask is not None:
-            live = live & mask.to(live.device).bool()
-        rows = [(logits[i, row][:-1], labels[i, row][1:]) for i, row in enumerate(live)]
-        scores = torch.cat([row for row, _ in rows]).float()
-        targets = torch.cat([target for _, target in rows])
-        if len(targets) and int(targets.max()) >= scores.shape[1]:
-            raise ValueError(
-                f"labels hold token {int(targets.max())}, but the vocabulary has {scores.shape[1]} "
-                "tokens; a label is a token, or -100"
-            )
-        if num_items_in_batch is None:
-            return F.cross_entropy(scores, targets)
-        total = F.cross_entropy(scores, targets, reduction="sum")
-        return total / torch.as_tensor(num_items_in_batch, device=total.device)
+
+def next_token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    live: Tensor,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor:
+    """Cross-entropy of each text row's next text row, averaged over the labels that count."""
+    rows = [(logits[i, row][:-1], labels[i, row][1:]) for i, row in enumerate(live)]
+    scores = torch.cat([row for row, _ in rows]).float()
+    targets = torch.cat([target for _, target in rows])
+    if len(targets) and int(targets.max()) >= scores.shape[1]:
+        raise ValueError(
+            f"labels hold token {int(targets.max())}, but the vocabulary has {scores.shape[1]} "
+            "tokens; a label is a token, or -100"
+        )
+    if num_items_in_batch is None:
+        return F.cross_entropy(scores, targets)
+    total = F.cross_entropy(scores, targets, reduction="sum")
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
 
 __all__ = ["DattnForConditionalGeneration", "DattnModel", "DattnPreTrainedModel"]

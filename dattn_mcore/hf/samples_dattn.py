@@ -7,6 +7,8 @@ for generation both tensors are given a first axis of samples.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -88,6 +90,22 @@ def one_after_another(
     return pixel_values[live.to(pixel_values.device)], image_grids[real]
 
 
+def check_pixels(pixel_values: Any) -> None:
+    """Refuses pixels that are no tensor of tiles, in one row or sample by sample.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if pixel_values is None or (isinstance(pixel_values, Tensor) and pixel_values.ndim in (4, 5)):
+        return
+    shape = getattr(pixel_values, "shape", None)
+    found = type(pixel_values).__name__ if shape is None else f"of shape {list(shape)}"
+    raise ValueError(
+        f"pixel_values are {found}; they must be a tensor [tiles, 3, height, width], as the "
+        'processor gives it with return_tensors="pt"'
+    )
+
+
 def check_tiles(pixel_values: Tensor, image_grids: Tensor) -> None:
     """Refuses tiles that are not as many as `image_grids` [images, 2] say.
 
@@ -102,4 +120,4 @@ def check_tiles(pixel_values: Tensor, image_grids: Tensor) -> None:
         )
 
 
-__all__ = ["by_sample", "check_tiles", "one_after_another", "tiles_of"]
+__all__ = ["by_sample", "check_pixels", "check_tiles", "one_after_another", "tiles_of"]

@@ -84,7 +84,7 @@ class DattnProjector(nn.Module):
         if config.visual_positions:
             self.row_position = DattnAxisPosition(hidden, eps)
             self.column_position = DattnAxisPosition(hidden, eps)
-        self.output_norm = DattnRMSNorm(hidden, eps)
+        self.output_norm = DattnRMSNorm(hidden, eps, start=config.projector_output_norm_init)
         self.visual_positions, self.grid = config.visual_positions, config.grid
         self.scale = hidden**0.5 if config.text_config.model_type == "gemma2" else None
 
