@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,10 +13,13 @@ from rich.console import Console
 
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.evaluation.generation import Generator, Request, resolve_device
+from dattn_mcore.evaluation.guessing import FEWEST, look_at
 from dattn_mcore.evaluation.images import MAX_PIXELS, to_rgb
 from dattn_mcore.evaluation.progress import bars
 from dattn_mcore.evaluation.questions import IMAGE_MARK, mark_images
 from dattn_mcore.evaluation.self_check import SelfCheckError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 1024  # what lmms-eval's own models take where a task says nothing
 
@@ -101,7 +105,17 @@ class DattnMcore(lmms):
                 for number, text in self._group([requests[number] for number in numbers]):
                     answers[numbers[number]] = text
                     bar.advance(task)
+        self._look_at(requests, answers)
         return answers
+
+    def _look_at(self, requests: Sequence[Any], answers: Sequence[str]) -> None:
+        """Says where all answers of a task are empty or the same: lmms-eval scores them all."""
+        tasks: dict[str, list[str]] = {}
+        for request, answer in zip(requests, answers, strict=True):
+            tasks.setdefault(str(request.args[4]), []).append(answer)
+        for task, given in tasks.items():
+            for note in look_at(given, [])[0] if len(given) >= FEWEST else ():
+                logger.warning("dattn_mcore, %s: %s", task, note)
 
     def _group(self, requests: Sequence[Any]) -> Iterator[tuple[int, str]]:
         """Numbers and answers of requests that share their settings."""

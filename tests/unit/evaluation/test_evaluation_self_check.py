@@ -115,6 +115,33 @@ def test_lmms_eval_ends_with_the_line(tiny_model, monkeypatch):
     line_of(ended.value.code, tiny_model / "tiny", BROKEN[0][1])
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed"
+)
+def test_lmms_eval_hears_of_odd_answers(tiny_model, caplog):
+    """All the same, for one question that is asked ten times; not of two different ones."""
+    from lmms_eval.api.instance import Instance
+
+    from dattn_mcore.evaluation.lmms_eval_model import DattnMcore
+
+    model = DattnMcore(str(tiny_model / "tiny"), device="cpu", batch_size=10)
+    model.task_dict = {"same": {"s": [[]]}, "other": {"s": [[]]}}
+    asked = [("same", "a?")] * 10 + [("other", f"{number}?") for number in range(10)]
+    requests = [
+        Instance(
+            request_type="generate_until",
+            arguments=(text, {"max_new_tokens": 4}, lambda doc: doc, 0, task, "s"),
+            idx=0,
+            metadata={"task": task, "doc_id": 0, "repeats": 1},
+        )
+        for task, text in asked
+    ]
+    answers = model.generate_until(requests)
+    assert len(set(answers[:10])) == 1 and len(set(answers[10:])) > 1
+    (record,) = caplog.records
+    assert record.message == f"dattn_mcore, same: all 10 answers are the same ({answers[0]!r:.60})"
+
+
 def first(tiny_model):
     name = "n0.jpg"
     picture = Picture(name, tiny_model / "val/gqa/data/images" / name)
