@@ -35,7 +35,8 @@ _WITHOUT_DEPENDENCIES = "lmms-eval>=0.7.3,<0.8"
 _UNREACHABLE = re.compile(
     r"NewConnectionError|NameResolutionError|ConnectTimeoutError|ReadTimeout|Read timed out|"
     r"ProxyError|SSLError|Network is unreachable|Max retries exceeded|Connection refused|"
-    r"connection error|name resolution|Name or service not known|Connection (?:broken|reset|aborted)"
+    r"connection error|name resolution|Name or service not known|"
+    r"Connection (?:broken|reset|aborted)"
 )
 
 
