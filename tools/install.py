@@ -3,6 +3,7 @@
     python -m tools.install               what training, conversion and evaluation need
     python -m tools.install --dev         and the tools for tests
     python -m tools.install --newest      the newest versions that pyproject.toml allows
+    python -m tools.install --dry-run     prints what would be installed, and installs nothing
 
 Without `--newest` every package gets the version that constraints.txt names. A build of PyTorch
 that is installed already, within the range of pyproject.toml, stays: constraints-torch.txt is then
@@ -16,6 +17,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,7 +35,8 @@ _WITHOUT_DEPENDENCIES = "lmms-eval>=0.7.3,<0.8"
 _UNREACHABLE = re.compile(
     r"NewConnectionError|NameResolutionError|ConnectTimeoutError|ReadTimeout|Read timed out|"
     r"ProxyError|SSLError|Network is unreachable|Max retries exceeded|Connection refused|"
-    r"name resolution|Name or service not known|Connection (?:broken|reset|aborted)"
+    r"connection error|name resolution|Name or service not known|"
+    r"Connection (?:broken|reset|aborted)"
 )
 
 
@@ -46,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.install", description="Install.")
     parser.add_argument("--dev", action="store_true", help="the tools for tests too")
     parser.add_argument("--newest", action="store_true", help="the newest versions, not the locked")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be installed")
     chosen = parser.parse_args(arguments)
     try:
-        install(dev=chosen.dev, newest=chosen.newest)
+        install(dev=chosen.dev, newest=chosen.newest, dry_run=chosen.dry_run)
     except InstallError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -58,33 +62,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def install(*, dev: bool, newest: bool) -> None:
+def install(*, dev: bool = False, newest: bool = False, dry_run: bool = False) -> None:
     """Installs the package, editable, with what it needs.
 
     Args:
         dev: with the tools for tests.
         newest: the newest versions that are allowed, instead of those of the constraints files.
+        dry_run: print what would be installed; install nothing.
 
     Raises:
         InstallError: pip failed.
     """
     LOG.unlink(missing_ok=True)
     package = f"{ROOT}[dali,dev]" if dev else f"{ROOT}[dali]"
+    add = _print_what_is_missing if dry_run else _install
     if newest:
-        pip("install", "--upgrade", "--upgrade-strategy", "eager", "--editable", package)
+        add("--upgrade", "--upgrade-strategy", "eager", "--editable", package)
         if dev:
-            pip("install", "--upgrade", "--no-deps", _WITHOUT_DEPENDENCIES)
+            add("--upgrade", "--no-deps", _WITHOUT_DEPENDENCIES)
         return
     constraints = ["--constraint", str(CONSTRAINTS)]
-    pip("install", "setuptools", *constraints)  # pip's own build environments know no constraints
+    add("setuptools", *constraints)  # pip's own build environments know no constraints
     torch_comes_from_us = not torch_stays(installed("torch"))
     if torch_comes_from_us:
         constraints += ["--constraint", str(TORCH_CONSTRAINTS)]
-    pip("install", "--no-build-isolation", "--editable", package, *constraints)
-    if torch_comes_from_us:
+    isolation = [] if dry_run else ["--no-build-isolation"]  # a dry run installs no setuptools
+    add(*isolation, "--editable", package, *constraints)
+    if torch_comes_from_us and not dry_run:
         TORCH_RECORD.write_text(f"{installed('torch')}\n")
     if dev:
-        pip("install", "--no-deps", _WITHOUT_DEPENDENCIES, *constraints)
+        add("--no-deps", _WITHOUT_DEPENDENCIES, *constraints)
+
+
+def _install(*arguments: str) -> None:
+    pip("install", *arguments)
+
+
+def _print_what_is_missing(*arguments: str) -> None:
+    sys.stdout.writelines(f"{package}\n" for package in would_install(*arguments))
+
+
+def would_install(*arguments: str) -> list[str]:
+    """What `pip install` with these arguments would install: `name==version` each."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"  # standard output has pip's messages
+        pip("install", "--dry-run", "--report", str(report), *arguments)
+        packages = [package["metadata"] for package in json.loads(report.read_text())["install"]]
+    return [f"{package['name']}=={package['version']}" for package in packages]
 
 
 def torch_stays(present: str | None) -> bool:
@@ -95,8 +119,7 @@ def torch_stays(present: str | None) -> bool:
         return False
     allowed = torch_range()
     # pip's own answer: it would install nothing.
-    report = pip("install", "--dry-run", "--no-deps", "--report", "-", allowed)
-    stays = not json.loads(report)["install"]
+    stays = not would_install("--no-deps", allowed)
     what = "stays" if stays else f"is replaced, {allowed} is needed"
     sys.stdout.write(f"PyTorch {present} is installed already and {what}\n")
     sys.stdout.flush()
@@ -117,33 +140,40 @@ def installed(name: str) -> str | None:
         return None
 
 
-def pip(command: str, *arguments: str) -> str:
-    """Runs pip; returns what it wrote to its standard output.
+def pip(command: str, *arguments: str) -> None:
+    """Runs pip.
 
     Raises:
         InstallError: with the reason in one line.
     """
     done = subprocess.run(
         [sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check"]
-        + ["--no-input", "--log", str(LOG), *arguments],
+        + ["--no-input", "--progress-bar", "off", "--log", str(LOG), *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        raise InstallError(f"{reason(done.stdout + done.stderr)}; pip's messages are in {LOG}")
-    return done.stdout
+        details = LOG.read_text(errors="replace") if LOG.is_file() else ""
+        why = reason((done.stdout + done.stderr).strip(), details)
+        raise InstallError(f"{why}; pip's messages are in {LOG}")
 
 
-def reason(output: str) -> str:
-    """What pip's messages come to."""
-    if _UNREACHABLE.search(output):
+def reason(output: str, details: str) -> str:
+    """What pip's messages come to.
+
+    Args:
+        output: what it wrote.
+        details: its log, which alone says why a page of the index was skipped.
+    """
+    if _UNREACHABLE.search(output + details):
         return (
             "the package index cannot be reached; check the network and pip's settings "
             "(pip config list), then give the same command again"
         )
-    errors = re.findall(r"^ERROR: (.+)$", output, re.MULTILINE) or output.split("\n")[-1:]
-    return f"pip failed: {errors[0].strip() or 'without a message'}"
+    errors = re.findall(r"^(?:ERROR|error): (?!Exception)(.+)$", output, re.MULTILINE)
+    lines = errors[:1] or output.split("\n")[-1:]
+    return f"pip failed: {lines[0] or 'without a message'}"
 
 
 if __name__ == "__main__":

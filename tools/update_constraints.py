@@ -42,11 +42,14 @@ def main() -> int:
         (torch_range,) = re.findall(r'"(torch[>=<][^"]+)"', (ROOT / "pyproject.toml").read_text())
         of_torch = {_name(pin) for pin in resolve(["-"], torch_range)}
         alone = resolve(["-", "--no-deps"], LMMS_EVAL)
+        second = [pin for pin in pins if _PYTORCHS_OWN.match(pin) and _name(pin) in of_torch]
+        first = sorted([*(pin for pin in pins if pin not in second), *alone])
+        # An older PyTorch that is installed already stays beside what the first file names.
+        oldest = re.sub(r"torch>=([\d.]+).*", r"torch==\1.*", torch_range)
+        resolve(["-"], "\n".join([*first, oldest]))
     except ResolveError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    second = [pin for pin in pins if _PYTORCHS_OWN.match(pin) and _name(pin) in of_torch]
-    first = sorted([*(pin for pin in pins if pin not in second), *alone])
     _write(CONSTRAINTS, "Exact versions of everything that is installed, except PyTorch's.", first)
     _write(TORCH_CONSTRAINTS, "PyTorch, and what only PyTorch brings.", second)
     return 0
@@ -71,10 +74,10 @@ def resolve(arguments: list[str], requirements: str = "") -> list[str]:
         raise ResolveError(
             f"uv found no versions for {arguments[0]} {requirements}: {' '.join(lines)[:600]}"
         )
-    return [_shorter(line) for line in done.stdout.splitlines() if line]
+    return [shorter(line) for line in done.stdout.splitlines() if line]
 
 
-def _shorter(line: str) -> str:
+def shorter(line: str) -> str:
     """Leaves out the conditions that hold wherever the files are used."""
     for condition in _ALWAYS:
         line = re.sub(rf" and {condition}|{condition} and | ; {condition}$", "", line)

@@ -64,27 +64,75 @@ def test_everything_that_is_imported_is_asked_for():
     ("target", "ends_with"),
     [
         ("quickstart", ".venv/bin/python -m dattn_mcore.quickstart optim.lr=1"),
-        ("test", ".venv/bin/python -m pytest -q optim.lr=1"),
+        ("test-fast", ".venv/bin/python -m pytest -q --tier fast optim.lr=1"),
+        ("test", ".venv/bin/python -m pytest -q --tier default optim.lr=1"),
+        ("test-all", ".venv/bin/python -m pytest -q --tier all optim.lr=1"),
         ("check", ".venv/bin/mypy"),
+        ("gpu-check", ".venv/bin/python -m benchmarks.gpu_check optim.lr=1"),
+        ("update", ".venv/bin/python -m pytest -q tests/matrix"),
+        ("test-newest", ".venv-newest/bin/python -m pytest -q --tier all optim.lr=1"),
+        ("quickstart-newest", ".venv-newest/bin/python -m dattn_mcore.quickstart optim.lr=1"),
     ],
 )
-def test_a_fresh_clone_installs_and_then_runs(target, ends_with, tmp_path):
-    for name in ("Makefile", "pyproject.toml"):
+def test_a_fresh_clone_installs_and_then_runs(target, ends_with, clone):
+    done = clone("--dry-run", target, "ARGS=optim.lr=1")
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("make")]
+    assert lines[-1].strip().endswith(ends_with)
+    installs = [line for line in lines if "tools.install" in line]
+    environment = ".venv-newest" if "newest" in target else ".venv"
+    assert installs and all(line.startswith(f"{environment}/bin/python") for line in installs)
+    assert all("--newest" in line for line in installs) == ("newest" in target)
+    assert "http" not in done.stdout  # the user's own package index is used
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The files that say what is installed; calls make among them."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "constraints-torch.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    dry = subprocess.run(
-        ["make", "--dry-run", target, "ARGS=optim.lr=1"],
-        cwd=tmp_path,
-        env={"PATH": os.environ["PATH"]},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = [line for line in dry.stdout.splitlines() if not line.startswith("make")]
-    assert lines[-1].strip() == ends_with
-    installs = [line for line in lines if "pip install" in line]
-    assert '"torch>=' in installs[0]
-    assert ".[dali" in installs[1]
-    assert "http" not in dry.stdout  # the user's own package index is used
+
+    def make(*arguments):
+        return subprocess.run(
+            ["make", *arguments],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+        )
+
+    make.folder = tmp_path
+    return make
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt", "constraints-torch.txt"])
+def test_an_older_environment_is_brought_up_to_date(changed, clone):
+    stamps = [clone.folder / ".venv" / name for name in ("bin/pip", "installed", "installed-dev")]
+    for age, stamp in enumerate(reversed(stamps)):
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+        os.utime(stamp, (2e9 - age, 2e9 - age))
+    assert "tools.install" not in clone("--dry-run", "test").stdout
+    os.utime(clone.folder / changed, (2.1e9, 2.1e9))
+    ran = [line for line in clone("--dry-run", "test").stdout.splitlines() if "install" in line]
+    assert ".venv/bin/python -m tools.install" in ran
+    assert ".venv/bin/python -m tools.install --dev" in ran
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_wrong_python_is_one_line(clone):
+    old = clone.folder / "python2"
+    old.write_text("#!/bin/sh\n[ $1 = --version ] || exit 1\necho Python 2.7.18\n")
+    old.chmod(0o755)
+    for python, found in ((old, "Python 2.7.18"), ("no-such-python", "not a command")):
+        done = clone("test", f"PYTHON={python}")
+        first, _make_s_own = done.stderr.strip().split("\n")
+        assert done.returncode == 2 and done.stdout == ""
+        assert first == (
+            f"error: Python 3.10, 3.11 or 3.12 is needed, and {python} is {found}; "
+            "run make PYTHON=python3.11 ..."
+        )
+        assert not (clone.folder / ".venv").exists()
 
 
 def test_setup_py_builds_on_the_metadata():

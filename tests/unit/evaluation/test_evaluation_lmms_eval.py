@@ -84,13 +84,21 @@ def test_a_task_through_lmms_eval(tiny_model, tmp_path, environment):
     command += ["--model_args", f"pretrained={tiny_model / 'tiny'}", "--tasks", "vizwiz_tiny"]
     command += ["--include_path", str(tasks), "--batch_size", "2", "--device", "cpu"]
     command += ["--output_path", str(tmp_path / "out"), "--log_samples"]
+    command += ["--verbosity", "DEBUG"]  # without it, an error ends with status 0
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    output = done.stdout[-3000:] + done.stderr[-3000:]
+    written = sorted(path.name for path in (tmp_path / "out").rglob("*_results.json"))
+    assert len(written) == 1 and done.returncode == 0, output
     (result,) = (tmp_path / "out").rglob("*_results.json")
-    scored = json.loads(result.read_text())["results"]["vizwiz_tiny"]
-    assert scored["exact,none"] == 1.0
+    report = json.loads(result.read_text())
+    assert report["n-samples"]["vizwiz_tiny"] == {"original": 3, "effective": 3}, output
+    assert report["results"]["vizwiz_tiny"]["exact,none"] == 1.0, output
+    (samples,) = (tmp_path / "out").rglob("*_samples_vizwiz_tiny.jsonl")
+    answers = [json.loads(line) for line in samples.read_text().splitlines()]
+    given = {answer["doc_id"]: answer["filtered_resps"] for answer in answers}
+    assert given == {n: [document["answer"]] for n, document in enumerate(documents)}, output
     assert re.search(r"vizwiz_tiny.*exact", done.stdout)
 
 
