@@ -127,12 +127,12 @@ def test_settings_that_cannot_be_honoured():
     static = StaticCache(config=model.config.text_config, max_cache_len=40)
     embedded = model.get_input_embeddings()(TEXT["input_ids"])
     for message, changes in {
-        "the cache is a StaticCache": {"past_key_values": static},
+        "the cache is a StaticCache": {cache_field(): static},
         "prefill_chunk_size": {"prefill_chunk_size": 2},
         "token_healing": {"token_healing": True},
         "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
         "inputs_embeds is not supported": {"inputs_embeds": embedded},
-        "use_cache is False": {"use_cache": False, "past_key_values": DattnCache()},
+        "use_cache is False": {"use_cache": False, cache_field(): DattnCache()},
         "pixel_value'": {"pixel_value": 1},
         "4 image placeholders, but pixel_values hold 3": {"pixel_values": pixels(3)},
     }.items():
@@ -165,9 +165,9 @@ def test_a_callers_cache_of_transformers_own():
     model = make_model()
     expected = model.generate(**ONE, **SETTINGS)
     cache = DynamicCache(config=model.config.text_config)
-    assert torch.equal(model.generate(**ONE, **SETTINGS, past_key_values=cache), expected)
+    assert torch.equal(model.generate(**ONE, **SETTINGS, **{cache_field(): cache}), expected)
     with pytest.raises(ValueError, match="was replaced by the DattnCache"):
-        model.generate(**ONE, **SETTINGS, past_key_values=cache)
+        model.generate(**ONE, **SETTINGS, **{cache_field(): cache})
 
 
 @pytest.mark.parametrize("image_token", [IMAGE, VOCAB])
@@ -181,7 +181,7 @@ def test_a_second_turn_through_generate(t2v_position, image_token):
     prompt = torch.tensor([PROMPTS[0]])
     prompt[prompt == IMAGE] = image_token
     first = {"input_ids": prompt, "pixel_values": pixels(2)}
-    answer = model.generate(**first, **settings, past_key_values=cache)
+    answer = model.generate(**first, **settings, **{cache_field(): cache})
     chat = torch.cat([answer, torch.tensor([[7, image_token, 8]])], dim=1)
     images, new = pixels(3), pixels(3)[2:]
     expected = model.generate(input_ids=chat, pixel_values=images, **settings)[:, -LENGTH:]
@@ -195,7 +195,7 @@ def test_a_second_turn_through_generate(t2v_position, image_token):
     }
     for name, inputs in turns.items():
         copied = copy.deepcopy(cache)
-        found = model.generate(**inputs, **settings, past_key_values=copied)
+        found = model.generate(**inputs, **settings, **{cache_field(): copied})
         assert torch.equal(found[:, -LENGTH:], expected), name
 
 
