@@ -180,9 +180,9 @@ def _budgets(case: dict[str, str]) -> Settings:
     """Room for about six samples, or for the largest alone."""
     small = case["packing"] == "small-packs"
     if case["images"] == "one-tile":  # of 16 rows
-        return _data(text_budget=64 if small else 128, visual_budget=32 if small else 96)
+        return _data(text_budget=80 if small else 128, visual_budget=32 if small else 96)
     # Two images of at most five tiles.
-    return _data(text_budget=64 if small else 128, visual_budget=160 if small else 192)
+    return _data(text_budget=80 if small else 128, visual_budget=160 if small else 192)
 
 
 def with_every_value(names: Collection[str]) -> list[dict[str, str]]:
