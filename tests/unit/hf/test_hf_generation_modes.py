@@ -10,7 +10,7 @@ from dattn_mcore.hf import DattnCache
 from dattn_mcore.hf.arguments_dattn import cache_field
 from dattn_mcore.hf.samples_dattn import by_sample, one_after_another
 from tests.unit.hf.hf_models import IMAGE, VOCAB, make_model, pixels, text_config
-from tests.unit.hf.test_hf_generate import IMAGES, LENGTH, PROMPTS, batch, generate
+from tests.unit.hf.test_hf_generate import IMAGES, LENGTH, PROMPTS, batch
 
 SETTINGS = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "do_sample": False}
 ONE = {"input_ids": torch.tensor([PROMPTS[0] * 2]), "pixel_values": pixels(4)}
@@ -127,12 +127,12 @@ def test_settings_that_cannot_be_honoured():
     static = StaticCache(config=model.config.text_config, max_cache_len=40)
     embedded = model.get_input_embeddings()(TEXT["input_ids"])
     for message, changes in {
-        "the cache is a StaticCache": {"past_key_values": static},
+        "the cache is a StaticCache": {cache_field(): static},
         "prefill_chunk_size": {"prefill_chunk_size": 2},
         "token_healing": {"token_healing": True},
         "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
         "inputs_embeds is not supported": {"inputs_embeds": embedded},
-        "use_cache is False": {"use_cache": False, "past_key_values": DattnCache()},
+        "use_cache is False": {"use_cache": False, cache_field(): DattnCache()},
         "pixel_value'": {"pixel_value": 1},
         "4 image placeholders, but pixel_values hold 3": {"pixel_values": pixels(3)},
     }.items():
@@ -165,9 +165,9 @@ def test_a_callers_cache_of_transformers_own():
     model = make_model()
     expected = model.generate(**ONE, **SETTINGS)
     cache = DynamicCache(config=model.config.text_config)
-    assert torch.equal(model.generate(**ONE, **SETTINGS, past_key_values=cache), expected)
+    assert torch.equal(model.generate(**ONE, **SETTINGS, **{cache_field(): cache}), expected)
     with pytest.raises(ValueError, match="was replaced by the DattnCache"):
-        model.generate(**ONE, **SETTINGS, past_key_values=cache)
+        model.generate(**ONE, **SETTINGS, **{cache_field(): cache})
 
 
 @pytest.mark.parametrize("image_token", [IMAGE, VOCAB])
@@ -181,7 +181,7 @@ def test_a_second_turn_through_generate(t2v_position, image_token):
     prompt = torch.tensor([PROMPTS[0]])
     prompt[prompt == IMAGE] = image_token
     first = {"input_ids": prompt, "pixel_values": pixels(2)}
-    answer = model.generate(**first, **settings, past_key_values=cache)
+    answer = model.generate(**first, **settings, **{cache_field(): cache})
     chat = torch.cat([answer, torch.tensor([[7, image_token, 8]])], dim=1)
     images, new = pixels(3), pixels(3)[2:]
     expected = model.generate(input_ids=chat, pixel_values=images, **settings)[:, -LENGTH:]
@@ -195,7 +195,7 @@ def test_a_second_turn_through_generate(t2v_position, image_token):
     }
     for name, inputs in turns.items():
         copied = copy.deepcopy(cache)
-        found = model.generate(**inputs, **settings, past_key_values=copied)
+        found = model.generate(**inputs, **settings, **{cache_field(): copied})
         assert torch.equal(found[:, -LENGTH:], expected), name
 
 
@@ -210,10 +210,12 @@ def test_the_cache_that_generate_returns_goes_on():
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_forward():
     """Whatever the compiler makes of it, the answer is the same."""
-    model = make_model()
-    expected = generate(model, batch())[0]
+    model = make_model(text={"num_hidden_layers": 1})
+    inputs = {"input_ids": torch.tensor([PROMPTS[1]]), "pixel_values": pixels(1)}
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    expected = model.generate(**inputs, **settings)
     model.forward = torch.compile(model.forward, backend="eager")
-    assert torch.equal(generate(model, batch())[0], expected)
+    assert torch.equal(model.generate(**inputs, **settings), expected)
 
 
 def test_samples_form_and_back():

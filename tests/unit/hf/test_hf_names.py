@@ -6,6 +6,8 @@ users have exported already. What is listed, transformers documents for models o
 
 import ast
 import importlib
+import inspect
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -129,11 +131,18 @@ def own_names(trees):
 
 
 def defined(cls):
-    """Private names of a class that derives from one of transformers."""
-    above = {c.__module__.split(".")[0] for c in cls.__mro__}
-    if "transformers" not in above:
+    """Private names in the body of a class that derives from one of transformers.
+
+    Its source is read, since transformers keeps notes of its own on the class.
+    """
+    if "transformers" not in {c.__module__.split(".")[0] for c in cls.__mro__}:
         return set()
-    return {name for name in vars(cls) if private(name)} - {"_abc_impl"}  # abc's own
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if private(name)}
 
 
 def classes():
