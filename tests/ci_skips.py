@@ -21,6 +21,7 @@ MAY_BE_ABSENT = (
     "Transformer Engine is installed",
     "only Linux's kernel watches parents",
     "Triton's compiler comes for Linux",
+    "transformers 5.21 and later need Python 3.11",
 )
 _MAY_BE_ABSENT = re.compile("|".join(map(re.escape, MAY_BE_ABSENT)))
 

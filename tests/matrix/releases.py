@@ -34,6 +34,9 @@ CHANGES = {
     "Cache.get_max_cache_shape is gone": ("5.19.0", "5.20.0"),
     "the cache is called cache": ("5.23.0", "5.24.0"),
 }
+# Where they begin, releases need a newer Python than this project.
+NEEDS_PYTHON = (Version("5.21"), (3, 11))
+NO_PYTHON = "transformers 5.21 and later need Python 3.11"
 
 
 class Unavailable(Exception):
@@ -41,10 +44,16 @@ class Unavailable(Exception):
 
 
 def releases() -> list[str]:
-    """Releases of the matrix, oldest first; at the end `NEWEST`, where it is asked for."""
+    """Releases of the matrix that this Python can run, oldest first.
+
+    At the end stands `NEWEST`, where it is asked for.
+    """
     found = {*TESTED_TRANSFORMERS, INSTALLED}
     found.update(release for pair in CHANGES.values() for release in pair)
     ordered = sorted({_patch(release) for release in found}, key=Version)
+    first, python = NEEDS_PYTHON
+    if sys.version_info < python:
+        ordered = [release for release in ordered if Version(release) < first]
     return ordered + [NEWEST] * (os.environ.get(NEWEST_VARIABLE) == "1")
 
 
