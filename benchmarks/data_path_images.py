@@ -124,7 +124,7 @@ def peer_processor(policy: str) -> Any:
 def peer_loader(paths: list[Path], policy: str) -> Any:
     """Returns a function that loads all images in two workers and gives images a second."""
     loader = DataLoader(
-        PeerImages(paths, policy),  # type: ignore[arg-type]
+        PeerImages(paths, policy),
         batch_size=None,
         num_workers=2,
         persistent_workers=True,

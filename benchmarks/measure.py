@@ -25,7 +25,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         return platform.peak_memory() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     peak = now = 0
     for _, nbytes in changes:

@@ -13,6 +13,10 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from dattn_mcore.parallel import platform  # noqa: E402
+from tests.ci_skips import (  # noqa: E402, F401  (pytest finds hooks here)
+    pytest_make_collect_report,
+    pytest_runtest_makereport,
+)
 from tests.tiers import (  # noqa: E402, F401  (pytest finds hooks here)
     pytest_addoption,
     pytest_collection_modifyitems,
@@ -21,6 +25,7 @@ from tests.tiers import (  # noqa: E402, F401  (pytest finds hooks here)
 )
 
 torch.set_num_threads(1)
+platform.load_no_compiler("auto")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,7 +21,7 @@ class LlmConfig:
     num_attention_heads: int = 4  # query heads; a multiple of parallel.tp
     num_query_groups: int = 4  # key/value heads; a multiple of parallel.tp
     head_dim: int = 32  # of queries, keys and values; need not be hidden_size / heads
-    vocab_size: int = 320  # rows that carry meaning; padded up to a multiple of vocab_pad_multiple
+    vocab_size: int = 384  # rows that carry meaning; padded up to a multiple of vocab_pad_multiple
     vocab_pad_multiple: int = 128  # independent of tp, so that a checkpoint fits every layout
     norm_eps: float = 1e-5  # of the RMS norms
     rotary_base: float = 10000.0  # RoPE theta
@@ -35,7 +35,7 @@ class LlmConfig:
     sliding_window_every: int = 1  # windowed layers: 0, n, 2n, ... (Gemma 2: 2)
     scale_embeddings: bool = False  # Gemma: embeddings times sqrt(hidden_size)
     tie_embeddings: bool = False  # the output layer is the embedding (Gemma)
-    init_std: float = 0.06  # for a hidden size of 128; 0.02 suits 4096
+    init_std: float = 0.12  # for a hidden size of 128; 0.02 suits 4096
 
     @property
     def padded_vocab_size(self) -> int:
@@ -57,7 +57,7 @@ class VisionConfig:
     norm_eps: float = 1e-6  # of its layer norms
     activation: str = "gelu_tanh"  # siglip: gelu_tanh; clip: quick_gelu
     select_layer: int = -1  # -1: all layers and the final norm; -2: without the last layer, no norm
-    init_std: float = 0.06  # for a hidden size of 128; published weights replace it
+    init_std: float = 0.09  # for a hidden size of 128; published weights replace it
 
     @property
     def grid_size(self) -> int:

@@ -43,7 +43,7 @@ from dattn_mcore.data.tokenizer import train_tokenizer
 from dattn_mcore.errors import DataError
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 1  # raise it when the same plan would write other files
+_VERSION = 2  # raise it when the same plan would write other files
 CELL_PIXELS = 28
 ANNOTATIONS = ("align.json", "pretrain.json", "instruct.json")
 _HELD_OUT_SHARE = 0.2
@@ -68,7 +68,7 @@ class DigitsPlan:
     instruct: int = 12000
     heldout: int = 400
     seed: int = 20250
-    vocab_size: int = 320
+    vocab_size: int = 384
 
 
 def prepare_digits(output: str | Path, plan: DigitsPlan | None = None) -> Path:

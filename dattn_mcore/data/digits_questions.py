@@ -23,6 +23,7 @@ _BESIDE = tuple(  # (place, cell it is seen from, cell meant)
     )
     for cell in cells
 )
+_MOST_TURNS = 4  # questions about one picture
 _CATEGORIES = {  # share of the questions, best accuracy of one who sees the bag of digits only
     "cell": (0.6, 1 / 4),
     "beside": (0.15, 1 / 4),
@@ -69,7 +70,7 @@ def conversation(number: int, mosaics: Sequence[Mosaic], rng: np.random.Generato
             name, [mosaic.path, mosaic.path], [(f"<image>\n<image>\n{question}", answer)]
         )
     turns = []
-    for turn in range(2 if draw < 0.2 else 1):
+    for turn in range(1 + int(rng.integers(_MOST_TURNS))):
         question, answer, _ = _question(mosaic, rng)
         turns.append((f"<image>\n{question}" if turn == 0 else question, answer))
     return _record(name, mosaic.path, turns)

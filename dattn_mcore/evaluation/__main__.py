@@ -167,29 +167,36 @@ def _answer(options: argparse.Namespace) -> None:
             questions,
             options.image_folder,
             lambda done, total: bar.update(task, completed=done),
+            told=lambda line: bar.console.print(line, markup=False, highlight=False),
         )
     write_answers(options.answers, answers)
     sys.stdout.write(f"{len(answers)} answers -> {options.answers}\n")
 
 
-def _score_digits(options: argparse.Namespace) -> None:
+def _score_digits(options: argparse.Namespace) -> int:
     from dattn_mcore.evaluation.score import Tally, score_digits, write_score
 
     score = score_digits(options.questions, options.answers)
-    table = Table("category", "correct", "total", "accuracy", title="digits, exact match")
+    columns = ("category", "correct", "total", "accuracy", "guessing")
+    table = Table(*columns, title="digits, exact match")
     for column in table.columns[1:]:
         column.justify = "right"
 
     def row(name: str, tally: Tally) -> None:
-        table.add_row(name, str(tally.correct), str(tally.total), f"{tally.accuracy:.1%}")
+        level = score.guessing(name)
+        guessed = "" if level is None else f"{level:.1%}"
+        table.add_row(name, str(tally.correct), str(tally.total), f"{tally.accuracy:.1%}", guessed)
 
     for name, tally in score.categories.items():
         row(name, tally)
     table.add_section()
     row("overall", score.overall)
     Console().print(table)
+    for note in score.notes:
+        sys.stdout.write(f"note: {note}\n")
     if options.json:
         write_score(options.json, score)
+    return commands.FAILED if score.broken else 0
 
 
 if __name__ == "__main__":

@@ -52,11 +52,19 @@ class Answerer:
         questions: Sequence[Question],
         image_folder: str | Path,
         progress: Progress = lambda done, total: None,
+        told: Callable[[str], object] = lambda line: None,
     ) -> list[Answer]:
-        """Answers all questions, in their order.
+        """Answers all questions, in their order, after a self-check on the first.
+
+        Args:
+            questions: to answer.
+            image_folder: that image paths start in.
+            progress: called after every batch.
+            told: called with what the self-check compared.
 
         Raises:
             DataError: an image is missing, damaged or outside the folder.
+            SelfCheckError: the model says one thing with its cache, and another without.
         """
         pairs = [(_who(q), image) for q in questions for image in q.images]
         root = check_images(image_folder, pairs)
@@ -64,6 +72,8 @@ class Answerer:
             Request(_who(q), q.marked_text, tuple(Picture(i, root / i) for i in q.images))
             for q in questions
         ]
+        if requests:
+            told(self.generator.self_check(requests[0], self.settings.batch_size))
         limit = self.settings.max_new_tokens
         texts: dict[int, str] = {}
         for batch in self.generator.generate(requests, self.settings.batch_size, limit):

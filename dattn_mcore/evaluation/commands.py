@@ -18,7 +18,7 @@ from dattn_mcore.evaluation.files import read_json_lines, write_text
 from dattn_mcore.evaluation.report import write_report
 from dattn_mcore.evaluation.results import JudgeAnswers, Result, table
 
-FAILED = 1  # something was wrong with a benchmark, not with the command
+FAILED = 1  # something was wrong with a benchmark or its answers, not with the command
 
 
 def run(options: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     _console().print(table(results, f"{model.resolve().name}, {options.data}"))
     sys.stdout.write(f"scores {out / 'scores.json'}\nreport {write_report([out])}\n")
-    return FAILED if any(result.error for result in results if result.name in names) else 0
+    return FAILED if any(result.fault for result in results if result.name in names) else 0
 
 
 def check(options: argparse.Namespace) -> int:
@@ -74,6 +74,7 @@ def score(options: argparse.Namespace) -> int:
     benchmark = _one(options)
     judge = judge_from(options)
     result = Result(benchmark.name, benchmark.title)
+    answers: list[str | None] | None = None
     if options.reviews and options.answers:
         raise ConfigError(
             "--reviews are scored as they are, --answers are judged anew; give one of them"
@@ -94,6 +95,7 @@ def score(options: argparse.Namespace) -> int:
     else:
         answers = _answers(options, benchmark)
         result.rows, result.score = len(answers), benchmark.score(answers)
+    result.score = result.score.looked_at(answers)
     result.note = "; ".join(result.score.notes)
     console = _console()
     console.print(table([result], options.answers or options.reviews))
@@ -101,7 +103,7 @@ def score(options: argparse.Namespace) -> int:
     if options.json:
         text = json.dumps({benchmark.name: result.to_json()}, indent=2, ensure_ascii=False)
         write_text(Path(options.json), text + "\n", "--json")
-    return 0
+    return FAILED if result.fault else 0
 
 
 def submit(options: argparse.Namespace) -> int:

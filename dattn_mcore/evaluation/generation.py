@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,17 @@ import dattn_mcore.hf
 from dattn_mcore.errors import CheckpointError, ConfigError, DataError
 from dattn_mcore.evaluation.files import read_object
 from dattn_mcore.evaluation.images import Picture
+from dattn_mcore.evaluation.self_check import (
+    BOUND,
+    NEW_TOKENS,
+    SelfCheckError,
+    compare_batched,
+    compare_generation,
+    saying_versions,
+)
 from dattn_mcore.hf import NO_FOREIGN_CODE
 
+LONGER = "Answer in one short sentence."  # makes a prompt longer, so that another is padded
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -146,6 +155,44 @@ class Generator:
             images=images or None,
             padding=True,
             return_tensors="pt",
+        )
+
+    def self_check(self, request: Request, batch_size: int) -> str:
+        """Checks on one prompt that the model says the same with and without its cache, and alone.
+
+        Args:
+            request: what is asked first.
+            batch_size: 1: nothing is asked in batches, so they are not checked.
+
+        Returns:
+            What was compared, for the log.
+
+        Raises:
+            SelfCheckError: it does not; one line with both versions and the tested range.
+            DataError: an image is missing or damaged.
+        """
+        longer = replace(request, text=f"{request.text}\n{LONGER}")
+        both = [request, longer] if batch_size > 1 else [request]
+        prompts = [self.chat_prompt(asked.text) for asked in both]
+        prepared = [self._inputs(both, prompts, [0])]
+        if batch_size > 1:
+            prepared.append(self._inputs(both, prompts, [0, 1]))
+        way_out = ", or renew its code (python -m tools.checkpoint_convert refresh FOLDER)"
+        with saying_versions(f"--model {self.folder}", way_out):
+            first = prepared[0].to(self.device)
+            agreement = compare_generation(self.model, first)
+            with torch.inference_mode():  # in its own dtype, which float16 can overflow
+                if not self.model(**first, use_cache=False).logits.isfinite().all():
+                    raise SelfCheckError(f"in {self.model.dtype} its logits are not finite")
+            largest, batched = agreement.difference, ""
+            for batch in prepared[1:]:
+                largest = max(
+                    largest, compare_batched(self.model, batch.to(self.device), agreement)
+                )
+                batched = ", alone and in a batch"
+        return (
+            f"self-check: {NEW_TOKENS} tokens with and without the cache{batched} agree (logits in "
+            f"float32 differ by {largest:.1g} of their spread, bound {BOUND:.0e})"
         )
 
     @torch.inference_mode()

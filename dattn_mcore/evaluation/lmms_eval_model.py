@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,9 +13,13 @@ from rich.console import Console
 
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.evaluation.generation import Generator, Request, resolve_device
+from dattn_mcore.evaluation.guessing import FEWEST, look_at
 from dattn_mcore.evaluation.images import MAX_PIXELS, to_rgb
 from dattn_mcore.evaluation.progress import bars
 from dattn_mcore.evaluation.questions import IMAGE_MARK, mark_images
+from dattn_mcore.evaluation.self_check import SelfCheckError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 1024  # what lmms-eval's own models take where a task says nothing
 
@@ -77,6 +82,7 @@ class DattnMcore(lmms):
         local = (int(os.environ.get(n, d)) for n, d in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
         self.generator = Generator(pretrained, resolve_device(kind, *local), dtype)
         self.device = self.generator.device
+        self._checked = False
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers of requests, in their order.
@@ -87,6 +93,7 @@ class DattnMcore(lmms):
 
         Raises:
             ConfigError: a task asks for what cannot be done, such as video files.
+            SystemExit: the model fails its self-check.
         """
         answers: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}
@@ -98,7 +105,17 @@ class DattnMcore(lmms):
                 for number, text in self._group([requests[number] for number in numbers]):
                     answers[numbers[number]] = text
                     bar.advance(task)
+        self._look_at(requests, answers)
         return answers
+
+    def _look_at(self, requests: Sequence[Any], answers: Sequence[str]) -> None:
+        """Says where all answers of a task are empty or the same: lmms-eval scores them all."""
+        tasks: dict[str, list[str]] = {}
+        for request, answer in zip(requests, answers, strict=True):
+            tasks.setdefault(str(request.args[4]), []).append(answer)
+        for task, given in tasks.items():
+            for note in look_at(given, [])[0] if len(given) >= FEWEST else ():
+                logger.warning("dattn_mcore, %s: %s", task, note)
 
     def _group(self, requests: Sequence[Any]) -> Iterator[tuple[int, str]]:
         """Numbers and answers of requests that share their settings."""
@@ -107,11 +124,28 @@ class DattnMcore(lmms):
         until = [until] if isinstance(until, str) else list(until)
         tokens, more = generation_settings(wanted)
         asked = [self._request(request.args) for request in requests]
+        self._check(asked[0])
         for batch in self.generator.generate(asked, self.batch_size, tokens, **more):
             for number, text in batch.items():
                 answer = cut(text, until)
                 self.cache_hook.add_partial("generate_until", requests[number].args[:2], answer)
                 yield number, answer
+
+    def _check(self, first: Request) -> None:
+        """Checks the model on the first prompt of all.
+
+        lmms-eval turns every exception into a logged line and exit status 0, but not this one.
+
+        Raises:
+            SystemExit: the model says one thing with its cache, and another without.
+        """
+        if self._checked:
+            return
+        try:
+            self.generator.self_check(first, self.batch_size)
+        except SelfCheckError as error:
+            raise SystemExit(f"error: {error}") from None
+        self._checked = True
 
     def _request(self, arguments: tuple[Any, ...]) -> Request:
         context, _, images_of, number, task, split = arguments

@@ -103,11 +103,13 @@ def _scores(labels: list[str], sections: list[Section]) -> str:
         rows.append(
             f'<tr><td><a href="#{section.name}">{_(section.title)}</a></td>'
             f"<td>{_(first.get('metric', first['status']))}</td>{cells}"
+            f'<td class="n">{_guessing(first)}</td>'
             f'<td class="n">{first.get("rows") or ""}</td><td class="quiet">{notes}</td></tr>'
         )
     return (
         f"<h2>Scores</h2><table><tr><th>benchmark</th><th>metric</th>{heads}{difference}"
-        f'<th class="n">rows</th><th>notes</th></tr>{"".join(rows)}</table>'
+        f'<th class="n">guessing</th><th class="n">rows</th><th>notes</th></tr>'
+        f"{''.join(rows)}</table>"
     )
 
 
@@ -116,6 +118,12 @@ def _figure(entry: dict[str, Any]) -> str:
         failed = entry["status"] == "failed"
         return '<span class="failed">failed</span>' if failed else _(entry["status"])
     return f"{entry['value']:.2f}{'%' if entry['unit'] == '%' else ''}"
+
+
+def _guessing(entry: dict[str, Any]) -> str:
+    if "guessing" not in entry:
+        return ""
+    return f"{entry['guessing']:.2f}{'%' if entry['unit'] == '%' else ''}"
 
 
 def _note(entry: dict[str, Any]) -> str:

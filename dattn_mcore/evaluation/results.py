@@ -13,6 +13,7 @@ from dattn_mcore.evaluation.benchmarks.base import Benchmark
 from dattn_mcore.evaluation.benchmarks.judged import Judged
 from dattn_mcore.evaluation.failures import reason
 from dattn_mcore.evaluation.files import write_json_lines
+from dattn_mcore.evaluation.guessing import look_at
 from dattn_mcore.evaluation.run_folder import RunFolder
 from dattn_mcore.evaluation.scores import Outcome, Score
 
@@ -32,6 +33,7 @@ class Result:
         submission: file for a server, if it has one.
         error: why it failed.
         note: what is left to do.
+        broken: why the answers of an unscored benchmark cannot be a working model's.
         more: further fields for the JSON: prompt, decoding, answer file.
     """
 
@@ -42,6 +44,7 @@ class Result:
     submission: Path | None = None
     error: str | None = None
     note: str = ""
+    broken: str = ""
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -50,6 +53,11 @@ class Result:
         if self.error:
             return "failed"
         return "scored" if self.score else "submission" if self.submission else "answered"
+
+    @property
+    def fault(self) -> str:
+        """Why this benchmark must not pass for a success; empty: it may."""
+        return self.error or (self.score.broken if self.score else self.broken)
 
     def to_json(self) -> dict[str, Any]:
         """All but the outcomes."""
@@ -61,6 +69,7 @@ class Result:
             **({} if self.score is None else self.score.summary()),
             **({} if self.submission is None else {"submission": str(self.submission)}),
             **({"note": self.note} if self.note else {}),
+            **({"broken": self.broken} if self.broken else {}),
             **self.more,
         }
 
@@ -108,11 +117,15 @@ def evaluate(
     except Exception as error:  # a defect too: the other benchmarks go on
         result.error = reason(error, folder, benchmark.name)
     if result.score:
+        result.score = result.score.looked_at(answers)
         result.note = "; ".join(result.score.notes)
         if unsubmitted:
             result.note = "; ".join([f"no submission: {unsubmitted}", *result.score.notes])
     elif unsubmitted and not result.error:
         result.error = unsubmitted
+    elif not result.error:
+        odd, result.broken = look_at(answers, [])
+        result.note = "; ".join([*odd, result.note] if result.note else odd)
     return result
 
 
@@ -146,13 +159,17 @@ def write_details(
 
 def table(results: Sequence[Result], title: str) -> Table:
     """One row for each benchmark: metric, score, rows, and what to know or what failed."""
-    shown = Table("benchmark", "metric", "score", "rows", "notes", title=title)
-    for column in (2, 3):
+    shown = Table("benchmark", "metric", "score", "guessing", "rows", "notes", title=title)
+    for column in (2, 3, 4):
         shown.columns[column].justify = "right"
     for result in results:
         score = result.score
         metric = score.metric if score else result.status
-        figure = "" if score is None else f"{score.value:.2f}{'%' if score.unit == '%' else ''}"
+        figure = level = ""
+        if score:
+            unit = "%" if score.unit == "%" else ""
+            figure = f"{score.value:.2f}{unit}"
+            level = "" if score.guessing is None else f"{score.guessing:.2f}{unit}"
         note = f"failed: {result.error}" if result.error else result.note
-        shown.add_row(result.title, metric, figure, str(result.rows or ""), note)
+        shown.add_row(result.title, metric, figure, level, str(result.rows or ""), note)
     return shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -67,7 +68,7 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
         folder; nothing on the others.
 
     Raises:
-        CheckpointError: the model folder is none.
+        CheckpointError: the model folder is none, or the model fails its self-check.
         ConfigError: a name is unknown, the device is not there, or its memory is too small.
         DataError: the run's folder belongs to another run.
     """
@@ -79,7 +80,9 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
     begun = time.time()
     identity = _claim(folder, settings, processes)
     generator = Generator(settings.model, device, settings.dtype)
+    checked = _self_check(generator, benchmarks, settings.batch_size)
     if processes.rank == 0:
+        sys.stderr.write(f"{checked}\n")
         folder.settle(identity)
         processes.post("settle", "")
     else:
@@ -100,6 +103,34 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
     results += earlier_results(folder.scores, about, list(identity), settings.benchmarks)
     write_scores(folder.scores, about, results)
     return results
+
+
+def _self_check(generator: Generator, benchmarks: Sequence[Benchmark], batch_size: int) -> str:
+    """Checks the model on the first prompt that can be asked, on every process.
+
+    Returns:
+        What was compared, for the log.
+
+    Raises:
+        SelfCheckError: the model says one thing with its cache, and another without.
+        ConfigError: even one prompt does not fit the GPU's memory.
+    """
+    for benchmark in benchmarks:
+        try:
+            row = benchmark.rows[0]
+            request = Request(f"{benchmark.title}, the first question", row.text, row.pictures)
+            for picture in row.pictures:
+                picture.open(request.who)
+        except Exception:  # told with the results of that benchmark
+            continue
+        try:
+            return generator.self_check(request, batch_size)
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"--batch-size {batch_size}: not even {min(batch_size, 2)} prompts fit the GPU's "
+                "memory; take a larger GPU, or --dtype bfloat16"
+            ) from None
+    return "self-check: none, because no benchmark can be asked"
 
 
 def _claim(folder: RunFolder, settings: RunSettings, processes: Processes) -> dict[str, Any]:

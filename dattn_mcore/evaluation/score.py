@@ -1,4 +1,7 @@
-"""Exact-match accuracy of the digits questions, per category and in all."""
+"""Exact-match accuracy of the digits questions, per category and in all, beside guessing.
+
+A guess here is the best there is without any sense of place: `bag_of_digits_ceiling`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dattn_mcore.data.digits_questions import bag_of_digits_ceiling
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.files import write_text
+from dattn_mcore.evaluation.guessing import Guess, compare, look_at
 from dattn_mcore.evaluation.questions import Question, read_answers, read_questions
+from dattn_mcore.evaluation.scores import Outcome
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,24 @@ class Tally:
 
 @dataclass(frozen=True)
 class Score:
-    """Tallies by category, sorted by name, and over everything."""
+    """Tallies by category, sorted by name, and over everything.
+
+    Attributes:
+        guesses: of each category with a level of guessing, and overall where all have one.
+        notes: where a tally is not better than guessing, or answers are odd.
+        broken: why the answers cannot be a working model's; empty: they can.
+    """
 
     categories: dict[str, Tally]
     overall: Tally
+    guesses: tuple[Guess, ...] = ()
+    notes: tuple[str, ...] = ()
+    broken: str = ""
+
+    def guessing(self, name: str) -> float | None:
+        """What guessing gives in a category (or `overall`), 0 to 1; None: unknown."""
+        levels = {guess.figure: guess.level / 100 for guess in self.guesses}
+        return levels.get(name)
 
     def to_json(self) -> str:
         """The score as one JSON object."""
@@ -40,7 +60,14 @@ class Score:
             for name, t in tallies.items()
         }
         overall = plain.pop("overall")
-        return json.dumps({"overall": overall, "categories": plain}, indent=2) + "\n"
+        value = {
+            "overall": overall,
+            "categories": plain,
+            "compared": [guess.to_json() for guess in self.guesses],
+            "notes": list(self.notes),
+            "broken": self.broken,
+        }
+        return json.dumps(value, indent=2) + "\n"
 
 
 def score_digits(questions_path: str | Path, answers_path: str | Path) -> Score:
@@ -80,7 +107,27 @@ def _tally(questions: Sequence[Question], answers: dict[str | int, str]) -> Scor
     total = Tally(
         sum(t.correct for t in categories.values()), sum(t.total for t in categories.values())
     )
-    return Score(categories, total)
+    guesses = [
+        guess
+        for name, hits in sorted(right.items())
+        if (chance := _chance(name)) is not None
+        for guess in compare(name, map(float, hits), [chance] * len(hits))
+    ]
+    if len(guesses) == len(right):
+        every = [chance for name, hits in right.items() for chance in [_chance(name)] * len(hits)]
+        hits = [float(hit) for group in right.values() for hit in group]
+        guesses += compare("overall", hits, [chance or 0.0 for chance in every])
+    outcomes = [Outcome(float(hit), "", "") for group in right.values() for hit in group]
+    odd, broken = look_at([answers[q.question_id] for q in questions], outcomes)
+    notes = (*odd, *(note for guess in guesses if (note := guess.note())))
+    return Score(categories, total, tuple(guesses), notes, broken)
+
+
+def _chance(category: str) -> float | None:
+    try:
+        return bag_of_digits_ceiling(category)
+    except KeyError:  # of another question file
+        return None
 
 
 def write_score(path: str | Path, score: Score) -> None:

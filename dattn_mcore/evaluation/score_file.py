@@ -10,6 +10,7 @@ from typing import Any
 
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.files import read_object, take, write_text
+from dattn_mcore.evaluation.guessing import Guess
 from dattn_mcore.evaluation.results import Result
 from dattn_mcore.evaluation.scores import Bar, Score
 
@@ -63,6 +64,14 @@ def _result(name: str, entry: dict[str, Any]) -> Result:
     if "metric" in more:
         bars = {k: Bar(b["value"], b["rows"]) for k, b in more.pop("categories").items()}
         figures = {k: more.pop(k) for k in ("metric", "value", "unit", "figures", "notes")}
-        result.score = Score(**figures, categories=bars)
+        names = ("figure", "right", "total", "expected", "needed")
+        guesses = [Guess(*(g[name] for name in names)) for g in more.pop("compared", [])]
+        result.score = Score(
+            **figures,
+            categories=bars,
+            guessing=more.pop("guessing", None),
+            guesses=guesses,
+            broken=more.pop("broken", ""),
+        )
     result.more = more
     return result

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from dattn_mcore.evaluation.guessing import Guess, look_at
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Score:
         categories: figure of each category.
         notes: what a reader must know to compare the score.
         outcomes: one for each row, in the order of rows.
+        guessing: what guessing gives, in the unit of the headline figure; None: no such level.
+        guesses: figures compared with guessing.
+        broken: why the answers cannot be a working model's; empty: they can.
     """
 
     metric: str
@@ -58,6 +63,19 @@ class Score:
     categories: dict[str, Bar] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
+    guessing: float | None = None
+    guesses: list[Guess] = field(default_factory=list)
+    broken: str = ""
+
+    def looked_at(self, answers: Sequence[str | None] | None) -> Score:
+        """The score with notes where it is not better than guessing, or its answers are odd.
+
+        Args:
+            answers: of each row, None where there is none; None: unknown.
+        """
+        notes, broken = look_at(answers, self.outcomes)
+        notes += [note for guess in self.guesses if (note := guess.note())]
+        return replace(self, notes=[*notes, *self.notes], broken=broken)
 
     def summary(self) -> dict[str, Any]:
         """All but the outcomes, for JSON."""
@@ -69,6 +87,9 @@ class Score:
             "figures": self.figures,
             "categories": bars,
             "notes": self.notes,
+            **({} if self.guessing is None else {"guessing": self.guessing}),
+            **({"compared": [guess.to_json() for guess in self.guesses]} if self.guesses else {}),
+            **({"broken": self.broken} if self.broken else {}),
         }
 
 

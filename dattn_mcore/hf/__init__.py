@@ -9,17 +9,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .configuration_dattn import AUTO_MAP, IMAGE_PROCESSOR_AUTO_MAP, DattnConfig
+    from .cache_dattn import DattnCache
+    from .configuration_dattn import (
+        AUTO_MAP,
+        IMAGE_PROCESSOR_AUTO_MAP,
+        TESTED_TRANSFORMERS,
+        DattnConfig,
+    )
     from .image_processing_dattn import DattnImageProcessor
-    from .layout_dattn import DattnCache
     from .modeling_dattn import DattnForConditionalGeneration, DattnModel
     from .processing_dattn import DattnProcessor
 
 _MODULES = {
     "AUTO_MAP": "configuration_dattn",
     "IMAGE_PROCESSOR_AUTO_MAP": "configuration_dattn",
+    "TESTED_TRANSFORMERS": "configuration_dattn",
     "DattnConfig": "configuration_dattn",
-    "DattnCache": "layout_dattn",
+    "DattnCache": "cache_dattn",
     "DattnImageProcessor": "image_processing_dattn",
     "DattnForConditionalGeneration": "modeling_dattn",
     "DattnModel": "modeling_dattn",
@@ -27,10 +33,15 @@ _MODULES = {
 }
 REMOTE_CODE_FILES = (
     "configuration_dattn.py",
+    "layers_dattn.py",
     "layout_dattn.py",
+    "cache_dattn.py",
+    "arguments_dattn.py",
+    "samples_dattn.py",
     "attention_dattn.py",
     "text_dattn.py",
     "visual_dattn.py",
+    "generation_dattn.py",
     "modeling_dattn.py",
     "image_processing_dattn.py",
     "processing_dattn.py",
@@ -49,11 +60,13 @@ def register() -> None:
     """Registers model type `dattn` with the Auto classes; harmless when called again."""
     from transformers import (
         AutoConfig,
-        AutoImageProcessor,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoProcessor,
     )
+
+    # Where it lies: at the top level, some releases have it only beside torchvision.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from . import (
         DattnConfig,
@@ -75,6 +88,7 @@ __all__ = [
     "AUTO_MAP",
     "IMAGE_PROCESSOR_AUTO_MAP",
     "REMOTE_CODE_FILES",
+    "TESTED_TRANSFORMERS",
     "DattnCache",
     "DattnConfig",
     "DattnForConditionalGeneration",

@@ -14,18 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP, Gemma2RMSNorm
-from transformers.models.mistral.modeling_mistral import (
-    MistralMLP,
-    MistralRMSNorm,
-    apply_rotary_pos_emb,
-    repeat_kv,
-)
 
+from .cache_dattn import DattnCache
 from .configuration_dattn import DattnConfig
-from .layout_dattn import DattnCache, Layout
-
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, [batch, rows, head_dim]
+from .layers_dattn import DattnMLP, DattnRMSNorm, Rotation, repeat_heads, rotate
+from .layout_dattn import Layout
 
 
 @dataclass
@@ -122,8 +115,8 @@ def _sdpa(parts: list[Part], scale: float, softcap: float | None) -> Tensor:
     groups = query.shape[1] // keys[0].shape[1]
     return F.scaled_dot_product_attention(
         query,
-        repeat_kv(torch.cat(keys, dim=2), groups),
-        repeat_kv(torch.cat([p.value for p in parts], dim=2), groups),
+        repeat_heads(torch.cat(keys, dim=2), groups),
+        repeat_heads(torch.cat([p.value for p in parts], dim=2), groups),
         attn_mask=torch.cat([p.visible for p in parts], dim=-1),
         scale=scale,
     )
@@ -159,7 +152,7 @@ class DattnAttention(nn.Module):
         layout: Layout,
         text_rotation: Rotation,
         visual_rotation: Rotation,
-        past_key_values: DattnCache | None,
+        dattn_cache: DattnCache | None,
         visual_output: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends from the new rows to all rows.
@@ -170,7 +163,7 @@ class DattnAttention(nn.Module):
             layout: who sees whom (already windowed for this layer).
             text_rotation: rotary factors of the new text columns.
             visual_rotation: rotary factors of all visual rows.
-            past_key_values: earlier keys and values; extended in place.
+            dattn_cache: earlier keys and values; extended in place.
             visual_output: False in the last layer, where nobody reads the visual rows any more.
 
         Returns:
@@ -187,12 +180,12 @@ class DattnAttention(nn.Module):
         visual_key = self._heads(self.k_proj(visual))
         new_value = visual_value = self._heads(self.v_proj(visual))
 
-        rotated, text_key = apply_rotary_pos_emb(query, text_key, *text_rotation)
+        rotated, text_key = rotate(query, text_rotation), rotate(text_key, text_rotation)
         if rope and new_visual:
-            visual_key = _rotate(visual_key, visual_rotation)
-        if past_key_values is not None:
-            text_key, text_value = past_key_values.update(text_key, text_value, self.layer)
-            visual_key, visual_value = past_key_values.update_visual(
+            visual_key = rotate(visual_key, visual_rotation)
+        if dattn_cache is not None:
+            text_key, text_value = dattn_cache.update(text_key, text_value, self.layer)
+            visual_key, visual_value = dattn_cache.update_visual(
                 visual_key, visual_value, self.layer
             )
 
@@ -208,25 +201,18 @@ class DattnAttention(nn.Module):
         if not visual_output or not new_visual:
             return text_out, None
         if not causal:
-            repeated = repeat_kv(new_value, self.num_heads // self.num_kv_heads)
+            repeated = repeat_heads(new_value, self.num_heads // self.num_kv_heads)
             return text_out, self.o_proj(repeated.transpose(1, 2).flatten(2))
         assert layout.v2v is not None
-        reader = _rotate(self._heads(self.q_proj(visual)), visual_rotation)
+        reader = rotate(self._heads(self.q_proj(visual)), visual_rotation)
         if not rope:
-            visual_key = _rotate(visual_key, visual_rotation)
+            visual_key = rotate(visual_key, visual_rotation)
         parts = [Part(reader, visual_key, visual_value, layout.v2v)]
         if layout.v2t is not None:
             parts.append(Part(reader, text_key, text_value, layout.v2t))
         return text_out, self.o_proj(
             attend(parts, self.scale, self.softcap, "alpha", implementation)
         )
-
-
-def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotates [batch, heads, rows, head_dim] by the last `rows` entries of `rotation`."""
-    rows = x.shape[2]
-    cos, sin = (factor[:, -rows:] for factor in rotation)
-    return apply_rotary_pos_emb(x, x, cos, sin)[0]
 
 
 class DattnDecoderLayer(GradientCheckpointingLayer):
@@ -236,26 +222,30 @@ class DattnDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         text = config.text_config
         self.gemma2 = text.model_type == "gemma2"
-        norm = Gemma2RMSNorm if self.gemma2 else MistralRMSNorm
+
+        def norm() -> DattnRMSNorm:
+            return DattnRMSNorm(text.hidden_size, text.rms_norm_eps, zero_centred=self.gemma2)
+
         self.self_attn = DattnAttention(config, layer)
-        self.mlp = Gemma2MLP(text) if self.gemma2 else MistralMLP(text)
-        self.input_layernorm = norm(text.hidden_size, eps=text.rms_norm_eps)
-        self.post_attention_layernorm = norm(text.hidden_size, eps=text.rms_norm_eps)
+        self.mlp = DattnMLP(text)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
         if self.gemma2:
-            self.pre_feedforward_layernorm = norm(text.hidden_size, eps=text.rms_norm_eps)
-            self.post_feedforward_layernorm = norm(text.hidden_size, eps=text.rms_norm_eps)
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
 
     def forward(self, text: Tensor, visual: Tensor, **attention) -> tuple[Tensor, Tensor]:
         """One layer over text columns and visual rows; visual rows come back empty if unread."""
         text_out, visual_out = self.self_attn(
             self.input_layernorm(text), self.input_layernorm(visual), **attention
         )
-        text = self._finish(text, text_out)
+        text = self.finish(text, text_out)
         if visual_out is None:
             return text, visual[:, :0]
-        return text, self._finish(visual, visual_out)
+        return text, self.finish(visual, visual_out)
 
-    def _finish(self, residual: Tensor, branch: Tensor) -> Tensor:
+    def finish(self, residual: Tensor, branch: Tensor) -> Tensor:
+        """Adds the attention's output, and the MLP's of the sum."""
         if self.gemma2:
             hidden = residual + self.post_attention_layernorm(branch)
             branch = self.mlp(self.pre_feedforward_layernorm(hidden))

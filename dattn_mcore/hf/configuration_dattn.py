@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 TEXT_MODEL_TYPES = ("mistral", "gemma2")
@@ -19,6 +20,16 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_dattn.DattnForConditionalGeneration",
 }
 IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_dattn.DattnImageProcessor"}
+# Oldest and newest release of transformers with which this code is tested.
+TESTED_TRANSFORMERS = ("5.6", "5.24.0")
+
+
+def releases() -> str:
+    """Half a sentence for messages: which transformers this is, and which are tested."""
+    oldest, newest = TESTED_TRANSFORMERS
+    return (
+        f"transformers is {transformers.__version__}; this code is tested with {oldest} to {newest}"
+    )
 
 
 class DattnConfig(PreTrainedConfig):
@@ -111,4 +122,4 @@ def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
 
 
-__all__ = ["AUTO_MAP", "IMAGE_PROCESSOR_AUTO_MAP", "DattnConfig"]
+__all__ = ["AUTO_MAP", "IMAGE_PROCESSOR_AUTO_MAP", "TESTED_TRANSFORMERS", "DattnConfig", "releases"]

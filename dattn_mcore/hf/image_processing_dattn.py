@@ -10,16 +10,35 @@ import math
 from typing import Any
 
 import numpy as np
+from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
-from transformers.image_processing_utils import (
-    BatchFeature,
-    get_patch_output_size,
-    select_best_resolution,
-)
-from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
+from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
 POLICIES = ("anyres_stretch", "anyres_letterbox")
+
+
+def best_canvas(image: tuple[int, int], canvases: list[tuple[int, int]]) -> tuple[int, int]:
+    """The canvas that shows most pixels of an image, and of those the one that wastes least.
+
+    Args:
+        image: height and width.
+        canvases: heights and widths to choose from; the first of equals wins.
+    """
+
+    def shown(canvas: tuple[int, int]) -> int:
+        scale = min(canvas[1] / image[1], canvas[0] / image[0])
+        return min(int(image[1] * scale) * int(image[0] * scale), image[0] * image[1])
+
+    return max(canvases, key=lambda c: (shown(c), shown(c) - c[0] * c[1]))
+
+
+def inner_size(image: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image that keeps its aspect ratio and fills a canvas one way."""
+    high, wide = canvas[0] / image[0], canvas[1] / image[1]
+    if wide < high:
+        return min(math.ceil(image[0] * wide), canvas[0]), canvas[1]
+    return canvas[0], min(math.ceil(image[1] * high), canvas[1])
 
 
 class DattnImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -83,9 +102,9 @@ class DattnImageProcessor(PilBackend):
         pixel_values, grids = [], []
         for image in images:
             targets = [(rows * height, columns * width) for columns, rows in anyres_grids]
-            canvas_size = select_best_resolution(image.shape[-2:], targets)
-            canvas = self._canvas(image, canvas_size, resample, image_policy)
-            tiles = [self._resized(image, (height, width), resample)]
+            canvas_size = best_canvas(image.shape[-2:], targets)
+            canvas = self.on_canvas(image, canvas_size, resample, image_policy)
+            tiles = [self.resized(image, (height, width), resample)]
             for top in range(0, canvas_size[0], height):
                 for left in range(0, canvas_size[1], width):
                     tiles.append(canvas[:, top : top + height, left : left + width])
@@ -99,20 +118,21 @@ class DattnImageProcessor(PilBackend):
         data = {"pixel_values": np.array(pixel_values), "image_grids": np.array(grids)}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def _canvas(
+    def on_canvas(
         self, image: np.ndarray, size: tuple[int, int], resample: Any, policy: str
     ) -> np.ndarray:
         """The image on its canvas, [3, *size]."""
         if policy == "anyres_stretch":
-            return self._resized(image, size, resample)
-        inner = get_patch_output_size(image, size, input_data_format=ChannelDimension.FIRST)
+            return self.resized(image, size, resample)
+        inner = inner_size(image.shape[-2:], size)
         margins = [
             (math.floor((outer - side) / 2), math.ceil((outer - side) / 2))
             for outer, side in zip(size, inner, strict=True)
         ]
-        return np.pad(self._resized(image, inner, resample), ((0, 0), *margins))
+        return np.pad(self.resized(image, inner, resample), ((0, 0), *margins))
 
-    def _resized(self, image: np.ndarray, size: tuple[int, int], resample: Any) -> np.ndarray:
+    def resized(self, image: np.ndarray, size: tuple[int, int], resample: Any) -> np.ndarray:
+        """The image in another size, [3, *size]."""
         return self.resize(image, SizeDict(height=size[0], width=size[1]), resample=resample)
 
 

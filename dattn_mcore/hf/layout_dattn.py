@@ -1,4 +1,4 @@
-"""Where text and visual rows stand, what each may see, and the cache that keeps both.
+"""Where text and visual rows stand, and what each may see.
 
 `input_ids` holds one placeholder per image. Its column is a *dead* text row: it is no key, it
 counts for no position, and nobody reads its output. The image's visual rows live beside the text
@@ -7,105 +7,14 @@ columns, so cache lengths and attention masks line up with `input_ids`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 # text_live, image_starts [batch, columns]; visual_live, visual_image [batch, visual rows]
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-class DattnCache(DynamicCache):
-    """Keys and values of text columns and of visual rows, each computed once.
-
-    Text keys are held by transformers' `DynamicLayer`s, one column per entry of `input_ids`.
-    Sliding-window layers keep all columns as well: placeholders and padding are columns too, so a
-    window counted in columns would drop keys that a window counted in positions still sees.
-
-    Attributes:
-        text_live: bool [batch, columns], True for real text rows.
-        image_starts: bool [batch, columns], True for image placeholders.
-        visual_live: bool [batch, visual rows], False for the padding of a batch.
-        visual_image: int64 [batch, visual rows], which image of its sample a row belongs to.
-        visual_keys: per layer [batch, kv heads, visual rows, head_dim]; rotated where
-            t2v_position is rope, plain otherwise.
-        visual_values: like `visual_keys`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text_live: Tensor | None = None
-        self.image_starts: Tensor | None = None
-        self.visual_live: Tensor | None = None
-        self.visual_image: Tensor | None = None
-        self.visual_keys: dict[int, Tensor] = {}
-        self.visual_values: dict[int, Tensor] = {}
-
-    def extend_rows(self, rows: Rows) -> Rows:
-        """Appends (text_live, image_starts, visual_live, visual_image); returns all rows so far."""
-        names = ("text_live", "image_starts", "visual_live", "visual_image")
-        for name, new in zip(names, rows, strict=True):
-            old = getattr(self, name)
-            setattr(self, name, new if old is None else torch.cat([old, new], dim=1))
-        text_live, image_starts, visual_live, visual_image = (getattr(self, n) for n in names)
-        return text_live, image_starts, visual_live, visual_image
-
-    def update_visual(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Appends a layer's new visual keys and values; returns all of that layer."""
-        if layer in self.visual_keys:
-            if keys.shape[2] == 0:
-                return self.visual_keys[layer], self.visual_values[layer]
-            keys = torch.cat([self.visual_keys[layer], keys], dim=2)
-            values = torch.cat([self.visual_values[layer], values], dim=2)
-        self.visual_keys[layer], self.visual_values[layer] = keys, values
-        return keys, values
-
-    def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        for name in ("text_live", "image_starts", "visual_live", "visual_image"):
-            if getattr(self, name) is not None:
-                setattr(self, name, change(getattr(self, name)))
-        for store in (self.visual_keys, self.visual_values):
-            for layer, tensor in store.items():
-                store[layer] = change(tensor)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorders the samples for beam search."""
-        super().reorder_cache(beam_idx)
-        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sample `repeats` times."""
-        super().batch_repeat_interleave(repeats)
-        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the samples `indices`."""
-        super().batch_select_indices(indices)
-        self._map_batch(lambda x: x[indices, ...])
-
-    def crop(self, *args: int) -> None:
-        """Removes the last text columns; see transformers for how many.
-
-        Raises:
-            ValueError: if an image's placeholder would be removed.
-        """
-        super().crop(*args)
-        length = self.get_seq_length()
-        if self.text_live is not None and self.image_starts is not None:
-            if self.image_starts[:, length:].any():
-                raise ValueError("cannot crop the cache across an image placeholder")
-            self.text_live = self.text_live[:, :length]
-            self.image_starts = self.image_starts[:, :length]
-
-    def reset(self) -> None:
-        """Empties the cache."""
-        super().reset()
-        self.text_live = self.image_starts = self.visual_live = self.visual_image = None
-        self.visual_keys, self.visual_values = {}, {}
 
 
 @dataclass
@@ -229,4 +138,4 @@ def build_layout(
     )
 
 
-__all__ = ["DattnCache", "Layout", "build_layout"]
+__all__ = ["Layout", "Rows", "build_layout"]

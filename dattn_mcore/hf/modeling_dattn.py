@@ -12,19 +12,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.gemma2.modeling_gemma2 import (
-    Gemma2RMSNorm,
-    Gemma2TextScaledWordEmbedding,
-)
 
 # Some releases of transformers copy only what this file itself names to where they run it from:
 # all neighbours are named here.
+from .arguments_dattn import cache_field, check_further, check_shapes
 from .attention_dattn import DattnDecoderLayer
-from .configuration_dattn import DattnConfig
-from .layout_dattn import DattnCache
+from .cache_dattn import DattnCache, is_cache, own_cache
+from .configuration_dattn import DattnConfig, releases
+from .generation_dattn import DattnGenerationMixin, placeholder_columns
+from .layers_dattn import DattnRMSNorm
+from .layout_dattn import Rows
+from .samples_dattn import check_pixels, check_tiles, one_after_another
 from .text_dattn import DattnTextModel
 from .visual_dattn import DattnProjector, build_vision_tower, place_images, tower_features
 
@@ -36,21 +37,36 @@ class DattnPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]
-    _no_split_modules = [DattnDecoderLayer.__name__, "SiglipEncoderLayer", "CLIPEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = [DattnDecoderLayer.__name__]  # the vision tower adds its own
+    # The cache's name in transformers before 5.24 and after, and between this model's parts.
+    _skip_keys_device_placement = ["past_key_values", "cache", "dattn_cache"]
     _keep_in_fp32_modules_strict = ["row_position", "column_position"]
     _supports_sdpa = True
     supports_gradient_checkpointing = True
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """See transformers, which leaves weights that a folder lacks at random values.
+
+        Raises:
+            ValueError: weights are missing, and the caller does not ask for `output_loading_info`.
+        """
+        asked = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if asked:
+            return model, info
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{len(missing)} weights are missing ({', '.join(missing[:3])}, ...) and would "
+                f"stay random; copy the folder again, or see output_loading_info ({releases()})"
+            )
+        return model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Gemma2RMSNorm):
-            init.zeros_(module.weight)  # scales by 1 + weight
-        elif isinstance(module, Gemma2TextScaledWordEmbedding):
-            init.constant_(module.embed_scale, module.scalar_embed_scale)
-        elif isinstance(module, DattnProjector):
-            init.constant_(module.output_norm.weight, self.config.projector_output_norm_init)
+        if isinstance(module, DattnRMSNorm):
+            init.constant_(module.weight, module.initial)
 
 
 class DattnModel(DattnPreTrainedModel):
@@ -85,41 +101,42 @@ class DattnModel(DattnPreTrainedModel):
         Raises:
             ValueError: the tiles are not as many as the grids say.
         """
-        tiles = pixel_values.shape[0]
-        grids = [[0, 0]] * tiles if image_grids is None else image_grids.tolist()
-        expected = sum(1 + columns * rows for columns, rows in grids)
-        if tiles != expected:
-            raise ValueError(
-                f"pixel_values hold {tiles} tiles, but image_grids name {expected} (a base view "
-                "and columns x rows for each image); pass both as the processor gives them"
-            )
+        if image_grids is None:
+            image_grids = torch.zeros(len(pixel_values), 2, dtype=torch.long)
+        check_tiles(pixel_values, image_grids)
         features = tower_features(self.vision_tower, pixel_values)
-        return self.multi_modal_projector(features, grids)
+        return self.multi_modal_projector(features, image_grids.tolist())
 
     def forward(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: DattnCache | None = None,
+        cache: DattnCache | None = None,
         image_grids: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states of the columns of `input_ids`; see `DattnForConditionalGeneration`."""
-        text_live = (
-            torch.ones_like(input_ids, dtype=torch.bool)
-            if attention_mask is None
-            else attention_mask[:, -input_ids.shape[1] :].bool()
-        )
-        image_starts = (input_ids == self.config.image_token_id) & text_live
-        text_live = text_live & ~image_starts
+        position_ids: Tensor | None = None,
+        every_layer: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Hidden states of the columns of `input_ids`.
+
+        See `DattnForConditionalGeneration` and, for what it returns, `DattnTextModel`.
+        """
+        new_mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        image_starts = placeholder_columns(self.config, input_ids, new_mask)
+        text_live = torch.ones_like(image_starts) if new_mask is None else new_mask.bool()
+        text_live = text_live.to(image_starts.device) & ~image_starts
         embedded = self.get_input_embeddings()(input_ids.masked_fill(~text_live, 0))
         images_before: Tensor | int = 0
-        if past_key_values is not None and past_key_values.image_starts is not None:
-            images_before = past_key_values.image_starts.long().sum(1)
+        if cache is not None and cache.image_starts is not None:
+            images_before = cache.image_starts.long().sum(1)
+        counts = image_starts.sum(1)
         images: tuple[Tensor, ...] = ()
         if pixel_values is not None:
-            images = self.get_image_features(pixel_values.to(embedded.dtype), image_grids)
-        counts = image_starts.sum(1)
+            pixel_values = pixel_values.to(embedded.dtype)
+            if pixel_values.ndim == 5:
+                pixel_values, image_grids = one_after_another(pixel_values, image_grids, counts)
+            if len(pixel_values):
+                images = self.get_image_features(pixel_values, image_grids)
         if len(images) != int(counts.sum()):
             raise ValueError(
                 f"input_ids hold {int(counts.sum())} image placeholders (token "
@@ -127,11 +144,11 @@ class DattnModel(DattnPreTrainedModel):
                 "pass one image per placeholder"
             )
         visual, visual_live, visual_image = place_images(images, counts, images_before, embedded)
-        rows = (text_live, image_starts, visual_live, visual_image)
-        return self.language_model(embedded, visual, rows, past_key_values)
+        rows: Rows = (text_live, image_starts, visual_live, visual_image)
+        return self.language_model(embedded, visual, rows, cache, position_ids, every_layer)
 
 
-class DattnForConditionalGeneration(DattnPreTrainedModel, GenerationMixin):
+class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
     """The model with its output head: logits, loss and `generate`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -168,143 +185,114 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: DattnCache | None = None,
+        past_key_values: Any = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         image_grids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        image_columns: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Computes logits of the new columns.
 
         Args:
             input_ids: int64 [batch, columns]; with a cache, the new columns only.
-            pixel_values: normalised tiles [tiles, 3, height, width] of the new columns' images.
+            pixel_values: normalised tiles [tiles, 3, height, width] of the new columns' images; or
+                [batch, most tiles, 3, height, width], sample by sample.
             attention_mask: [batch, columns], 0 for padding (left or right); with a cache it may
                 cover the earlier columns too.
-            past_key_values: cache of the earlier columns, extended in place.
+            past_key_values: cache of the earlier columns, extended in place. An empty
+                `DynamicCache` is replaced by a `DattnCache`, which the output holds.
             labels: int64 [batch, columns], tokens as in `input_ids` or -100; shifted here to the
-                next text row, so that an image between two text rows changes nothing.
+                next text row, so that an image between two text rows changes nothing. What stands
+                at images and padding does not count.
             use_cache: whether to make (or go on with) a cache.
             logits_to_keep: compute the last n logits only; 0: all.
-            return_dict: False: a tuple instead of the output object.
+            return_dict: False: a tuple instead of the output object; None: as the configuration
+                says.
             image_grids: int64 [images, 2], columns and rows of each image's canvas in tiles; None:
-                every tile is an image.
+                every tile is an image. Sample by sample: [batch, most images, 2], padded with -1.
             num_items_in_batch: what the summed loss is divided by; None: the labels that count.
                 transformers' Trainer gives it where several forward passes make one step.
-            **kwargs: what transformers passes to every model; not used.
+            output_hidden_states: whether to return hidden states of the text columns, the
+                embeddings first and the last ones normed; None: as the configuration says. What
+                they hold at images and padding means nothing.
+            image_columns: bool [batch, columns], columns that are images whatever their id is.
+            **kwargs: a cache under another name, and what transformers passes to every model; see
+                `check_further`. `position_ids` must be those that the model derives.
 
         Raises:
-            ValueError: if images and placeholders, or tiles and grids, differ in number, the
-                cache is of another kind, or embeddings are given instead of ids.
+            ValueError: images and placeholders, or tiles and grids, differ in number, the cache is
+                of another kind, or an argument is not honoured.
         """
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError(
-                "inputs_embeds is not supported; pass input_ids, which say where images stand"
-            )
-        if past_key_values is None and use_cache:
-            past_key_values = DattnCache()
-        if past_key_values is not None and not isinstance(past_key_values, DattnCache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; this model keeps visual "
-                "keys as well, so pass a DattnCache or nothing"
-            )
-        hidden = self.model(input_ids, pixel_values, attention_mask, past_key_values, image_grids)
+        named = [value for value in kwargs.values() if is_cache(value)]
+        cache = own_cache([past_key_values, *named])
+        if use_cache is False and cache is not None:
+            raise ValueError("use_cache is False, but a cache is given; leave one of them out")
+        if cache is None and use_cache:
+            cache = DattnCache()
+        if getattr(self.config, "output_attentions", False):
+            kwargs.setdefault("output_attentions", True)
+        position_ids = kwargs.pop("position_ids", None)
+        past = 0 if cache is None else cache.get_seq_length()
+        check_further(kwargs, past, input_ids)
+        check_shapes(input_ids, attention_mask, labels, logits_to_keep, cache)
+        check_pixels(pixel_values)
+        if image_columns is not None:
+            input_ids = input_ids.masked_fill(image_columns, self.config.image_token_id)
+        if output_hidden_states is None:
+            output_hidden_states = bool(getattr(self.config, "output_hidden_states", False))
+        if return_dict is None:
+            return_dict = bool(getattr(self.config, "return_dict", True))
+        states = self.model(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            cache,
+            image_grids,
+            position_ids,
+            output_hidden_states,
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, keep])
+        logits = self.lm_head(states[-1][:, keep])
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         loss = None
         if labels is not None:
-            loss = self._loss(logits, labels, input_ids, attention_mask, num_items_in_batch)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
-        return output.to_tuple() if return_dict is False else output
-
-    def _loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
-    ) -> Tensor:
-        """Cross-entropy of each text row's next text row, averaged over the labels that count."""
-        live = input_ids != self.config.image_token_id
-        if attention_mask is not None:
-            live = live & attention_mask.bool()
-        rows = [(logits[i, row][:-1], labels[i, row][1:]) for i, row in enumerate(live)]
-        scores = torch.cat([row for row, _ in rows]).float()
-        targets = torch.cat([target for _, target in rows])
-        if num_items_in_batch is None:
-            return F.cross_entropy(scores, targets)
-        total = F.cross_entropy(scores, targets, reduction="sum")
-        return total / torch.as_tensor(num_items_in_batch, device=total.device)
-
-    def prepare_inputs_for_generation(
-        self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
-    ) -> dict[str, Any]:
-        """See transformers; the cache holds the images after the first step."""
-        inputs = super().prepare_inputs_for_generation(
-            *args, is_first_iteration=is_first_iteration, **kwargs
+            live = ~placeholder_columns(self.config, input_ids, None)
+            if attention_mask is not None:
+                live &= attention_mask[:, -input_ids.shape[1] :].to(live.device).bool()
+            loss = next_token_loss(logits, labels, live, num_items_in_batch)
+        held: dict[str, Any] = {} if cache is None else {cache_field(): cache}
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=states if output_hidden_states else None, **held
         )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs["pixel_values"] = inputs["image_grids"] = None  # not done before 5.13
-        return inputs
+        return output if return_dict else output.to_tuple()
 
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic", "hybrid"):
-            raise ValueError(
-                f"cache_implementation is {generation_config.cache_implementation!r}; this model "
-                "keeps visual keys as well and has the dynamic cache only"
-            )
-        if generation_config.use_cache is not False:
-            model_kwargs.setdefault("past_key_values", None)
-            if model_kwargs["past_key_values"] is None:
-                model_kwargs["past_key_values"] = DattnCache()
 
-    def _expand_inputs_for_generation(  # type: ignore[override]
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Any = None,
-        **model_kwargs: Any,
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeats samples; images are repeated sample by sample, not one by one."""
-        names = ("pixel_values", "image_grids")
-        pixel_values, grids = (model_kwargs.pop(name, None) for name in names)
-        if pixel_values is not None and expand_size > 1 and input_ids is not None:
-            starts = input_ids == self.config.image_token_id
-            if (mask := model_kwargs.get("attention_mask")) is not None:
-                starts = starts & mask[:, -starts.shape[1] :].bool()
-            images = tiles = starts.sum(1).tolist()
-            if grids is not None:
-                tiles = [int((1 + grid.prod(1)).sum()) for grid in grids.split(images)]
-                grids = _repeat(grids, images, expand_size)
-            pixel_values = _repeat(pixel_values, tiles, expand_size)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size,
-            is_encoder_decoder=is_encoder_decoder,
-            input_ids=input_ids,
-            **model_kwargs,
+def next_token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    live: Tensor,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor:
+    """Cross-entropy of each text row's next text row, averaged over the labels that count."""
+    rows = [(logits[i, row][:-1], labels[i, row][1:]) for i, row in enumerate(live)]
+    scores = torch.cat([row for row, _ in rows]).float()
+    targets = torch.cat([target for _, target in rows])
+    if len(targets) and int(targets.max()) >= scores.shape[1]:
+        raise ValueError(
+            f"labels hold token {int(targets.max())}, but the vocabulary has {scores.shape[1]} "
+            "tokens; a label is a token, or -100"
         )
-        for name, value in zip(names, (pixel_values, grids), strict=True):
-            if value is not None:
-                model_kwargs[name] = value
-        return input_ids, model_kwargs
-
-
-def _repeat(x: Tensor, per_sample: list[int], times: int) -> Tensor:
-    """Repeats each sample's share of the first axis as a whole."""
-    return torch.cat([share for share in x.split(per_sample) for _ in range(times)])
+    if num_items_in_batch is None:
+        return F.cross_entropy(scores, targets)
+    total = F.cross_entropy(scores, targets, reduction="sum")
+    return total / torch.as_tensor(num_items_in_batch, device=total.device)
 
 
 __all__ = ["DattnForConditionalGeneration", "DattnModel", "DattnPreTrainedModel"]

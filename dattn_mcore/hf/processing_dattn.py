@@ -15,7 +15,8 @@ class DattnProcessor(ProcessorMixin):
     Batches are padded on the left, as generation needs.
     """
 
-    text_kwargs = {"add_special_tokens": False, "padding_side": "left"}
+    # Not every release looks at a `text_kwargs` of the class: `__call__` gives these itself.
+    text_defaults = {"add_special_tokens": False, "padding_side": "left"}
 
     def __init__(
         self,
@@ -28,6 +29,14 @@ class DattnProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """See transformers; text is not given special tokens, and padded on the left."""
+        nested = kwargs.get("text_kwargs") or {}
+        for name, value in self.text_defaults.items():
+            if name not in nested:
+                kwargs.setdefault(name, value)
+        return super().__call__(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """One placeholder stays one placeholder."""

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers.models.gemma2.modeling_gemma2 import (
-    Gemma2RMSNorm,
-    Gemma2RotaryEmbedding,
-    Gemma2TextScaledWordEmbedding,
-)
-from transformers.models.mistral.modeling_mistral import (
-    MistralRMSNorm,
-    MistralRotaryEmbedding,
-)
 
+from .arguments_dattn import check_positions
 from .attention_dattn import DattnDecoderLayer
+from .cache_dattn import DattnCache
 from .configuration_dattn import DattnConfig
-from .layout_dattn import DattnCache, Layout, Rows, build_layout
+from .layers_dattn import DattnEmbedding, DattnRMSNorm, DattnRotary
+from .layout_dattn import Layout, Rows, build_layout
 
 
 class DattnTextModel(nn.Module):
@@ -27,21 +22,21 @@ class DattnTextModel(nn.Module):
         super().__init__()
         self.config = config
         text: Any = config.text_config
-        vocab, hidden, pad = text.vocab_size, text.hidden_size, text.pad_token_id
-        self.embed_tokens: nn.Module
-        self.norm: nn.Module
-        self.rotary_emb: nn.Module
-        if text.model_type == "gemma2":
-            self.embed_tokens = Gemma2TextScaledWordEmbedding(vocab, hidden, pad, hidden**0.5)
-            self.norm = Gemma2RMSNorm(hidden, eps=text.rms_norm_eps)
-            self.rotary_emb = Gemma2RotaryEmbedding(text)
-        else:
-            self.embed_tokens = nn.Embedding(vocab, hidden, pad)
-            self.norm = MistralRMSNorm(hidden, eps=text.rms_norm_eps)
-            self.rotary_emb = MistralRotaryEmbedding(text)
+        gemma2 = text.model_type == "gemma2"
+        scale = text.hidden_size**0.5 if gemma2 else None
+        self.embed_tokens: nn.Module = DattnEmbedding(
+            text.vocab_size, text.hidden_size, text.pad_token_id, scale
+        )
+        self.norm = DattnRMSNorm(text.hidden_size, text.rms_norm_eps, zero_centred=gemma2)
+        self.rotary_emb = DattnRotary(text)
         self.layers = nn.ModuleList(
             DattnDecoderLayer(config, layer) for layer in range(text.num_hidden_layers)
         )
+
+    @property
+    def replays_layers(self) -> bool:
+        """Whether the layers keep no activations for the backward pass."""
+        return any(layer.gradient_checkpointing for layer in self.layers)
 
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer, in positions, the query included; None: no window."""
@@ -57,7 +52,9 @@ class DattnTextModel(nn.Module):
         visual: Tensor,
         rows: Rows,
         cache: DattnCache | None,
-    ) -> Tensor:
+        position_ids: Tensor | None = None,
+        every_layer: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Runs all layers.
 
         Args:
@@ -66,21 +63,37 @@ class DattnTextModel(nn.Module):
             rows: what stands in the new columns and rows: (text_live, image_starts, visual_live,
                 visual_image), see `DattnCache`.
             cache: earlier rows, extended in place; None: there are none.
+            position_ids: positions of the new columns that a caller gives; they must be those that
+                follow from the rows.
+            every_layer: whether to keep all hidden states, or the last only.
 
         Returns:
-            Normed hidden states of the new text columns.
+            Hidden states of the new text columns: of `every_layer` the embeddings and what each
+            layer gives, the last one normed; else the last one alone.
+
+        Raises:
+            ValueError: the positions are others, or a cache would be filled twice.
         """
+        columns = text.shape[1]
+        replayed = self.training and torch.is_grad_enabled() and self.replays_layers
+        if cache is not None and replayed:
+            raise ValueError(
+                "gradient checkpointing runs each layer twice, which fills the cache twice; "
+                "pass no cache and no use_cache, or turn it off"
+            )
         shared_axis = self.config.t2v_position == "rope"
         layout = build_layout(
             rows if cache is None else cache.extend_rows(rows),
-            new_text=text.shape[1],
+            new_text=columns,
             new_visual=visual.shape[1],
             causal_v2v=self.config.v2v == "causal",
             shared_axis=shared_axis,
         )
-        text_rotation = self.rotary_emb(text, layout.text_position[:, -text.shape[1] :])
-        visual_rotation = self.rotary_emb(text, layout.visual_position)
+        check_positions(position_ids, layout.text_position[:, -columns:], rows[0])
+        text_rotation = self.rotary_emb(layout.text_position[:, -columns:], text.dtype)
+        visual_rotation = self.rotary_emb(layout.visual_position, text.dtype)
         layouts: dict[int | None, Layout] = {None: layout}
+        states = [text]
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             window = self.window(number)
@@ -92,10 +105,13 @@ class DattnTextModel(nn.Module):
                 layout=layouts[window],
                 text_rotation=text_rotation,
                 visual_rotation=visual_rotation,
-                past_key_values=cache,
+                dattn_cache=cache,
                 visual_output=number < last,
             )
-        return self.norm(text)
+            if every_layer and number < last:
+                states.append(text)
+        text = self.norm(text)
+        return (*states, text) if every_layer else (text,)
 
 
 __all__ = ["DattnTextModel"]

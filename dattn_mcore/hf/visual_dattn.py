@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -9,27 +10,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
-from .configuration_dattn import DattnConfig
+from .configuration_dattn import DattnConfig, releases
+from .layers_dattn import DattnRMSNorm, scaled
 
 
 def build_vision_tower(config: DattnConfig) -> PreTrainedModel:
-    """Returns transformers' own tower without the layers and norms whose output nobody reads."""
-    vision = config.vision_config
+    """Returns transformers' own tower without the layers and norms whose output nobody reads.
+
+    Raises:
+        RuntimeError: this release of transformers builds the tower otherwise.
+    """
+    vision = copy.deepcopy(config.vision_config)
+    vision.num_hidden_layers = config.num_vision_layers
     siglip = vision.model_type == "siglip_vision_model"
     if siglip:
         vision.vision_use_head = False
     tower: Any = (SiglipVisionModel if siglip else CLIPVisionModel)(vision)
-    del tower.encoder.layers[config.num_vision_layers :]
-    if not siglip or config.vision_feature_layer != -1:
-        tower.post_layernorm = nn.Identity()  # CLIP applies it to the pooled row only
+    if not siglip or config.vision_feature_layer != -1:  # CLIP's is for the pooled row only
+        if not isinstance(getattr(tower, "post_layernorm", None), nn.LayerNorm):
+            raise RuntimeError(
+                f"{type(tower).__name__} has no post_layernorm, which this model leaves out; "
+                f"{releases()}"
+            )
+        tower.post_layernorm = nn.Identity()
     return tower
 
 
 def tower_features(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     """Patch features [images, rows, width]; CLIP's class row is dropped."""
-    features = tower(pixel_values).last_hidden_state
+    features = tower(pixel_values, return_dict=True).last_hidden_state
     return features[:, 1:] if isinstance(tower, CLIPVisionModel) else features
 
 
@@ -70,11 +80,11 @@ class DattnProjector(nn.Module):
         self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.projector_hidden_size)
         self.act = nn.GELU()
         self.linear_2 = nn.Linear(config.projector_hidden_size, hidden)
-        self.norm = MistralRMSNorm(hidden, eps=eps)
+        self.norm = DattnRMSNorm(hidden, eps)
         if config.visual_positions:
             self.row_position = DattnAxisPosition(hidden, eps)
             self.column_position = DattnAxisPosition(hidden, eps)
-        self.output_norm = MistralRMSNorm(hidden, eps=eps)
+        self.output_norm = DattnRMSNorm(hidden, eps, start=config.projector_output_norm_init)
         self.visual_positions, self.grid = config.visual_positions, config.grid
         self.scale = hidden**0.5 if config.text_config.model_type == "gemma2" else None
 
@@ -103,7 +113,7 @@ class DattnProjector(nn.Module):
                 stitched = canvas.transpose(1, 2).flatten(0, 3)  # rows of the canvas, not of tiles
                 views.append(stitched + places[rows, columns])
             y = self.output_norm(torch.cat(views))
-            images.append(y if self.scale is None else y * torch.tensor(self.scale, dtype=y.dtype))
+            images.append(y if self.scale is None else scaled(y, self.scale))
         return tuple(images)
 
     def _place(self, tiles: tuple[int, int], dtype: torch.dtype) -> Tensor | float:

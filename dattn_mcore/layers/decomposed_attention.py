@@ -226,7 +226,7 @@ class DecomposedSelfAttention(MegatronModule):
         k_t, v_t = self._by_group(kv_text).unbind(2)
         k_v, v_v = self._by_group(kv_visual).unbind(2)
 
-        def core(q, k_t, v_t, k_v, v_v, q_visual, angles):  # type: ignore[no-untyped-def]
+        def core(q, k_t, v_t, k_v, v_v, q_visual, angles):
             rotary = Rotary(text=angles[n:], visual=angles[:n])
             return attend(q, k_t, v_t, k_v, v_v, q_visual, rotary, params, self.options)
 

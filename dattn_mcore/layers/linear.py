@@ -36,7 +36,7 @@ class _FoldedProjection(torch.autograd.Function):
     """`[values @ fold(W)^T; rows @ W^T]`; folds again in backward rather than keep fold(W)."""
 
     @staticmethod
-    def forward(ctx, rows, values, weight, head_dim):  # type: ignore[no-untyped-def]
+    def forward(ctx, rows, values, weight, head_dim):
         ctx.num_visual, ctx.head_dim = values.shape[0], head_dim
         ctx.groups = values.shape[1] // head_dim
         ctx.save_for_backward(*((rows, values) if weight.requires_grad else (None, None)), weight)
@@ -47,7 +47,7 @@ class _FoldedProjection(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         rows, values, weight = ctx.saved_tensors
         d_visual, d_text = grad[: ctx.num_visual], grad[ctx.num_visual :]
         d_rows = d_values = d_weight = None

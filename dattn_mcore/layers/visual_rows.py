@@ -96,12 +96,12 @@ class _KeysValues(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hook, kept, layer):  # type: ignore[no-untyped-def]
+    def forward(ctx, hook, kept, layer):
         ctx.kept, ctx.layer = kept, layer
         return kept.values[layer].detach()
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient):
         ctx.kept.gradients[ctx.layer] = gradient
         ctx.kept.values[ctx.layer] = None
         return None, None, None
@@ -111,7 +111,7 @@ class _VisualRows(torch.autograd.Function):
     """Visual rows through all layers; text rows pass, so that they are done first in backward."""
 
     @staticmethod
-    def forward(ctx, visual, text, layers, kept, chunk, shards):  # type: ignore[no-untyped-def]
+    def forward(ctx, visual, text, layers, kept, chunk, shards):
         ctx.layers, ctx.kept, ctx.chunk, ctx.shards = layers, kept, chunk, shards
         ctx.save_for_backward(visual)
         ctx.set_materialize_grads(False)
@@ -126,7 +126,7 @@ class _VisualRows(torch.autograd.Function):
         return text.view_as(text), output
 
     @staticmethod
-    def backward(ctx, d_text, d_output):  # type: ignore[no-untyped-def]
+    def backward(ctx, d_text, d_output):
         (visual,) = ctx.saved_tensors
         d_visual = torch.empty_like(visual) if ctx.needs_input_grad[0] else None
         for rows in _chunks(visual, ctx.chunk):

@@ -65,7 +65,7 @@ def chunked_cross_entropy(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, labels, chunk, softcap, vocab_size, tp_group):  # type: ignore[no-untyped-def]
+    def forward(ctx, rows, weight, labels, chunk, softcap, vocab_size, tp_group):
         ctx.chunk, ctx.softcap, ctx.tp_group = chunk, softcap, tp_group
         first = get_pg_rank(tp_group) * weight.shape[0]
         ctx.entries, own_labels = vocab_size - first, labels - first
@@ -90,7 +90,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return lse - sums[1]
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         rows, weight, own_labels, is_own, lse = ctx.saved_tensors
         d_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         gradient = _WeightGradient(weight) if ctx.needs_input_grad[1] else None

@@ -166,6 +166,19 @@ def backend(device: str) -> str:
     return "nccl" if device == "gpu" else "gloo"
 
 
+def load_no_compiler(requested: str) -> None:
+    """Spares a process without a GPU the import of PyTorch's compiler; call before Megatron-Core's.
+
+    Megatron-Core decorates functions with `torch.compile` while it is imported, which loads the
+    compiler at once: two of a rank's seven seconds, for what `install` then switches off.
+
+    Args:
+        requested: `train.device`.
+    """
+    if requested == "cpu" or (requested == "auto" and not gpu_available()):
+        torch.compile = _uncompiled
+
+
 def install(device: str, local_rank: int = 0) -> torch.device:
     """Makes this process ready to run Megatron-Core on a device.
 
@@ -289,7 +302,7 @@ def _is_gpu_device(value: Any) -> bool:
 class _GpuNamesMeanCpu(TorchFunctionMode):
     """Maps `device="cuda"` arguments, and `.to("cuda")`, to the CPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if kwargs and _is_gpu_device(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
         if func is torch.Tensor.to and len(args) > 1 and _is_gpu_device(args[1]):
@@ -320,9 +333,14 @@ class _DropRngWarning(logging.Filter):
         return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
+def _uncompiled(model: Any = None, **settings: Any) -> Any:
+    """`torch.compile`, as a decorator with or without settings, where nothing is compiled."""
+    return _uncompiled if model is None else model
+
+
 def _install_cpu() -> None:
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
     tensor_type = torch.Tensor.type
 
@@ -361,13 +379,12 @@ def _install_cpu() -> None:
     }
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
-    torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()  # type: ignore[assignment]
-
-    from megatron.core import jit
+    torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
 
     # Megatron-Core would compile small fused functions at their first call: on a CPU that costs
-    # more than it gains, and needs a C++ compiler.
-    jit.disable_jit_fuser()
+    # more than it gains, and needs a C++ compiler. Its own switch comes too late for modules that
+    # have been imported.
+    torch.compiler.set_stance("force_eager")
 
     from megatron.core.tensor_parallel import random as megatron_random
 

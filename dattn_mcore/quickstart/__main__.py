@@ -11,12 +11,18 @@ from pathlib import Path
 from rich.console import Console
 
 from dattn_mcore.errors import DattnError
-from dattn_mcore.quickstart.run import make_run_dir, run_steps
+from dattn_mcore.quickstart.expectation import ExpectationError, expectation
+from dattn_mcore.quickstart.run import StepError, make_run_dir, run_steps
 from dattn_mcore.quickstart.steps import DATA, ROOT, make_plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status (2 for a user's mistake, 1 for a failed step)."""
+    """Runs the command.
+
+    Returns:
+        0; 1 where a step failed or the accuracy is outside of what the settings must give; 2 for a
+        user's mistake; 130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m dattn_mcore.quickstart",
         description="Train a D-Attn model to read handwriting, convert it, and evaluate it.",
@@ -38,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         plan = make_plan(chosen.run_dir, chosen.data, chosen.overrides)
+        expected = expectation(chosen.overrides)
         make_run_dir(ROOT / plan.run_dir, {"overrides": list(chosen.overrides)})
         seconds = run_steps(plan, console)
 
@@ -47,10 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = score(plan)
         draw(plan, result)
         show(plan, result, seconds, time.perf_counter() - started, console)
+        expected.check(result.overall)
     except DattnError as error:
         sys.stdout.flush()
         sys.stderr.write(f"error: {error}\n")
-        return 2
+        return 1 if isinstance(error, StepError | ExpectationError) else 2
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
         return 130

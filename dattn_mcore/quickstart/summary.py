@@ -39,7 +39,10 @@ def show(
     table.add_row(*_row("all", result.overall), f"{blind / result.overall.total:.1%}")
     console.print("\n[bold]Held-out questions, exact match of the generated answer[/bold]")
     console.print(table)
-    console.print("without places: the most that is right knowing which digits, not where\n")
+    console.print("without places: the most that is right knowing which digits, not where")
+    for note in result.notes:  # expected of a blind model, a fault of any other
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    console.print()
     steps = ", ".join(f"{name} {taken:.0f} s" for name, taken in seconds.items())
     console.print(f"time      {total:.0f} s ({steps})", soft_wrap=True)
     console.print(f"picture   {plan.run_dir / 'report.png'}", soft_wrap=True)

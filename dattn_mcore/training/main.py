@@ -62,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
         config, dry_run = parse_arguments(arguments)
         if dry_run:
             from dattn_mcore.parallel import platform
+
+            platform.load_no_compiler(config.train.device)
             from dattn_mcore.training.plan import describe
 
             if config.train.deterministic:
@@ -94,8 +96,11 @@ def _run(config: Config, arguments: list[str]) -> int:
     # Importing PyTorch and Megatron-Core takes seconds; mistakes above are told at once.
     import torch.distributed as dist
 
+    from dattn_mcore.parallel import platform
+
+    platform.load_no_compiler(config.train.device)
     from dattn_mcore.layers.implementation import choose_implementation
-    from dattn_mcore.parallel import groups, platform
+    from dattn_mcore.parallel import groups
     from dattn_mcore.training.loop import train
     from dattn_mcore.training.plan import attention_backends
     from dattn_mcore.training.start_checks import check_all_reduce
@@ -139,7 +144,7 @@ def _run(config: Config, arguments: list[str]) -> int:
         dist.destroy_process_group()
 
 
-def _join(config: Config):  # type: ignore[no-untyped-def]
+def _join(config: Config):
     """Joins the other ranks, once all see their device and run the same code and configuration."""
     from dattn_mcore.parallel import groups, platform
     from dattn_mcore.training.start_checks import check_ranks, describe_rank
@@ -164,7 +169,7 @@ def _join(config: Config):  # type: ignore[no-untyped-def]
     return device_kind, device, watchdog
 
 
-def _prepare_data(config: Config, device) -> None:  # type: ignore[no-untyped-def]
+def _prepare_data(config: Config, device) -> None:
     """Makes the embedded data set where it is absent; rank 0 does, the others wait."""
     import torch.distributed as dist
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import signal
-import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tests.distributed.pool import PRELOAD
+from tests import ranks
 
 
 def start_ranks(
@@ -35,50 +32,20 @@ def start_ranks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    ranks = []
-    for rank in range(world_size):
-        arguments = ["--config", str(folder / "run.yaml"), "--device", "cpu"]
-        arguments += (overrides or {}).get(rank, [])
-        where = (rank, world_size, port)
-        process = context.Process(target=_rank, args=(*where, folder, fault, arguments))
-        process.start()
-        ranks.append(process)
-    return ranks
+    common = ["--config", str(folder / "run.yaml"), "--device", "cpu"]
+    arguments = [
+        (folder, fault if rank == 1 else "nothing", [*common, *(overrides or {}).get(rank, [])])
+        for rank in range(world_size)
+    ]
+    return ranks.start_ranks(_train, arguments, folder)
 
 
-def end_ranks(ranks: list[Any]) -> None:
-    """Kills what is left."""
-    for process in ranks:
-        process.kill()
-        process.join()
-
-
-def _rank(
-    rank: int, world_size: int, port: int, folder: Path, fault: str, arguments: list[str]
-) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )
-    output = open(folder / f"rank{rank}.log", "w", buffering=1)  # noqa: SIM115
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    sys.stdout = sys.stderr = output
+def _train(folder: Path, fault: str, arguments: list[str]) -> int:
     from dattn_mcore.training import main
 
     main.SPEAKER_SECONDS = 0.0
-    if rank == 1:
-        globals()[fault](folder)
-    sys.exit(main.main(arguments))
+    globals()[fault](folder)
+    return main.main(arguments)
 
 
 def nothing(folder: Path) -> None:

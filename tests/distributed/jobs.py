@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import time
 from pathlib import Path
@@ -123,13 +125,13 @@ def train_until_killed(tree: dict[str, Any], step: int) -> bool:
     original = loop.train_step
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        counted.calls += 1  # type: ignore[attr-defined]
-        if counted.calls == step and dist.get_rank() == dist.get_world_size() - 1:  # type: ignore[attr-defined]
+        counted.calls += 1
+        if counted.calls == step and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
-    counted.calls = 0  # type: ignore[attr-defined]
-    loop.train_step = counted  # type: ignore[assignment]
+    counted.calls = 0
+    loop.train_step = counted
     try:
         return run_training(tree)
     finally:
@@ -147,11 +149,11 @@ def saves_until_killed(tree: dict[str, Any], step: int) -> list[int]:
         saved.append(at)
         return original(saver, at)
 
-    CheckpointSaver.save = noted  # type: ignore[method-assign]
+    CheckpointSaver.save = noted
     try:
         train_until_killed(tree, step)
     finally:
-        CheckpointSaver.save = original  # type: ignore[method-assign]
+        CheckpointSaver.save = original
     return saved
 
 
@@ -162,14 +164,14 @@ def adam_steps_after_resume(tree: dict[str, Any]) -> list[float]:
     seen: list[float] = []
     original = loop.train_step
 
-    def one_step(model, optimizer, *args):  # type: ignore[no-untyped-def]
+    def one_step(model, optimizer, *args):
         result = original(model, optimizer, *args)
         inner = optimizer.chained_optimizers[0].optimizer
         if not seen:
             seen.extend(float(state["step"]) for state in inner.state.values())
         return result
 
-    loop.train_step = one_step  # type: ignore[assignment]
+    loop.train_step = one_step
     try:
         run_training(tree)
     finally:
@@ -188,7 +190,7 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(params, names)
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """AdamW with the step in the group."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
@@ -236,7 +238,7 @@ def run_training_with_log(tree: dict[str, Any]) -> tuple[bool, str]:
 
 def randomize_norms(model: torch.nn.Module) -> None:
     """Norm weights of one would hide a misplaced norm; these are the same in every layout."""
-    for entry in model.sharded_state_dict().values():  # type: ignore[operator]
+    for entry in model.sharded_state_dict().values():
         if "norm.weight" in entry.key:
             layer = entry.global_offset[0] if entry.prepend_axis_num else 0
             generator = torch.Generator().manual_seed(sum(entry.key.encode()) + 1000 * layer)
@@ -384,21 +386,21 @@ def train_with_poison(tree: dict[str, Any], poison: str) -> tuple[str, bool]:
     original, seen = loop.train_step, {"calls": 0}
     last = dist.get_rank() == dist.get_world_size() - 1
 
-    def poisoned(model, *args):  # type: ignore[no-untyped-def]
+    def poisoned(model, *args):
         seen["calls"] += 1
         if seen["calls"] == 2:
             weights = dict(model[0].module.named_parameters())
             name = "decoder.final_layernorm.weight"
             victim = weights.pop(name)
-            seen["model"] = weights  # type: ignore[assignment]
-            seen["before"] = {k: p.detach().clone() for k, p in weights.items()}  # type: ignore[assignment]
+            seen["model"] = weights
+            seen["before"] = {k: p.detach().clone() for k, p in weights.items()}
             if last and poison == "weight":
                 victim.data[0] = torch.nan
             elif last:
                 next(iter(weights.values())).register_hook(lambda grad: grad * torch.nan)
         return original(model, *args)
 
-    loop.train_step = poisoned  # type: ignore[assignment]
+    loop.train_step = poisoned
     try:
         run_training(tree)
     except DattnError as error:
@@ -410,15 +412,23 @@ def train_with_poison(tree: dict[str, Any], poison: str) -> tuple[str, bool]:
     return "", False
 
 
-def train_in_small_buckets(tree: dict[str, Any]) -> bool:
-    """Like `run_training`, with gradient buckets so small that there are many of them."""
+def train_without_last_save(tree: dict[str, Any]) -> bool:
+    """The training loop alone: the save at its end takes as long as its steps here.
+
+    Where gradients are reduced while backward goes on, their buckets are so small that there are
+    many of them.
+    """
+    from unittest import mock
+
+    from dattn_mcore.checkpoint.save import CheckpointSaver
     from dattn_mcore.training import optimizer
 
-    original = optimizer.DistributedDataParallelConfig
-    optimizer.DistributedDataParallelConfig = lambda **kwargs: original(  # type: ignore[assignment,misc]
-        **kwargs, bucket_size=2000
-    )
-    try:
+    small = functools.partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
+    overlaps = tree.get("parallel", {}).get("overlap_grad_reduce", False)
+    with (
+        mock.patch.object(CheckpointSaver, "save", lambda saver, step: None),
+        mock.patch.object(optimizer, "DistributedDataParallelConfig", small)
+        if overlaps
+        else contextlib.nullcontext(),
+    ):
         return run_training(tree)
-    finally:
-        optimizer.DistributedDataParallelConfig = original  # type: ignore[misc]

@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import multiprocessing as mp
 import os
 import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+from tests.ranks import forks
+
 JOBS_PER_WORKER = 10  # process groups leave threads behind, some 60 a job
-PRELOAD = ["dattn_mcore.training.loop", "dattn_mcore.parallel.platform"]
 
 
 def _worker(connection: Any, rank: int) -> None:
@@ -67,8 +67,7 @@ class Pool:
     """Workers by rank, started as they are needed."""
 
     def __init__(self) -> None:
-        self.context = mp.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOAD)
+        self.context = forks()
         self.workers: list[tuple[Any, Any]] = []
         self.jobs = 0
 

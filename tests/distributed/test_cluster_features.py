@@ -1,85 +1,16 @@
-"""Features of clusters change nothing but speed: the same losses, with and without them."""
+"""Features of clusters: what cannot go together is refused before Megatron-Core refuses it."""
 
 import pytest
 
 from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import load_config
 from dattn_mcore.errors import ConfigError
-from tests.distributed.jobs import (
-    read_metrics,
-    run_training,
-    small_config,
-    train_in_small_buckets,
-    train_until_killed,
-)
 
 # The shipped run with pipeline stages, without what it overlaps and FP8.
 STAGES = [
     *("parallel.pp=2", "train.fp8=none", "parallel.overlap_grad_reduce=false"),
     "parallel.overlap_param_gather=false",
 ]
-OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
-
-
-@pytest.fixture(scope="module")
-def plain(pool, digits, tmp_path_factory):
-    """Losses of one process without any feature."""
-    run_dir = tmp_path_factory.mktemp("plain")
-    pool.run(run_training, 1, small_config(digits, run_dir))
-    return [row["loss"] for row in read_metrics(run_dir)]
-
-
-# Another order of additions, in float32, over three steps.
-@pytest.mark.parametrize(
-    ("world_size", "sections"),
-    [
-        (2, {"parallel": OVERLAP}),
-        (4, {"parallel": {"pp": 2, **OVERLAP}}),
-        (4, {"parallel": {"pp": 2, "vpp": 2, **OVERLAP}}),
-        (2, {"parallel": OVERLAP, "train": {"trains": ["projector", "llm"]}}),
-        (2, {"parallel": {"tp": 2, "sp": True}, "data": {"fixed_rows": True}}),
-        (2, {"parallel": {"pp": 2, "first_stage_layers": 1}}),
-        (2, {"parallel": {"pp": 2}, "data": {"fixed_rows": True}}),
-        (
-            2,
-            {
-                "parallel": {"tp": 2, "sp": True},
-                "train": {
-                    "recompute": "selective",
-                    "recompute_modules": ["mlp", "core_attn"],
-                },
-            },
-        ),
-        (1, {"parallel": {}, "train": {"recompute": "full", "recompute_layers": 3}}),
-    ],
-    ids=[
-        *("overlap-dp2", "overlap-pp2-dp2", "overlap-vpp2-dp2", "overlap-frozen"),
-        *("fixed-tp2", "uneven", "fixed-pp2", "recompute-modules", "recompute-layers"),
-    ],
-)
-def test_losses_are_those_of_one_process(pool, digits, tmp_path, plain, world_size, sections):
-    tree = small_config(digits, tmp_path, **sections)
-    job = (
-        train_in_small_buckets if sections["parallel"].get("overlap_grad_reduce") else run_training
-    )
-    expected = plain
-    if "trains" in sections.get("train", {}):
-        alone = small_config(digits, tmp_path / "alone", train=sections["train"])
-        pool.run(run_training, 1, alone)
-        expected = [row["loss"] for row in read_metrics(tmp_path / "alone")]
-    pool.run(job, world_size, tree)
-    losses = [row["loss"] for row in read_metrics(tmp_path)]
-    assert losses == pytest.approx(expected, abs=1e-5)
-
-
-def test_overlapped_weights_are_saved_whole(pool, digits, tmp_path, plain):
-    """Stopped after step 2 and resumed in one process, which reads every rank's weights."""
-    tree = small_config(digits, tmp_path, parallel=OVERLAP)
-    assert pool.run(train_until_killed, 2, tree, 2) == [False, False]
-    tree["parallel"] = {}
-    assert all(pool.run(run_training, 1, tree))
-    losses = [row["loss"] for row in read_metrics(tmp_path)]
-    assert losses == pytest.approx(plain, abs=1e-5)
 
 
 @pytest.mark.parametrize(

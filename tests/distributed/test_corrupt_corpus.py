@@ -99,7 +99,7 @@ def test_the_same_on_more_ranks(pool, corpus, digits, alone, tmp_path, world_siz
     for name in ("samples.jsonl", "data_report.json"):
         assert (tmp_path / name).read_text() == (alone / name).read_text()
     for row, want in zip(read_metrics(tmp_path), read_metrics(alone), strict=True):
-        # As in test_parity: fp32, sums in another order over a few steps of Adam.
+        # As in test_features_by_layout: fp32, sums in another order over a few steps of Adam.
         assert row["loss"] == pytest.approx(want["loss"], rel=1e-4)
         assert row["supervised_tokens"] == want["supervised_tokens"]
 

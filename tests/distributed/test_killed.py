@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from tests.distributed.faults import end_ranks, start_ranks
+from tests.distributed.faults import start_ranks
 from tests.distributed.jobs import read_metrics, run_training, small_config
 from tests.distributed.test_corrupt_corpus import bad_lines
+from tests.ranks import end_ranks
 
 SAMPLES, STEPS = 40, 14  # of 12 samples: four epochs
 

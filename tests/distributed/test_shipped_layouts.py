@@ -108,7 +108,7 @@ def rows_of(pool, digits, tmp_path_factory):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_losses_are_those_of_one_process(rows_of, name):
-    """Bounds as in test_parity: sums in another order, in float32, over two steps."""
+    """Bounds as in test_features_by_layout: sums in another order, in float32, over two steps."""
     sections, world_size = LAYOUTS[name]
     plain = {**sections, "parallel": {}, "train": {"trains": sections["train"]["trains"], **STEPS}}
     expected, rows = rows_of(1, plain), rows_of(world_size, sections)

@@ -13,24 +13,20 @@ from tests.distributed.jobs import (
     read_metrics,
     run_training,
     small_config,
+    train_without_last_save,
 )
 from tests.distributed.pool import WorkerError
 
 
-@pytest.mark.parametrize(
-    ("world_size", "parallel"), [(1, {}), (4, {"tp": 2, "pp": 2, "sp": True})], ids=["one", "4d"]
-)
-def test_bf16_follows_fp32(pool, digits, tmp_path, world_size, parallel):
-    """bf16 weights with float32 masters: the same loss to its precision (2^-8), and it learns."""
-    train = {"precision": "bf16", "steps": 8}
+def test_bf16_learns_as_fp32_does(pool, digits, tmp_path):
+    """Over more steps than `test_features_by_layout`, to its precision (2^-8)."""
+    layout = {"tp": 2, "pp": 2, "sp": True}
     rows = {}
-    for name, sections in {
-        "fp32": {"train": {"steps": 8}},
-        "bf16": {"train": train, "parallel": parallel},
-    }.items():
-        tree = small_config(digits, tmp_path / name, **sections)
-        assert all(pool.run(run_training, world_size if name == "bf16" else 1, tree))
-        rows[name] = [row["loss"] for row in read_metrics(tmp_path / name)]
+    for precision, ranks, parallel in (("fp32", 1, {}), ("bf16", 4, layout)):
+        train = {"precision": precision, "steps": 8}
+        tree = small_config(digits, tmp_path / precision, train=train, parallel=parallel)
+        assert all(pool.run(train_without_last_save, ranks, tree))
+        rows[precision] = [row["loss"] for row in read_metrics(tmp_path / precision)]
     assert rows["bf16"] == pytest.approx(rows["fp32"], rel=0.02)
     assert rows["bf16"] != rows["fp32"]
     assert rows["bf16"][-1] < rows["bf16"][0] - 0.3

@@ -148,7 +148,7 @@ class WidestRows(TorchDispatchMode):
         super().__init__()
         self.vocabulary, self.hidden, self.rows = vocabulary, hidden, 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor) and self.vocabulary in tensor.shape:
@@ -185,7 +185,7 @@ def vocabulary_losses(
     mine.requires_grad_()
     own_rows = rows.clone().requires_grad_()
     if into_main_grad:
-        mine.main_grad = torch.zeros_like(mine)  # type: ignore[attr-defined]
+        mine.main_grad = torch.zeros_like(mine)
     losses = chunked_cross_entropy(
         own_rows,
         mine,
@@ -196,7 +196,7 @@ def vocabulary_losses(
         tp_group=groups.tp,
     )
     losses.backward(upstream)
-    d_weight = mine.main_grad if into_main_grad else mine.grad  # type: ignore[attr-defined]
+    d_weight = mine.main_grad if into_main_grad else mine.grad
 
     exact_rows, exact = rows.double().requires_grad_(), whole.double().requires_grad_()
     logits = exact_rows @ exact.T

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -57,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--template", help="plain, mistral or gemma; instead of data.template")
     _add_processes(export)
     export.add_argument("--max-shard-size", type=_size, default=_size("5GB"), metavar="SIZE")
+    export.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not load what was written and compare it with the trainer at the end",
+    )
     export.set_defaults(run=_mcore_to_hf)
 
     load = commands.add_parser(
@@ -83,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     same.add_argument("first", help="checkpoint, run folder, exported folder, or a model's own")
     same.add_argument("second", help="the same; a language model or tower is compared alone")
     same.set_defaults(run=_verify)
+
+    renew = commands.add_parser(
+        "refresh", help="new code and processor settings for an older export; weights stay"
+    )
+    renew.add_argument("folder", help="exported folder; changed in place")
+    renew.set_defaults(run=_refresh)
 
     look = commands.add_parser("inspect", help="what a checkpoint or folder holds")
     look.add_argument("path")
@@ -147,15 +159,39 @@ def _progress(title: str) -> Iterator[Progress]:
             bar.stop()
 
 
-def _mcore_to_hf(options: argparse.Namespace) -> None:
-    from tools.checkpoint_convert.mcore_to_hf import ExportOptions, convert
+@contextmanager
+def _own_modules_cache() -> Iterator[None]:
+    """A folder that goes away, for the copies that transformers makes of an export's code.
 
-    chosen = ExportOptions(
-        options.tokenizer, options.template, options.max_shard_size, options.processes
-    )
-    with _progress("mcore-to-hf") as progress:
-        source = convert(options.checkpoint, options.output, chosen, progress)
-    sys.stdout.write(f"{source} -> {options.output}\n")
+    It is read when transformers is imported: a process that has done so keeps its own.
+    """
+    name = "HF_MODULES_CACHE"
+    if name in os.environ or "transformers" in sys.modules:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="dattn_modules_") as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            del os.environ[name]
+
+
+def _mcore_to_hf(options: argparse.Namespace) -> None:
+    with _own_modules_cache():
+        from tools.checkpoint_convert.mcore_to_hf import ExportOptions, convert
+
+        chosen = ExportOptions(
+            tokenizer=options.tokenizer,
+            template=options.template,
+            max_shard_bytes=options.max_shard_size,
+            processes=options.processes,
+            check=not options.no_check,
+        )
+        with _progress("mcore-to-hf") as progress:
+            done = convert(options.checkpoint, options.output, chosen, progress)
+    sys.stdout.write(f"{done.source} -> {options.output}\n")
+    sys.stdout.write(f"{done.checked or 'not checked, because of --no-check'}\n")
 
 
 def _hf_to_mcore(options: argparse.Namespace) -> None:
@@ -184,6 +220,16 @@ def _hf_to_mcore(options: argparse.Namespace) -> None:
             *(progress, options.processes),
         )
     sys.stdout.write(f"{options.llm} + {options.vision} -> {options.output}\n")
+
+
+def _refresh(options: argparse.Namespace) -> None:
+    from tools.checkpoint_convert.refresh import refresh
+
+    lines = refresh(options.folder)
+    for line in lines:
+        sys.stdout.write(f"{line}\n")
+    what = f"{len(lines)} files renewed" if lines else "up to date"
+    sys.stdout.write(f"{options.folder}: {what}; weights untouched\n")
 
 
 def _verify(options: argparse.Namespace) -> int:

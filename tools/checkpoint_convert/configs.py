@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, Gemma2Config, MistralConfig, SiglipVisionConfig
 
+import dattn_mcore
 from dattn_mcore.config.schema import (
     AttentionConfig,
     LlmConfig,
@@ -19,7 +20,7 @@ from dattn_mcore.config.schema import (
     VisionConfig,
 )
 from dattn_mcore.errors import CheckpointError, DattnError
-from dattn_mcore.hf import AUTO_MAP, DattnConfig
+from dattn_mcore.hf import AUTO_MAP, TESTED_TRANSFORMERS, DattnConfig
 
 MAX_POSITIONS = {"mistral": 32768, "gemma2": 8192}  # of the original models; informative only
 ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}  # of towers
@@ -94,9 +95,22 @@ def to_hf(
         image_token_id=ids.image,
         dtype=dtype,
     )
-    config.auto_map = dict(AUTO_MAP)
-    config.architectures = ["DattnForConditionalGeneration"]
+    for name, value in records().items():
+        setattr(config, name, value)
     return config
+
+
+def records() -> dict[str, Any]:
+    """What config.json says of the code beside it, whatever the model.
+
+    transformers adds `transformers_version`, the release that wrote the file.
+    """
+    return {
+        "architectures": ["DattnForConditionalGeneration"],
+        "auto_map": dict(AUTO_MAP),
+        "dattn_mcore_version": dattn_mcore.__version__,
+        "tested_transformers": list(TESTED_TRANSFORMERS),
+    }
 
 
 def from_hf(config: DattnConfig, vocab_pad_multiple: int) -> tuple[ModelConfig, AttentionConfig]:

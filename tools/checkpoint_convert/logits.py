@@ -5,17 +5,22 @@ A round trip of weights cannot see a wrong norm, cap or scale; two implementatio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from dattn_mcore.config.schema import DataConfig, ParallelConfig
+from dattn_mcore.config.schema import Config, DataConfig, ParallelConfig
 from dattn_mcore.hf import NO_FOREIGN_CODE
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import image_settings
+
+if TYPE_CHECKING:
+    from dattn_mcore.data.batch import MicroBatch
 
 BEFORE, AFTER = 3, 24  # text rows around the images
 GRIDS = ((0, 0), (2, 1))  # canvases of the images: one tile; a base view and two tiles
@@ -64,14 +69,8 @@ def _by_transformers(folder: Path, avoid: frozenset[int]) -> Tensor:
 def _by_megatron(path: Path, avoid: frozenset[int]) -> Tensor:
     from dattn_mcore.checkpoint.load import load_weights
     from dattn_mcore.data.batch import MicroBatch
-    from dattn_mcore.models.build import build_model
-    from dattn_mcore.parallel.groups import single_process
-    from dattn_mcore.training.inputs import to_model_inputs
 
     config = DistCheckpoint(path).config
-    train = replace(config.train, precision="fp32", recompute="none")
-    attention = replace(config.attention, backend="auto")
-    config = replace(config, train=train, attention=attention, parallel=ParallelConfig())
     vision, vocab_size = config.model.vision, config.model.llm.vocab_size
     ids, tiles = _input(vocab_size, vision.image_size, avoid)
     rows = vision.rows_per_tile * TILES
@@ -85,11 +84,32 @@ def _by_megatron(path: Path, avoid: frozenset[int]) -> Tensor:
         num_samples=1,
         image_grids=GRIDS,
     )
+    return trainer_logits(
+        config, batch, lambda config, model, groups: load_weights(path, config, [model], groups)
+    )
+
+
+def trainer_logits(config: Config, batch: MicroBatch, load: Callable[..., object]) -> Tensor:
+    """Logits [text rows, vocabulary] in float32 as the trainer computes them, on this process.
+
+    Args:
+        config: of the run; layout, precision and backend are chosen here.
+        batch: one pack.
+        load: called with the changed configuration, the model and its process groups; fills the
+            model's weights.
+    """
+    from dattn_mcore.models.build import build_model
+    from dattn_mcore.parallel.groups import single_process
+    from dattn_mcore.training.inputs import to_model_inputs
+
+    train = replace(config.train, precision="fp32", fp8="none", recompute="none")
+    attention = replace(config.attention, backend="auto")
+    config = replace(config, train=train, attention=attention, parallel=ParallelConfig())
     cpu = torch.device("cpu")
     with single_process() as groups:
         (model,) = build_model(config, groups, cpu, initialize=False)
-        load_weights(path, config, [model], groups)
+        load(config, model, groups)
         inputs = to_model_inputs(batch, config, groups, cpu)
         with torch.no_grad():
             logits = model.eval()(inputs, return_logits=True)
-    return logits[: len(ids), :vocab_size].float()
+    return logits[: len(batch.text_ids), : config.model.llm.vocab_size].float()

@@ -38,12 +38,27 @@ class ExportOptions:
         template: conversation template of the chat template; None: data.template of the run.
         max_shard_bytes: largest safetensors file.
         processes: how many share the work.
+        check: load the export and compare it with the trainer before it gets its name.
     """
 
     tokenizer: str | None = None
     template: str | None = None
     max_shard_bytes: int = 5_000_000_000
     processes: int = 1
+    check: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a conversion did.
+
+    Attributes:
+        source: the checkpoint that was read.
+        checked: what was compared, in one line; empty: nothing.
+    """
+
+    source: Path
+    checked: str
 
 
 def convert(
@@ -51,7 +66,7 @@ def convert(
     output: str | Path,
     options: ExportOptions | None = None,
     progress: Progress = lambda done, total: None,
-) -> Path:
+) -> Exported:
     """Writes a Hugging Face folder that loads without this package.
 
     Args:
@@ -60,12 +75,10 @@ def convert(
         options: see `ExportOptions`.
         progress: called after every tensor.
 
-    Returns:
-        The checkpoint that was read.
-
     Raises:
         CheckpointError: the checkpoint is damaged or of another model, or cannot be expressed,
             or the output exists.
+        SelfCheckError: the export does not say what the trainer says; nothing is left of it.
     """
     options = options or ExportOptions()
     source = DistCheckpoint(checkpoint)
@@ -88,7 +101,13 @@ def convert(
         for name in REMOTE_CODE_FILES:
             shutil.copyfile(Path(dattn_mcore.hf.__path__[0]) / name, folder / name)
         _write_weights(source, table, dtype, folder, options, progress)
-    return source.path
+        checked = ""
+        if options.check:
+            # Building the trainer's model costs seconds, which a conversion alone need not pay.
+            from tools.checkpoint_convert.export_check import check_export
+
+            checked = check_export(folder, source, str(output))
+    return Exported(source.path, checked)
 
 
 def find_tokenizer(source: DistCheckpoint, given: str | None) -> Tokenizer:

@@ -32,7 +32,8 @@ from dattn_mcore.hf import (
 from tools.checkpoint_convert.chat_templates import chat_template
 from tools.checkpoint_convert.configs import TokenIds
 
-_MODEL: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+PROCESSOR = "processor_config.json"
+_MODEL: Any = sentencepiece_model_pb2.ModelProto
 _PIECE = _MODEL.SentencePiece
 # Texts on which the exported tokenizer must give the ids of the trainer's, beside conversations.
 PROBES = (
@@ -85,7 +86,7 @@ def export_processor(
     theirs.padding_side = "left"
     theirs.chat_template = None
     processor = DattnProcessor(
-        _image_processor(model, data),
+        image_processor(model, data),
         theirs,
         chat_template=chat_template(template, ours.prefix_space),
         image_token=IMAGE_MARK,
@@ -94,13 +95,7 @@ def export_processor(
         check_tokenizer(ours, theirs, processor, template)
     except DataError as error:  # a token of the template that the tokenizer lacks
         raise CheckpointError(str(error)) from None
-    processor.save_pretrained(folder)
-    file = folder / "processor_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    settings["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-    if isinstance(processor.image_processor, DattnImageProcessor):
-        settings["image_processor"]["auto_map"] = IMAGE_PROCESSOR_AUTO_MAP
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    save_processor(folder, processor)
     return TokenIds(
         bos=ours.bos_id,
         eos=ours.eos_id,
@@ -108,6 +103,17 @@ def export_processor(
         image=theirs.convert_tokens_to_ids(IMAGE_MARK),
         stop=stop,
     )
+
+
+def save_processor(folder: Path, processor: DattnProcessor) -> None:
+    """Writes a processor into an export, with where its code lies."""
+    processor.save_pretrained(folder)
+    file = folder / PROCESSOR
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+    if isinstance(processor.image_processor, DattnImageProcessor):
+        settings["image_processor"]["auto_map"] = IMAGE_PROCESSOR_AUTO_MAP
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _convert(ours: Tokenizer) -> Any:
@@ -190,7 +196,7 @@ def _bpe(pieces: Sequence[Any], trainer: Any) -> Any:
     )
 
 
-def _image_processor(model: ModelConfig, data: DataConfig) -> Any:
+def image_processor(model: ModelConfig, data: DataConfig) -> Any:
     """An image processor (Pillow) that does what training did: transformers' own for a square."""
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil

@@ -51,7 +51,7 @@ def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                     f"byte {member.offset_data}; {_AGAIN}"
                 )
             yield member
-        _check_end(path, file, shard.offset)  # type: ignore[attr-defined]
+        _check_end(path, file, shard.offset)
 
 
 def _check_end(path: Path, file: BinaryIO, end: int) -> None:

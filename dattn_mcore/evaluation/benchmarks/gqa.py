@@ -13,6 +13,7 @@ from dattn_mcore.evaluation.benchmarks.base import (
     unanswered_note,
 )
 from dattn_mcore.evaluation.files import read_object, take
+from dattn_mcore.evaluation.guessing import compare
 from dattn_mcore.evaluation.scores import Outcome, Score, bars, percent
 
 QUESTIONS = "testdev_balanced_questions.json"
@@ -82,6 +83,8 @@ class Gqa(Benchmark):
             categories=bars(kinds, outcomes),
             notes=unanswered_note(answers),
             outcomes=outcomes,
+            # Yes or no, or one of two things that the question names; open ones have no options.
+            guesses=compare("binary", [o.credit for o in binary], [0.5] * len(binary)),
         )
 
     def submit(self, answers: Sequence[str | None], folder: Path, name: str) -> Path:

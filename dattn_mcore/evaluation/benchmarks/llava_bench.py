@@ -27,6 +27,7 @@ RULE = (
     "your evaluation, avoiding any potential bias and ensuring that the order in which the "
     "responses were presented does not affect your judgment."
 )
+LOWEST = 0.1  # credit of the judge's lowest score, 1 of 10
 FAILED = [-1.0, -1.0]  # how review files mark a failed judgement
 
 
@@ -161,6 +162,8 @@ class LlavaBench(Judged):
                 groups.setdefault(str(review.get("category", "all")), []).append(
                     (reference, candidate)
                 )
+        judged = [outcome.credit for outcome in outcomes if outcome.credit is not None]
+        lowest = ["every answer has the judge's lowest score"] * (max(judged, default=1) <= LOWEST)
         pairs = [pair for group in groups.values() for pair in group]
         if not pairs or sum(reference for reference, _ in pairs) <= 0:
             raise DataError(f"{self.title}: none of {len(reviews)} judgements succeeded")
@@ -176,7 +179,7 @@ class LlavaBench(Judged):
             categories={
                 name: Bar(_relative(group), len(group)) for name, group in sorted(groups.items())
             },
-            notes=failed_note(failed, len(reviews), self.options.as_original) + partial,
+            notes=lowest + failed_note(failed, len(reviews), self.options.as_original) + partial,
             outcomes=outcomes,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ from dattn_mcore.evaluation.benchmarks.base import (
     unanswered_note,
 )
 from dattn_mcore.evaluation.files import read_tsv
+from dattn_mcore.evaluation.guessing import compare
 from dattn_mcore.evaluation.images import Picture
-from dattn_mcore.evaluation.scores import Outcome, Score, bars, percent
+from dattn_mcore.evaluation.scores import Outcome, Score, bars, mean, percent
 from dattn_mcore.evaluation.text import LETTER_ANSWER, leading_letter
 
 FILE = "mmbench_dev_20230712.tsv"
@@ -167,10 +169,22 @@ class MmBench(Benchmark):
         base = [
             o for o, r in zip(outcomes, self.rows, strict=True) if int(r.question_id) < ROTATION
         ]
+        once = [self._chance(r) for r in self.rows if int(r.question_id) < ROTATION]
+        one_pass = compare("accuracy in one pass", [o.credit for o in base], once)
         figures = {"accuracy in one pass": percent(base), "base questions": len(base)}
         if not circular:
             notes.append("no question has all its rotations: this is the accuracy in one pass")
-            return Score("accuracy", percent(base), "%", figures, {}, notes, outcomes)
+            return Score(
+                "accuracy",
+                percent(base),
+                figures=figures,
+                notes=notes,
+                outcomes=outcomes,
+                guessing=100 * mean(once),
+                guesses=one_pass,
+            )
+        # A guess is drawn anew in each rotation.
+        rotated = [math.prod(self._chance(self.rows[i]) for i in n) for n in whole.values()]
         categories = [self.rows[numbers[0]].category for numbers in whole.values()]
         return Score(
             "circular accuracy",
@@ -179,7 +193,15 @@ class MmBench(Benchmark):
             categories=bars(categories, circular),
             notes=notes,
             outcomes=outcomes,
+            guessing=100 * mean(rotated),
+            guesses=[
+                *compare("circular accuracy", [o.credit for o in circular], rotated),
+                *one_pass,
+            ],
         )
+
+    def _chance(self, row: Row) -> float:
+        return 1 / max(len(row.extra["options"]), 1)
 
     def submit(self, answers: Sequence[str | None], folder: Path, name: str) -> Path:
         """The table without images and hints, with a column of predictions.

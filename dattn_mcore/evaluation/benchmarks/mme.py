@@ -13,6 +13,7 @@ from dattn_mcore.evaluation.benchmarks.base import (
     unanswered_note,
 )
 from dattn_mcore.evaluation.files import read_text, write_text
+from dattn_mcore.evaluation.guessing import compare
 from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean
 from dattn_mcore.evaluation.text import SHORT_ANSWER, yes_or_no
 
@@ -29,6 +30,7 @@ PERCEPTION = [
     "OCR",
 ]
 COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
+GUESSED_POINTS = 75.0  # of a task: half of the answers right, and both of an image in a quarter
 ENDING = "Please answer yes or no."
 IMAGES = "MME_Benchmark_release_version"
 
@@ -141,6 +143,14 @@ class Mme(Benchmark):
             notes.append(f"{other} answers are neither yes nor no")
         if absent:
             notes.append(f"the questions lack {len(absent)} of 14 tasks: {', '.join(absent)}")
+        guesses = []
+        for figure, group in (("perception", PERCEPTION), ("cognition", COGNITION)):
+            credits = [
+                outcome.credit
+                for outcome, row in zip(outcomes, self.rows, strict=True)
+                if row.category in group
+            ]
+            guesses += compare(figure, credits, [0.5] * len(credits))
         perception = sum(tasks.get(task, 0.0) for task in PERCEPTION)
         return Score(
             "perception",
@@ -150,6 +160,8 @@ class Mme(Benchmark):
             categories={task: Bar(v, len(right[task]), most=200.0) for task, v in tasks.items()},
             notes=notes,
             outcomes=outcomes,
+            guessing=GUESSED_POINTS * sum(task in tasks for task in PERCEPTION),
+            guesses=guesses,
         )
 
     def submit(self, answers: Sequence[str | None], folder: Path, name: str) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark, Row, unanswered_note
 from dattn_mcore.evaluation.files import read_tsv
+from dattn_mcore.evaluation.guessing import compare, count_choices
 from dattn_mcore.evaluation.images import Picture
 from dattn_mcore.evaluation.scores import Outcome, Score, bars, mean, percent
 from dattn_mcore.evaluation.text import LETTER_ANSWER
@@ -104,6 +105,7 @@ class MmStar(Benchmark):
                 f"{words} answers begin with a word, of which the first letter is read as the "
                 f"choice, as in the original; {gained} of them count as right"
             )
+        chances = [1 / count_choices(row.prompt) for row in self.rows]
         categories = bars([row.category for row in self.rows], outcomes)
         return Score(
             "accuracy",
@@ -112,6 +114,8 @@ class MmStar(Benchmark):
             categories=categories,
             notes=notes,
             outcomes=outcomes,
+            guessing=100 * mean(chances),
+            guesses=compare("accuracy", [o.credit for o in outcomes], chances),
         )
 
 

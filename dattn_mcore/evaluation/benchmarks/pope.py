@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark, Row, unanswered_note
 from dattn_mcore.evaluation.files import read_json_lines
+from dattn_mcore.evaluation.guessing import compare
 from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean
 from dattn_mcore.evaluation.text import SHORT_ANSWER, says_no
 
@@ -122,7 +123,16 @@ class Pope(Benchmark):
             categories=categories,
             notes=notes + unanswered_note(answers),
             outcomes=outcomes,
+            guessing=mean(self._always_yes(truths).values()),
+            guesses=compare("accuracy", [o.credit for o in outcomes], [0.5] * len(outcomes)),
         )
+
+    def _always_yes(self, truths: Sequence[str]) -> dict[str, float]:
+        """F1 of each split for yes to every question, which no guess without looking exceeds."""
+        shares: dict[str, list[float]] = {}
+        for row, truth in zip(self.rows, truths, strict=True):
+            shares.setdefault(row.category, []).append(truth == "yes")
+        return {split: 200 * mean(s) / (1 + mean(s)) for split, s in shares.items()}
 
 
 def binary_figures(outcomes: Sequence[Outcome]) -> dict[str, float]:

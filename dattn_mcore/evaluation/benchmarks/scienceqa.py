@@ -9,8 +9,9 @@ from typing import Any
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark, Row, unanswered_note
 from dattn_mcore.evaluation.files import read_json, take
+from dattn_mcore.evaluation.guessing import compare
 from dattn_mcore.evaluation.questions import IMAGE_MARK
-from dattn_mcore.evaluation.scores import Bar, Outcome, Score, percent
+from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean, percent
 from dattn_mcore.evaluation.text import LETTER_ANSWER, LETTERS, leading_letter
 
 
@@ -98,6 +99,11 @@ class ScienceQa(Benchmark):
         outcomes_all = [*outcomes, *([Outcome(0.0, "FAILED", "")] * unasked)]
         marked = [o for o, r in zip(outcomes, self.rows, strict=True) if IMAGE_MARK in r.prompt]
         plain = [o for o, r in zip(outcomes, self.rows, strict=True) if IMAGE_MARK not in r.prompt]
+        chances = [
+            1 / len(problems[str(row.question_id)]["choices"][: len(LETTERS)]) for row in self.rows
+        ]
+        with_image = [c for c, r in zip(chances, self.rows, strict=True) if IMAGE_MARK in r.prompt]
+        chances += [0.0] * unasked
         failed = sum(o.parsed == "FAILED" for o in outcomes)
         if failed:
             notes.append(f"{failed} answers name no choice in a form that counts")
@@ -116,6 +122,11 @@ class ScienceQa(Benchmark):
             },
             notes=notes,
             outcomes=outcomes,
+            guessing=100 * mean(chances),
+            guesses=[
+                *compare("accuracy", [o.credit for o in outcomes], chances),
+                *compare("IMG accuracy", [o.credit for o in marked], with_image),
+            ],
         )
 
     def letter(self, text: str) -> str:

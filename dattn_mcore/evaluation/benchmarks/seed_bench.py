@@ -16,7 +16,8 @@ from dattn_mcore.evaluation.benchmarks.base import (
     unanswered_note,
 )
 from dattn_mcore.evaluation.files import read_json, take, write_text
-from dattn_mcore.evaluation.scores import Outcome, Score, bars, percent
+from dattn_mcore.evaluation.guessing import compare, count_choices
+from dattn_mcore.evaluation.scores import Outcome, Score, bars, mean, percent
 from dattn_mcore.evaluation.text import leading_letter
 
 FRAMES = "SEED-Bench-video-image"
@@ -107,6 +108,8 @@ class SeedBench(Benchmark):
             if self.options.lenient_letters:
                 parsed = leading_letter(parsed, "ABCD") or parsed
             outcomes.append(Outcome(float(parsed == truth), parsed, truth))
+        chances = [1 / count_choices(row.prompt) for row in self.rows]
+        guesses = compare("accuracy", [o.credit for o in outcomes], chances)
         figures = {}
         for kind in ("image", "video"):
             group = [o for o, t in zip(outcomes, truths, strict=True) if t[2] == kind]
@@ -125,6 +128,8 @@ class SeedBench(Benchmark):
             categories=bars([t[1] for t in truths], outcomes),
             notes=notes,
             outcomes=outcomes,
+            guessing=100 * mean(chances),
+            guesses=guesses,
         )
 
     def submit(self, answers: Sequence[str | None], folder: Path, name: str) -> Path:

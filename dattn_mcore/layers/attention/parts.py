@@ -126,14 +126,14 @@ class _OnePart(torch.autograd.Function):
     """A single part as a differentiable function."""
 
     @staticmethod
-    def forward(ctx, q, k, v, part):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k, v, part):
         out, lse, ctx.state = part.forward(q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.part = part
         return out
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         return *ctx.part.backward(grad, *ctx.saved_tensors, ctx.state), None
 
 
@@ -141,9 +141,7 @@ class _TwoParts(torch.autograd.Function):
     """Text rows over visual and over text keys, merged."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, q_v, q_t, k_v, v_v, k_t, v_t, over_visual, over_text, merge
-    ):
+    def forward(ctx, q_v, q_t, k_v, v_v, k_t, v_t, over_visual, over_text, merge):
         out_v, lse_v, state_v = over_visual.forward(q_v, k_v, v_v)
         out_t, lse_t, state_t = over_text.forward(q_t, k_t, v_t)
         ctx.parts, ctx.states = (over_visual, over_text), (state_v, state_t)
@@ -159,7 +157,7 @@ class _TwoParts(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         q_v, q_t, k_v, v_v, k_t, v_t, out_v, lse_v, out_t, lse_t = ctx.saved_tensors
         over_visual, over_text = ctx.parts
         state_v, state_t = ctx.states

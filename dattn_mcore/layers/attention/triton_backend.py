@@ -202,7 +202,7 @@ class _Joint(torch.autograd.Function):
     """The kernels as one differentiable function."""
 
     @staticmethod
-    def forward(ctx, q, k_text, v_text, k_visual, v_visual, tables, plan, setting):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k_text, v_text, k_visual, v_visual, tables, plan, setting):
         from dattn_mcore.layers.attention.triton_launch import forward, rotated
 
         q, k_text, v_text, k_visual, v_visual = (
@@ -218,7 +218,7 @@ class _Joint(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx, d_out, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, d_out, _):
         from dattn_mcore.layers.attention.triton_gradients import backward
         from dattn_mcore.layers.attention.triton_launch import rotated
 

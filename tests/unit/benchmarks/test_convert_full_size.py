@@ -24,6 +24,7 @@ def test_there_and_back_at_the_small_scale(tmp_path):
         assert re.search(rf"^{direction}: \d+\.\d\d of the copy's speed, peak", done.stdout, re.M)
         for row in (f"copy of the input of {direction}", direction):
             assert re.search(rf"^\| {row} \| \d+\.\d\d \|", done.stdout, re.M)
+    assert re.search(r"^mcore-to-hf with its check: -?\d+\.\d s more, peak \d", done.stdout, re.M)
     back = re.search(r"there and back: (\d+) tensors, 0 of them not equal", done.stdout)
     assert back is not None and int(back[1]) > 20
     assert list(tmp_path.iterdir()) == []

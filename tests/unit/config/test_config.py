@@ -74,7 +74,7 @@ def test_numbers_in_any_notation():
 
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().train.seed = 3  # type: ignore[misc]
+        Config().train.seed = 3
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def run(tmp_path_factory):
     make_checkpoint(folder / "checkpoints/step_00000010", config)
     make_checkpoint(folder / "checkpoints/step_00000020", config)
     (folder / "checkpoints/step_00000030.tmp").mkdir()
-    assert main(["mcore-to-hf", str(folder), str(folder / "hf")]) == 0
+    assert main(["mcore-to-hf", "--no-check", str(folder), str(folder / "hf")]) == 0
     return folder
 
 
@@ -43,8 +43,9 @@ def fails(capsys, *arguments):
 
 def test_newest_checkpoint_of_a_run_is_exported(run, tmp_path, capsys):
     """The output names what was read."""
-    assert main(["mcore-to-hf", str(run), str(tmp_path / "out")]) == 0
-    assert "step_00000020" in capsys.readouterr().out
+    assert main(["mcore-to-hf", "--no-check", str(run), str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "step_00000020" in out and "not checked, because of --no-check" in out
     assert main(["hf-to-mcore", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
     assert (tmp_path / "back/dattn.json").is_file()
 
@@ -157,7 +158,7 @@ def test_zeros_that_are_not_zero(tmp_path, capsys):
     """A position-free folder whose tower has positions is not silently cut."""
     config = small_config(make_tokenizer(tmp_path), visual_positions=False)
     make_checkpoint(tmp_path / "a", config)
-    assert main(["mcore-to-hf", str(tmp_path / "a"), str(tmp_path / "hf")]) == 0
+    assert main(["mcore-to-hf", "--no-check", str(tmp_path / "a"), str(tmp_path / "hf")]) == 0
     file = tmp_path / "hf/model.safetensors"
     weights = load_file(file)
     weights["model.vision_tower.embeddings.position_embedding.weight"] += 1
@@ -192,7 +193,7 @@ def test_the_tokenizer_is_the_runs_own(tmp_path, capsys, monkeypatch):
     manifest["tokenizer"]["fingerprint"] = load_tokenizer(tokenizer).fingerprint
     (home / "a/dattn.json").write_text(json.dumps(manifest))
     monkeypatch.chdir(tmp_path)
-    assert main(["mcore-to-hf", str(home / "a"), "hf"]) == 0
+    assert main(["mcore-to-hf", "--no-check", str(home / "a"), "hf"]) == 0
 
     whole = tokenizer.read_bytes()
     train_tokenizer(("Other texts give other pieces.",), tokenizer)
@@ -206,4 +207,4 @@ def test_the_tokenizer_is_the_runs_own(tmp_path, capsys, monkeypatch):
         "error: --tokenizer: 'x' does not exist"
     )
     (tmp_path / "tokenizer.model").write_bytes(whole)  # moved with the run, to where it is started
-    assert main(["mcore-to-hf", str(home / "a"), "out"]) == 0
+    assert main(["mcore-to-hf", "--no-check", str(home / "a"), "out"]) == 0

@@ -54,7 +54,7 @@ def test_code_that_is_not_needed_is_not_run(tmp_path, monkeypatch):
     bring_code(folder, marker)
     (folder / "tokenizer_config.json").write_bytes(settings)
     make_checkpoint(tmp_path / "a", small_config(folder))
-    assert main(["mcore-to-hf", str(tmp_path / "a"), str(tmp_path / "hf")]) == 0
+    assert main(["mcore-to-hf", "--no-check", str(tmp_path / "a"), str(tmp_path / "hf")]) == 0
     assert asked == [] and not marker.exists()
 
 

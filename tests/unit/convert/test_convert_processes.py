@@ -41,7 +41,9 @@ def one(tmp_path_factory):
     make_tower(folder / "vision", config)
     (folder / "run.yaml").write_text(to_yaml(config))
     assert main([*there(folder), str(folder / "mcore")]) == 0
-    assert main(["mcore-to-hf", *SHARDS, str(folder / "mcore"), str(folder / "hf")]) == 0
+    assert (
+        main(["mcore-to-hf", "--no-check", *SHARDS, str(folder / "mcore"), str(folder / "hf")]) == 0
+    )
     return folder
 
 
@@ -71,7 +73,7 @@ def test_checkpoints_of_three_processes_hold_the_same(one, tmp_path):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_exports_of_several_processes_are_the_same_files(one, tmp_path, processes):
-    arguments = [*SHARDS, "--processes", str(processes)]
+    arguments = ["--no-check", *SHARDS, "--processes", str(processes)]
     assert main(["mcore-to-hf", *arguments, str(one / "mcore"), str(tmp_path / "hf")]) == 0
     names = sorted(file.name for file in (one / "hf").iterdir())
     assert sum(name.endswith(".safetensors") for name in names) > 3
@@ -226,5 +228,6 @@ def test_a_signal_ends_it_with_one_line(one, tmp_path, name):
 
 def test_what_a_killed_conversion_left_is_named(one, tmp_path, caplog):
     (tmp_path / ".out.1.tmp").mkdir()
-    assert main(["mcore-to-hf", str(one / "mcore"), str(tmp_path / "out")]) == 0
+    arguments = ["--no-check", str(one / "mcore"), str(tmp_path / "out")]
+    assert main(["mcore-to-hf", *arguments]) == 0
     assert f"{tmp_path}/.out.1.tmp was left by a conversion that was killed" in caplog.text

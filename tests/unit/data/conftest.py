@@ -116,7 +116,7 @@ def columns_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     resize = Image.Image.resize
 
-    def in_two(self: Image.Image, size: tuple[int, int], *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
+    def in_two(self: Image.Image, size: tuple[int, int], *args: object, **kwargs: object):
         return resize(resize(self, (size[0], self.height), *args, **kwargs), size, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "resize", in_two)

@@ -105,7 +105,7 @@ def _huge_png() -> bytes:
 
 
 def _write(make: Callable[[], bytes]) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(make()) and None  # type: ignore[func-returns-value]
+    return lambda path: path.write_bytes(make()) and None
 
 
 def _outside(path: Path) -> None:

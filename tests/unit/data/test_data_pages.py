@@ -115,7 +115,7 @@ def test_preview_in_a_browser(command: Callable[..., int], tmp_path: Path) -> No
         "<script>alert" not in document and "is &lt;script&gt;alert(1)&lt;/script&gt;" in document
     )
     sections = document.split('<section class="sample">')[1:]
-    assert [re.search("<h2>(.*?)</h2>", s)[1] for s in sections] == ["r0", "r7", "r12"]  # type: ignore[index]
+    assert [re.search("<h2>(.*?)</h2>", s)[1] for s in sections] == ["r0", "r7", "r12"]
     assert [s.count("<img") for s in sections] == [
         2,
         4,

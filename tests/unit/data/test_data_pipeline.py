@@ -22,6 +22,7 @@ from dattn_mcore.config.schema import Config, LlmConfig, SourceConfig
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.failures import mask
 from dattn_mcore.data.pipeline import DataPipeline
+from dattn_mcore.data.prefetch import Prefetcher
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import ConfigError, DataError
 
@@ -181,27 +182,37 @@ def test_steps_may_jump_and_come_back(
                 assert by_sample(batch) == straight[step]
 
 
-def test_prefetch_runs_ahead_but_not_further(
-    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prefetch_runs_ahead_but_not_further() -> None:
     built: list[int] = []
-    build = DataPipeline._build
+    reached = threading.Event()
 
-    def counted(self: DataPipeline, step: int) -> GlobalBatch:
+    def build(step: int) -> Any:
         assert threading.current_thread() is not threading.main_thread()
         built.append(step)
-        return build(self, step)
+        if step == 14:
+            reached.set()
+        return step
 
-    monkeypatch.setattr(DataPipeline, "_build", counted)
+    prefetcher = Prefetcher(build, 3)
+    assert prefetcher.get(10) == 10
+    assert reached.wait(30)
+    # 10 is handed out, 11 to 13 are ready, 14 is made and waits for a place.
+    time.sleep(0.2)
+    assert built == [10, 11, 12, 13, 14]
+    prefetcher.close()
+    assert built == [10, 11, 12, 13, 14]
+
+
+def test_a_pipeline_makes_its_batches_ahead(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer
+) -> None:
+    def threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
     with opened(make_config(prefetch=3), toy_tokenizer) as pipeline:
         assert pipeline.global_batch(10).step == 10
-        deadline = time.monotonic() + 30
-        while len(built) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.2)
-        # 10 is handed out, 11 to 13 are ready, 14 is made and waits for a place.
-        assert built == [10, 11, 12, 13, 14]
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+        assert len(threads()) == 1
+    assert not threads()
 
 
 def _copied(config: Config, tmp_path: Path) -> Config:

@@ -170,7 +170,7 @@ WORDS = st.text(st.sampled_from("Which digit.?-\n789é漢"), min_size=1, max_siz
 
 
 @pytest.fixture(scope="module")
-def hugging_face(toy_model: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+def hugging_face(toy_model: Path, tmp_path_factory: pytest.TempPathFactory):
     """transformers' own reading of the same SentencePiece file."""
     from transformers import LlamaTokenizer
 
@@ -182,7 +182,7 @@ def hugging_face(toy_model: Path, tmp_path_factory: pytest.TempPathFactory):  # 
 @pytest.mark.parametrize("template", ["mistral", "gemma"])
 @settings(max_examples=60, deadline=None)
 @given(turns=st.lists(WORDS, min_size=1, max_size=4))
-def test_equals_the_hugging_face_chat_template(  # type: ignore[no-untyped-def]
+def test_equals_the_hugging_face_chat_template(
     toy_tokenizer: SentencePieceTokenizer, hugging_face, template: str, turns: list[str]
 ) -> None:
     # SentencePiece and tokenizers break ties of equal merges alike only for the same input, so

@@ -43,6 +43,16 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def whole(tiny_model):
+    """The folder of an undisturbed run over everything, in this process; only to be read."""
+    from tests.unit.evaluation.test_evaluation_run import run
+
+    out = tiny_model / "whole"
+    assert run(tiny_model, out, "--batch-size=8") == 0
+    return out
+
+
 def sharpen(model: Path) -> None:
     """Larger random weights: answers that depend on the image and on every word."""
     from transformers import AutoModelForImageTextToText

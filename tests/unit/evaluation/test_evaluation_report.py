@@ -101,8 +101,10 @@ def test_one_run(runs, capsys):
     assert main(["report", str(runs[0])]) == 0
     assert str(runs[0] / "report.html") in capsys.readouterr().out
     page = Page(runs[0] / "report.html")
-    assert "ScienceQA accuracy 66.67% 3" in page.text  # benchmark, metric, score, rows
-    assert "MME perception 300.00 8" in page.text
+    assert "ScienceQA accuracy 66.67% 44.44% 3" in page.text  # metric, score, guessing, rows
+    assert "accuracy: too few questions to tell it from guessing (2 of 3 right" in page.text
+    assert "all 9 answers are empty; submission written" in page.text
+    assert "MME perception 300.00 150.00 8" in page.text
     assert "the images <are> not there" in page.text and "failed" in page.text
     assert "VQAv2 submission" in page.text and "(empty answer)" in page.text
     assert "with image (IMG) 2 50.0" in page.text
@@ -121,7 +123,7 @@ def test_two_runs(runs, tmp_path):
     assert main(["report", str(runs[0]), str(runs[1]), f"--out={out}"]) == 0
     page = Page(out)
     assert "model-a against model-b" in page.text
-    assert "ScienceQA accuracy 66.67% 66.67% +0.00 3" in page.text
+    assert "ScienceQA accuracy 66.67% 66.67% +0.00 44.44% 3" in page.text
     assert "VQAv2 submission submission not run" in page.text
     assert "with image (IMG) 2 50.0 / 50.0" in page.text
     assert page.text.count("Where the runs differ most") == 2  # ScienceQA and GQA

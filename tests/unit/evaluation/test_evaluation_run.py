@@ -40,14 +40,6 @@ def scores(out):
     return json.loads((out / "scores.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def whole(tiny_model):
-    """An undisturbed run over everything."""
-    out = tiny_model / "whole"
-    assert run(tiny_model, out, "--batch-size=8") == 0
-    return out
-
-
 def test_a_run_answers_everything(whole, tiny_model):
     """LLaVA's form, in the order of the questions, with a score or a submission each."""
     found = answers(whole)

@@ -40,7 +40,7 @@ LAYOUTS = [
 MARKS = ("tensor_model_parallel", "partition_dim", "partition_stride", "sequence_parallel")
 
 
-def _state(model):  # type: ignore[no-untyped-def]
+def _state(model):
     """What identifies each parameter, alone and in a checkpoint."""
     found = {}
     for name, p in model.named_parameters():
@@ -62,7 +62,7 @@ def _state(model):  # type: ignore[no-untyped-def]
     return {"parameters": found, "shards": shards}
 
 
-def _losses(model, config):  # type: ignore[no-untyped-def]
+def _losses(model, config):
     from dattn_mcore.config.checks import row_multiple
     from dattn_mcore.layers.layout import build_seq_params
     from dattn_mcore.models.dattn import ModelInputs

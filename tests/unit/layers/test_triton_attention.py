@@ -13,6 +13,7 @@ from dattn_mcore.layers.attention.reference import reference_attention
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.attention.triton_tuning import Blocks, Tuning
 from dattn_mcore.layers.layout import build_seq_params
+from tests.pairwise import pairwise
 from tests.unit.layers.joint_bounds import dense
 from tests.unit.layers.test_attention import LAYOUTS, MODES, compare, options_for
 
@@ -106,34 +107,39 @@ PACKS = (
     (((False, 2), (True, 5), (False, 6), (True, 12), (False, 3)),),
     (((False, 17),), ((True, 16), (False, 1), (True, 3))),
 )
-FIXED = [
-    (dim, dtype, softcap, window, splits)
-    for dim in (64, 128, 256)
-    for dtype in DTYPES
-    for softcap in (None, 1.5)
-    for window in (None, 3)
-    for splits in (1, 3)
-]
+FACTORS = {
+    "dim": (64, 128, 256),
+    "dtype": tuple(DTYPES),
+    "softcap": (None, 1.5),
+    "window": (None, 3),
+    "splits": (1, 3),
+    "layouts": PACKS,
+    "heads": ((2, 1), (2, 2), (3, 1)),  # of queries, and of keys and values
+    "multiple": (1, 8),
+}
+CASES = pairwise(FACTORS)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("splits", [1, 3])
-def test_every_combination_equals_reference(dim, dtype, window, softcap, splits):
-    case = FIXED.index((dim, dtype, softcap, window, splits))
-    heads, groups = ((2, 1), (2, 2), (3, 1))[case // 2 % 3]
+def case_id(case):
+    heads, groups = case["heads"]
+    named = [name for name in ("softcap", "window") if case[name]]
+    named += ["split"] if case["splits"] > 1 else []
+    return "-".join([f"{case['dtype']}-{case['dim']}-heads{heads}of{groups}", *named])
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_every_pair_of_settings_equals_reference(case):
+    heads, groups = case["heads"]
     check_joint(
-        PACKS[case % 3],
+        case["layouts"],
         heads=heads,
         groups=groups,
-        dim=dim,
-        dtype=DTYPES[dtype],
-        softcap=softcap,
-        window=window,
-        multiple=(1, 8)[case // 3 % 2],
-        tuned=tuning(queries=32, visual_splits=splits, key_splits=splits),
+        dim=case["dim"],
+        dtype=DTYPES[case["dtype"]],
+        softcap=case["softcap"],
+        window=case["window"],
+        multiple=case["multiple"],
+        tuned=tuning(queries=32, visual_splits=case["splits"], key_splits=case["splits"]),
     )
 
 

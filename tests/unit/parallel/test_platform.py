@@ -1,5 +1,6 @@
 """The CPU platform: the names Megatron-Core uses mean the CPU, and nothing else changes."""
 
+import os
 import subprocess
 import sys
 
@@ -107,3 +108,47 @@ def test_importing_changes_nothing():
         "assert torch.Tensor.type is before\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+COMPILES_NOTHING = """
+from megatron.core.activations import quick_gelu  # decorated before the platform is installed
+import torch
+from dattn_mcore.parallel import platform
+
+platform.install("cpu")
+rows = torch.randn(7, 5)
+torch.testing.assert_close(quick_gelu(rows), rows * torch.sigmoid(1.702 * rows))
+"""
+
+
+def test_nothing_is_compiled_on_a_cpu(tmp_path):
+    """Also where Megatron-Core was imported before: a C++ compiler need not be there."""
+    (tmp_path / "cache").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILES_NOTHING],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": "/none"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not list((tmp_path / "cache").iterdir())
+
+
+LOADS_NO_COMPILER = """
+import sys
+from dattn_mcore.training.main import main
+
+assert main(["--dry-run", "--device=cpu"]) == 0
+import torch
+assert "megatron.core.activations" in sys.modules
+assert "torch._inductor.compile_fx" not in sys.modules
+assert torch.compile(abs) is abs and torch.compile(dynamic=True)(abs) is abs
+"""
+
+
+def test_a_run_on_a_cpu_loads_no_compiler():
+    """It costs each rank two seconds of its start."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOADS_NO_COMPILER], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -52,6 +52,19 @@ def test_the_ceiling_of_all_is_weighted_by_the_questions(plan):
     assert f"{expected:.1%}" in shown.getvalue()
 
 
+def test_a_score_that_guessing_explains_is_called_that(plan):
+    """Two of 16 are right: no more than luck gives one who sees the digits and not their places."""
+    questions = read_questions(plan.questions)
+    answers = [
+        Answer(q.question_id, q.text, q.answer if i < 2 else str(i), "a", "m", {})
+        for i, q in enumerate(questions)
+    ]
+    write_answers(plan.answers, answers)
+    shown = io.StringIO()
+    show(plan, score(plan), {}, 1.0, Console(file=shown, width=100))
+    assert "note: overall is not better than guessing" in shown.getvalue()
+
+
 def test_the_picture_is_drawn(plan):
     draw(plan, score(plan))
     with Image.open(plan.picture) as image:

@@ -1,0 +1,146 @@
+"""Norm, gated MLP, rotary positions and embedding of Mistral and Gemma 2.
+
+They are written out here, since transformers keeps its own inside the modeling files of those
+models and changes them from release to release. Each gives the bits of transformers' own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, [batch, rows, head_dim]
+
+
+class DattnRMSNorm(nn.Module):
+    """Root-mean-square norm in float32.
+
+    Args:
+        size: width of the last axis.
+        eps: added to the mean square.
+        zero_centred: Gemma 2's: scales by 1 + weight, before it rounds to the input's dtype.
+        start: factor of a fresh model.
+    """
+
+    def __init__(
+        self, size: int, eps: float, zero_centred: bool = False, start: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.eps, self.zero_centred = eps, zero_centred
+        self.initial = start - 1.0 if zero_centred else start
+        self.weight = nn.Parameter(torch.full((size,), self.initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norms the last axis."""
+        wide = x.float()
+        y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.zero_centred:
+            return (y * (1.0 + self.weight.float())).to(x.dtype)
+        return self.weight * y.to(x.dtype)
+
+
+class DattnMLP(nn.Module):
+    """Gated MLP: SiLU in Mistral, tanh-approximated GELU in Gemma 2.
+
+    Raises:
+        ValueError: the configuration names another activation.
+    """
+
+    def __init__(self, text: Any) -> None:
+        super().__init__()
+        field, expected = (
+            ("hidden_activation", "gelu_pytorch_tanh")
+            if text.model_type == "gemma2"
+            else ("hidden_act", "silu")
+        )
+        if getattr(text, field) != expected:
+            raise ValueError(
+                f"text_config.{field} is {getattr(text, field)!r}; it must be {expected!r} for "
+                f"model_type {text.model_type}"
+            )
+        self.gelu = text.model_type == "gemma2"
+        self.gate_proj = nn.Linear(text.hidden_size, text.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(text.hidden_size, text.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(text.intermediate_size, text.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the MLP to the last axis."""
+        gate = self.gate_proj(x)
+        gate = F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class DattnEmbedding(nn.Embedding):
+    """Token embedding, multiplied by `scale` (rounded to the weight's dtype) where it is given."""
+
+    def __init__(self, size: int, width: int, padding: int | None, scale: float | None) -> None:
+        super().__init__(size, width, padding)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Embeds token ids."""
+        embedded = super().forward(input)
+        return embedded if self.scale is None else scaled(embedded, self.scale)
+
+
+class DattnRotary(nn.Module):
+    """Cosines and sines of rotary positions.
+
+    The frequencies are no buffer: they are no weights, and a loader that builds models without
+    memory and then fills in what a file holds must find nothing else to fill in.
+
+    Raises:
+        ValueError: the configuration asks for another kind of rotary positions.
+    """
+
+    def __init__(self, text: Any) -> None:
+        super().__init__()
+        rope = text.rope_parameters
+        if rope["rope_type"] != "default" or rope.get("partial_rotary_factor") not in (None, 1.0):
+            raise ValueError(
+                f"text_config.rope_parameters are {rope}; rope_type must be default, and all of a "
+                "head rotated"
+            )
+        exponent = torch.arange(0, text.head_dim, 2, dtype=torch.float, device="cpu")
+        self.frequencies = 1.0 / (rope["rope_theta"] ** (exponent / text.head_dim))
+
+    def forward(self, position: Tensor, dtype: torch.dtype) -> Rotation:
+        """Factors [batch, rows, head_dim] of int64 positions [batch, rows]."""
+        if self.frequencies.device != position.device:
+            self.frequencies = self.frequencies.to(position.device)
+        angle = position[..., None].float() * self.frequencies
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotates [batch, heads, rows, head_dim] by the last `rows` entries of `rotation`."""
+    rows, half = x.shape[2], x.shape[3] // 2
+    cos, sin = (factor[:, None, factor.shape[1] - rows :] for factor in rotation)
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos + turned * sin
+
+
+def repeat_heads(x: Tensor, times: int) -> Tensor:
+    """Repeats each head of [batch, heads, rows, head_dim] for the queries that share it."""
+    return x if times == 1 else x.repeat_interleave(times, dim=1)
+
+
+def scaled(x: Tensor, scale: float) -> Tensor:
+    """Multiplies by a factor that is rounded to the dtype of `x` first, as Gemma 2 does."""
+    return x * torch.tensor(scale, dtype=torch.float).to(x.dtype)
+
+
+__all__ = [
+    "DattnEmbedding",
+    "DattnMLP",
+    "DattnRMSNorm",
+    "DattnRotary",
+    "Rotation",
+    "repeat_heads",
+    "rotate",
+    "scaled",
+]

@@ -1,0 +1,140 @@
+"""Norm, MLP, rotary positions and embedding give the bits of transformers' own."""
+
+import pytest
+import torch
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+from transformers.image_utils import ChannelDimension
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.mistral import modeling_mistral as mistral
+
+from dattn_mcore.hf.image_processing_dattn import best_canvas, inner_size
+from dattn_mcore.hf.layers_dattn import (
+    DattnEmbedding,
+    DattnMLP,
+    DattnRMSNorm,
+    DattnRotary,
+    repeat_heads,
+    rotate,
+)
+from tests.unit.hf.hf_models import text_config
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FAMILIES = ["mistral", "gemma2"]
+
+
+def noise(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def same_weights(ours, theirs, dtype):
+    """Both in `dtype` with the same random weights."""
+    for i, parameter in enumerate(ours.parameters()):
+        parameter.data = noise(*parameter.shape, seed=i) * 0.3
+    theirs.load_state_dict(ours.state_dict())
+    return ours.to(dtype), theirs.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norm(family, dtype):
+    theirs = (gemma2.Gemma2RMSNorm if family == "gemma2" else mistral.MistralRMSNorm)(48, eps=1e-5)
+    ours = DattnRMSNorm(48, 1e-5, zero_centred=family == "gemma2")
+    assert torch.equal(ours.weight, theirs.weight)
+    ours, theirs = same_weights(ours, theirs, dtype)
+    x = noise(3, 7, 48, dtype=dtype) * 4
+    assert torch.equal(ours(x), theirs(x))
+    assert ours(x).dtype == theirs(x).dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mlp(family, dtype):
+    text = text_config(family)
+    theirs = (gemma2.Gemma2MLP if family == "gemma2" else mistral.MistralMLP)(text)
+    ours, theirs = same_weights(DattnMLP(text), theirs, dtype)
+    x = noise(3, 7, 32, dtype=dtype) * 4
+    assert torch.equal(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("theta", [100.0, 10000.0, 1e6])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotary(family, theta, dtype):
+    text = text_config(
+        family, head_dim=128, rope_parameters={"rope_type": "default", "rope_theta": theta}
+    )
+    stock = gemma2.Gemma2RotaryEmbedding if family == "gemma2" else mistral.MistralRotaryEmbedding
+    apply = gemma2.apply_rotary_pos_emb if family == "gemma2" else mistral.apply_rotary_pos_emb
+    position = torch.randint(0, 30000, (2, 9), generator=torch.Generator().manual_seed(1))
+    query, key = noise(2, 4, 9, 128, dtype=dtype), noise(2, 2, 9, 128, seed=1, dtype=dtype)
+    expected = stock(text)(query, position)
+    found = DattnRotary(text)(position, dtype)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(
+        (rotate(query, found), rotate(key, found)), apply(query, key, *expected), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_rotary_takes_the_last_rows():
+    """A step rotates its own rows by the last factors, and no rows by none."""
+    rotation = DattnRotary(text_config("mistral"))(torch.arange(6)[None], torch.float32)
+    x = noise(1, 2, 6, 8)
+    whole = rotate(x, rotation)
+    assert torch.equal(rotate(x[:, :, 4:], rotation), whole[:, :, 4:])
+    assert rotate(x[:, :, 6:], rotation).shape == (1, 2, 0, 8)
+
+
+def test_a_model_in_bf16_keeps_its_positions():
+    """Frequencies that are rounded to bf16 would move a row at 3000 by many positions."""
+    rotary = DattnRotary(text_config("mistral"))
+    position = torch.tensor([[3000]])
+    expected = rotary(position, torch.float32)
+    found = rotary.to(torch.bfloat16)(position, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [32, 48, 2304, 3584, 4608])
+def test_scaled_embedding(width, dtype):
+    theirs = gemma2.Gemma2TextScaledWordEmbedding(9, width, 0, width**0.5)
+    ours, theirs = same_weights(DattnEmbedding(9, width, 0, width**0.5), theirs, dtype)
+    ids = torch.tensor([[1, 8, 0, 3]])
+    assert torch.equal(ours(ids), theirs(ids))
+    plain = DattnEmbedding(9, width, 0, None).to(dtype)
+    assert torch.equal(plain(ids), torch.nn.functional.embedding(ids, plain.weight))
+
+
+def test_repeated_heads():
+    x = noise(2, 3, 5, 8)
+    for times in (1, 4):
+        assert torch.equal(repeat_heads(x, times), mistral.repeat_kv(x, times))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mistral", {"hidden_act": "gelu"}, "text_config.hidden_act is 'gelu'; it must be 'silu'"),
+        ("gemma2", {"hidden_activation": "silu"}, "hidden_activation is 'silu'.*gelu_pytorch_tanh"),
+    ],
+)
+def test_another_activation_is_refused(family, changes, message):
+    with pytest.raises(ValueError, match=message):
+        DattnMLP(text_config(family, **changes))
+
+
+def test_other_rotary_positions_are_refused():
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}
+    with pytest.raises(ValueError, match="rope_type must be default"):
+        DattnRotary(text_config("mistral", rope_parameters=rope))
+
+
+@pytest.mark.parametrize("image", [(100, 30), (30, 100), (384, 384), (1, 999), (1000, 667)])
+def test_canvas_is_the_one_of_llava_next(image):
+    canvases = [(384 * rows, 384 * columns) for rows in (1, 2, 3) for columns in (1, 2, 3)]
+    assert best_canvas(image, canvases) == select_best_resolution(image, canvases)
+    pixels = noise(3, *image).numpy()
+    for canvas in canvases:
+        expected = get_patch_output_size(pixels, canvas, ChannelDimension.FIRST)
+        assert inner_size(image, canvas) == expected
