@@ -31,12 +31,19 @@ COMMANDS = {"fast": "make test-fast", "default": "make test", "all": "make test-
 # A fixture's name, or the beginning of a test's id.
 BY_FIXTURE = {"pool": "pool"}
 BY_PLACE = {
-    "tests/end_to_end/test_slurm.py": "slurm",
     "tests/end_to_end/": "processes",
+    "tests/end_to_end/test_slurm.py": "slurm",
+    "tests/unit/data/test_data_pages.py::test_preview_in_a_browser": "browser",
+    "tests/unit/data/test_data_pages.py::test_stats_in_a_browser": "browser",
     "tests/unit/evaluation/test_evaluation_lmms_eval.py": "processes",
     "tests/unit/evaluation/test_evaluation_processes.py": "processes",
     "tests/unit/layers/test_triton_attention.py": "interpreter",
     "tests/unit/layers/test_triton_compiles.py": "interpreter",
+    "tests/unit/test_constraints.py::test_a_torch_in_the_range_stays": "processes",
+    "tests/unit/test_constraints.py::test_an_index_that_cannot_be_reached_is_one_line": "processes",
+    "tests/unit/test_constraints.py::test_versions_that_cannot_be_had_are_one_line": "processes",
+    "tests/unit/test_constraints.py::test_an_installation_takes_the_locked_versions": "network",
+    "tests/unit/test_tiers.py": "processes",
 }
 
 

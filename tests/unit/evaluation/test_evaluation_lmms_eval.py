@@ -98,7 +98,7 @@ def test_a_task_through_lmms_eval(tiny_model, tmp_path, environment):
     (samples,) = (tmp_path / "out").rglob("*_samples_vizwiz_tiny.jsonl")
     answers = [json.loads(line) for line in samples.read_text().splitlines()]
     given = {answer["doc_id"]: answer["filtered_resps"] for answer in answers}
-    assert given == {n: [document["answer"]] for n, document in enumerate(documents)}, output
+    assert given == {n: document["answer"] for n, document in enumerate(documents)}, output
     assert re.search(r"vizwiz_tiny.*exact", done.stdout)
 
 
