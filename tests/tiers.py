@@ -18,7 +18,7 @@ MARKERS = {
     "slurm": "runs a Slurm cluster of four virtual nodes",
     "browser": "opens a page in a browser",
     "network": "installs packages from the package index",
-    "slow": "took more than 20 s on two cores",
+    "slow": "takes more than 15 s on two cores",
 }
 # What a tier leaves out, and the command that runs what is left out.
 LEFT_OUT = {
@@ -29,8 +29,10 @@ LEFT_OUT = {
 COMMANDS = {"fast": "make test-fast", "default": "make test", "all": "make test-all"}
 
 # A fixture's name, or the beginning of a test's id.
-BY_FIXTURE = {"pool": "pool"}
+BY_FIXTURE = {"pool": "pool", "matrix": "network"}
 BY_PLACE = {
+    "tests/distributed/test_health.py": "processes",
+    "tests/distributed/test_killed.py": "processes",
     "tests/end_to_end/": "processes",
     "tests/end_to_end/test_slurm.py": "slurm",
     "tests/unit/data/test_data_pages.py::test_preview_in_a_browser": "browser",
@@ -42,16 +44,26 @@ BY_PLACE = {
     "tests/unit/test_constraints.py::test_a_torch_in_the_range_stays": "processes",
     "tests/unit/test_constraints.py::test_an_index_that_cannot_be_reached_is_one_line": "processes",
     "tests/unit/test_constraints.py::test_versions_that_cannot_be_had_are_one_line": "processes",
-    "tests/unit/test_constraints.py::test_an_installation_takes_the_locked_versions": "network",
+    "tests/unit/test_constraints.py::test_an_installation_takes_the_locked_versions_and_leaves_an_older_torch": "network",
     "tests/unit/test_tiers.py": "processes",
 }
+SLOW = (
+    "tests/distributed/test_features_by_layout.py::test_bf16_follows_fp32",
+    "tests/distributed/test_killed.py::test_sigkill_at_any_moment",
+    "tests/end_to_end/test_command_line.py::test_one_process_restarts_itself_under_eight",
+    "tests/end_to_end/test_quickstart.py::test_every_step_takes_what_the_one_before_it_left",
+    "tests/unit/evaluation/test_evaluation_lmms_eval.py::test_a_task_through_lmms_eval",
+    "tests/unit/evaluation/test_evaluation_processes.py::test_killed_half_way_and_resumed",
+    "tests/unit/layers/test_triton_compiles.py",
+)
 
 
 def markers_of(item: pytest.Item) -> set[str]:
     """The markers that a test gets."""
     fixtures = getattr(item, "fixturenames", ())
     found = {marker for fixture, marker in BY_FIXTURE.items() if fixture in fixtures}
-    return found | {marker for place, marker in BY_PLACE.items() if item.nodeid.startswith(place)}
+    found |= {marker for place, marker in BY_PLACE.items() if item.nodeid.startswith(place)}
+    return found | ({"slow"} if item.nodeid.startswith(SLOW) else set())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -31,6 +31,7 @@ FILES = {
     "tests/end_to_end/test_slurm.py": "def test_c(): pass\n",
     "tests/end_to_end/test_command_line.py": "def test_d(pool): pass\ndef test_e(): pass\n",
     "tests/unit/layers/test_triton_attention.py": "def test_f(): pass\n",
+    "tests/unit/layers/test_triton_compiles.py": "def test_g(): pass\n",
 }
 
 
@@ -59,30 +60,31 @@ def run(tmp_path):
 def test_a_tier_leaves_tests_out_and_says_so(run):
     ran, output = run("--tier", "fast")
     assert ran == "a"
-    assert "make test-fast leaves out 5 tests:\n" in output
+    assert "make test-fast leaves out 6 tests:\n" in output
     assert "      2  pool: runs in a pool of processes" in output
-    assert "      3  processes: starts processes" in output
-    assert "      1  interpreter: " in output and "      1  slurm: " in output
-    assert "make test runs 4 of them, make test-all runs 5 of them\n" in output
+    assert "      3  processes: starts processes" in output and "      1  slow: " in output
+    assert "      2  interpreter: " in output and "      1  slurm: " in output
+    assert "make test runs 4 of them, make test-all runs 6 of them\n" in output
 
     ran, output = run("--tier", "default")
     assert ran == "abdef"
-    assert "make test leaves out 1 tests:\n      1  slurm: " in output
-    assert "make test-all runs 1 of them\n" in output
+    assert "make test leaves out 2 tests:\n      1  slurm: " in output
+    assert "make test-all runs 2 of them\n" in output
 
     for arguments in (("--tier", "all"), ()):
         ran, output = run(*arguments)
-        assert ran == "abcdef" and "leaves out" not in output
+        assert ran == "abcdefg" and "leaves out" not in output
     assert run("-m", "pool")[0] == "bd"
 
 
 def test_every_place_has_tests():
-    for place in tiers.BY_PLACE:
+    for place in [*tiers.BY_PLACE, *tiers.SLOW]:
         path, _, test = place.partition("::")
         assert (ROOT / path).exists(), path
         if test:
             assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), place
-    assert set(tiers.BY_PLACE.values()) | set(tiers.BY_FIXTURE.values()) == set(tiers.MARKERS)
+    given = {*tiers.BY_PLACE.values(), *tiers.BY_FIXTURE.values(), "slow"}
+    assert given == set(tiers.MARKERS)
 
 
 def test_every_tier_has_its_command():
