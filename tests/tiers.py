@@ -46,6 +46,7 @@ BY_PLACE = {
     "tests/unit/test_constraints.py::test_versions_that_cannot_be_had_are_one_line": "processes",
     "tests/unit/test_constraints.py::test_an_installation_takes_the_locked_versions_and_leaves_an_older_torch": "network",
     "tests/unit/test_tiers.py": "processes",
+    "tests/unit/training/test_exit_status.py": "processes",
 }
 SLOW = (
     "tests/distributed/test_features_by_layout.py::test_bf16_follows_fp32",

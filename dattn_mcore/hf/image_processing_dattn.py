@@ -74,7 +74,7 @@ class DattnImageProcessor(PilBackend):
     image_policy = "anyres_stretch"
     anyres_grids = [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1], [1, 4], [4, 1]]
 
-    def _preprocess(  # type: ignore[override]
+    def _preprocess(
         self,
         images: list[np.ndarray],
         size: SizeDict,

@@ -49,7 +49,7 @@ def scaled(path):
         first, layers = 1, 1 + 2 * (parallel.pp - 1)
     sizes = {
         **{"num_layers": max(layers, 2), "hidden_size": 64, "ffn_hidden_size": 96},
-        **{"num_attention_heads": 8, "num_query_groups": 4, "head_dim": 16, "vocab_size": 320},
+        **{"num_attention_heads": 8, "num_query_groups": 4, "head_dim": 16, "vocab_size": 384},
         **{"init_std": 0.05, "query_scale": 24.0 if llm.query_scale else None},
         **{"sliding_window": 6 if llm.sliding_window else None},
         **{name: getattr(llm, name) and 5.0 for name in ("attention_softcap", "final_softcap")},

@@ -37,7 +37,7 @@ def configuration(cluster, digits):
     tree = {
         "base": str(ROOT / "configs/gemma_pt.yaml"),
         "model": {
-            "llm": {**SMALL_MODEL["llm"], "vocab_size": 320, "query_scale": 16.0}
+            "llm": {**SMALL_MODEL["llm"], "vocab_size": 384, "query_scale": 16.0}
             | {"sliding_window": 6},
             "vision": {**SMALL_MODEL["vision"], "image_size": 56},
             "projector": SMALL_MODEL["projector"],
