@@ -16,7 +16,7 @@ from dattn_mcore.evaluation.score import score_digits
 from dattn_mcore.layers.implementation import transformer_engine_missing
 
 ROOT = Path(__file__).parents[2]
-STEPS = {"align": 200, "pretrain": 600, "instruct": 600}
+STEPS = {"align": 200, "pretrain": 600, "instruct": 1200}
 # Blocks of 128 divide it; the embedded 352 they do not.
 SIZES = ["model.llm.ffn_hidden_size=384"]
 PRECISIONS = {

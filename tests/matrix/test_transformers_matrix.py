@@ -80,10 +80,12 @@ def without_the_fix(export: Path) -> Path:
 
 # As release 0 did: what it does not know goes into **kwargs, and nobody looks there.
 WITHOUT_THE_FIX = """
+import functools
 
 _whole_forward = DattnForConditionalGeneration.forward
 
 
+@functools.wraps(_whole_forward)  # generation looks at its signature
 def _forgetful_forward(self, *args, cache=None, **kwargs):
     return _whole_forward(self, *args, **kwargs)
 
@@ -134,7 +136,8 @@ def test_an_export_without_the_fix_fails(matrix, export):
 def test_old_export_fails_where_the_cache_has_another_name(matrix):
     """That is: release 0's own code, which is right up to the release before."""
     before, after = (report(matrix, release, "export_0") for release in (BEFORE, AFTER))
-    assert set(before["failed"]) == OLD_FAULTS, before
+    # Prompt lookup fails only where what was generated sends it to the image's place.
+    assert OLD_FAULTS - {"prompt_lookup"} <= set(before["failed"]) <= OLD_FAULTS, before
     assert {"cached", "alone", "text_only"} <= set(after["failed"]), after
     assert set(after["passed"]) >= NO_CACHE, after
 

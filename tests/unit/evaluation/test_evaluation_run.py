@@ -345,11 +345,13 @@ def test_no_megatron():
 
     files = list((ROOT / "dattn_mcore/evaluation").rglob("*.py"))
     ours = ("dattn_mcore.evaluation", "dattn_mcore.errors", "dattn_mcore.hf")
+    guesses = "dattn_mcore.data.digits_questions"  # what guessing gives there; imports numpy alone
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 assert not name.startswith("megatron"), path
-                assert not name.startswith("dattn_mcore.") or name.startswith(ours), path
+                allowed = name.startswith(ours) or name == guesses
+                assert not name.startswith("dattn_mcore.") or allowed, path
     assert len(files) > 30

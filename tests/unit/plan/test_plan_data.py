@@ -15,7 +15,11 @@ from tests.distributed.jobs import small_config
 def config(digits, tmp_path):
     """Steps of full packs, with an index folder of this test's own."""
     tree = small_config(digits, tmp_path / "run")
-    tree["data"] |= {"index_dir": str(tmp_path / "index"), "step_packs_multiple": 1}
+    tree["data"] |= {
+        "index_dir": str(tmp_path / "index"),
+        "step_packs_multiple": 1,
+        "text_budget": 400,
+    }
     tree["train"] |= {"steps": None, "epochs": 2.0}
     return from_dict(tree)
 
