@@ -73,7 +73,6 @@ def install(*, dev: bool = False, newest: bool = False, dry_run: bool = False) -
     Raises:
         InstallError: pip failed.
     """
-    LOG.unlink(missing_ok=True)
     package = f"{ROOT}[dali,dev]" if dev else f"{ROOT}[dali]"
     add = _print_what_is_missing if dry_run else _install
     if newest:
@@ -83,12 +82,12 @@ def install(*, dev: bool = False, newest: bool = False, dry_run: bool = False) -
         return
     constraints = ["--constraint", str(CONSTRAINTS)]
     add("setuptools", *constraints)  # pip's own build environments know no constraints
-    torch_comes_from_us = not torch_stays(installed("torch"))
-    if torch_comes_from_us:
-        constraints += ["--constraint", str(TORCH_CONSTRAINTS)]
+    present = installed("torch")
+    stays = torch_stays(present)
+    torch = [f"torch=={present}"] if stays else ["--constraint", str(TORCH_CONSTRAINTS)]
     isolation = [] if dry_run else ["--no-build-isolation"]  # a dry run installs no setuptools
-    add(*isolation, "--editable", package, *constraints)
-    if torch_comes_from_us and not dry_run:
+    add(*isolation, "--editable", package, *constraints, *torch)
+    if not stays and not dry_run:
         TORCH_RECORD.write_text(f"{installed('torch')}\n")
     if dev:
         add("--no-deps", _WITHOUT_DEPENDENCIES, *constraints)
@@ -148,25 +147,20 @@ def pip(command: str, *arguments: str) -> None:
     """
     done = subprocess.run(
         [sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check"]
-        + ["--no-input", "--progress-bar", "off", "--log", str(LOG), *arguments],
+        + ["--no-input", "--progress-bar", "off", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        details = LOG.read_text(errors="replace") if LOG.is_file() else ""
-        why = reason((done.stdout + done.stderr).strip(), details)
-        raise InstallError(f"{why}; pip's messages are in {LOG}")
+        output = (done.stdout + done.stderr).strip()
+        LOG.write_text(f"{output}\n")
+        raise InstallError(f"{reason(output)}; pip's messages are in {LOG}")
 
 
-def reason(output: str, details: str) -> str:
-    """What pip's messages come to.
-
-    Args:
-        output: what it wrote.
-        details: its log, which alone says why a page of the index was skipped.
-    """
-    if _UNREACHABLE.search(output + details):
+def reason(output: str) -> str:
+    """What pip's messages come to."""
+    if _UNREACHABLE.search(output):
         return (
             "the package index cannot be reached; check the network and pip's settings "
             "(pip config list), then give the same command again"
