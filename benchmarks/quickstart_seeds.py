@@ -20,10 +20,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
-from benchmarks.results import ROOT, markdown_table, provenance, write_section
+from benchmarks.results import PACKAGES, ROOT, markdown_table, provenance, write_section
 from dattn_mcore.quickstart.expectation import BLIND_SETTING, LEAST, MOST_BLIND
 from dattn_mcore.units import duration
 
@@ -113,7 +115,8 @@ class Results:
 
 def settings_digest() -> str:
     """Of everything that decides what is trained; other settings' results are another file."""
-    digest = hashlib.sha256()
+    versions = [f"{name} {version(name)}" for name in PACKAGES]
+    digest = hashlib.sha256(f"{python_version()} {versions}".encode())
     for pattern in _WHAT_COUNTS:
         for path in sorted(ROOT.glob(pattern)):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -148,6 +151,7 @@ def run_quickstart(seed: int, blind: bool, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "dattn_mcore.quickstart", "--run-dir", str(folder.resolve())]
     command += [f"train.seed={seed}", *([f"{BLIND_SETTING}=false"] if blind else [])]
     score = folder / "score.json"
+    score.unlink(missing_ok=True)  # an earlier run's, were this one to end before it has its own
     started = time.monotonic()
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     # Status 1 with a score is an accuracy out of bounds, which is a result here.

@@ -1,6 +1,7 @@
 """The benchmark over seeds: what it keeps, what it runs again, and what it calls too low."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -81,3 +82,16 @@ def test_a_low_seed_ends_with_status_1(monkeypatch, tmp_path, capsys):
     )
     assert main(["--out", str(tmp_path), "--seeds", "7", "--blind-seeds"]) == 1
     assert "error: seed 7 reaches 48.5%, below 90%" in capsys.readouterr().err
+
+
+def test_a_run_without_a_score_of_its_own_is_no_result(tmp_path, monkeypatch):
+    (tmp_path / "score.json").write_text('{"overall": {"correct": 400, "total": 400}}')
+    monkeypatch.setattr(
+        quickstart_seeds.subprocess,
+        "run",
+        lambda *given, **settings: subprocess.CompletedProcess(
+            given, 1, "", "error: step 3 failed"
+        ),
+    )
+    with pytest.raises(SystemExit, match="step 3 failed"):
+        quickstart_seeds.run_quickstart(7, False, tmp_path)
