@@ -3,15 +3,33 @@
 import dataclasses
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 
+import transformers
 from rich.console import Console
 
 from dattn_mcore.quickstart.picture import draw
 from dattn_mcore.quickstart.run import make_run_dir, run_steps
-from dattn_mcore.quickstart.steps import STAGES, make_plan
+from dattn_mcore.quickstart.steps import ROOT, STAGES, make_plan
 from dattn_mcore.quickstart.summary import score, show
 
 SHORT = ("train.steps=2", "train.global_batch_size=16", "log.interval=1", "log.tensorboard=false")
+# Behind the model's code: what a release does that hands the cache over in a way of its own.
+NO_CACHE = """
+
+_whole = DattnForConditionalGeneration.forward
+
+
+def _forgets(self, *args, past_key_values=None, cache=None, **kwargs):
+    return _whole(self, *args, **kwargs)
+
+
+_forgets.__signature__ = __import__("inspect").signature(_whole)
+DattnForConditionalGeneration.forward = _forgets
+"""
 
 
 def test_every_step_takes_what_the_one_before_it_left(digits, tmp_path):
@@ -39,3 +57,29 @@ def test_every_step_takes_what_the_one_before_it_left(digits, tmp_path):
     assert (plan.run_dir / "hf" / "config.json").is_file()
     assert plan.picture.stat().st_size > 10_000
     assert "Held-out questions" in text
+
+
+def test_a_broken_forward_ends_the_whole_command_with_its_line(digits, tmp_path):
+    """Status 1 and one line from a clone whose generation sees one token and no image."""
+    clone = tmp_path / "clone"
+    for name in ("dattn_mcore", "tools", "configs"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pretrain_dattn.py", clone)
+    with (clone / "dattn_mcore/hf/modeling_dattn.py").open("a", encoding="utf-8") as code:
+        code.write(NO_CACHE)
+    command = [sys.executable, "-m", "dattn_mcore.quickstart", "--data", str(digits)]
+    done = subprocess.run(
+        [*command, "--run-dir", str(tmp_path / "run"), *SHORT],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: step 'convert' failed with status 2: ")
+    assert "fails its self-check: generation with the cache goes wrong: at new token 2 of 4" in line
+    assert f"with transformers {transformers.__version__}, tested with transformers 5.6 to" in line
+    assert not (tmp_path / "run" / "hf").exists()

@@ -285,6 +285,8 @@ def _inspect(options: argparse.Namespace) -> None:
 def _interruptible() -> int:
     """`main`, ended by Ctrl-C, SIGTERM or SIGHUP with one line; what it had written is removed.
 
+    Only `refresh` changes a folder that was there before, all of its files or none.
+
     What a library makes of the exception on its way (PyTorch's writer wraps it) does not matter.
     """
     stopped: list[int] = []
@@ -305,10 +307,11 @@ def _interruptible() -> int:
     except BaseException:
         if not stopped:
             raise
+        left = "nothing is left of it"
+        if "refresh" in sys.argv[1:2]:
+            left = "the folder is whole, with all of its files renewed or none"
         with suppress(OSError):  # a closed terminal
-            sys.stderr.write(
-                f"stopped by {signal.Signals(stopped[0]).name}; nothing is left of it\n"
-            )
+            sys.stderr.write(f"stopped by {signal.Signals(stopped[0]).name}; {left}\n")
         return 128 + stopped[0]
 
 

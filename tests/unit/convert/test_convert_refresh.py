@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,6 +160,34 @@ def test_all_files_or_none(old, capsys):
     assert len(list(old.glob(".*"))) == 1
     (old / ".config.json.refresh.tmp").rmdir()
     assert len(refreshed(capsys, old)) > 2
+
+
+# A signal that arrives while the first file takes its place.
+STOPPED = """
+import os, pathlib, signal, sys
+from tools.checkpoint_convert import __main__
+whole = pathlib.Path.replace
+def replace(self, target):
+    if self.name.endswith(".refresh.tmp"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return whole(self, target)
+pathlib.Path.replace = replace
+sys.exit(__main__._interruptible())
+"""
+
+
+def test_a_signal_waits_until_all_files_are_in_place(old, capsys):
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, "refresh", str(old)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    told = "stopped by SIGTERM; the folder is whole, with all of its files renewed or none"
+    assert done.stderr.splitlines()[-1] == told
+    assert refreshed(capsys, old) == [f"{old}: up to date; weights untouched"]
 
 
 def test_links_stay_behind(old, tmp_path, capsys):
