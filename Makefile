@@ -1,12 +1,12 @@
 # make quickstart   installs into .venv, then trains, converts and evaluates the digits model
 # make test-fast    installs into .venv, then runs the tests of single functions: under 3 minutes
-# make test         those, and one of each kind over several processes: under 15 minutes
+# make test         those, and all but Slurm, installations and the slowest: under 15 minutes
 # make test-all     every test: under an hour
 # make check        formatting, lint and types
 # make gpu-check    on a machine with a GPU: its tests, all benchmarks, docs/performance.md;
 #                   fails without Transformer Engine, unless ARGS=--without-te
 # make update       constraints*.txt anew: the newest versions that pyproject.toml allows; tests
-#                   exports under every release of transformers that is supported
+#                   exports with the releases of transformers that matter (tests/matrix)
 # make test-newest, make quickstart-newest
 #                   the same as test-all and quickstart in .venv-newest, which has no constraints
 # make clean        removes .venv, .venv-newest and what the tools left; keeps data/ and runs/

@@ -55,7 +55,7 @@ def caption(stage: str, number: int, mosaic: Mosaic) -> dict[str, Any]:
 
 
 def conversation(number: int, mosaics: Sequence[Mosaic], rng: np.random.Generator) -> dict:
-    """Makes an instruct record: mostly one image and one question; some of every other kind."""
+    """Makes an instruct record: mostly one image and one to four questions; some of every kind."""
     name = f"instruct-{number:05d}"
     mosaic = mosaics[number]
     draw = rng.random()

@@ -73,7 +73,9 @@ class Answerer:
             for q in questions
         ]
         if requests:
-            told(self.generator.self_check(requests[0], self.settings.batch_size))
+            # One with a picture, if there is one: pixels too can get lost on their way.
+            first = next((request for request in requests if request.pictures), requests[0])
+            told(self.generator.self_check(first, self.settings.batch_size))
         limit = self.settings.max_new_tokens
         texts: dict[int, str] = {}
         for batch in self.generator.generate(requests, self.settings.batch_size, limit):

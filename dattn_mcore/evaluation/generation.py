@@ -177,7 +177,7 @@ class Generator:
         prepared = [self._inputs(both, prompts, [0])]
         if batch_size > 1:
             prepared.append(self._inputs(both, prompts, [0, 1]))
-        way_out = ", or renew its code (python -m tools.checkpoint_convert refresh FOLDER)"
+        way_out = ", or a newer dattn_mcore, whose code answers here in place of the folder's own"
         with saying_versions(f"--model {self.folder}", way_out):
             first = prepared[0].to(self.device)
             agreement = compare_generation(self.model, first)

@@ -124,7 +124,8 @@ class DattnMcore(lmms):
         until = [until] if isinstance(until, str) else list(until)
         tokens, more = generation_settings(wanted)
         asked = [self._request(request.args) for request in requests]
-        self._check(asked[0])
+        # One with a picture, if there is one: pixels too can get lost on their way.
+        self._check(next((request for request in asked if request.pictures), asked[0]))
         for batch in self.generator.generate(asked, self.batch_size, tokens, **more):
             for number, text in batch.items():
                 answer = cut(text, until)

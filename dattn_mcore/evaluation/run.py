@@ -108,6 +108,8 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
 def _self_check(generator: Generator, benchmarks: Sequence[Benchmark], batch_size: int) -> str:
     """Checks the model on the first prompt that can be asked, on every process.
 
+    It has a picture, if a benchmark has one: pixels too can get lost on their way.
+
     Returns:
         What was compared, for the log.
 
@@ -117,7 +119,7 @@ def _self_check(generator: Generator, benchmarks: Sequence[Benchmark], batch_siz
     """
     for benchmark in benchmarks:
         try:
-            row = benchmark.rows[0]
+            row = next((row for row in benchmark.rows if row.pictures), benchmark.rows[0])
             request = Request(f"{benchmark.title}, the first question", row.text, row.pictures)
             for picture in row.pictures:
                 picture.open(request.who)

@@ -108,6 +108,13 @@ def check_shapes(
                 f"attention_mask is {shape or type(attention_mask).__name__}; it must be "
                 f"[batch, columns], here {whole}, 1 for a token and 0 for padding"
             )
+        if attention_mask.is_floating_point() and bool(
+            ((attention_mask != 0) & (attention_mask != 1)).any()
+        ):
+            raise ValueError(
+                "attention_mask holds other numbers than 0 and 1; a mask that is added to scores "
+                "(0 and -inf) is not honoured, give 1 for a token and 0 for padding"
+            )
         if past and shape == whole and cache is not None:
             _check_earlier(attention_mask[:, :past], cache)
     if isinstance(logits_to_keep, int) and logits_to_keep < 0:

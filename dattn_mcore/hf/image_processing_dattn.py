@@ -87,13 +87,24 @@ class DattnImageProcessor(PilBackend):
         image_policy: str,
         anyres_grids: list[list[int]],
         return_tensors: Any,
+        do_resize: bool = True,
+        do_center_crop: bool | None = None,
+        do_pad: bool | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Tiles of uint8 images [3, height, width], rescaled and normalised.
 
+        Args that other image processors know and this one does not need (`crop_size`, `pad_size`,
+        `disable_grouping`) are in `kwargs`.
+
         Raises:
-            ValueError: the policy is unknown.
+            ValueError: the policy is unknown, or an option asks for what tiles cannot be.
         """
+        if not do_resize or do_center_crop or do_pad:
+            raise ValueError(
+                "AnyRes resizes every image to its tiles: do_resize=False, do_center_crop and "
+                "do_pad are not honoured; leave them out, or choose the canvas by image_policy"
+            )
         if image_policy not in POLICIES:
             raise ValueError(
                 f"image_policy is {image_policy!r}; it must be one of {', '.join(POLICIES)}"

@@ -209,7 +209,8 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
             labels: int64 [batch, columns], tokens as in `input_ids` or -100; shifted here to the
                 next text row, so that an image between two text rows changes nothing. What stands
                 at images and padding does not count.
-            use_cache: whether to make (or go on with) a cache.
+            use_cache: whether to make (or go on with) a cache; None: as the configuration says,
+                and not in training.
             logits_to_keep: compute the last n logits only; 0: all.
             return_dict: False: a tuple instead of the output object; None: as the configuration
                 says.
@@ -232,6 +233,9 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
         cache = own_cache([past_key_values, *named])
         if use_cache is False and cache is not None:
             raise ValueError("use_cache is False, but a cache is given; leave one of them out")
+        if use_cache is None:  # as transformers' own models do where the loop is the user's
+            use_cache = labels is None and not self.training
+            use_cache = use_cache and getattr(self.config.text_config, "use_cache", True)
         if cache is None and use_cache:
             cache = DattnCache()
         if getattr(self.config, "output_attentions", False):
@@ -241,7 +245,14 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
         check_further(kwargs, past, input_ids)
         check_shapes(input_ids, attention_mask, labels, logits_to_keep, cache)
         check_pixels(pixel_values)
+        if image_grids is not None and pixel_values is None:
+            raise ValueError("image_grids come without pixel_values; give both, or leave both out")
         if image_columns is not None:
+            if image_columns.shape != input_ids.shape:
+                raise ValueError(
+                    f"image_columns have shape {list(image_columns.shape)}, but input_ids "
+                    f"{list(input_ids.shape)}"
+                )
             input_ids = input_ids.masked_fill(image_columns, self.config.image_token_id)
         if output_hidden_states is None:
             output_hidden_states = bool(getattr(self.config, "output_hidden_states", False))

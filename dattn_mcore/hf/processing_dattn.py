@@ -26,6 +26,10 @@ class DattnProcessor(ProcessorMixin):
         image_token: str = "<image>",
         **kwargs: Any,
     ) -> None:
+        if kwargs:
+            raise TypeError(
+                f"DattnProcessor does not know {', '.join(sorted(kwargs))}; leave it out"
+            )
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)

@@ -41,12 +41,12 @@ class Expectation:
         if overall.accuracy < self.least:
             raise ExpectationError(
                 f"{reached} {accuracy}; the shipped settings must reach {self.least:.0%} with "
-                "every seed: training, export or generation is broken here; run make test"
+                "every seed: training, export or generation is broken here; run make test-all"
             )
         if overall.accuracy > self.most:
             raise ExpectationError(
                 f"{reached} {accuracy}; without visual positions at most {self.most:.0%} can be: "
-                "places reach the model some other way; run make test"
+                "places reach the model some other way; run make test-all"
             )
 
 

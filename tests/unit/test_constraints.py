@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from dattn_mcore.hf.configuration_dattn import TESTED_TRANSFORMERS
 from tools import install, update_constraints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,6 +68,16 @@ def locked(python: str, machine: str, text: str = FIRST + SECOND) -> dict[str, V
             assert canonicalize_name(pin.name) not in found, pin.name
             found[canonicalize_name(pin.name)] = Version(only.version)
     return found
+
+
+def test_exports_record_the_range_that_is_locked_and_allowed():
+    """A bound that was raised, or a lock that moved, is a release that exports must name."""
+    oldest, newest = map(Version, TESTED_TRANSFORMERS)
+    (allowed,) = [t for t in lists()["dependencies"] if t.startswith("transformers")]
+    specifiers = Requirement(allowed).specifier
+    assert {Version(s.version) for s in specifiers if s.operator == ">="} == {oldest}
+    assert locked("3.12", "x86_64")["transformers"] == newest
+    assert newest in specifiers
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
@@ -230,7 +241,7 @@ def test_an_installation_takes_the_locked_versions_and_leaves_an_older_torch(emp
     done = empty("-m", "tools.install", "--dev", "--dry-run")
     assert done.returncode == 0, done.stderr
     first, *lines = done.stdout.splitlines()
-    assert first == "setuptools==81.0.0" or "PyTorch" in first
+    assert first == f"setuptools=={locked('3.11', 'x86_64')['setuptools']}" or "PyTorch" in first
     found = dict(line.split("==") for line in [first, *lines] if "==" in line)
     found = {str(canonicalize_name(name)): Version(version) for name, version in found.items()}
     assert found.pop("dattn-mcore")

@@ -216,6 +216,39 @@ def test_masks():
     )
 
 
+def test_a_mask_that_is_added_to_scores_is_refused():
+    """Read as 0 and 1 it would hide the tokens, and show the padding."""
+    model = make_model()
+    added = torch.tensor([[float("-inf"), 0, 0, 0, 0, 0], [0] * 6])
+    refused(model, "other numbers than 0 and 1", attention_mask=added)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6])
+    expected = logits(model, IDS, pixels(2), mask)
+    for kind in (torch.bool, torch.float32, torch.bfloat16):
+        assert torch.equal(logits(model, IDS, pixels(2), mask.to(kind)), expected)
+
+
+def test_what_belongs_to_images_fits_them():
+    model, grids = make_model(), torch.tensor([[1, 1]])
+    refused(model, "image_grids come without pixel_values", TEXT, 0, image_grids=grids)
+    columns = torch.zeros(2, 5, dtype=torch.bool)
+    refused(model, r"image_columns have shape \[2, 5\], but", image_columns=columns)
+
+
+def test_a_loop_by_hand_gets_the_cache_that_the_configuration_promises():
+    """As with transformers' own models: nobody names use_cache, and step two sees the image."""
+    model = make_model()
+    whole = logits(model, IDS, pixels(2))
+    with torch.no_grad():
+        first = model(IDS[:, :5], pixels(2))
+        second = model(IDS[:, 5:], past_key_values=first[cache_field()])
+        torch.testing.assert_close(second.logits, whole[:, 5:], atol=2e-5, rtol=0)
+        assert cache_field() not in model(IDS, pixels(2), labels=LABELS)
+        model.config.text_config.use_cache = False
+        assert cache_field() not in model(IDS, pixels(2))
+        model.config.text_config.use_cache = True
+        assert cache_field() not in model.train()(IDS, pixels(2))
+
+
 def test_a_mask_of_the_new_columns_or_of_all():
     model = make_model()
     mask = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
