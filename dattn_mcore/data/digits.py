@@ -3,11 +3,13 @@
 scikit-learn ships 1,797 handwritten digits of 8 x 8 pixels (UCI "Optical Recognition of
 Handwritten Digits"). Four different digits make a mosaic of 2 x 2 cells of 28 x 28 pixels, saved
 as JPEG. Since the four differ, a model that sees which digits are there but not where guesses
-right in one case of four at best, whatever is asked. The first fifth of the file is held out: no
-digit of it is in a training mosaic, and, as digits of one writer stand together, hardly a writer.
+right in one case of four at best, whatever is asked. The align stage's mosaics show one digit by
+four hands: what a digit looks like is learned before where it stands (docs/quickstart.md). The
+first fifth of the file is held out: no digit of it is in a training mosaic, and, as digits of one
+writer stand together, hardly a writer.
 
 Written below the output folder:
-    images/{train,heldout}/NN/NNNNN.jpg     mosaics
+    images/{align,train,heldout}/NN/NNNNN.jpg   mosaics
     align.json, pretrain.json               captions that read the four digits in order
     instruct.json                           questions with one short answer
     heldout_questions.jsonl                 {question_id, image, text, category, answer}
@@ -43,7 +45,7 @@ from dattn_mcore.data.tokenizer import train_tokenizer
 from dattn_mcore.errors import DataError
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 2  # raise it when the same plan would write other files
+_VERSION = 3  # raise it when the same plan would write other files
 CELL_PIXELS = 28
 ANNOTATIONS = ("align.json", "pretrain.json", "instruct.json")
 _HELD_OUT_SHARE = 0.2
@@ -55,7 +57,7 @@ class DigitsPlan:
     """What is made; the same plan gives the same files.
 
     Attributes:
-        align: Captioned mosaics of the align stage.
+        align: Captioned mosaics of the align stage, of one digit each.
         pretrain: Captioned mosaics of the pre-training stage.
         instruct: Conversations of the instruct stage.
         heldout: Mosaics of held-out digits, one question each.
@@ -152,21 +154,22 @@ def _write(folder: Path, plan: DigitsPlan) -> None:
     rng = np.random.Generator(np.random.PCG64(plan.seed))
     images, labels = _load_digits()
     held_out = round(len(labels) * _HELD_OUT_SHARE)
-    train_count = max(plan.align, plan.pretrain, plan.instruct)
-    train = _write_mosaics(
-        folder, "train", images[held_out:], labels[held_out:], train_count, rng, vary=True
-    )
+    train_count = max(plan.pretrain, plan.instruct)
+    heldout_images, heldout_labels = images[:held_out], labels[:held_out]
+    images, labels = images[held_out:], labels[held_out:]
+    train = _write_mosaics(folder, "train", images, labels, train_count, rng, vary=True)
     heldout = _write_mosaics(
-        folder, "heldout", images[:held_out], labels[:held_out], plan.heldout, rng, vary=False
+        folder, "heldout", heldout_images, heldout_labels, plan.heldout, rng, vary=False
     )
-    align = [caption("align", i, train[i]) for i in range(plan.align)]
     pretrain = [caption("pretrain", i, train[i]) for i in range(plan.pretrain)]
     instruct = [conversation(i, train, rng) for i in range(plan.instruct)]
+    questions = [held_out_question(i, mosaic, rng) for i, mosaic in enumerate(heldout)]
+    alike = _write_mosaics(folder, "align", images, labels, plan.align, rng, vary=True, alike=True)
+    align = [caption("align", i, mosaic) for i, mosaic in enumerate(alike)]
     for name, records in (("align", align), ("pretrain", pretrain), ("instruct", instruct)):
         (folder / f"{name}.json").write_text(
             "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n", "utf-8"
         )
-    questions = [held_out_question(i, mosaic, rng) for i, mosaic in enumerate(heldout)]
     (folder / "heldout_questions.jsonl").write_text(
         "".join(json.dumps(question) + "\n" for question in questions), "utf-8"
     )
@@ -188,8 +191,9 @@ def _write_mosaics(
     count: int,
     rng: np.random.Generator,
     vary: bool,
+    alike: bool = False,
 ) -> list[Mosaic]:
-    """Draws and saves `count` mosaics of four different digits each.
+    """Draws and saves `count` mosaics of four digits each.
 
     Args:
         folder: Output folder.
@@ -199,9 +203,12 @@ def _write_mosaics(
         count: Number of mosaics.
         rng: Source of every choice.
         vary: Also shift, scale and turn each digit a little (training only).
+        alike: One digit of four hands; False: four different digits.
     """
     by_label = [np.flatnonzero(labels == digit) for digit in range(10)]
     digits = np.stack([rng.permutation(10)[:4] for _ in range(count)])
+    if alike:
+        digits[:] = digits[:, :1]
     draws = rng.random((count, 4))
     chosen = np.array(
         [

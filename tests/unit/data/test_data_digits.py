@@ -59,12 +59,22 @@ def test_annotations_read_and_point_at_images(prepared: Path) -> None:
         for sample in samples:
             kinds[len(sample.images)] += 1
             for path in sample.images:
-                assert path.startswith("train/")
+                assert path.startswith("align/" if name == "align" else "train/")
                 with Image.open(prepared / "images" / path) as image:
                     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (56, 56))
     assert kinds[0] > 0
     assert kinds[2] > 0
     assert kinds[1] > 0.9 * sum(kinds.values())
+
+
+def test_a_picture_of_the_first_stage_shows_one_digit(prepared: Path) -> None:
+    """By four hands; the first stage is about what a digit is, and all ten are in it."""
+    captions = [sample.turns[1] for sample in read_json(prepared / "align.json")]
+    assert {caption.split()[0] for caption in captions} == set("0123456789")
+    assert all(caption == " ".join(caption.split()[:1] * 4) for caption in captions)
+    for path in (prepared / "images" / "align").rglob("*.jpg"):
+        cells = np.asarray(Image.open(path).convert("L")).reshape(2, 28, 2, 28).swapaxes(1, 2)
+        assert len({cell.tobytes() for cell in cells.reshape(4, -1)}) == 4
 
 
 def test_captions_and_answers_agree(prepared: Path) -> None:
@@ -133,12 +143,14 @@ def test_held_out_digits_are_in_no_training_mosaic(
     marked[:held_out] = 0
     monkeypatch.setattr(datasets, "load_digits", lambda return_X_y: (marked, labels))
     folder = prepare_digits(tmp_path / "made", PLAN)
-    for split, shown in (("train", lambda ink: ink > 150), ("heldout", lambda ink: ink < 5)):
+    counts = {"align": PLAN.align, "train": PLAN.instruct, "heldout": PLAN.heldout}
+    for split, count in counts.items():
         paths = list((folder / "images" / split).rglob("*.jpg"))
-        assert len(paths) == (PLAN.heldout if split == "heldout" else PLAN.instruct)
+        assert len(paths) == count
         for path in paths:
             cells = np.asarray(Image.open(path).convert("L")).reshape(2, 28, 2, 28)
-            assert shown(cells.mean((1, 3))).all(), path
+            ink = cells.mean((1, 3))
+            assert (ink < 5 if split == "heldout" else ink > 150).all(), path
     assert set(np.unique(labels[:held_out])) == set(range(10))
 
 
