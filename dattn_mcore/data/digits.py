@@ -10,7 +10,8 @@ writer stand together, hardly a writer.
 
 Written below the output folder:
     images/{align,train,heldout}/NN/NNNNN.jpg   mosaics
-    align.json, pretrain.json               captions that read the four digits in order
+    align.json, pretrain.json               captions that read the four digits; in order, or, of
+                                            every second picture of pretrain, behind their places
     instruct.json                           questions with one short answer
     heldout_questions.jsonl                 {question_id, image, text, category, answer}
     tokenizer.model                         SentencePiece, trained on the text above
@@ -38,6 +39,7 @@ from dattn_mcore.data.digits_questions import (
     Mosaic,
     all_texts,
     caption,
+    caption_with_places,
     conversation,
     held_out_question,
 )
@@ -161,11 +163,14 @@ def _write(folder: Path, plan: DigitsPlan) -> None:
     heldout = _write_mosaics(
         folder, "heldout", heldout_images, heldout_labels, plan.heldout, rng, vary=False
     )
-    pretrain = [caption("pretrain", i, train[i]) for i in range(plan.pretrain)]
     instruct = [conversation(i, train, rng) for i in range(plan.instruct)]
     questions = [held_out_question(i, mosaic, rng) for i, mosaic in enumerate(heldout)]
     alike = _write_mosaics(folder, "align", images, labels, plan.align, rng, vary=True, alike=True)
     align = [caption("align", i, mosaic) for i, mosaic in enumerate(alike)]
+    pretrain = [
+        caption_with_places("pretrain", i, mosaic, rng) if i % 2 else caption("pretrain", i, mosaic)
+        for i, mosaic in enumerate(train[: plan.pretrain])
+    ]
     for name, records in (("align", align), ("pretrain", pretrain), ("instruct", instruct)):
         (folder / f"{name}.json").write_text(
             "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n", "utf-8"

@@ -54,6 +54,18 @@ def caption(stage: str, number: int, mosaic: Mosaic) -> dict[str, Any]:
     return _record(f"{stage}-{number:05d}", mosaic.path, [("<image>\nRead the digits.", caption)])
 
 
+def caption_with_places(
+    stage: str, number: int, mosaic: Mosaic, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Makes an image-caption record that names each digit's place, in random order.
+
+    The word in front of a digit is then all that says where to look, as no count of digits can.
+    """
+    order = rng.permutation(len(CELLS))
+    caption = " ".join(f"{CELLS[cell]} {mosaic.digits[cell]}" for cell in order)
+    return _record(f"{stage}-{number:05d}", mosaic.path, [("<image>\nRead the places.", caption)])
+
+
 def conversation(number: int, mosaics: Sequence[Mosaic], rng: np.random.Generator) -> dict:
     """Makes an instruct record: mostly one image and one to four questions; some of every kind."""
     name = f"instruct-{number:05d}"
