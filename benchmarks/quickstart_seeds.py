@@ -5,7 +5,8 @@
     python -m benchmarks.quickstart_seeds --write-docs          # and docs/quickstart.md's table
 
 Runs the command of `make quickstart` once a seed and keeps each result as soon as it is there, so
-that a run which was stopped goes on where it was. Seeds drawn once are kept too. Results of other
+that a run which was stopped goes on where it was. Seeds drawn once are kept too, and so are the
+measurements of every run's stages (runs/quickstart_seeds/metrics). Results of other
 settings are not mixed: they are kept by a digest of the settings, of the data and of the versions.
 Exit status 1: a seed below the least accuracy, a mean below 95 %, or a blind run above its bound.
 """
@@ -16,6 +17,7 @@ import argparse
 import hashlib
 import json
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -25,8 +27,16 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from benchmarks.results import PACKAGES, ROOT, markdown_table, provenance, write_section
+from benchmarks.results import (
+    PACKAGES,
+    ROOT,
+    commit,
+    markdown_table,
+    provenance,
+    write_section,
+)
 from dattn_mcore.quickstart.expectation import BLIND_SETTING, LEAST, MOST_BLIND
+from dattn_mcore.quickstart.steps import STAGES
 from dattn_mcore.units import duration
 
 SEEDS = (0, 1, 2, 5, 7, 42, 99, 123, 1234, 2024)
@@ -57,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run_missing(runs, results, args.out)
     rows = [results.get(seed, blind) for seed, blind in runs]
     table, problems = summary(rows, drawn)
-    origin = provenance("cpu")
+    commits = ", ".join(dict.fromkeys(str(row.get("commit", "unknown")) for row in rows))
+    origin = f"{provenance('cpu')}; runs of {commits}"
     sys.stdout.write(f"\n{table}\n{origin}\n{results.path}\n")
     if args.write_docs:
         write_section(ROOT / "docs" / "quickstart.md", "seeds", f"{table}\n{origin}\n")
@@ -158,6 +169,10 @@ def run_quickstart(seed: int, blind: bool, folder: Path) -> dict[str, Any]:
     if process.returncode not in (0, 1) or not score.is_file():
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{process.stderr}")
     overall = json.loads(score.read_text("utf-8"))["overall"]
+    kept = folder.parent / "metrics" / f"{'blind' if blind else 'seed'}_{seed}"
+    kept.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:  # the folder is the next run's; where a run lost its way is seen here
+        shutil.copy(folder / stage / "metrics.jsonl", kept / f"{stage}.jsonl")
     return {
         "seed": seed,
         "blind": blind,
@@ -165,6 +180,7 @@ def run_quickstart(seed: int, blind: bool, folder: Path) -> dict[str, Any]:
         "total": overall["total"],
         "status": process.returncode,
         "seconds": round(time.monotonic() - started, 1),
+        "commit": commit(),
     }
 
 

@@ -42,13 +42,18 @@ def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> s
 
 def provenance(device: str) -> str:
     """One line: machine, versions, commit."""
-    git = ["git", "-C", str(ROOT)]
-    commit = _output([*git, "rev-parse", "--short", "HEAD"]) or "unknown"
-    if _output([*git, "status", "--porcelain", "--untracked-files=no", "--", ":!docs"]):
-        commit += " and changes"
     where = platform.device_name() if device == "gpu" else _cpu_name()
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return f"{where}; Python {machine.python_version()}, {packages}; commit {commit}"
+    return f"{where}; Python {machine.python_version()}, {packages}; commit {commit()}"
+
+
+def commit() -> str:
+    """The commit that runs, and whether files of it were changed."""
+    git = ["git", "-C", str(ROOT)]
+    found = _output([*git, "rev-parse", "--short", "HEAD"]) or "unknown"
+    if _output([*git, "status", "--porcelain", "--untracked-files=no", "--", ":!docs"]):
+        found += " and changes"
+    return found
 
 
 def _output(command: list[str]) -> str:
