@@ -115,5 +115,7 @@ def sources(config: Config) -> Iterator[str]:
             yield f"{name}.weight={source.weight} must be greater than 0; leave the source out"
         if source.format not in ("auto", "json", "tar", "parquet"):
             yield f"{name}.format={source.format!r} is unknown; use one of auto, json, tar, parquet"
-    if not 0 <= config.data.max_bad_share <= 1:
-        yield f"data.max_bad_share={config.data.max_bad_share} must lie between 0 and 1"
+    for name in ("max_bad_share", "max_skipped_share"):
+        share = getattr(config.data, name)
+        if not 0 <= share <= 1:
+            yield f"data.{name}={share} must lie between 0 and 1"

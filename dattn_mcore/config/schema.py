@@ -147,6 +147,7 @@ class DataConfig:
     step_packs_multiple: int | None = None  # a step is a multiple of it of full packs; null: off
     fixed_rows: bool = False  # pad every micro-batch to both budgets: one shape for all
     over_budget: str = "skip"  # skip | truncate | error: a sample that fits no micro-batch
+    max_skipped_share: float = 0.1  # of usable samples that may be skipped as over budget
     pad_multiple: int = 8  # rows are padded to a multiple of this (and of what tp and FP8 need)
     image_backend: str = "auto"  # auto | dali | pillow
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel, in 0..1

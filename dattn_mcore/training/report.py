@@ -25,6 +25,10 @@ _LEFT_OUT = ("skipped", "truncated", "masked")  # of a step's samples: counted o
 WORTH_SAYING = 0.1  # share of the time spent waiting for data from which the line says so
 
 
+def _number(value: float | None, form: str) -> str:
+    return "none" if value is None else format(value, form)
+
+
 def _further(row: dict[str, Any]) -> str:
     """What is worth a person's attention beside the rates."""
     parts = []
@@ -94,6 +98,12 @@ class Reporter:
         skipped = tuple(sample.id for sample in batch.skipped)
         masked = tuple(sample.id for sample in agreed.failures)
         self._note_over_budget(skipped, batch.truncated)
+        if result.loss is None:
+            logger.warning(
+                "step %d has no supervised token (%d samples masked, %d skipped): no loss, and the "
+                "weights stay as they are",
+                *(step, len(masked), len(skipped)),
+            )
         self.counts["masked"] += len(masked)
         self.interval.update(
             samples=len(batch.sample_ids) - len(skipped) - len(masked),
@@ -114,7 +124,7 @@ class Reporter:
         now = time.perf_counter()
         seconds = now - self.interval_started
         remaining = (self.total_steps - step) * seconds / (step - self.interval_first_step)
-        row = {
+        row: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
             "lr": learning_rate,
@@ -141,13 +151,14 @@ class Reporter:
         self.metrics.write("\n")
         if self.tensorboard is not None:
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and value is not None:
                     self.tensorboard.add_scalar(f"train/{name}", value, step)
         width = len(str(self.total_steps))
         logger.info(
-            "step %*d/%d  loss %.4f  lr %.2e  grad %.2f  %s samples/s  "
+            "step %*d/%d  loss %s  lr %.2e  grad %s  %s samples/s  "
             "%s text + %s visual tokens/s  ETA %s%s",
-            *(width, step, self.total_steps, result.loss, learning_rate, result.grad_norm),
+            *(width, step, self.total_steps, _number(result.loss, ".4f"), learning_rate),
+            _number(result.grad_norm, ".2f"),
             *(rate(row["samples_per_second"]), rate(row["text_tokens_per_second"])),
             *(rate(row["visual_tokens_per_second"]), duration(remaining), _further(row)),
         )

@@ -118,7 +118,8 @@ def set_up(
     if dist.get_rank() == 0:
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         reporter = Reporter(config, run_dir, first, last)
-        ledger = SampleLedger(run_dir, data.index, config.data.max_bad_share, first)
+        share = config.data.max_bad_share
+        ledger = SampleLedger(run_dir, data.index, share, first, data.num_trainable)
     saver = CheckpointSaver(
         *(run_dir / "checkpoints", config, chunks, optimizer, pg_collection),
         *(data.identity, data.tokenizer_fingerprint),

@@ -27,14 +27,15 @@ class StepResult:
     """What one optimizer step did.
 
     Attributes:
-        loss: mean over the supervised tokens of the global batch.
-        grad_norm: L2 norm over all trained parameters before clipping.
+        loss: mean over the supervised tokens of the global batch; None where it has none, and the
+            weights stay as they are.
+        grad_norm: L2 norm over all trained parameters before clipping; None likewise.
         supervised_tokens: tokens with a loss in the global batch.
         model_flops: operations of the global batch, forward and backward, without recompute.
     """
 
-    loss: float
-    grad_norm: float
+    loss: float | None
+    grad_norm: float | None
     supervised_tokens: int
     model_flops: float
 
@@ -67,6 +68,9 @@ def train_step(
 ) -> StepResult:
     """Runs one global batch through the pipeline and updates the weights.
 
+    Without a supervised token there is nothing to learn: the update is left out, because Adam's
+    momentum would move the weights all the same.
+
     Args:
         model: this stage's chunks.
         optimizer: Megatron-Core's optimizer.
@@ -83,13 +87,17 @@ def train_step(
     optimizer.zero_grad()
     reports = run_schedule(model, micro_batches, pg_collection, forward_only=False)
     sums = sum_reports(reports, micro_batches[0].labels.device, model_flops)
-    loss = float(sums[0] / sums[1].clamp(min=1))
+    supervised, flops = int(sums[1]), float(sums[2])
+    if not supervised:
+        scheduler.step(1)
+        return StepResult(None, None, 0, flops)
+    loss = float(sums[0] / sums[1])
     if not math.isfinite(loss):
         packs = tuple(i for i, report in enumerate(reports) if not report[0].isfinite())
         raise NotFiniteError("loss", loss, packs)
     _, grad_norm, _ = optimizer.step()
     scheduler.step(1)
-    return StepResult(loss, float(grad_norm or 0.0), int(sums[1]), float(sums[2]))
+    return StepResult(loss, float(grad_norm or 0.0), supervised, flops)
 
 
 def run_schedule(

@@ -374,6 +374,31 @@ def check_folder(run_dirs: list[str]) -> None:
     start_checks.check_checkpoint_folder(Path(run_dirs[dist.get_rank()]), torch.device("cpu"))
 
 
+def weights_by_step(tree: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """Trains; returns this rank's weights before the first step and after each."""
+    from dattn_mcore.training import loop
+
+    original = loop.train_step
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def noted(model: Any, *args: Any) -> Any:
+        def weights() -> dict[str, torch.Tensor]:
+            return {k: p.detach().clone() for k, p in model[0].module.named_parameters()}
+
+        if not seen:
+            seen.append(weights())
+        result = original(model, *args)
+        seen.append(weights())
+        return result
+
+    loop.train_step = noted
+    try:
+        run_training(tree)
+    finally:
+        loop.train_step = original
+    return seen
+
+
 def train_with_poison(tree: dict[str, Any], poison: str) -> tuple[str, bool]:
     """Trains; in step 2 the last rank's weights or gradients turn to NaN.
 
