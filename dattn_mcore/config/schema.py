@@ -173,8 +173,8 @@ class OptimConfig:
     lr: float = 2e-3  # peak learning rate
     lr_projector: float | None = None  # None: lr
     lr_vision: float | None = None  # None: lr
-    min_lr_ratio: float = 0.0  # learning rate at the end, relative to its peak
-    warmup_ratio: float = 0.05  # share of the steps
+    min_lr_ratio: float = 0.0  # learning rate after the last step, relative to its peak
+    warmup_ratio: float = 0.05  # share of the steps; of w such steps, step i has lr x i / w
     weight_decay: float = 0.0  # decoupled; not on norms and biases
     beta1: float = 0.9  # decay of Adam's mean of gradients
     beta2: float = 0.95  # decay of Adam's mean of squared gradients

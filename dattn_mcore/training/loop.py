@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.config.schema import Config
@@ -175,8 +174,7 @@ def _note(
     """Reports a finished step; returns the error that ends the run, if there is one."""
     if run.reporter is None or run.ledger is None:
         return None
-    rate = get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0
-    run.reporter.step(step, result, rate, batch, agreed, share)
+    run.reporter.step(step, result, batch, agreed, share)
     return run.ledger.step(step, batch, agreed.failures)
 
 

@@ -29,6 +29,14 @@ def _number(value: float | None, form: str) -> str:
     return "none" if value is None else format(value, form)
 
 
+def _learning_rates(config: Config, rates: dict[float, float]) -> dict[str, float]:
+    """`lr`, and those of parts with a rate of their own; `lr` is the first where all have one."""
+    optim = config.optim
+    own = {"lr_projector": optim.lr_projector, "lr_vision": optim.lr_vision}
+    found = {name: rates[peak] for name, peak in own.items() if peak in rates and peak != optim.lr}
+    return {"lr": rates.get(optim.lr, next(iter(rates.values()))), **found}
+
+
 def _further(row: dict[str, Any]) -> str:
     """What is worth a person's attention beside the rates."""
     parts = []
@@ -80,7 +88,6 @@ class Reporter:
         self,
         step: int,
         result: StepResult,
-        learning_rate: float,
         batch: GlobalBatch,
         agreed: Agreement,
         communication_share: float | None = None,
@@ -90,7 +97,6 @@ class Reporter:
         Args:
             step: 1-based number of the step.
             result: what it did.
-            learning_rate: of the parts without a rate of their own.
             batch: the global batch it was done on.
             agreed: what the ranks exchanged before it.
             communication_share: of this rank's time in the step, where it was measured.
@@ -127,7 +133,7 @@ class Reporter:
         row: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
-            "lr": learning_rate,
+            **_learning_rates(self.config, result.rates),
             "grad_norm": result.grad_norm,
             "samples_per_second": self.interval["samples"] / seconds,
             "text_tokens_per_second": self.interval["text"] / seconds,
@@ -157,7 +163,7 @@ class Reporter:
         logger.info(
             "step %*d/%d  loss %s  lr %.2e  grad %s  %s samples/s  "
             "%s text + %s visual tokens/s  ETA %s%s",
-            *(width, step, self.total_steps, _number(result.loss, ".4f"), learning_rate),
+            *(width, step, self.total_steps, _number(result.loss, ".4f"), row["lr"]),
             _number(result.grad_norm, ".2f"),
             *(rate(row["samples_per_second"]), rate(row["text_tokens_per_second"])),
             *(rate(row["visual_tokens_per_second"]), duration(remaining), _further(row)),

@@ -32,12 +32,14 @@ class StepResult:
         grad_norm: L2 norm over all trained parameters before clipping; None likewise.
         supervised_tokens: tokens with a loss in the global batch.
         model_flops: operations of the global batch, forward and backward, without recompute.
+        rates: the learning rate that was used, by the peak rate of the parameters it holds for.
     """
 
     loss: float | None
     grad_norm: float | None
     supervised_tokens: int
     model_flops: float
+    rates: dict[float, float]
 
 
 def _loss_sum(
@@ -74,7 +76,7 @@ def train_step(
     Args:
         model: this stage's chunks.
         optimizer: Megatron-Core's optimizer.
-        scheduler: sets the learning rate; advanced by one.
+        scheduler: has set the rates of this step; advanced by one, to those of the next.
         micro_batches: this replica's packs.
         pg_collection: process groups.
         model_flops: operations of these packs.
@@ -88,16 +90,17 @@ def train_step(
     reports = run_schedule(model, micro_batches, pg_collection, forward_only=False)
     sums = sum_reports(reports, micro_batches[0].labels.device, model_flops)
     supervised, flops = int(sums[1]), float(sums[2])
+    rates = {group.get("max_lr", scheduler.max_lr): group["lr"] for group in optimizer.param_groups}
     if not supervised:
         scheduler.step(1)
-        return StepResult(None, None, 0, flops)
+        return StepResult(None, None, 0, flops, rates)
     loss = float(sums[0] / sums[1])
     if not math.isfinite(loss):
         packs = tuple(i for i, report in enumerate(reports) if not report[0].isfinite())
         raise NotFiniteError("loss", loss, packs)
     _, grad_norm, _ = optimizer.step()
     scheduler.step(1)
-    return StepResult(loss, float(grad_norm or 0.0), supervised, flops)
+    return StepResult(loss, float(grad_norm or 0.0), supervised, flops, rates)
 
 
 def run_schedule(

@@ -138,6 +138,34 @@ def train_until_killed(tree: dict[str, Any], step: int) -> bool:
         loop.train_step = original
 
 
+def train_with_a_dead_first_step(tree: dict[str, Any], step: int) -> bool:
+    """Like `train_until_killed`, with an older schedule, whose step 1 had rate 0."""
+    from unittest import mock
+
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    from dattn_mcore.training import setup
+
+    def build(config: Config, optimizer: Any, total_steps: int) -> OptimizerParamScheduler:
+        optim = config.optim
+        return OptimizerParamScheduler(
+            optimizer,
+            init_lr=0.0,
+            max_lr=optim.lr,
+            min_lr=optim.lr * optim.min_lr_ratio,
+            lr_warmup_steps=min(round(optim.warmup_ratio * total_steps), total_steps - 1),
+            lr_decay_steps=total_steps,
+            lr_decay_style="cosine",
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    with mock.patch.object(setup, "build_scheduler", build):
+        return train_until_killed(tree, step)
+
+
 def saves_until_killed(tree: dict[str, Any], step: int) -> list[int]:
     """Like `train_until_killed`; returns the steps that were saved."""
     from dattn_mcore.checkpoint.save import CheckpointSaver
