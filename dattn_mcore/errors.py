@@ -11,7 +11,15 @@ class DattnError(Exception):
 
 
 class ConfigError(DattnError):
-    """A configuration value, or a combination of values, that cannot run."""
+    """Configuration values, or combinations of values, that cannot run.
+
+    Args:
+        mistakes: one line for each.
+    """
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__("; also: ".join(mistakes))
+        self.mistakes = mistakes
 
 
 class DataError(DattnError):
@@ -28,3 +36,14 @@ class RankError(FaultError):
 
 class CheckpointError(DattnError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
+
+
+def told(error: DattnError, kind: str = "error") -> str:
+    """What an entry point writes of an error: a line for each mistake.
+
+    Args:
+        error: what ended the command.
+        kind: the word in front.
+    """
+    mistakes = error.mistakes if isinstance(error, ConfigError) else (str(error),)
+    return "".join(f"{kind}: {mistake}\n" for mistake in mistakes)

@@ -9,9 +9,9 @@ import sys
 import typing
 from pathlib import Path
 
-from dattn_mcore.config.checks import CHOICES
 from dattn_mcore.config.hints import is_list_of_sections
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.value_rules import CHOICES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 _INTRODUCTION = """# Configuration

@@ -193,7 +193,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     if kind is float and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-3 as text
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     # A bool is an int to Python, but never to a user.
     elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):

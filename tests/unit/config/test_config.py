@@ -7,7 +7,7 @@ import pytest
 from dattn_mcore.config.checks import check_config, data_parallel_size
 from dattn_mcore.config.load import from_dict, load_config, to_dict, to_yaml
 from dattn_mcore.config.schema import Config
-from dattn_mcore.errors import ConfigError
+from dattn_mcore.errors import ConfigError, told
 from dattn_mcore.training.main import parse_arguments
 
 
@@ -98,7 +98,7 @@ def test_frozen():
         ("model.llm=3", "model.llm=3 must be a section"),
         ("data.image_mean=[1, 2]", "must have 3 values"),
         ("data.template=[", "not valid YAML"),
-        ("parallel.tp=3", r"num_query_groups=4 must be a multiple of parallel.tp=3"),
+        ("parallel.tp=3", r"num_query_groups=4, .* must be multiples of parallel.tp=3"),
         ("parallel.pp=3", r"num_layers=4 must be a multiple of pp \(3\) x vpp \(1\)"),
         ("parallel.vpp=2", "needs --pp of at least 2"),
         ("parallel.sp=true", "needs --tp of at least 2"),
@@ -107,6 +107,19 @@ def test_frozen():
         ("model.llm.num_attention_heads=6", "must be a multiple of model.llm.num_query_groups=4"),
         ("model.llm.head_dim=7", "must be even"),
         ("model.vision.select_layer=0", "must lie between"),
+        ("model.vision.select_layer=-3", "must be -1 .all layers. or -2"),
+        ("parallel.first_stage_layers=2", "parallel.first_stage_layers=2 needs --pp of at least 2"),
+        ("optim.lr=.inf", "optim.lr=inf must be a finite number"),
+        ("optim.lr=.nan", "optim.lr=nan must be a finite number"),
+        ("optim.lr=nan", "optim.lr=nan must be a finite number"),
+        ("optim.lr=1" + "0" * 400, "must be of type float"),
+        ("optim.beta2=1.5", "optim.beta2=1.5 must be at least 0 and less than 1"),
+        ("optim.beta1=1", "optim.beta1=1.0 must be at least 0 and less than 1"),
+        ("optim.lr_vision=0", "must be greater than 0, or null for optim.lr"),
+        ("optim.weight_decay=-1", "must be at least 0"),
+        ("data.image_std=[0.5, 0, 0.5]", "must be greater than 0 in each channel"),
+        ('data.annotations="a\\0b"', "holds a NUL character"),
+        ("train.seed=-1", "must be at least 0 and less than 4294967296"),
         ("model.vision.image_size=1120", "visual_budget=512 must hold at least one image"),
         ("data.anyres_grids=[]", "must be pairs .columns, rows. of at least two tiles"),
         ("data.anyres_grids=[[1, 1]]", "one tile is the base view"),
@@ -123,6 +136,84 @@ def test_one_clear_line(override, message):
     with pytest.raises(ConfigError, match=message) as caught:
         checked(override)
     assert "\n" not in str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        checked("optim.beta2=1.5", "attention.v2v=full", "parallel.sp=true", "model.llm.head_dim=7")
+    assert caught.value.mistakes == (
+        "attention.v2v='full' is unknown; use one of diagonal, causal",
+        "optim.beta2=1.5 must be at least 0 and less than 1",
+        "model.llm.head_dim=7 and model.llm.hidden_size=128 must be even (rotary and sinusoidal "
+        "positions come in pairs)",
+        "parallel.sp=true needs --tp of at least 2; use parallel.sp=false",
+    )
+    assert told(caught.value).splitlines() == [f"error: {x}" for x in caught.value.mistakes]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_size_that_is_refused_hides_no_other_mistake():
+    """Rules across settings divide by sizes; 0 must neither crash nor silence them."""
+    with pytest.raises(ConfigError) as caught:
+        checked("model.llm.num_query_groups=0", "parallel.vpp=2")
+    assert "model.llm.num_query_groups=0 must be greater than 0" in caught.value.mistakes
+    assert any("parallel.vpp=2 needs --pp" in mistake for mistake in caught.value.mistakes)
+
+
+def numbers(value, name=""):
+    """Dotted names of all numbers of a configuration."""
+    for field in dataclasses.fields(value):
+        inner, full = getattr(value, field.name), f"{name}{field.name}"
+        if dataclasses.is_dataclass(inner):
+            yield from numbers(inner, f"{full}.")
+        elif ("int" in field.type or "float" in field.type) and "tuple" not in field.type:
+            yield full
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1", "-0.5", ".nan", ".inf", "-.inf", "7", "1000003"])
+@pytest.mark.parametrize("others", [(), ("parallel.tp=2", "parallel.pp=2", "parallel.sp=true")])
+def test_no_number_in_any_setting_is_a_traceback(value, others):
+    for name in numbers(Config()):
+        try:
+            checked(*others, f"{name}={value}")
+        except ConfigError as error:
+            assert all("\n" not in mistake for mistake in error.mistakes)
+
+
+GEMMA = [
+    *("model.family=gemma2", "model.llm.activation=gelu_tanh", "model.llm.post_norms=true"),
+    *("model.llm.zero_centered_gamma=true", "model.llm.scale_embeddings=true"),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.llm.activation=gelu_tanh"], "model.family=mistral has activation=silu"),
+        (["model.llm.post_norms=true"], "model.family=mistral has post_norms=false"),
+        (["model.llm.attention_softcap=50"], "model.family=mistral has attention_softcap=null"),
+        (["model.llm.query_scale=24"], "has query_scale=null or head_dim .32.; use that, or"),
+        (
+            ["model.llm.sliding_window=8", "model.llm.sliding_window_every=2"],
+            "model.llm.sliding_window_every=2 cannot be exported: model.family=mistral has",
+        ),
+        (["model.family=gemma2"], "model.llm.activation=silu cannot be exported: .*=gelu_tanh"),
+        ([*GEMMA, "model.llm.query_scale=24.5"], "has a whole number as query_scale"),
+        (
+            [*GEMMA, "model.llm.num_attention_heads=12"],
+            "model.llm.hidden_size=128 .* a multiple of num_attention_heads=12",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_exported_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        checked(*overrides)
+
+
+def test_what_a_family_has_passes():
+    checked("model.llm.query_scale=32", "model.llm.sliding_window=8")
+    checked("model.llm.sliding_window_every=2")  # without a window it means nothing
+    checked(*GEMMA, "model.llm.query_scale=24", "model.llm.sliding_window_every=2")
 
 
 def test_epochs_count_where_steps_do_not():
