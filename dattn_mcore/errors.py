@@ -47,3 +47,18 @@ def told(error: DattnError, kind: str = "error") -> str:
     """
     mistakes = error.mistakes if isinstance(error, ConfigError) else (str(error),)
     return "".join(f"{kind}: {mistake}\n" for mistake in mistakes)
+
+
+# A subclass stands before its base. A rank's own error becomes a fault that all ranks know.
+KINDS: tuple[type[DattnError], ...] = (
+    *(ConfigError, DataError, CheckpointError, FaultError, DattnError),
+)
+
+
+def kind_of(error: DattnError) -> int:
+    """Place in `KINDS` of the first one that an error is; those are made from a message alone.
+
+    An error that goes to another process goes as this number and its message: a subclass may need
+    more than a message, and another process may not know it.
+    """
+    return next(number for number, kind in enumerate(KINDS) if isinstance(error, kind))

@@ -394,6 +394,27 @@ def count_parameters(tree: dict[str, Any]) -> tuple[int, tuple[int, int]]:
     return groups.pp.rank(), (total, sum(p.numel() for p in parameters if p.requires_grad))
 
 
+def agree_on(kind: str) -> tuple[str, str]:
+    """The last rank has an error of a kind; returns what this rank raises: its type and message."""
+    from dattn_mcore import errors
+    from dattn_mcore.data.sources.record import RecordError
+    from dattn_mcore.training.agreement import agree
+
+    made = {
+        "RecordError": RecordError("no id", "7"),
+        "ConfigError": errors.ConfigError("first", "second"),
+        "UnknownError": type("UnknownError", (errors.DattnError,), {})("new here"),
+    }
+    mine = None
+    if dist.get_rank() == dist.get_world_size() - 1:
+        mine = made[kind] if kind in made else getattr(errors, kind)("it is so")
+    try:
+        agree(mine, False, torch.device("cpu"))
+    except errors.DattnError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
 def check_folder(run_dirs: list[str]) -> None:
     """The start-up check of the checkpoint folder; each rank is given its own path."""
     from dattn_mcore.training import start_checks

@@ -16,6 +16,7 @@ from dattn_mcore.training import start_checks, watchdog
 from dattn_mcore.training.start_checks import check_ranks, describe_rank
 from tests.distributed.faults import start_ranks
 from tests.distributed.jobs import (
+    agree_on,
     check_folder,
     read_metrics,
     run_training,
@@ -124,6 +125,23 @@ def test_ranks_with_other_settings_are_named(digits, tmp_path):
     lines = (tmp_path / "rank0.log").read_text().splitlines()
     assert len(lines) == 1 and lines[0].startswith(expected)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "raised", "message"),
+    [
+        ("FaultError", "FaultError", "it is so"),
+        ("RankError", "FaultError", "it is so"),
+        ("RecordError", "DataError", "no id"),
+        ("CheckpointError", "CheckpointError", "it is so"),
+        ("ConfigError", "ConfigError", "first; also: second"),
+        ("UnknownError", "DattnError", "new here"),
+    ],
+)
+def test_ranks_agree_on_an_error_of_any_kind(pool, kind, raised, message):
+    """None waits for a rank that could not say what it has."""
+    expected = (raised, f"{message} (rank 1 on {HOST})")
+    assert pool.run(agree_on, 2, kind, timeout=60) == [expected] * 2
 
 
 def compare(facts, problems, timeout_seconds=20.0):

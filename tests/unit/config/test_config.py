@@ -87,6 +87,16 @@ def test_frozen():
         ("paralel.tp=2", "unknown configuration key 'paralel.tp'; did you mean 'parallel.tp'"),
         ("attn.v2v=causal", "unknown configuration key 'attn.v2v'; did you mean 'attention.v2v'"),
         ("optim.steps=3", "did you mean 'train.steps'"),
+        ("log.wandb=true", "'log.wandb'; metrics go to metrics.jsonl and TensorBoard .log.tensor"),
+        ("train.val_interval=9", "'train.val_interval'; nothing is evaluated while a model trains"),
+        ("val_interval=9", "'val_interval=9' is not understood; nothing is evaluated while"),
+        ("log.folder=x", "'log.folder'; log has run_dir, interval, tensorboard, communication_"),
+        ("log.intervall=x", "'log.intervall'; did you mean 'log.interval'"),
+        ("train.grad_clip=1", "did you mean 'optim.clip_grad'"),
+        ("modell.llm.num_layer=3", "did you mean 'model.llm.num_layers'"),
+        ("data.sources=[{annotation: x}]", "'data.sources.0..annotation'; did you mean 'data.sour"),
+        ("data.sources=[{}, {zzz: x}]", "'data.sources.1..zzz'; data.sources.0. has annotations"),
+        ("dattn.zzz=x", "'dattn.zzz'; the sections are model, attention, parallel, data, optim"),
         ("lr=1", "write section.key=value, optim.lr=1$"),
         ("tp=2", r"'tp=2' is not understood; write .*, parallel.tp=2 or --tp 2$"),
         ("learning", "write section.key=value, for example optim.lr=1e-4$"),
@@ -150,6 +160,19 @@ def test_all_mistakes_are_told_at_once():
     )
     assert told(caught.value).splitlines() == [f"error: {x}" for x in caught.value.mistakes]
     assert "\n" not in str(caught.value)
+
+
+def test_all_unknown_keys_and_wrong_types_are_told_at_once():
+    overrides = ["optim.lrr=1", "train.seed=x", "data.sources=[{weight: a, zzz: b}]"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    first, second, *others = caught.value.mistakes
+    assert first.startswith("unknown configuration key 'optim.lrr'; did you mean 'optim.lr'?")
+    assert second == "train.seed='x' must be of type int"
+    assert [mistake[:30] for mistake in others] == [
+        "data.sources[0].weight='a' mus",
+        "unknown configuration key 'dat",
+    ]
 
 
 def test_a_size_that_is_refused_hides_no_other_mistake():
@@ -229,6 +252,8 @@ def test_epochs_count_where_steps_do_not():
         ("--lr=1", "did you mean optim.lr=...?"),
         ("--devices", "did you mean --device?"),
         ("--zzz", "--help lists the flags."),
+        ("--val-interval", "nothing is evaluated while a model trains"),
+        ("--wandb-project", "metrics go to metrics.jsonl and TensorBoard"),
     ],
 )
 def test_unknown_flags(flag, hint):
@@ -268,6 +293,106 @@ def test_bad_files(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"optim:\n  lr: 1\0\n", r"bad.yaml:2: character 0x0 cannot stand in YAML"),
+        ("log:\n  run_dir: caf\u00e9\n".encode("latin-1"), r"bad.yaml: is not UTF-8 .byte 0xe9"),
+        (b"[" * 20_000, "bad.yaml: is nested too deeply"),
+        (b"optim: " + b"{a: " * 20_000, "bad.yaml: is nested too deeply"),
+        (b"optim:\n  lr: " + b"7" * 5000, "bad.yaml:2: the value of 'lr' cannot be read as int"),
+        (b"train:\n  steps: 0x" + b"f" * 5000, "train.steps is a number of more than 18 digits"),
+        (b"data:\n  image_mean: [0.5, 0x" + b"f" * 5000 + b"]", "image_mean=.* must have 3 values"),
+        (b"? [optim, lr]\n: 1\n", "bad.yaml:1: a list or a mapping as a key"),
+        (b"optim:\n  ? {lr: 1}\n  : 1\n", "bad.yaml:2: a list or a mapping as a key"),
+        (b"optim:\n  1: 2\n", "bad.yaml:2: '1' as a key is no name of a setting"),
+        (b"optim:\n  ~: 2\n", "bad.yaml:2: '~' as a key is no name"),
+        (b"log:\n  run_dir: 2024-99-99\n", "bad.yaml:2: the value of 'run_dir' cannot be read as"),
+        (b"optim:\n  lr: !!int ''\n", "bad.yaml:2: the value of 'lr' cannot be read as int"),
+        (b"optim:\n  lr: !!bool maybe\n", "bad.yaml:2: the value of 'lr' cannot be read as bool"),
+        (b"a: &a [*a]\n", "bad.yaml:1: not valid YAML .*recursive"),
+        (b'base: "a\\0b"\n', r"base: 'a\\x00b' is no file"),
+        (b"optim:\n  <<: 3\n", "bad.yaml:2: << takes a mapping or a list of mappings"),
+        (b"optim: &a {lr: 1}\ndata:\n  <<: *a\n  <<: *a\n", "bad.yaml:4: key '<<' stands twice"),
+        (b"optim: *nowhere\n", "bad.yaml:1: not valid YAML .found undefined alias"),
+        (b"--- {}\n--- {}\n", "bad.yaml:2: not valid YAML"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, bytes) else "",
+)
+def test_hostile_files_are_one_line(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=" + "[" * 20_000, "is nested too deeply"),
+        ("optim.lr=" + "7" * 5000, "a value cannot be read"),
+        ("optim.lr=1\0", "character 0x0 cannot stand in YAML"),
+        ("optim.lr=*x", "^argument 'optim.lr=.x': not valid YAML .found undefined alias"),
+        ("optim.lr={? [a] : 1}", "^argument .*: a list or a mapping as a key"),
+        ("train.steps=0x" + "f" * 5000, "train.steps is a number of more than 18 digits"),
+        ("data.image_mean=[0x" + "f" * 5000 + "]", "must have 3 values"),
+        (".".join("a" * 3000) + "=1", "is not understood; write section.key=value"),
+    ],
+    ids=range(8),
+)
+def test_hostile_arguments_are_one_line(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(None, [override, override])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_a_text_that_grows_without_bound_is_shown_short(tmp_path):
+    """Each line has ten of the line before: ten thousand million entries, written out."""
+    path = tmp_path / "bad.yaml"
+    lines = ["a0: &a0 [" + ", ".join(["x"] * 10) + "]"]
+    lines += [f"a{n}: &a{n} [" + ", ".join([f"*a{n - 1}"] * 10) + "]" for n in range(1, 10)]
+    path.write_text("\n".join(lines) + "\noptim:\n  lr: *a9\n")
+    with pytest.raises(ConfigError, match="unknown configuration key 'a0'"):
+        load_config(path)
+    path.write_text(
+        "optim:\n  lr:\n    - &a0 [x, x]\n"
+        + "".join(f"    - &a{n} [" + ", ".join([f"*a{n - 1}"] * 10) + "]\n" for n in range(1, 10))
+    )
+    with pytest.raises(ConfigError, match=r"optim.lr=\[.*\.\.\. must be of type float") as caught:
+        load_config(path)
+    assert len(str(caught.value)) < 2000
+
+
+def test_merge_keys(tmp_path):
+    """YAML 1.1: own keys win over merged ones, and the first of several mappings wins."""
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        """
+optim: &one
+  lr: 1.0
+  beta1: 0.5
+train: &two {seed: 3, epochs: 2.0}
+data:
+  sources:
+    - &first {annotations: a.json, weight: 2.0}
+    - {<<: *first, annotations: b.json}
+    - <<: [{format: tar}, {format: json, weight: 3.0, annotations: c}]
+""",
+        encoding="utf-8",
+    )
+    config = load_config(path)
+    assert config.optim.lr == 1.0
+    assert [(s.annotations, s.weight, s.format) for s in config.data.sources] == [
+        ("a.json", 2.0, "auto"),
+        ("b.json", 2.0, "auto"),
+        ("c", 3.0, "tar"),
+    ]
+    override = "data.sources=[{<<: {annotations: x.json}, weight: 0.5}]"
+    (source,) = load_config(path, [override]).data.sources
+    assert (source.annotations, source.weight) == ("x.json", 0.5)
 
 
 def test_missing_file(tmp_path):
