@@ -7,7 +7,15 @@ defect of this project and keeps its traceback.
 
 
 class DattnError(Exception):
-    """A mistake the user can mend."""
+    """A mistake the user can mend.
+
+    Attributes:
+        shared: Every rank raises it, and one says it; otherwise it is this rank's alone.
+        speaks: Whether this rank says it where it is not shared.
+    """
+
+    shared = True
+    speaks = True
 
 
 class ConfigError(DattnError):
@@ -32,6 +40,29 @@ class FaultError(DattnError):
 
 class RankError(FaultError):
     """What only this rank can tell: it could not reach the others, so it speaks for itself."""
+
+    shared = False
+
+
+class LostRankError(FaultError):
+    """Another rank ended, and the run with it.
+
+    Args:
+        message: names the ranks.
+        speaks: whether this rank is the one to say so.
+    """
+
+    shared = False
+
+    def __init__(self, message: str, speaks: bool = True) -> None:
+        super().__init__(message)
+        self.speaks = speaks
+
+
+class OutOfMemoryError(DattnError):
+    """This rank needs more memory than there is; another layout or smaller packs fit."""
+
+    shared = False
 
 
 class CheckpointError(DattnError):

@@ -19,6 +19,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank
 
 from dattn_mcore.models.dattn import IGNORED_LABEL, ModelInputs
+from dattn_mcore.parallel import platform
+from dattn_mcore.training.memory import Begun, StepMemoryError
 from dattn_mcore.training.not_finite import NotFiniteError
 
 
@@ -83,6 +85,7 @@ def train_step(
 
     Raises:
         NotFiniteError: loss or gradient norm; raised on every rank, before the update.
+        StepMemoryError: an allocation failed; raised on this rank alone.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
@@ -98,7 +101,12 @@ def train_step(
     if not math.isfinite(loss):
         packs = tuple(i for i, report in enumerate(reports) if not report[0].isfinite())
         raise NotFiniteError("loss", loss, packs)
-    _, grad_norm, _ = optimizer.step()
+    try:
+        _, grad_norm, _ = optimizer.step()
+    except Exception as error:
+        if platform.is_out_of_memory(error):
+            raise StepMemoryError.of(error, None) from error
+        raise
     scheduler.step(1)
     return StepResult(loss, float(grad_norm or 0.0), supervised, flops, rates)
 
@@ -115,18 +123,25 @@ def run_schedule(
         For each micro-batch float64 [2]: sum of losses and count of supervised tokens. Empty but
         on the first tensor rank of the last stage, so that a sum over ranks counts each once.
     """
-    iterators: Any = [iter(micro_batches) for _ in model]
+    begun = [Begun(micro_batches) for _ in model]
+    iterators: Any = begun
     single = len(model) == 1
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators[0] if single else iterators,
-        model=model[0] if single else model,
-        num_microbatches=len(micro_batches),
-        # Of the tensor between stages; the micro-batches of a step have one shape.
-        seq_length=micro_batches[0].params.num_visual + micro_batches[0].params.num_text,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    try:
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators[0] if single else iterators,
+            model=model[0] if single else model,
+            num_microbatches=len(micro_batches),
+            # Of the tensor between stages; the micro-batches of a step have one shape.
+            seq_length=micro_batches[0].params.num_visual + micro_batches[0].params.num_text,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+    except Exception as error:
+        if platform.is_out_of_memory(error):
+            pack = max(packs.count for packs in begun) - 1
+            raise StepMemoryError.of(error, max(pack, 0)) from error
+        raise
     if is_pp_last_stage(pg_collection.pp) and get_pg_rank(pg_collection.tp) == 0:
         return [report["sums"] for report in reports]
     return []
