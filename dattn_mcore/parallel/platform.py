@@ -21,10 +21,6 @@ from dattn_mcore.errors import ConfigError, FaultError
 
 _CPU = torch.device("cpu")
 _installed: str | None = None
-_NO_MEMORY = (
-    *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
-    *("CUDA error: out of memory", "Cuda failure 'out of memory'", "_STATUS_ALLOC_FAILED"),
-)
 
 
 def gpu_available() -> bool:
@@ -128,17 +124,6 @@ def device_name() -> str:
 def peak_memory() -> int:
     """Most bytes of GPU memory in use since the start or `reset_peak_memory`; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if _installed == "gpu" else 0
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the device or on the host.
-
-    PyTorch has a type for the device's own allocator; the CPU's and the vendor's libraries raise
-    a RuntimeError of many meanings.
-    """
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_MEMORY)
 
 
 def processor_count(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from dattn_mcore.errors import (
     LostRankError,
     OutOfMemoryError,
 )
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel.out_of_memory import is_out_of_memory
 from dattn_mcore.training.watchdog import Lost, Watchdog
 
 _SHOWN = 200  # characters of a library's message
@@ -58,7 +58,7 @@ def speaking(watchdog: Watchdog) -> Iterator[None]:
         raise
     except Exception as error:
         doing = watchdog.doing
-        if platform.is_out_of_memory(error):
+        if is_out_of_memory(error):
             message = (
                 f"{this_rank()} is out of memory in {doing} ({reason_of(error)}); divide the model "
                 "over more processes (--tp, --pp), or use machines with more memory"
@@ -86,7 +86,7 @@ def unexpected(error: Exception, doing: str, run_dir: Path) -> DattnError:
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         where = f"; the traceback is in {path}"
     message = f"{doing} failed ({reason_of(error)}){where}"
-    if platform.is_out_of_memory(error):
+    if is_out_of_memory(error):
         return DattnError(f"{message}; lower data.prefetch, data.decode_threads or the batch")
     if isinstance(error, OSError) and error.errno in _FAULTS:
         return FaultError(message)

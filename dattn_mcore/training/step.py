@@ -19,7 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank
 
 from dattn_mcore.models.dattn import IGNORED_LABEL, ModelInputs
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel.out_of_memory import is_out_of_memory
 from dattn_mcore.training.memory import Begun, StepMemoryError
 from dattn_mcore.training.not_finite import NotFiniteError
 
@@ -104,7 +104,7 @@ def train_step(
     try:
         _, grad_norm, _ = optimizer.step()
     except Exception as error:
-        if platform.is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise StepMemoryError.of(error, None) from error
         raise
     scheduler.step(1)
@@ -138,7 +138,7 @@ def run_schedule(
             forward_only=forward_only,
         )
     except Exception as error:
-        if platform.is_out_of_memory(error):
+        if is_out_of_memory(error):
             pack = max(packs.count for packs in begun) - 1
             raise StepMemoryError.of(error, max(pack, 0)) from error
         raise
