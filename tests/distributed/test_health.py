@@ -114,7 +114,9 @@ def test_a_rank_that_was_killed_is_named_by_one_that_is_left(digits, tmp_path):
     (status, first), (killed, _), (other, third) = ended_by(digits, tmp_path, "killed", 3)
     assert (status, killed, other) == (4, -9, 4)
     said = last_line(first)
-    assert said.startswith(f"fault: rank 1 on {HOST} ended (last heard of: step 2) while rank 0 on")
+    # A rank tells every two seconds where it is.
+    assert said.startswith(f"fault: rank 1 on {HOST} ended (last heard of: ")
+    assert f") while rank 0 on {HOST} was in step 2; look at" in said
     assert "start again to go on from the newest checkpoint" in said
     assert "fault:" not in third and "Traceback" not in third
     assert whole_checkpoints(tmp_path / "run") == ["step_00000001"]
