@@ -9,9 +9,9 @@ import sys
 import typing
 from pathlib import Path
 
-from dattn_mcore.config.checks import CHOICES
 from dattn_mcore.config.hints import is_list_of_sections
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.value_rules import CHOICES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 _INTRODUCTION = """# Configuration
@@ -19,9 +19,10 @@ _INTRODUCTION = """# Configuration
 Settings come from the defaults below, then `--config FILE` (a file may name another, or a list of
 others, as `base:`; later ones win), then `section.key=value` on the command line, then the short
 flags `--tp --pp --cp --device`.
-An unknown key is an error that names the nearest known one. `--dry-run` prints the result, the
-layout and the sizes, and stops. The resolved settings are written to `config.yaml` in the run's
-folder and into every checkpoint.
+YAML's merge keys (`<<: *name`) work. All mistakes are told at once, one on a line; an unknown key
+is told with the nearest known one. `--dry-run` prints the result, the layout and the sizes, and
+stops. The resolved settings are written to `config.yaml` in the run's folder and into every
+checkpoint.
 
 This page is generated from `dattn_mcore/config/schema.py` by `python -m tools.configuration_page`.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -24,14 +25,48 @@ _OTHER_NAMES = {
     "dry-run": "--dry-run",
     "config-file": "--config",
 }
+# What others have a setting for and this project has not: words of such a setting, and what to say.
+_ABSENT: dict[frozenset[str], str] = {
+    frozenset({"wandb", "mlflow", "comet", "neptune", "swanlab"}): (
+        "metrics go to metrics.jsonl and TensorBoard (log.tensorboard), nowhere else"
+    ),
+    frozenset({"val", "valid", "validation", "validate", "eval", "evaluation", "evaluate"}): (
+        "nothing is evaluated while a model trains; score it with python -m dattn_mcore.evaluation"
+    ),
+}
 _MOST = 2  # suggestions
+_SHOWN = 100  # characters of what was typed
 
 
-def nearest_setting(name: str) -> str:
-    """The setting that a dotted name comes closest to; one of the same last part wins."""
+def unknown_key(name: str) -> str:
+    """What to say about a setting that does not exist.
+
+    A suggestion is close in the same section, has the same last part in another, or is close as a
+    whole. Where there is none, the section's settings are named instead of a misleading one.
+    """
+    said = f"unknown configuration key {name[:_SHOWN]!r}"
     known = all_keys(Config)
-    same = [key for key in known if key.split(".")[-1] == name.split(".")[-1]]
-    return difflib.get_close_matches(name, same or known, n=1, cutoff=0.0)[0]
+    section, _, last = re.sub(r"\[\d+\]", "[0]", name).rpartition(".")
+    of_section = [key for key in known if key.rpartition(".")[0] == section]
+    words = sorted(last.split("_"))  # grad_clip is clip_grad
+    same = [key for key in known if sorted(key.rpartition(".")[2].split("_")) == words]
+    if same:
+        return f"{said}; did you mean {_close(name, same, 0.0)[0]!r}?"
+    if absent := _absent(name):
+        return f"{said}; {absent}"
+    ours = {key.rpartition(".")[2]: key for key in of_section}
+    near = [ours[key] for key in _close(last, ours)] or _close(name, known, 0.8)
+    if near:
+        return f"{said}; did you mean {near[0]!r}?"
+    if section and of_section:
+        return f"{said}; {section} has {', '.join(ours)}"
+    return f"{said}; the sections are {', '.join(typing.get_type_hints(Config))}"
+
+
+def _absent(name: str) -> str | None:
+    """What to say of a setting that others have, by the words in its name."""
+    words = set(re.split(r"[._-]", name.lower()))
+    return next((said for named, said in _ABSENT.items() if words & named), None)
 
 
 def first_leaf(name: str, value: Any) -> str:
@@ -45,6 +80,10 @@ def first_leaf(name: str, value: Any) -> str:
 def unknown_argument(argument: str) -> str:
     """What to say about a word of the command line that is no `section.key=value`."""
     name, _, value = argument.partition("=")
+    said = f"argument {argument[:_SHOWN]!r} is not understood"
+    if (absent := _absent(name)) is not None:
+        return f"{said}; {absent}"
+    name, value = name[:_SHOWN], value[:_SHOWN]
     known: dict[str, list[str]] = {}
     for key in all_keys(Config):
         known.setdefault(key.split(".")[-1], []).append(key)
@@ -53,7 +92,7 @@ def unknown_argument(argument: str) -> str:
     if name in SHORT_FLAGS:
         examples.append(f"--{name} {value or '...'}")
     hint = " or ".join(examples) or "for example optim.lr=1e-4"
-    return f"argument {argument!r} is not understood; write section.key=value, {hint}"
+    return f"{said}; write section.key=value, {hint}"
 
 
 def unknown_flag(flag: str) -> str:
@@ -62,8 +101,11 @@ def unknown_flag(flag: str) -> str:
     names = {key.split(".")[-1].replace("_", "-"): f"{key}=..." for key in all_keys(Config)}
     names |= {short: f"--{short}" for short in SHORT_FLAGS} | _OTHER_NAMES
     near = _close(name, names)
+    if absent := _absent(name):
+        return f"flag {flag.partition('=')[0][:_SHOWN]} is unknown; {absent}"
     hint = f"did you mean {names[near[0]]}?" if near else "--help lists the flags."
-    return f"flag {flag.partition('=')[0]} is unknown; {hint} Any setting is section.key=value"
+    shown = flag.partition("=")[0][:_SHOWN]
+    return f"flag {shown} is unknown; {hint} Any setting is section.key=value"
 
 
 def all_keys(cls: type, prefix: str = "") -> list[str]:
@@ -83,5 +125,5 @@ def is_list_of_sections(kind: Any) -> bool:
     return typing.get_origin(kind) is tuple and dataclasses.is_dataclass(typing.get_args(kind)[0])
 
 
-def _close(name: str, known: typing.Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+def _close(name: str, known: typing.Iterable[str], cutoff: float = 0.6) -> list[str]:
+    return difflib.get_close_matches(name[:_SHOWN], list(known), n=1, cutoff=cutoff)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -14,31 +15,18 @@ import yaml
 from dattn_mcore.config.hints import (
     first_leaf,
     is_list_of_sections,
-    nearest_setting,
     unknown_argument,
+    unknown_key,
 )
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.yaml_text import parse_yaml
 from dattn_mcore.errors import ConfigError
 
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe loader that refuses duplicate keys and reads `1e-3` as a number."""
-
-
-def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[str] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            mark = key_node.start_mark
-            raise ConfigError(
-                f"{mark.name}:{mark.line + 1}: key {key!r} stands twice; remove one of them"
-            )
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+_DEEPEST = 8  # dots in the name of a setting
+_LARGEST = 2**63  # of a whole number: what a file format or a library holds
+_SHORT = reprlib.Repr()  # a value in a message may be as large as its YAML text makes it
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 8, 8, 8
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
@@ -56,12 +44,9 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     given: dict[str, str] = {}
     for override in overrides:
         name, separator, text = override.partition("=")
-        if not separator or "." not in name:
+        if not separator or not 1 <= name.count(".") <= _DEEPEST:
             raise ConfigError(unknown_argument(override))
-        try:
-            value = yaml.load(text, _StrictLoader)  # noqa: S506 (a safe loader)
-        except yaml.YAMLError:
-            raise ConfigError(f"argument {override!r}: the value is not valid YAML") from None
+        value = parse_yaml(text, f"argument {_shown(override)}", is_file=False)
         given[name] = text
         branch: dict[str, Any] = value
         for part in reversed(name.split(".")):
@@ -86,19 +71,16 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: base: leads back to the file itself; break the circle")
     try:
         text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: is not UTF-8 (byte {error.object[error.start]:#x} at {error.start}); save it "
+            "as UTF-8"
+        ) from None
     except OSError as error:
         raise ConfigError(
             f"--config {path} cannot be read ({error.strerror}); name a YAML file in configs/"
         ) from None
-    loader = _StrictLoader(text)
-    loader.name = str(path)
-    try:
-        tree = loader.get_single_data() or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not valid YAML"
-        raise ConfigError(f"{path}{line}: {problem}; mend the YAML") from None
+    tree = parse_yaml(text, str(path), is_file=True) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds no sections; write section: and key: value below it")
     below: dict[str, Any] = {}
@@ -110,9 +92,9 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _bases(path: Path, value: Any) -> list[str]:
     names = value if isinstance(value, list) else [] if value is None else [value]
     for name in names:
-        if not isinstance(name, str):
+        if not isinstance(name, str) or "\0" in name:
             raise ConfigError(
-                f"{path}: base: {name!r} is no file; name YAML files, [a.yaml, b.yaml]"
+                f"{path}: base: {_shown(name)} is no file; name YAML files, [a.yaml, b.yaml]"
             )
     return names
 
@@ -131,7 +113,7 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     """Turns a tree of plain values into a `Config`.
 
     Raises:
-        ConfigError: unknown key (the nearest known one is named), or wrong type.
+        ConfigError: all unknown keys (with the nearest known ones) and values of a wrong type.
     """
     return _build(Config, tree, "")
 
@@ -154,21 +136,25 @@ def _plain(value: Any) -> Any:
 
 def _build(cls: type, tree: Any, prefix: str) -> Any:
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{prefix[:-1]}={tree!r} must be a section with keys of its own")
+        raise ConfigError(f"{prefix[:-1]}={_shown(tree)} must be a section with keys of its own")
     types_of = typing.get_type_hints(cls)
-    unknown = [key for key in tree if key not in types_of]
-    if unknown:
-        name = first_leaf(f"{prefix}{unknown[0]}", tree[unknown[0]])
-        raise ConfigError(
-            f"unknown configuration key {name!r}; did you mean {nearest_setting(name)!r}?"
-        )
-    values = {}
+    values: dict[str, Any] = {}
+    mistakes: list[str] = []
     for key, value in tree.items():
-        kind, name = types_of[key], f"{prefix}{key}"
-        if dataclasses.is_dataclass(kind):
-            values[key] = _build(typing.cast(type, kind), value, f"{name}.")
-        else:
-            values[key] = _convert(kind, value, name)
+        name = f"{prefix}{key}"
+        if key not in types_of:
+            mistakes.append(unknown_key(first_leaf(name, value)))
+            continue
+        kind = types_of[key]
+        try:
+            if dataclasses.is_dataclass(kind):
+                values[key] = _build(typing.cast(type, kind), value, f"{name}.")
+            else:
+                values[key] = _convert(kind, value, name)
+        except ConfigError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise ConfigError(*mistakes)
     return cls(**values)
 
 
@@ -184,7 +170,9 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         items = list(value) if isinstance(value, list | tuple) else [value]
         fixed = Ellipsis not in args
         if fixed and len(items) != len(args):
-            raise ConfigError(f"{name}={value!r} must have {len(args)} values, it has {len(items)}")
+            raise ConfigError(
+                f"{name}={_shown(value)} must have {len(args)} values, it has {len(items)}"
+            )
         if is_list_of_sections(kind):
             section = typing.cast(type, args[0])
             return tuple(_build(section, item, f"{name}[{n}].") for n, item in enumerate(items))
@@ -193,9 +181,20 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     if kind is float and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-3 as text
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     # A bool is an int to Python, but never to a user.
     elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        if kind is int and abs(value) >= _LARGEST:
+            raise ConfigError(f"{name} is a number of more than 18 digits; write a smaller one")
         return value
-    raise ConfigError(f"{name}={value!r} must be of type {kind.__name__}")
+    raise ConfigError(f"{name}={_shown(value)} must be of type {kind.__name__}")
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it."""
+    try:
+        text = _SHORT.repr(value)
+        return text if len(text) <= 2 * _SHORT.maxstring else f"{text[: 2 * _SHORT.maxstring]}..."
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of thousands of digits"

@@ -8,23 +8,13 @@ from dattn_mcore.config.schema import Config
 
 
 def heads(config: Config) -> Iterator[str]:
-    """Heads and widths that tensor parallel ranks and rotary positions can divide."""
-    llm, vision, tp = config.model.llm, config.model.vision, config.parallel.tp
+    """Heads that groups, and widths that heads and rotary positions can divide."""
+    llm, vision = config.model.llm, config.model.vision
     if llm.num_attention_heads % llm.num_query_groups:
         yield (
             f"model.llm.num_attention_heads={llm.num_attention_heads} must be a multiple of "
             f"model.llm.num_query_groups={llm.num_query_groups}; change one of them"
         )
-    for name, value in (
-        ("model.llm.num_query_groups", llm.num_query_groups),
-        ("model.llm.num_attention_heads", llm.num_attention_heads),
-        ("model.llm.ffn_hidden_size", llm.ffn_hidden_size),
-        ("model.vision.num_attention_heads", vision.num_attention_heads),
-        ("model.vision.ffn_hidden_size", vision.ffn_hidden_size),
-        ("model.projector.ffn_hidden_size", config.model.projector.ffn_hidden_size),
-    ):
-        if value % tp:
-            yield f"{name}={value} must be a multiple of parallel.tp={tp}; choose another --tp"
     if vision.hidden_size % vision.num_attention_heads:
         yield (
             f"model.vision.hidden_size={vision.hidden_size} must be a multiple of "
@@ -49,7 +39,7 @@ def layers(config: Config) -> Iterator[str]:
             yield f"{name} with parallel.vpp={vpp} is not implemented; use one of them"
         if not 0 < first < layers:
             yield f"{name} must leave layers of model.llm.num_layers={layers} to other stages"
-        if (layers - first) % (pp - 1):
+        elif pp > 1 and (layers - first) % (pp - 1):
             yield (
                 f"{name} leaves {layers - first} layers, which cannot be dealt evenly to "
                 f"{pp - 1} stages; choose another number or another --pp"
@@ -65,14 +55,22 @@ def layers(config: Config) -> Iterator[str]:
         yield "parallel.sp=true needs --tp of at least 2; use parallel.sp=false"
 
 
-def vocabulary(config: Config) -> Iterator[str]:
-    """Rows of the embedding that tensor parallel ranks can divide."""
-    llm, tp = config.model.llm, config.parallel.tp
-    if llm.vocab_pad_multiple % tp:
-        yield (
-            f"model.llm.vocab_pad_multiple={llm.vocab_pad_multiple} must be a multiple of "
-            f"parallel.tp={tp}"
-        )
+def parallel_sizes(config: Config) -> Iterator[str]:
+    """Sizes that tensor parallel ranks can divide; one line, since `--tp` is one mistake."""
+    llm, vision, tp = config.model.llm, config.model.vision, config.parallel.tp
+    sizes = {
+        "model.llm.num_query_groups": llm.num_query_groups,
+        "model.llm.num_attention_heads": llm.num_attention_heads,
+        "model.llm.ffn_hidden_size": llm.ffn_hidden_size,
+        "model.llm.vocab_pad_multiple": llm.vocab_pad_multiple,
+        "model.vision.num_attention_heads": vision.num_attention_heads,
+        "model.vision.ffn_hidden_size": vision.ffn_hidden_size,
+        "model.projector.ffn_hidden_size": config.model.projector.ffn_hidden_size,
+    }
+    uneven = [f"{name}={value}" for name, value in sizes.items() if value % tp]
+    if uneven:
+        number = "a multiple" if len(uneven) == 1 else "multiples"
+        yield (f"{', '.join(uneven)} must be {number} of parallel.tp={tp}; choose another --tp")
 
 
 def vision(config: Config) -> Iterator[str]:
@@ -106,7 +104,7 @@ def vision(config: Config) -> Iterator[str]:
 
 
 def sources(config: Config) -> Iterator[str]:
-    """Sources of samples, and how many may be bad."""
+    """Sources of samples."""
     for number, source in enumerate(config.data.sources):
         name = f"data.sources[{number}]"
         if not source.annotations:
@@ -115,5 +113,3 @@ def sources(config: Config) -> Iterator[str]:
             yield f"{name}.weight={source.weight} must be greater than 0; leave the source out"
         if source.format not in ("auto", "json", "tar", "parquet"):
             yield f"{name}.format={source.format!r} is unknown; use one of auto, json, tar, parquet"
-    if not 0 <= config.data.max_bad_share <= 1:
-        yield f"data.max_bad_share={config.data.max_bad_share} must lie between 0 and 1"

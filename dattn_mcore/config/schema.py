@@ -147,6 +147,7 @@ class DataConfig:
     step_packs_multiple: int | None = None  # a step is a multiple of it of full packs; null: off
     fixed_rows: bool = False  # pad every micro-batch to both budgets: one shape for all
     over_budget: str = "skip"  # skip | truncate | error: a sample that fits no micro-batch
+    max_skipped_share: float = 0.1  # of usable samples that may be skipped as over budget
     pad_multiple: int = 8  # rows are padded to a multiple of this (and of what tp and FP8 need)
     image_backend: str = "auto"  # auto | dali | pillow
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel, in 0..1
@@ -172,8 +173,8 @@ class OptimConfig:
     lr: float = 2e-3  # peak learning rate
     lr_projector: float | None = None  # None: lr
     lr_vision: float | None = None  # None: lr
-    min_lr_ratio: float = 0.0  # learning rate at the end, relative to its peak
-    warmup_ratio: float = 0.05  # share of the steps
+    min_lr_ratio: float = 0.0  # learning rate after the last step, relative to its peak
+    warmup_ratio: float = 0.05  # share of the steps; of w such steps, step i has lr x i / w
     weight_decay: float = 0.0  # decoupled; not on norms and biases
     beta1: float = 0.9  # decay of Adam's mean of gradients
     beta2: float = 0.95  # decay of Adam's mean of squared gradients

@@ -137,16 +137,18 @@ def fp8(config: Config) -> Iterator[str]:
             f"train.fp8_bf16_layers={edge} at each end must leave some of "
             f"model.llm.num_layers={llm.num_layers} in FP8"
         )
-    for size, value in (
-        ("hidden_size", llm.hidden_size),
-        ("ffn_hidden_size", llm.ffn_hidden_size // config.parallel.tp),
-        ("head_dim times its heads", llm.num_query_groups * llm.head_dim // config.parallel.tp),
+    tp = config.parallel.tp
+    multiple = FP8_BLOCK if train.fp8 == "blockwise" else FP8_ROWS
+    for size, value, ranks in (
+        ("hidden_size", llm.hidden_size, 1),
+        ("ffn_hidden_size", llm.ffn_hidden_size, tp),
+        ("head_dim times its heads", llm.num_query_groups * llm.head_dim, tp),
     ):
-        multiple = FP8_BLOCK if train.fp8 == "blockwise" else FP8_ROWS
-        if value % multiple:
+        # What ranks cannot divide breaks another rule.
+        if value % ranks == 0 and value // ranks % multiple:
             yield (
-                f"{name} needs model.llm.{size} (of a tensor parallel rank: {value}) to be a "
-                f"multiple of {multiple}; use train.fp8=none"
+                f"{name} needs model.llm.{size} (of a tensor parallel rank: {value // ranks}) to "
+                f"be a multiple of {multiple}; use train.fp8=none"
             )
 
 

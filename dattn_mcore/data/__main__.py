@@ -11,7 +11,7 @@ from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
-from dattn_mcore.errors import DattnError
+from dattn_mcore.errors import DattnError, told
 from dattn_mcore.log import log_to_stdout
 
 
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(chosen.run(chosen))
     except DattnError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(told(error))
         return 2
 
 

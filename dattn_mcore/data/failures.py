@@ -72,7 +72,10 @@ def check_share(index: Index, max_share: float) -> None:
             break
         who = f" sample {entry['id']!r}" if entry["id"] else ""
         named.append(f"{entry['where']}{who}: {entry['reason']}")
-    raise too_many(bad, len(index), max_share, named, f"{index.folder / 'bad.jsonl'}")
+    where = f"{index.folder / 'bad.jsonl'}"
+    if bad <= max_share * len(index):
+        raise nothing_to_train(bad, len(index), named, where)
+    raise too_many(bad, len(index), max_share, named, where)
 
 
 def too_many(bad: int, total: int, max_share: float, named: list[str], where: str) -> DataError:
@@ -82,6 +85,15 @@ def too_many(bad: int, total: int, max_share: float, named: list[str], where: st
         f"{bad} of {total} samples are unusable, data.max_bad_share={max_share:g} allows "
         f"{int(max_share * total)}: {'; '.join(named)}{more}; all are in '{where}'; mend them, or "
         "raise data.max_bad_share"
+    )
+
+
+def nothing_to_train(bad: int, total: int, named: list[str], where: str) -> DataError:
+    """The error that ends a run whose samples are all of no use, however many may be."""
+    more = f"; and {bad - len(named)} more" if bad > len(named) else ""
+    return DataError(
+        f"nothing can be trained: {bad} of {total} samples are unusable and no other fits a "
+        f"micro-batch: {'; '.join(named)}{more}; all are in '{where}'; mend them"
     )
 
 

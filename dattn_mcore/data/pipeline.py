@@ -19,6 +19,7 @@ from torch import Tensor
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.balance import row_work, split_over_ranks
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
+from dattn_mcore.data.budgets import check_trainable, skipped_samples
 from dattn_mcore.data.failures import SampleFailure, check_share
 from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.identity import identity_of
@@ -45,6 +46,7 @@ class DataPipeline:
         order: Of its samples.
         steps: Which positions of the order a step takes.
         num_samples: Samples of an epoch.
+        num_trainable: Samples that epochs draw and that fit a micro-batch.
         identity: What the order and content of samples depend on (`data/index/identity.py`).
         tokenizer_fingerprint: SHA-256 of what defines the tokenizer.
     """
@@ -75,7 +77,8 @@ class DataPipeline:
             image_device_id: Index of that GPU.
 
         Raises:
-            DataError: A source is missing or malformed, or too many of its samples are unusable.
+            DataError: A source is missing or malformed, too many of its samples are unusable or
+                over budget, or nothing can be trained.
             ConfigError: A setting of `data` that cannot run.
         """
         data, vision = config.data, config.model.vision
@@ -92,7 +95,12 @@ class DataPipeline:
             )
         self.index = open_index(config, tokenizer)
         check_share(self.index, data.max_bad_share)
-        self.order = SampleOrder(shares_of(self.index), config.train.seed)
+        shares = shares_of(self.index)
+        self._skipped = skipped_samples(self.index, config)
+        drawn = np.concatenate([share.numbers for share in shares if share.per_epoch])
+        check_trainable(self.index, config, drawn, self._skipped)
+        self.num_trainable = int((~self._skipped[drawn]).sum())
+        self.order = SampleOrder(shares, config.train.seed)
         self.steps = steps_of(config, self.index, self.order)
         if isinstance(self.steps, FullSteps):
             _LOG.info(
@@ -186,20 +194,13 @@ class DataPipeline:
         )
 
     def _fit(self, number: int, row: np.void) -> PlannedSample | SampleFailure:
-        """Applies `data.over_budget` to a sample that fits no pack.
-
-        `truncate` cuts the text at the end. A sample that still fits no pack (its images alone
-        are too many) or has nothing left to predict is skipped even then.
-        """
+        """Applies `data.over_budget` to a sample that fits no pack (see `skipped_samples`)."""
         data = self._config.data
-        text, visual = int(row["text_rows"]), int(row["num_tiles"]) * self._rows_per_tile
-        if text <= data.text_budget and visual <= data.visual_budget:
-            return self._reader.plan(number)
-        if data.over_budget == "truncate" and int(row["first_label"]) < data.text_budget - 1:
-            cut = self._reader.plan(number, data.text_budget)
-            if cut.num_tiles * self._rows_per_tile <= data.visual_budget:
-                return cut
+        if not self._skipped[number]:
+            cuts = data.over_budget == "truncate"
+            return self._reader.plan(number, data.text_budget if cuts else None)
         name = self.index.name(self.index.samples[number])
+        text, visual = int(row["text_rows"]), int(row["num_tiles"]) * self._rows_per_tile
         reason = (
             f"{text} text and {visual} visual rows; data.text_budget is {data.text_budget}, "
             f"data.visual_budget is {data.visual_budget}"

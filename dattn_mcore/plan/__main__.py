@@ -15,7 +15,7 @@ from rich.console import Console
 from dattn_mcore.config.checks import check_config, processes_per_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
-from dattn_mcore.errors import ConfigError, DattnError
+from dattn_mcore.errors import ConfigError, DattnError, told
 from dattn_mcore.plan.data_size import data_size
 from dattn_mcore.plan.estimate import Plan, as_dict, make_plan
 from dattn_mcore.plan.hardware import GPUS, Cluster
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         _run(_parse(arguments))
         return 0
     except DattnError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(told(error))
         return 2
 
 

@@ -77,8 +77,9 @@ def choose_examples(
 
 
 def read_losses(path: Path) -> tuple[list[int], list[float]]:
-    """Steps and losses of a run's metrics.jsonl."""
+    """Steps and losses of a run's metrics.jsonl, without steps that had nothing to learn from."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["loss"] is not None]
     return [row["step"] for row in rows], [row["loss"] for row in rows]
 
 

@@ -98,4 +98,6 @@ def _last_error(log: Path) -> str:
     lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]
     lines = [line for line in lines if line]
     told = [line for line in lines if line.startswith("error: ")]
-    return told[-1].removeprefix("error: ") if told else (lines or ["it said nothing"])[-1]
+    if told:
+        return "; also: ".join(line.removeprefix("error: ") for line in told)
+    return (lines or ["it said nothing"])[-1]

@@ -10,9 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dattn_mcore.data.failures import SampleFailure
-from dattn_mcore.errors import CheckpointError, ConfigError, DataError, DattnError
-
-_KINDS: tuple[type[DattnError], ...] = (DattnError, ConfigError, DataError, CheckpointError)
+from dattn_mcore.errors import KINDS, DattnError, kind_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def agree(
 def _first_mistake(error: DattnError | None) -> DattnError:
     mine = None
     if error is not None:
-        mine = _KINDS.index(type(error)), str(error), socket.gethostname()
+        mine = kind_of(error), str(error), socket.gethostname()
     everyone: list[tuple[int, str, str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     failed = [rank for rank, item in enumerate(everyone) if item is not None]
@@ -85,7 +83,7 @@ def _first_mistake(error: DattnError | None) -> DattnError:
     if len(failed) < len(everyone):
         others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
         message = f"{message} (rank {failed[0]} on {host}{others})"
-    return _KINDS[kind](message)
+    return KINDS[kind](message)
 
 
 def unique(failures: Iterable[SampleFailure]) -> tuple[SampleFailure, ...]:

@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from dattn_mcore.data.batch import GlobalBatch
-from dattn_mcore.data.failures import SampleFailure, too_many, unusable
+from dattn_mcore.data.failures import (
+    SampleFailure,
+    nothing_to_train,
+    too_many,
+    unusable,
+)
 from dattn_mcore.data.index.store import Index
 from dattn_mcore.data.steps import Steps
 from dattn_mcore.errors import DataError
@@ -34,10 +39,14 @@ class SampleLedger:
         index: of the data set.
         max_share: data.max_bad_share.
         first_step: step the run starts or resumes at.
+        num_trainable: samples that epochs draw and that fit a micro-batch.
     """
 
-    def __init__(self, run_dir: Path, index: Index, max_share: float, first_step: int) -> None:
+    def __init__(
+        self, run_dir: Path, index: Index, max_share: float, first_step: int, num_trainable: int
+    ) -> None:
         self.run_dir, self.index, self.max_share = run_dir, index, max_share
+        self.num_trainable = num_trainable
         self.path = run_dir / "bad_samples.jsonl"
         self.said = 0
         drop_after(self.path, first_step)
@@ -79,12 +88,15 @@ class SampleLedger:
             return None
         self.masked |= {failure.sample for failure in failures}
         bad = len(self.index) - self.index.num_usable + len(self.masked)
-        if bad <= self.max_share * len(self.index):
+        many = bad > self.max_share * len(self.index)
+        if not many and len(self.masked) < self.num_trainable:
             return None
         # Several images of one sample may have failed; it is named once.
         named = {failure.sample: failure.reason for failure in reversed(failures)}
         reasons = list(named.values())[::-1][:3]
-        return too_many(bad, len(self.index), self.max_share, reasons, str(self.path))
+        if many:
+            return too_many(bad, len(self.index), self.max_share, reasons, str(self.path))
+        return nothing_to_train(bad, len(self.index), reasons, str(self.path))
 
     def close(self, steps: Steps, epoch_size: int) -> None:
         """Writes data_report.json and says what it counts."""

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.failures import mask
-from dattn_mcore.errors import DataError, DattnError
+from dattn_mcore.errors import DattnError
 from dattn_mcore.models.dattn import IGNORED_LABEL
 from dattn_mcore.parallel import platform
 from dattn_mcore.plan.flops import step_work
@@ -24,6 +23,8 @@ from dattn_mcore.plan.rows import rows_of
 from dattn_mcore.training.agreement import Agreement, agree
 from dattn_mcore.training.communication import with_communication_share
 from dattn_mcore.training.inputs import all_model_inputs
+from dattn_mcore.training.last_words import speaking, unexpected
+from dattn_mcore.training.memory import StepMemoryError, explain_memory
 from dattn_mcore.training.not_finite import NotFiniteError, explain
 from dattn_mcore.training.optimizer import gathered_weights
 from dattn_mcore.training.run_folder import claimed
@@ -53,14 +54,17 @@ def train(
         True if the run is complete, False if a signal stopped it.
 
     Raises:
-        DattnError: a user's mistake, the same on every rank.
+        DattnError: a user's mistake, the same on every rank; what is one rank's alone is not
+            `shared`.
     """
     with claimed(Path(config.log.run_dir), device):
         if watchdog is not None:
-            return _train(set_up(config, pg_collection, device, watchdog))
+            with speaking(watchdog):
+                return _train(set_up(config, pg_collection, device, watchdog))
         watchdog = Watchdog(dist.get_rank(), dist.get_world_size())
         try:
-            return _train(set_up(config, pg_collection, device, watchdog))
+            with speaking(watchdog):
+                return _train(set_up(config, pg_collection, device, watchdog))
         finally:
             watchdog.close()
 
@@ -68,10 +72,12 @@ def train(
 def _train(run: Run) -> bool:
     stop = StopRequest()
     try:
-        step = _all_steps(run, stop)
-        _say_saved(run.saver.poll(blocking=True))
-    except DattnError:  # the same on every rank: a save that is under way is finished
-        _say_saved(run.saver.poll(blocking=True))
+        with speaking(run.watchdog):
+            step = _all_steps(run, stop)
+            _say_saved(run.saver.poll(blocking=True))
+    except DattnError as error:
+        if error.shared:  # the same on every rank: a save that is under way is finished
+            _say_saved(run.saver.poll(blocking=True))
         raise
     finally:
         run.saver.close()
@@ -124,6 +130,9 @@ def _next_batch(
         batch = run.data.global_batch(step)
     except DattnError as error:
         problem = problem or error
+    except Exception as error:  # noqa: BLE001 (whatever a decoder or a file system comes up with)
+        doing = f"loading the data of step {step + 1}"
+        problem = problem or unexpected(error, doing, Path(run.config.log.run_dir))
     waited = time.perf_counter() - asked
     run.watchdog.phase(f"step {step + 1}", *limit)
     return batch, agree(
@@ -146,6 +155,7 @@ def _one_step(
 
     Raises:
         DattnError: the loss or a gradient is not finite; on every rank, before the update.
+        OutOfMemoryError: on this rank alone.
     """
     failed = {failure.sample for failure in agreed.failures}
     micro_batches = [mask(item, failed) for item in batch.microbatches]
@@ -162,6 +172,8 @@ def _one_step(
         return step_on(), None
     except NotFiniteError as error:
         raise explain(error, step + 1, batch) from None
+    except StepMemoryError as error:
+        raise explain_memory(error, step + 1, micro_batches, inputs, run.config) from error
 
 
 def _note(
@@ -171,13 +183,15 @@ def _note(
     agreed: Agreement,
     result: StepResult,
     share: float | None,
-) -> DataError | None:
+) -> DattnError | None:
     """Reports a finished step; returns the error that ends the run, if there is one."""
     if run.reporter is None or run.ledger is None:
         return None
-    rate = get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0
-    run.reporter.step(step, result, rate, batch, agreed, share)
-    return run.ledger.step(step, batch, agreed.failures)
+    try:
+        run.reporter.step(step, result, batch, agreed, share)
+        return run.ledger.step(step, batch, agreed.failures)
+    except Exception as error:  # noqa: BLE001 (a full disk, mostly; the other ranks must know)
+        return unexpected(error, f"reporting step {step}", Path(run.config.log.run_dir))
 
 
 def _save(run: Run, step: int) -> None:

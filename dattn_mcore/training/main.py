@@ -15,7 +15,7 @@ from dattn_mcore.config.checks import check_config, data_parallel_size, processe
 from dattn_mcore.config.hints import SHORT_FLAGS, unknown_flag
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
-from dattn_mcore.errors import ConfigError, DattnError, FaultError, RankError
+from dattn_mcore.errors import ConfigError, DattnError, FaultError, told
 from dattn_mcore.log import log_to_stdout
 from dattn_mcore.orphans import signal_when_parent_ends
 from dattn_mcore.training.launch import restart_under_torchrun
@@ -74,9 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(config, sys.argv[1:] if arguments is None else arguments)
     except DattnError as error:
         fault = isinstance(error, FaultError)
-        if rank == 0 or isinstance(error, RankError):
+        if rank == 0 if error.shared else error.speaks:
             # Most mistakes are the same on all ranks, and one says so.
-            sys.stderr.write(f"{'fault' if fault else 'error'}: {error}\n")
+            sys.stderr.write(told(error, "fault" if fault else "error"))
         else:
             # torchrun ends all ranks when the first one ends: let that be the one that speaks.
             time.sleep(SPEAKER_SECONDS)
@@ -118,6 +118,7 @@ def _run(config: Config, arguments: list[str]) -> int:
         device = platform.install(device_kind)
         groups.initialize_alone(device_kind)
         watchdog = Watchdog(0, 1)
+    together = True
     try:
         # What cannot run is told before anything is built.
         attention_backends(config, device_kind)
@@ -139,9 +140,13 @@ def _run(config: Config, arguments: list[str]) -> int:
         train(config, pg_collection, device, watchdog)
         groups.destroy_model_parallel()
         return 0
+    except DattnError as error:
+        together = error.shared
+        raise
     finally:
         watchdog.close()
-        dist.destroy_process_group()
+        if together:  # alone, this rank would wait for the others in it
+            dist.destroy_process_group()
 
 
 def _join(config: Config):

@@ -114,19 +114,29 @@ def _refuse_gradients_that_are_not_finite(optimizer: MegatronOptimizer) -> None:
 def build_scheduler(
     config: Config, optimizer: MegatronOptimizer, total_steps: int
 ) -> OptimizerParamScheduler:
-    """Cosine decay to `min_lr_ratio` after a linear warm-up, counted in optimizer steps."""
+    """Cosine decay to `min_lr_ratio` after a linear warm-up, counted in optimizer steps.
+
+    Of N steps with a warm-up of w, step i (from 1) has the rate peak x i / w up to step w, and the
+    minimum is reached after the last step, where step N + 1 would be. So no step has rate 0: a
+    step of rate 0 learns nothing. Without a warm-up the first step has the peak.
+
+    Returns:
+        Megatron-Core's scheduler, with the rates of the first step set; `step(1)` after each step.
+    """
     optim = config.optim
-    warmup = min(round(optim.warmup_ratio * total_steps), total_steps - 1)
-    return OptimizerParamScheduler(
+    warmup = min(max(round(optim.warmup_ratio * total_steps), 1), total_steps)
+    scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=optim.lr,
         min_lr=optim.lr * optim.min_lr_ratio,
         lr_warmup_steps=warmup,
-        lr_decay_steps=max(total_steps, 1),
+        lr_decay_steps=total_steps + 1,
         lr_decay_style="cosine",
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+    scheduler.step(1)  # Megatron-Core counts steps that are done; its rate of 0 steps is 0
+    return scheduler

@@ -25,6 +25,18 @@ _LEFT_OUT = ("skipped", "truncated", "masked")  # of a step's samples: counted o
 WORTH_SAYING = 0.1  # share of the time spent waiting for data from which the line says so
 
 
+def _number(value: float | None, form: str) -> str:
+    return "none" if value is None else format(value, form)
+
+
+def _learning_rates(config: Config, rates: dict[float, float]) -> dict[str, float]:
+    """`lr`, and those of parts with a rate of their own; `lr` is the first where all have one."""
+    optim = config.optim
+    own = {"lr_projector": optim.lr_projector, "lr_vision": optim.lr_vision}
+    found = {name: rates[peak] for name, peak in own.items() if peak in rates and peak != optim.lr}
+    return {"lr": rates.get(optim.lr, next(iter(rates.values()))), **found}
+
+
 def _further(row: dict[str, Any]) -> str:
     """What is worth a person's attention beside the rates."""
     parts = []
@@ -76,7 +88,6 @@ class Reporter:
         self,
         step: int,
         result: StepResult,
-        learning_rate: float,
         batch: GlobalBatch,
         agreed: Agreement,
         communication_share: float | None = None,
@@ -86,7 +97,6 @@ class Reporter:
         Args:
             step: 1-based number of the step.
             result: what it did.
-            learning_rate: of the parts without a rate of their own.
             batch: the global batch it was done on.
             agreed: what the ranks exchanged before it.
             communication_share: of this rank's time in the step, where it was measured.
@@ -94,6 +104,12 @@ class Reporter:
         skipped = tuple(sample.id for sample in batch.skipped)
         masked = tuple(sample.id for sample in agreed.failures)
         self._note_over_budget(skipped, batch.truncated)
+        if result.loss is None:
+            logger.warning(
+                "step %d has no supervised token (%d samples masked, %d skipped): no loss, and the "
+                "weights stay as they are",
+                *(step, len(masked), len(skipped)),
+            )
         self.counts["masked"] += len(masked)
         self.interval.update(
             samples=len(batch.sample_ids) - len(skipped) - len(masked),
@@ -114,10 +130,10 @@ class Reporter:
         now = time.perf_counter()
         seconds = now - self.interval_started
         remaining = (self.total_steps - step) * seconds / (step - self.interval_first_step)
-        row = {
+        row: dict[str, Any] = {
             "step": step,
             "loss": result.loss,
-            "lr": learning_rate,
+            **_learning_rates(self.config, result.rates),
             "grad_norm": result.grad_norm,
             "samples_per_second": self.interval["samples"] / seconds,
             "text_tokens_per_second": self.interval["text"] / seconds,
@@ -141,13 +157,14 @@ class Reporter:
         self.metrics.write("\n")
         if self.tensorboard is not None:
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and value is not None:
                     self.tensorboard.add_scalar(f"train/{name}", value, step)
         width = len(str(self.total_steps))
         logger.info(
-            "step %*d/%d  loss %.4f  lr %.2e  grad %.2f  %s samples/s  "
+            "step %*d/%d  loss %s  lr %.2e  grad %s  %s samples/s  "
             "%s text + %s visual tokens/s  ETA %s%s",
-            *(width, step, self.total_steps, result.loss, learning_rate, result.grad_norm),
+            *(width, step, self.total_steps, _number(result.loss, ".4f"), row["lr"]),
+            _number(result.grad_norm, ".2f"),
             *(rate(row["samples_per_second"]), rate(row["text_tokens_per_second"])),
             *(rate(row["visual_tokens_per_second"]), duration(remaining), _further(row)),
         )

@@ -37,6 +37,7 @@ from dattn_mcore.models.transformer_configs import edge_layers_in_bf16
 from dattn_mcore.parallel import groups, platform
 from dattn_mcore.training.agreement import agree
 from dattn_mcore.training.inputs import fixed_rows, needs_pixels
+from dattn_mcore.training.last_words import unexpected
 from dattn_mcore.training.ledger import SampleLedger
 from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
 from dattn_mcore.training.report import Reporter
@@ -118,7 +119,8 @@ def set_up(
     if dist.get_rank() == 0:
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         reporter = Reporter(config, run_dir, first, last)
-        ledger = SampleLedger(run_dir, data.index, config.data.max_bad_share, first)
+        share = config.data.max_bad_share
+        ledger = SampleLedger(run_dir, data.index, share, first, data.num_trainable)
     saver = CheckpointSaver(
         *(run_dir / "checkpoints", config, chunks, optimizer, pg_collection),
         *(data.identity, data.tokenizer_fingerprint),
@@ -144,7 +146,8 @@ def _open_data_in_turn(
     The first rank makes the index where it is absent; the others find it, or, on a machine that
     shares no disk with the first, their first one makes it there.
     """
-    data, problem = None, None
+    data: DataPipeline | None = None
+    problem: DattnError | None = None
     speaks = dist.get_rank() == 0
     for turn, opens in enumerate((speaks, not speaks)):
         try:
@@ -154,6 +157,8 @@ def _open_data_in_turn(
                 (Path(config.log.run_dir) / FINISHED).unlink(missing_ok=True)
         except DattnError as error:
             problem = error
+        except Exception as error:  # noqa: BLE001 (the other ranks must know)
+            problem = unexpected(error, "opening the data", Path(config.log.run_dir))
         groups.wait_for_all(f"data/{turn}")  # an index of millions of samples takes long
         agree(problem, False, device)
     assert data is not None

@@ -19,6 +19,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank
 
 from dattn_mcore.models.dattn import IGNORED_LABEL, ModelInputs
+from dattn_mcore.parallel.out_of_memory import is_out_of_memory
+from dattn_mcore.training.memory import Begun, StepMemoryError
 from dattn_mcore.training.not_finite import NotFiniteError
 
 
@@ -27,16 +29,19 @@ class StepResult:
     """What one optimizer step did.
 
     Attributes:
-        loss: mean over the supervised tokens of the global batch.
-        grad_norm: L2 norm over all trained parameters before clipping.
+        loss: mean over the supervised tokens of the global batch; None where it has none, and the
+            weights stay as they are.
+        grad_norm: L2 norm over all trained parameters before clipping; None likewise.
         supervised_tokens: tokens with a loss in the global batch.
         model_flops: operations of the global batch, forward and backward, without recompute.
+        rates: the learning rate that was used, by the peak rate of the parameters it holds for.
     """
 
-    loss: float
-    grad_norm: float
+    loss: float | None
+    grad_norm: float | None
     supervised_tokens: int
     model_flops: float
+    rates: dict[float, float]
 
 
 def _loss_sum(
@@ -67,29 +72,43 @@ def train_step(
 ) -> StepResult:
     """Runs one global batch through the pipeline and updates the weights.
 
+    Without a supervised token there is nothing to learn: the update is left out, because Adam's
+    momentum would move the weights all the same.
+
     Args:
         model: this stage's chunks.
         optimizer: Megatron-Core's optimizer.
-        scheduler: sets the learning rate; advanced by one.
+        scheduler: has set the rates of this step; advanced by one, to those of the next.
         micro_batches: this replica's packs.
         pg_collection: process groups.
         model_flops: operations of these packs.
 
     Raises:
         NotFiniteError: loss or gradient norm; raised on every rank, before the update.
+        StepMemoryError: an allocation failed; raised on this rank alone.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     reports = run_schedule(model, micro_batches, pg_collection, forward_only=False)
     sums = sum_reports(reports, micro_batches[0].labels.device, model_flops)
-    loss = float(sums[0] / sums[1].clamp(min=1))
+    supervised, flops = int(sums[1]), float(sums[2])
+    rates = {group.get("max_lr", scheduler.max_lr): group["lr"] for group in optimizer.param_groups}
+    if not supervised:
+        scheduler.step(1)
+        return StepResult(None, None, 0, flops, rates)
+    loss = float(sums[0] / sums[1])
     if not math.isfinite(loss):
         packs = tuple(i for i, report in enumerate(reports) if not report[0].isfinite())
         raise NotFiniteError("loss", loss, packs)
-    _, grad_norm, _ = optimizer.step()
+    try:
+        _, grad_norm, _ = optimizer.step()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise StepMemoryError.of(error, None) from error
+        raise
     scheduler.step(1)
-    return StepResult(loss, float(grad_norm or 0.0), int(sums[1]), float(sums[2]))
+    return StepResult(loss, float(grad_norm or 0.0), supervised, flops, rates)
 
 
 def run_schedule(
@@ -104,18 +123,25 @@ def run_schedule(
         For each micro-batch float64 [2]: sum of losses and count of supervised tokens. Empty but
         on the first tensor rank of the last stage, so that a sum over ranks counts each once.
     """
-    iterators: Any = [iter(micro_batches) for _ in model]
+    begun = [Begun(micro_batches) for _ in model]
+    iterators: Any = begun
     single = len(model) == 1
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators[0] if single else iterators,
-        model=model[0] if single else model,
-        num_microbatches=len(micro_batches),
-        # Of the tensor between stages; the micro-batches of a step have one shape.
-        seq_length=micro_batches[0].params.num_visual + micro_batches[0].params.num_text,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    try:
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators[0] if single else iterators,
+            model=model[0] if single else model,
+            num_microbatches=len(micro_batches),
+            # Of the tensor between stages; the micro-batches of a step have one shape.
+            seq_length=micro_batches[0].params.num_visual + micro_batches[0].params.num_text,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+    except Exception as error:
+        if is_out_of_memory(error):
+            pack = max(packs.count for packs in begun) - 1
+            raise StepMemoryError.of(error, max(pack, 0)) from error
+        raise
     if is_pp_last_stage(pg_collection.pp) and get_pg_rank(pg_collection.tp) == 0:
         return [report["sums"] for report in reports]
     return []

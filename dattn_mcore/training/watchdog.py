@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 EXIT_STATUS = 3  # of a rank that the watchdog ended; a user's mistake is 2
 BEAT_SECONDS = 2.0  # how often a rank tells the others where it stands
 GRACE_SECONDS = 30.0  # after this, stacks are dumped even if no Python thread can run
+_ENDED = "ended: "  # before the reason, where a rank says by itself that it ends
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,23 @@ class _Phase:
     since: float
     limit: float
     setting: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A rank that is gone.
+
+    Attributes:
+        rank: its number.
+        host: where it ran; empty where nobody knows.
+        last: what it did last, or why it ended.
+        spoke: it said itself why it ended.
+    """
+
+    rank: int
+    host: str
+    last: str
+    spoke: bool
 
 
 class Watchdog:
@@ -76,6 +94,50 @@ class Watchdog:
             faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True, file=self.output)
         else:
             faulthandler.cancel_dump_traceback_later()
+
+    @property
+    def doing(self) -> str:
+        """The phase that this rank is in."""
+        return self._phase.name
+
+    def ended(self, reason: str) -> None:
+        """Tells the other ranks why this one is about to end."""
+        self._phase = _Phase(f"{_ENDED}{reason}", time.monotonic(), 0.0, "")
+        faulthandler.cancel_dump_traceback_later()
+        self._tell()
+
+    def lost(self) -> list[Lost]:
+        """Ranks that have ended, after a collective failed here; takes some seconds.
+
+        A rank that lives goes on counting, in whatever it is held up.
+        """
+        if self.store is None:
+            return []
+        try:
+            self.store.set_timeout(datetime.timedelta(seconds=BEAT_SECONDS))
+            before = self._read(self.store)
+            until = time.monotonic() + 3 * BEAT_SECONDS
+            silent = set(before) - {self.rank}
+            while silent and time.monotonic() < until:
+                time.sleep(BEAT_SECONDS / 4)
+                after = self._read(self.store)
+                silent = {
+                    rank
+                    for rank in silent
+                    if after[rank][2] == before[rank][2] or after[rank][1].startswith(_ENDED)
+                }
+                if any(after[rank][1].startswith(_ENDED) for rank in silent):
+                    silent = {rank for rank in silent if after[rank][1].startswith(_ENDED)}
+                    break
+            return [self._last(rank, after) for rank in sorted(silent)] if silent else []
+        except Exception:  # noqa: BLE001 (whatever the store raises, it is gone)
+            return [Lost(0, "", "or torchrun on its machine: their store gives no answer", False)]
+
+    def _last(self, rank: int, told: dict[int, tuple[str, str, int]]) -> Lost:
+        host, name, _ = told[rank]
+        spoke = name.startswith(_ENDED)
+        last = name.removeprefix(_ENDED) if spoke else f"last heard of: {name}"
+        return Lost(rank, host, last, spoke)
 
     def close(self) -> None:
         """Stops watching."""

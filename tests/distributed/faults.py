@@ -81,3 +81,87 @@ def dead_loader(folder: Path) -> None:
         return original(self, step)
 
     DataPipeline._build = hangs
+
+
+def in_step_two(does: Any) -> None:
+    """Calls something at the start of the second step."""
+    from dattn_mcore.training import loop
+
+    original, calls = loop.train_step, [0]
+
+    def counted(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            does(*args)
+        return original(*args)
+
+    loop.train_step = counted
+
+
+def killed(folder: Path) -> None:
+    """SIGKILL in the second step, as when a machine's memory is full."""
+    in_step_two(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def defect(folder: Path) -> None:
+    """An error that nobody foresaw, in the second step."""
+
+    def fails(*_: Any) -> None:
+        raise KeyError("nobody foresaw this")
+
+    in_step_two(fails)
+
+
+def broken_loader(folder: Path) -> None:
+    """A decoder comes up with an error of its own while the second step is prepared."""
+    from dattn_mcore.data.pipeline import DataPipeline
+
+    original = DataPipeline._build
+
+    def breaks(self: Any, step: int) -> Any:
+        if step == 1:
+            raise RuntimeError("decoder lost\nits context")
+        return original(self, step)
+
+    DataPipeline._build = breaks
+
+
+def full_memory(folder: Path) -> None:
+    """The second pack of the second step asks for more memory than any machine has."""
+    import torch
+
+    from dattn_mcore.models.dattn import DattnModel
+
+    original, calls = DattnModel.forward, [-1]
+
+    def greedy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 1:
+            torch.empty(2**50, dtype=torch.uint8)
+        return original(self, *args, **kwargs)
+
+    def arms(*_: Any) -> None:
+        calls[0] = -1
+        DattnModel.forward = greedy
+
+    in_step_two(arms)
+
+
+def full_memory_of_the_optimizer(folder: Path) -> None:
+    """As above, in the update."""
+    import torch
+
+    def arms(model: Any, optimizer: Any, *_: Any) -> None:
+        optimizer.get_grad_norm = lambda: torch.empty(2**50, dtype=torch.uint8)
+
+    in_step_two(arms)
+
+
+def full_memory_of_the_loader(folder: Path) -> None:
+    """As above, where images are decoded."""
+    from dattn_mcore.data.pipeline import DataPipeline
+
+    def breaks(self: Any, step: int) -> Any:
+        raise MemoryError
+
+    DataPipeline._build = breaks

@@ -138,6 +138,34 @@ def train_until_killed(tree: dict[str, Any], step: int) -> bool:
         loop.train_step = original
 
 
+def train_with_a_dead_first_step(tree: dict[str, Any], step: int) -> bool:
+    """Like `train_until_killed`, with an older schedule, whose step 1 had rate 0."""
+    from unittest import mock
+
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    from dattn_mcore.training import setup
+
+    def build(config: Config, optimizer: Any, total_steps: int) -> OptimizerParamScheduler:
+        optim = config.optim
+        return OptimizerParamScheduler(
+            optimizer,
+            init_lr=0.0,
+            max_lr=optim.lr,
+            min_lr=optim.lr * optim.min_lr_ratio,
+            lr_warmup_steps=min(round(optim.warmup_ratio * total_steps), total_steps - 1),
+            lr_decay_steps=total_steps,
+            lr_decay_style="cosine",
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    with mock.patch.object(setup, "build_scheduler", build):
+        return train_until_killed(tree, step)
+
+
 def saves_until_killed(tree: dict[str, Any], step: int) -> list[int]:
     """Like `train_until_killed`; returns the steps that were saved."""
     from dattn_mcore.checkpoint.save import CheckpointSaver
@@ -366,12 +394,58 @@ def count_parameters(tree: dict[str, Any]) -> tuple[int, tuple[int, int]]:
     return groups.pp.rank(), (total, sum(p.numel() for p in parameters if p.requires_grad))
 
 
+def agree_on(kind: str) -> tuple[str, str]:
+    """The last rank has an error of a kind; returns what this rank raises: its type and message."""
+    from dattn_mcore import errors
+    from dattn_mcore.data.sources.record import RecordError
+    from dattn_mcore.training.agreement import agree
+
+    made = {
+        "RecordError": RecordError("no id", "7"),
+        "ConfigError": errors.ConfigError("first", "second"),
+        "UnknownError": type("UnknownError", (errors.DattnError,), {})("new here"),
+    }
+    mine = None
+    if dist.get_rank() == dist.get_world_size() - 1:
+        mine = made[kind] if kind in made else getattr(errors, kind)("it is so")
+    try:
+        agree(mine, False, torch.device("cpu"))
+    except errors.DattnError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
 def check_folder(run_dirs: list[str]) -> None:
     """The start-up check of the checkpoint folder; each rank is given its own path."""
     from dattn_mcore.training import start_checks
 
     start_checks.SHARED_FOLDER_SECONDS = 0.5
     start_checks.check_checkpoint_folder(Path(run_dirs[dist.get_rank()]), torch.device("cpu"))
+
+
+def weights_by_step(tree: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """Trains; returns this rank's weights before the first step and after each."""
+    from dattn_mcore.training import loop
+
+    original = loop.train_step
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def noted(model: Any, *args: Any) -> Any:
+        def weights() -> dict[str, torch.Tensor]:
+            return {k: p.detach().clone() for k, p in model[0].module.named_parameters()}
+
+        if not seen:
+            seen.append(weights())
+        result = original(model, *args)
+        seen.append(weights())
+        return result
+
+    loop.train_step = noted
+    try:
+        run_training(tree)
+    finally:
+        loop.train_step = original
+    return seen
 
 
 def train_with_poison(tree: dict[str, Any], poison: str) -> tuple[str, bool]:

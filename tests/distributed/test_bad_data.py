@@ -11,6 +11,7 @@ from tests.distributed.jobs import (
     run_training_of_rank,
     run_training_with_log,
     small_config,
+    weights_by_step,
 )
 from tests.distributed.pool import WorkerError
 
@@ -155,7 +156,7 @@ def lengthen(data_dir):
 def test_over_budget_is_counted_and_reported(pool, data_dir, tmp_path, policy):
     lengthen(data_dir)
     tree = small_config(data_dir, tmp_path / "run")
-    tree["data"]["over_budget"] = policy
+    tree["data"] |= {"over_budget": policy}
     ((done, log),) = pool.run(run_training_with_log, 1, tree)
     assert done and "'long'" in log and "data.over_budget" in log
     # A question cut before its answer has nothing to learn from: skipped under both policies.
@@ -167,3 +168,47 @@ def test_over_budget_error(pool, data_dir, tmp_path):
     tree = small_config(data_dir, tmp_path / "run")
     tree["data"]["over_budget"] = "error"
     fails(pool, tree, ["'long'", "data.text_budget"])
+
+
+def test_a_step_without_a_supervised_token_moves_nothing(pool, data_dir, tmp_path):
+    """Every image of step 2 is damaged; Adam's momentum of step 1 must not act on the weights."""
+    records = json.loads((data_dir / "instruct.json").read_text())
+    records = list({r["image"]: r for r in records if isinstance(r.get("image"), str)}.values())
+    images = {record["id"]: data_dir / "images" / record["image"] for record in records[:24]}
+    (data_dir / "instruct.json").write_text(json.dumps(records[:24]))
+    tree = small_config(
+        data_dir,
+        tmp_path / "run",
+        data={"max_bad_share": 0.5},
+        train={"global_batch_size": 8},
+        optim={"weight_decay": 0.1},
+    )
+    pool.run(run_training, 2, tree)
+    lines = (tmp_path / "run/samples.jsonl").read_text().splitlines()
+    second = json.loads(lines[1])["ids"]
+    for name in second:
+        images[name].write_bytes(images[name].read_bytes()[:-200])
+    shutil.rmtree(tmp_path / "run")
+    start, first, same, third = pool.run(weights_by_step, 2, tree)[0]
+    assert any(not start[name].equal(first[name]) for name in start)
+    assert all(first[name].equal(same[name]) for name in first)
+    assert any(not same[name].equal(third[name]) for name in same)
+    rows = read_metrics(tmp_path / "run")
+    assert [row["loss"] is None for row in rows] == [False, True, False]
+    assert rows[1]["grad_norm"] is None and rows[1]["supervised_tokens"] == 0
+    assert rows[2]["grad_norm"] > 0
+
+
+def test_a_run_whose_samples_all_turn_out_bad_ends(pool, data_dir, tmp_path):
+    """However many may be bad: with none left there is nothing to go on with."""
+    edit(data_dir, lambda records: records.__setitem__(slice(None), records[:12]))
+    tree = small_config(data_dir, tmp_path / "run", data={"max_bad_share": 1.0})
+    tree["train"]["steps"] = 2
+    records = json.loads((data_dir / "instruct.json").read_text())
+    for record in records:
+        for image in [record["image"]] if isinstance(record["image"], str) else record["image"]:
+            path = data_dir / "images" / image
+            path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(WorkerError, match="nothing can be trained: 12 of 12 samples are unusable"):
+        pool.run(run_training, 1, tree)
+    assert not list((tmp_path / "run/checkpoints").glob("step_*"))

@@ -1,6 +1,7 @@
 """A run whose rank, data or numbers go wrong ends soon, says why, and loses no checkpoint."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from dattn_mcore.training import start_checks, watchdog
 from dattn_mcore.training.start_checks import check_ranks, describe_rank
 from tests.distributed.faults import start_ranks
 from tests.distributed.jobs import (
+    agree_on,
     check_folder,
     read_metrics,
     run_training,
@@ -88,6 +90,86 @@ def test_a_rank_that_stands_still_ends_the_run(pool, digits, tmp_path, fault, wh
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
+def ended_by(digits, tmp_path, fault, world_size=2, **sections):
+    """Starts ranks of which rank 1 has a fault; returns exit status and output of each."""
+    checkpoint = {"save_interval": 1}
+    tree = small_config(digits, tmp_path / "run", checkpoint=checkpoint, **sections)
+    ranks = start_ranks(tree, tmp_path, fault, world_size=world_size)
+    try:
+        for process in ranks:
+            process.join(240)
+    finally:
+        end_ranks(ranks)
+    logs = [(tmp_path / f"rank{rank}.log").read_text() for rank in range(world_size)]
+    return [(process.exitcode, log) for process, log in zip(ranks, logs, strict=True)]
+
+
+def last_line(log):
+    """The last line, which must be all that was said of the end."""
+    assert "Traceback" not in log, log
+    return log.splitlines()[-1]
+
+
+def test_a_rank_that_was_killed_is_named_by_one_that_is_left(digits, tmp_path):
+    (status, first), (killed, _), (other, third) = ended_by(digits, tmp_path, "killed", 3)
+    assert (status, killed, other) == (4, -9, 4)
+    said = last_line(first)
+    # A rank tells every two seconds where it is.
+    assert said.startswith(f"fault: rank 1 on {HOST} ended (last heard of: ")
+    assert f") while rank 0 on {HOST} was in step 2; look at" in said
+    assert "start again to go on from the newest checkpoint" in said
+    assert "fault:" not in third and "Traceback" not in third
+    assert whole_checkpoints(tmp_path / "run") == ["step_00000001"]
+
+
+def test_a_defect_of_one_rank_has_its_traceback_there_alone(digits, tmp_path):
+    (status, first), (broken, second) = ended_by(digits, tmp_path, "defect")
+    assert (status, broken) == (4, 1)
+    assert "KeyError: 'nobody foresaw this'" in second.splitlines()[-1]
+    assert "Traceback" not in first and "fault:" not in first
+
+
+def test_any_error_in_data_loading_is_one_line(digits, tmp_path):
+    (status, first), (other, second) = ended_by(digits, tmp_path, "broken_loader")
+    assert (status, other) == (2, 2)
+    trace = tmp_path / "run/traceback_rank1.txt"
+    assert last_line(first) == (
+        "error: loading the data of step 2 failed (RuntimeError: decoder lost its context); the "
+        f"traceback is in {trace} (rank 1 on {HOST})"
+    )
+    assert "Traceback" not in second and "error:" not in second
+    assert "in breaks" in trace.read_text()
+    assert whole_checkpoints(tmp_path / "run") == ["step_00000001"]
+
+
+def test_out_of_memory_names_the_pack_and_what_to_lower(digits, tmp_path):
+    sections = {"data": {"text_budget": 64}, "train": {"global_batch_size": 16}}
+    (status, first), (full, second) = ended_by(digits, tmp_path, "full_memory", **sections)
+    assert (status, full) == (4, 2)
+    said = last_line(second)
+    assert re.match(
+        rf"error: rank 1 on {HOST} is out of memory at step 2, in pack 2 of \d+ \(\d+ samples, "
+        r"\d+ text and \d+ visual rows; RuntimeError: .*can't allocate memory.*\); lower "
+        r"data.text_budget=64, data.visual_budget=96 or train.loss_chunk=1024, set "
+        r"train.recompute=full, or divide the model over more processes \(--tp, --pp\)$",
+        said,
+    ), said
+    assert "Traceback" not in first and "fault:" not in first
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("full_memory_of_the_optimizer", "is out of memory at step 2, in the optimizer's update ("),
+        ("full_memory_of_the_loader", "loading the data of step 1 failed (MemoryError); the trace"),
+    ],
+)
+def test_out_of_memory_elsewhere(digits, tmp_path, fault, message):
+    (_, first), (status, second) = ended_by(digits, tmp_path, fault)
+    assert status == 2
+    assert message in last_line(second if "optimizer" in fault else first)
+
+
 @pytest.mark.parametrize("poison", ["weight", "gradient"])
 def test_what_is_not_finite_stops_all_ranks_before_the_update(pool, digits, tmp_path, poison):
     """One replica of two is poisoned in step 2; the other learns of it, and nobody updates."""
@@ -124,6 +206,23 @@ def test_ranks_with_other_settings_are_named(digits, tmp_path):
     lines = (tmp_path / "rank0.log").read_text().splitlines()
     assert len(lines) == 1 and lines[0].startswith(expected)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "raised", "message"),
+    [
+        ("FaultError", "FaultError", "it is so"),
+        ("RankError", "FaultError", "it is so"),
+        ("RecordError", "DataError", "no id"),
+        ("CheckpointError", "CheckpointError", "it is so"),
+        ("ConfigError", "ConfigError", "first; also: second"),
+        ("UnknownError", "DattnError", "new here"),
+    ],
+)
+def test_ranks_agree_on_an_error_of_any_kind(pool, kind, raised, message):
+    """None waits for a rank that could not say what it has."""
+    expected = (raised, f"{message} (rank 1 on {HOST})")
+    assert pool.run(agree_on, 2, kind, timeout=60) == [expected] * 2
 
 
 def compare(facts, problems, timeout_seconds=20.0):

@@ -1,6 +1,7 @@
 """A run that was stopped and goes on equals one that was not: losses, samples, weights."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from tests.distributed.jobs import (
     saves_until_killed,
     small_config,
     train_until_killed,
+    train_with_a_dead_first_step,
     train_with_fused_adam,
+    weights_by_step,
 )
 from tests.distributed.pool import WorkerError
 
@@ -101,6 +104,34 @@ def test_a_checkpoint_of_one_adam_resumes_in_the_other(
     assert len(rows) == 6
     for row, want in zip(rows, expected, strict=True):
         assert row["loss"] == pytest.approx(want["loss"], abs=1e-5)  # the two round differently
+
+
+def test_every_step_learns_and_the_rate_is_the_one_that_was_used(pool, digits, tmp_path):
+    """The first step, the peak and the last step of a run whose minimum is 0."""
+    optim = {"lr": 4e-3, "warmup_ratio": 0.5, "lr_projector": 1e-3, "lr_vision": 4e-3}
+    tree = small_config(digits, tmp_path, optim=optim, train={"steps": 4})
+    (weights,) = pool.run(weights_by_step, 1, tree)
+    for before, after in zip(weights[:-1], weights[1:], strict=True):
+        assert any(not before[name].equal(after[name]) for name in before)
+    rows = read_metrics(tmp_path)
+    shape = [0.5, 1.0, 0.75, 0.25]  # the cosine of 0, 1/3 and 2/3 of a half turn
+    assert [row["lr"] for row in rows] == pytest.approx([4e-3 * x for x in shape])
+    assert [row["lr_projector"] for row in rows] == pytest.approx([1e-3 * x for x in shape])
+    assert not any("lr_vision" in row for row in rows)
+
+
+def test_a_checkpoint_of_the_older_schedule_goes_on_in_todays(pool, digits, tmp_path):
+    """It was saved with the rate that its next step would have had then: 3e-3 at the peak."""
+    tree = tree_for(digits, tmp_path, optim={"warmup_ratio": 0.5})
+    pool.run(train_with_a_dead_first_step, 1, tree, 3)
+    first = read_metrics(tmp_path)
+    assert [row["lr"] for row in first] == pytest.approx([0, 1e-3, 2e-3])
+    assert all(pool.run(run_training, 1, tree))
+    rows = read_metrics(tmp_path)
+    assert rows[:3] == first
+    # Of 6 steps 3 warm up; step 7 would have the minimum.
+    expected = [3e-3 * (1 + math.cos(math.pi * i / 4)) / 2 for i in (1, 2, 3)]
+    assert [row["lr"] for row in rows[3:]] == pytest.approx(expected)
 
 
 def test_killed_without_warning(pool, digits, tmp_path, uninterrupted):

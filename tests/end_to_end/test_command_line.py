@@ -50,7 +50,7 @@ def workspace(digits, tmp_path):
     ("arguments", "message"),
     [
         (["parallel.tpp=2"], "error: unknown configuration key 'parallel.tpp'"),
-        (["--tp", "3"], "error: model.llm.num_query_groups=4 must be a multiple of parallel.tp=3"),
+        (["--tp", "3"], "error: model.llm.num_query_groups=4, model.llm.num_attention_heads=4, "),
         (["--config", "nowhere.yaml"], "error: --config nowhere.yaml cannot be read"),
         (["--device", "tpu"], "error: train.device='tpu' is unknown"),
         (["--device", "gpu"], "error: train.device=gpu needs a GPU"),

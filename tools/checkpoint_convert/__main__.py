@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from dattn_mcore.errors import CheckpointError, DattnError
+from dattn_mcore.errors import CheckpointError, DattnError, told
 
 if TYPE_CHECKING:
     from tools.checkpoint_convert.workers import Progress
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except DattnError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(told(error))
         return 2
 
 

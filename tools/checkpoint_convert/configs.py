@@ -12,6 +12,7 @@ import torch
 from transformers import CLIPVisionConfig, Gemma2Config, MistralConfig, SiglipVisionConfig
 
 import dattn_mcore
+from dattn_mcore.config.export_rules import FIXED, not_exportable
 from dattn_mcore.config.schema import (
     AttentionConfig,
     LlmConfig,
@@ -23,24 +24,8 @@ from dattn_mcore.errors import CheckpointError, DattnError
 from dattn_mcore.hf import AUTO_MAP, TESTED_TRANSFORMERS, DattnConfig
 
 MAX_POSITIONS = {"mistral": 32768, "gemma2": 8192}  # of the original models; informative only
-ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}  # of towers
-# What an architecture of transformers always does, and so cannot be switched off in an export.
-FIXED = {
-    "mistral": {
-        "activation": "silu",
-        "zero_centered_gamma": False,
-        "post_norms": False,
-        "attention_softcap": None,
-        "final_softcap": None,
-        "scale_embeddings": False,
-    },
-    "gemma2": {
-        "activation": "gelu_tanh",
-        "zero_centered_gamma": True,
-        "post_norms": True,
-        "scale_embeddings": True,
-    },
-}
+# Of towers.
+ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
 
 
 @contextmanager
@@ -134,26 +119,13 @@ def from_hf(config: DattnConfig, vocab_pad_multiple: int) -> tuple[ModelConfig, 
 
 
 def _check_exportable(model: ModelConfig) -> None:
-    llm, problems = model.llm, []
     if model.family not in FIXED:
         raise CheckpointError(
             f"model.family is {model.family!r}; it must be one of {', '.join(FIXED)}"
         )
-    for name, value in FIXED[model.family].items():
-        if getattr(llm, name) != value:
-            problems.append(f"{name}={getattr(llm, name)} (must be {value})")
-    if model.family == "mistral":
-        if llm.query_scale not in (None, llm.head_dim):
-            problems.append(f"query_scale={llm.query_scale} (must be head_dim, {llm.head_dim})")
-        if llm.sliding_window is not None and llm.sliding_window_every != 1:
-            problems.append(f"sliding_window_every={llm.sliding_window_every} (must be 1)")
-    elif llm.query_scale is not None and llm.query_scale != int(llm.query_scale):
-        problems.append(f"query_scale={llm.query_scale} (must be a whole number)")
+    problems = list(not_exportable(model))
     if problems:
-        raise CheckpointError(
-            f"model.llm: {'; '.join(problems)}: the Hugging Face architecture {model.family!r} "
-            "has no such model; choose the other model.family or these values"
-        )
+        raise CheckpointError("; ".join(problems))
     allowed = {"siglip": SiglipVisionConfig, "clip": CLIPVisionConfig}
     if model.vision.kind not in allowed or model.vision.activation not in ACTIVATIONS:
         raise CheckpointError(

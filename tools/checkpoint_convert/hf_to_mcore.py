@@ -128,7 +128,8 @@ def convert_parts(
     Args:
         llm: Hugging Face folder of a Mistral or Gemma 2.
         vision: Hugging Face folder of a SigLIP or CLIP, or of its tower.
-        config: of the run that will start from it; its seed makes the projector.
+        config: of the run that will start from it; its seed makes the projector. Where it leaves
+            `data.tokenizer` at the embedded task's, the language model's own is meant.
         output: checkpoint folder to make.
         progress: called after every tensor with bytes done and in all.
         processes: how many share the work.
@@ -138,6 +139,9 @@ def convert_parts(
     """
     llm, vision, model = Path(llm), Path(vision), config.model
     check_free(output)
+    if config.data.tokenizer == DataConfig().tokenizer:
+        own = replace(config.data, tokenizer=str(llm.resolve()), prepare="none")
+        config = replace(config, data=own)
     check_fits(llm, vision, model, config.data)
     plan: list[Planned] = []
     tower = open_vision_tower(vision, model.vision)

@@ -22,7 +22,7 @@ from dattn_mcore.data.index.layout import IndexSettings
 from dattn_mcore.data.index.rows import RowMaker
 from dattn_mcore.data.sources.source import Place, open_source_file
 from dattn_mcore.data.tokenizer import Tokenizer
-from dattn_mcore.errors import DataError, DattnError
+from dattn_mcore.errors import KINDS, DataError, DattnError, kind_of
 from dattn_mcore.units import duration, rate
 
 _LOG = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _work(path: Path, file: int, places: list[Place]) -> int:
     try:
         return _write_part(_maker, path, file, places)
     except DattnError as error:
-        raise type(error)(str(error)) from None
+        raise KINDS[kind_of(error)](str(error)) from None
 
 
 def _write_part(maker: RowMaker, path: Path, file: int, places: list[Place]) -> int:

@@ -1,19 +1,23 @@
 """The exported tokenizer and chat template give the trainer's ids."""
 
+from dataclasses import replace
+
 import pytest
 import sentencepiece
 import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
+from dattn_mcore.config.schema import DataConfig
 from dattn_mcore.data.templates import TextRun, encode_conversation
 from dattn_mcore.data.tiles import POLICIES
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.hf import DattnProcessor, register
 from tests.unit.convert.convert_helpers import TEXTS, make_checkpoint, make_tokenizer, small_config
+from tests.unit.convert.raw_models import make_llm, make_tower, raw_config
 from tools.checkpoint_convert import mcore_to_hf
-from tools.checkpoint_convert.hf_to_mcore import image_settings
+from tools.checkpoint_convert.hf_to_mcore import convert_parts, image_settings
 from tools.checkpoint_convert.mcore_to_hf import ExportOptions
 from tools.checkpoint_convert.tokenizers_out import PROBES, TURNS, from_sentencepiece, messages
 
@@ -97,11 +101,31 @@ def test_hugging_face_tokenizer_folder(tmp_path, tokenizer):
     assert exported.encode("Where is it?") == fast.encode("Where is it?")
 
 
+def test_a_converted_model_has_its_own_tokenizer_where_none_is_named(tmp_path, tokenizer):
+    """The embedded task's, which is the default of the setting, is not the language model's."""
+    fast = from_sentencepiece(tokenizer)
+    config = raw_config("mistral", "siglip", select_layer=-1)
+    make_llm(tmp_path / "llm", config)
+    fast.save_pretrained(tmp_path / "llm")
+    make_tower(tmp_path / "vision", config)
+    for name, given in (("default", DataConfig().tokenizer), ("named", str(tokenizer))):
+        data = replace(config.data, tokenizer=given)
+        out = tmp_path / name
+        convert_parts(tmp_path / "llm", tmp_path / "vision", replace(config, data=data), out)
+        mcore_to_hf.convert(out, tmp_path / f"{name}-hf")
+        exported = AutoTokenizer.from_pretrained(tmp_path / f"{name}-hf")
+        assert exported.encode("Where is it?") == fast.encode("Where is it?")
+    # A language model without one: the message names its folder, not a file nobody named.
+    for file in (tmp_path / "llm").glob("token*"):
+        file.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        mcore_to_hf.convert(tmp_path / "default", tmp_path / "none-hf")
+    assert f"'{tmp_path / 'llm'}'" in str(caught.value) and "--tokenizer" in str(caught.value)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_image_processor_follows_the_policy(tmp_path, tokenizer, policy):
     """Exported pixels equal the trainer's tiles to two grey levels (its resize is torch's)."""
-    from dataclasses import replace
-
     from tests.unit.data.folder_loader import FolderLoader
 
     config = small_config(tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from dattn_mcore.data.index import build
 from dattn_mcore.data.index.identity import difference, fingerprint_of, identity_of
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.samples import SampleReader
+from dattn_mcore.data.sources.record import RecordError
 from dattn_mcore.data.steps import shares_of
 from dattn_mcore.data.templates import NO_LOSS
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
@@ -414,3 +416,17 @@ def test_text_that_no_file_name_or_tokenizer_takes_is_one_bad_sample(
         make_config(), tmp_path, SourceConfig(annotations=str(tmp_path / "a.tar"))
     )
     assert "lone surrogate" in next(open_index(config, toy_tokenizer).bad())["reason"]
+
+
+def test_an_error_of_any_kind_leaves_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record's error is made from two values, which unpickling it would not know."""
+
+    def fails(*_: Any) -> int:
+        raise RecordError("no conversations", "7")
+
+    monkeypatch.setattr(build, "_maker", object())
+    monkeypatch.setattr(build, "_write_part", fails)
+    with pytest.raises(DataError) as caught:
+        build._work(Path("part.npz"), 0, [])
+    raised = pickle.loads(pickle.dumps(caught.value))
+    assert (type(raised), str(raised)) == (DataError, "no conversations")

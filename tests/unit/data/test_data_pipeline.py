@@ -327,7 +327,10 @@ def _with_long_samples(
     records.append(record("Q", ["00.png"], "<image>" + "7 " * 300, "7"))
     (tmp_path / "long.json").write_text(json.dumps(records))
     data = dataclasses.replace(
-        config.data, annotations=str(tmp_path / "long.json"), over_budget=policy
+        config.data,
+        annotations=str(tmp_path / "long.json"),
+        over_budget=policy,
+        max_skipped_share=0.5,
     )
     return dataclasses.replace(config, data=data)
 
@@ -380,11 +383,21 @@ def test_over_budget_error(
 
 
 def test_a_step_of_nothing_but_skipped_samples_has_empty_packs(
-    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+    record: Callable[..., dict[str, Any]],
 ) -> None:
-    with opened(make_config(text_budget=1), toy_tokenizer, microbatch_multiple=2) as pipeline:
-        batch = pipeline.global_batch(0)
-    assert len(batch.skipped) == 12
+    records = [record(f"L{n}", ["00.png"], "<image>\nwhich?", "7 " * 300) for n in range(9)]
+    records.append(record("short", ["00.png"], "<image>\nwhich?", "7"))
+    (tmp_path / "long.json").write_text(json.dumps(records))
+    config = make_config(
+        global_batch_size=5, annotations=str(tmp_path / "long.json"), max_skipped_share=0.9
+    )
+    with opened(config, toy_tokenizer, microbatch_multiple=2) as pipeline:
+        # Of the two steps of an epoch one has the sample that fits.
+        batch, other = sorted(map(pipeline.global_batch, (0, 1)), key=lambda b: -len(b.skipped))
+    assert (len(batch.skipped), len(other.skipped)) == (5, 4)
     assert [micro.num_samples for micro in batch.microbatches] == [0, 0]
     for micro in batch.microbatches:
         assert (micro.layouts, micro.num_tiles, micro.tiles) == ((), 0, None)

@@ -171,13 +171,3 @@ def test_a_whole_run_counts_its_steps(
     count = steps.up_to(40)
     assert steps.bounds(count - 1)[0] < 40 <= steps.bounds(count - 1)[1]
     pipeline.close()
-
-
-def test_nothing_but_samples_over_budget_is_refused(
-    make_config: Callable[..., Config], toy_tokenizer: SentencePieceTokenizer
-) -> None:
-    config = make_config(step_packs_multiple=1, text_budget=1)
-    with pytest.raises(ConfigError, match="data.step_packs_multiple=1"):
-        DataPipeline(
-            config, toy_tokenizer, dp_rank=0, dp_size=1, microbatch_multiple=1, needs_pixels=False
-        )

@@ -208,7 +208,7 @@ def test_command_ranks_where_no_layout_is_named_and_speaks_json(capsys, tmp_path
     ("arguments", "message"),
     [
         (["--nodes", "0"], "--nodes 0 must be at least 1"),
-        (["--tp", "3"], "must be a multiple of parallel.tp=3"),
+        (["--tp", "3"], "must be multiples of parallel.tp=3"),
         (["--text-per-sample", "99999"], "does not fit data.text_budget"),
         (["--labelled-share", "2"], "--labelled-share 2 must be a number, 0 to 1"),
         (["--text-per-sample", "nan"], "--text-per-sample nan must be a number, at least 1"),

@@ -26,6 +26,7 @@ def plan(digits, tmp_path):
     for stage in STAGES:
         made.metrics(stage).parent.mkdir()
         rows = [{"step": step, "loss": 3.0 / step} for step in (1, 2, 3)]
+        rows[1]["loss"] = None  # a step that had nothing to learn from
         made.metrics(stage).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return made
 
