@@ -8,12 +8,16 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dattn_mcore.checkpoint import folders, state
+from dattn_mcore.checkpoint.content import check_content, only_weights, read_object
 from dattn_mcore.checkpoint.metadata import read_metadata
+from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.config.load import to_dict
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import difference, fingerprint_of
@@ -86,8 +90,8 @@ def _verify(folder: Path) -> str | None:
         files = folders.read_manifest(folder)["files"]
         names = sorted(files)[dist.get_rank() :: dist.get_world_size()]
         problem = folders.damage(folder, names, files)
-        if problem is None and dist.get_rank() == 0:  # before Megatron-Core unpickles it
-            read_metadata(folder)
+        if problem is None and dist.get_rank() == 0:  # before Megatron-Core reads it
+            check_content(folder, files)
     except (CheckpointError, OSError) as error:
         problem = str(error)
     problems: list[str | None] = [None] * dist.get_world_size()
@@ -201,25 +205,42 @@ def resume(
         "optimizer": state.optimizer_state(optimizer, model, pg_collection, is_loading=True),
     }
     layout = state.layout_of(pg_collection)
-    same_layout = tuple(manifest["layout"]) == layout
-    if same_layout:
-        content["rng"] = state.rng_state(pg_collection, layout)
+    index = read_metadata(folder)
+    rng, old_rng = state.rng_state(pg_collection, layout), state.old_rng_key(pg_collection, layout)
+    has_rng = tuple(manifest["layout"]) == layout and _holds(index, rng)
+    if has_rng:
+        content["rng"] = rng
     loaded = _load(folder, content)
     _put_weights(loaded, chunks)
     _fit_groups(loaded["optimizer"], optimizer)
     optimizer.load_state_dict(loaded["optimizer"])
-    if same_layout:
-        platform.set_rng_state(loaded["rng"])
+    if has_rng:
+        platform.set_rng_state(state.nested_rng(loaded["rng"]))
+    elif old_rng in index.state_dict_metadata:
+        (states,) = read_object(folder, index, old_rng)
+        platform.set_rng_state(states)
     return int(manifest["step"])
+
+
+def _holds(index: Metadata, tensors: dict[str, ShardedTensor]) -> bool:
+    """Whether a checkpoint has these tensors in their shapes: a GPU's RNG is not a CPU's."""
+    sizes = {
+        key: tuple(stored.size)
+        for key, stored in index.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+    return all(sizes.get(tensor.key) == tensor.global_shape for tensor in tensors.values())
 
 
 def _load(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(content, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
-    except Exception as error:
+        with only_weights():
+            return dist_checkpointing.load(
+                content, str(folder), strict=StrictHandling.RAISE_UNEXPECTED
+            )
+    except ANY_FAILURE as error:
         # The files are as they were written (verified), so this is a mismatch of content.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder} does not fit this run ({reason})") from error
+        raise CheckpointError(f"{folder} does not fit this run ({reason(error)})") from error
 
 
 def _fit_groups(content: dict[Any, Any], optimizer: MegatronOptimizer) -> None:

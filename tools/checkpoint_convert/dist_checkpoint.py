@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from dattn_mcore.checkpoint.content import RNG, check_content, check_inside
 from dattn_mcore.checkpoint.folders import (
     FORMAT,
     MANIFEST,
@@ -28,7 +29,6 @@ from dattn_mcore.checkpoint.folders import (
     find_checkpoints,
     read_manifest,
 )
-from dattn_mcore.checkpoint.metadata import NAME, read_metadata
 from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import from_dict, to_dict
 from dattn_mcore.config.schema import Config
@@ -38,7 +38,7 @@ from tools.checkpoint_convert.safetensors_folder import PICKLES
 from tools.checkpoint_convert.streaming import Planned, write_tensors
 from tools.checkpoint_convert.workers import Progress
 
-NOT_THE_MODEL = ("optimizer.", "chained_")  # key prefixes of what a conversion leaves behind
+NOT_THE_MODEL = ("optimizer.", "chained_", RNG)  # key prefixes of what a conversion leaves behind
 
 
 class DistCheckpoint:
@@ -67,7 +67,7 @@ class DistCheckpoint:
         self.tokenizer: dict[str, Any] = tokenizer if isinstance(tokenizer, dict) else {}
         self._files: dict[str, Any] = manifest["files"]
         for name, (size, _) in sorted(self._files.items()):
-            self._check_inside(name, MANIFEST)
+            check_inside(name, self.path / MANIFEST)
             found = (self.path / name).stat().st_size if (self.path / name).is_file() else None
             if found != size:
                 what = "is missing" if found is None else f"has {found} bytes instead of {size}"
@@ -77,14 +77,7 @@ class DistCheckpoint:
             check_config(self.config)
         except ConfigError as error:
             raise CheckpointError(f"{self.path / MANIFEST}: {error}") from None
-        self._metadata = read_metadata(self.path)
-        for place in self._metadata.storage_data.values():
-            self._check_inside(place.relative_path, NAME)
-            if place.relative_path not in self._files:
-                raise CheckpointError(
-                    f"{self.path / NAME} names {place.relative_path}, which {MANIFEST} does not; "
-                    "use another checkpoint"
-                )
+        self._metadata = check_content(self.path, self._files)
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.ignored: list[str] = []
@@ -100,21 +93,15 @@ class DistCheckpoint:
         """Size and SHA-256 of every file, as the manifest promises."""
         return {name: (size, sha256) for name, (size, sha256) in self._files.items()}
 
-    def _check_inside(self, name: str, index: str) -> None:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(
-                f"{self.path / index} names {name!r}; an index may only name files of its own "
-                "folder"
-            )
-
     def place(self, key: str, layer: int | None = None) -> tuple[str, int]:
         """File and offset where a tensor, or one layer of it, begins."""
         stored: Any = self._metadata.state_dict_metadata[key]
         for chunk in stored.chunks:
             first, count = (chunk.offsets[0], chunk.sizes[0]) if chunk.sizes else (0, 1)
             if layer is None or first <= layer < first + count:
-                where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-                return str(where.relative_path), int(where.offset)
+                where = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+                if where is not None:
+                    return str(where.relative_path), int(where.offset)
         return "", 0  # read() says what is missing
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
@@ -150,12 +137,16 @@ class DistCheckpoint:
         return result if layer is None else result[0]
 
     def _read_chunk(self, key: str, offsets: torch.Size, sizes: list[int]) -> Tensor:
-        place = self._metadata.storage_data[MetadataIndex(key, offsets)]
+        place = self._metadata.storage_data.get(MetadataIndex(key, offsets))
+        if place is None:
+            raise CheckpointError(f"{self.path}: {key} has no place in a file; it is damaged")
         file = self.path / place.relative_path
         try:
             with file.open("rb", buffering=0) as stream:
                 section: Any = _Section(stream, place.offset, place.length)
                 part = torch.load(section, map_location="cpu", weights_only=True)
+            if not isinstance(part, Tensor) or part.dtype != self.dtypes[key]:
+                raise ValueError
             return part.reshape(sizes)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(
