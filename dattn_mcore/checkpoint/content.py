@@ -31,6 +31,7 @@ from dattn_mcore.errors import CheckpointError
 COMMON = "common.pt"  # Megatron-Core's: what is no tensor
 BACKEND = "metadata.json"  # Megatron-Core's: which of its readers to take
 RNG = "rng."  # prefix of the keys of RNG states
+SMALL = (NAME, COMMON, BACKEND)  # files beside the shards
 _TORCH_DIST = {
     **{"sharded_backend": "torch_dist", "sharded_backend_version": 1},
     **{"common_backend": "torch", "common_backend_version": 1},
@@ -56,12 +57,12 @@ def only_weights() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def check_content(folder: Path, files: Collection[str]) -> Metadata:
+def check_content(folder: Path, manifest: dict[str, Any]) -> Metadata:
     """Checks that a checkpoint holds what this trainer writes, and nothing that could run code.
 
     Args:
         folder: a checkpoint.
-        files: that its manifest vouches for.
+        manifest: its own, from `read_manifest`.
 
     Returns:
         Its index.
@@ -69,7 +70,8 @@ def check_content(folder: Path, files: Collection[str]) -> Metadata:
     Raises:
         CheckpointError: says what is wrong, in one line.
     """
-    for name in (NAME, COMMON, BACKEND):
+    files = manifest["files"]
+    for name in SMALL:
         if name not in files:
             raise CheckpointError(f"{folder}: the manifest lacks {name}; use another checkpoint")
     _check_backend(folder / BACKEND)
@@ -83,7 +85,14 @@ def check_content(folder: Path, files: Collection[str]) -> Metadata:
                 f"{folder / NAME} says that {key} is no tensor, but bytes that could run code; "
                 "take a checkpoint from a place you trust"
             )
-    read_common(folder)
+    # Converted weights have no step of their own in there.
+    there = read_common(folder).get("step")
+    here = None if manifest.get("data_fingerprint") is None else manifest["step"]
+    if type(there) is not type(here) or there != here:
+        raise CheckpointError(
+            f"{folder / COMMON} is of step {there}, and the manifest of step {here}; use another "
+            "checkpoint"
+        )
     return index
 
 

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from dattn_mcore.checkpoint import folders, state
 from dattn_mcore.checkpoint.content import check_content, only_weights, read_object
+from dattn_mcore.checkpoint.manifest import is_of_a_run, read_manifest
 from dattn_mcore.checkpoint.metadata import read_metadata
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.config.load import to_dict
@@ -69,7 +70,7 @@ def choose_checkpoint(path: Path, fall_back: bool = True) -> tuple[Path, dict[st
     for folder in candidates[0]:
         problem = _verify(folder)
         if problem is None:
-            return folder, folders.read_manifest(folder)
+            return folder, read_manifest(folder)
         if not fall_back:
             older = f", or name an older one ({candidates[0][1].name})" if candidates[0][1:] else ""
             raise CheckpointError(f"{folder} cannot be read: {problem}; restore it{older}")
@@ -87,11 +88,12 @@ def _verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint, the same on every rank; each hashes a share of the files."""
     problem = None
     try:
-        files = folders.read_manifest(folder)["files"]
+        manifest = read_manifest(folder)
+        files = manifest["files"]
         names = sorted(files)[dist.get_rank() :: dist.get_world_size()]
         problem = folders.damage(folder, names, files)
         if problem is None and dist.get_rank() == 0:  # before Megatron-Core reads it
-            check_content(folder, files)
+            check_content(folder, manifest)
     except (CheckpointError, OSError) as error:
         problem = str(error)
     problems: list[str | None] = [None] * dist.get_world_size()
@@ -149,6 +151,11 @@ def check_same_run(
         CheckpointError: names what differs.
     """
     check_same_model(config, manifest, folder)
+    if not is_of_a_run(manifest):
+        raise CheckpointError(
+            f"{folder} holds converted weights without a step to go on from; start in another "
+            "log.run_dir with checkpoint.init_from"
+        )
     if manifest["data_fingerprint"] != fingerprint_of(data_identity):
         changed = difference(manifest.get("data", data_identity), data_identity)
         raise CheckpointError(

@@ -7,7 +7,6 @@ of `poll`; training goes on in between. Either way nobody sees a checkpoint that
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
@@ -30,9 +29,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-import dattn_mcore
-from dattn_mcore.checkpoint import folders, state
-from dattn_mcore.config.load import to_dict
+from dattn_mcore.checkpoint import folders, manifest, state
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import fingerprint_of
 from dattn_mcore.errors import CheckpointError
@@ -82,7 +79,7 @@ class CheckpointSaver:
         tokenizer_fingerprint: str,
     ) -> None:
         self.root, self.config, self.data_identity = root, config, data_identity
-        self.tokenizer = folders.describe_tokenizer(config, tokenizer_fingerprint)
+        self.tokenizer = manifest.describe_tokenizer(config, tokenizer_fingerprint)
         self.chunks, self.optimizer, self.pg_collection = chunks, optimizer, pg_collection
         self._calls = AsyncCallsQueue()
         self._results: SyncManager | None = None
@@ -102,7 +99,7 @@ class CheckpointSaver:
             CheckpointError: on every rank, if any could not write; older checkpoints stay intact.
         """
         self.poll(blocking=True)
-        final = folders.checkpoint_folder(self.root, step)
+        final = manifest.checkpoint_folder(self.root, step)
         temporary = final.with_suffix(".tmp")
         failure = None
         if dist.get_rank() == 0:
@@ -206,16 +203,14 @@ class CheckpointSaver:
         return self._results.Queue()
 
     def _manifest(self, step: int, layout: tuple[int, int]) -> dict[str, Any]:
-        return {
-            "format": folders.FORMAT,
-            "step": step,
-            "layout": list(layout),
-            "data_fingerprint": fingerprint_of(self.data_identity),
-            "data": self.data_identity,
-            "tokenizer": self.tokenizer,
-            "dattn_mcore": dattn_mcore.__version__,
-            "config": to_dict(self.config),
-        }
+        return manifest.new_manifest(
+            self.config,
+            step,
+            self.tokenizer,
+            layout=layout,
+            data=self.data_identity,
+            data_fingerprint=fingerprint_of(self.data_identity),
+        )
 
     def _hash(self, pending: _Pending) -> None:
         """Size and SHA-256 of this rank's share of the files."""
@@ -236,9 +231,8 @@ class CheckpointSaver:
             files = {
                 name: entry for part in everyone if part for name, entry in sorted(part.items())
             }
-            text = json.dumps({**pending.manifest, "files": files}, indent=1)
             try:
-                (pending.temporary / folders.MANIFEST).write_text(text, encoding="utf-8")
+                manifest.write_manifest(pending.temporary, pending.manifest, files)
                 if pending.final.exists():
                     shutil.rmtree(pending.final)
                 os.replace(pending.temporary, pending.final)

@@ -352,7 +352,7 @@ def load_and_save(tree: dict[str, Any], source: str, target: str) -> None:
     dist_checkpointing.save(model_state(chunks, groups), target, ("torch_dist", 1))
     dist.barrier()
     if dist.get_rank() == 0:
-        write_manifest(Path(target), config, step=1)
+        write_manifest(Path(target), config)
 
 
 def count_parameters(tree: dict[str, Any]) -> tuple[int, tuple[int, int]]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dattn_mcore.checkpoint.folders import damage, read_manifest
+from dattn_mcore.checkpoint.folders import damage
+from dattn_mcore.checkpoint.manifest import read_manifest
 from tests.distributed.jobs import (
     adam_steps_after_resume,
     read_metrics,

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from dattn_mcore.checkpoint import folders
 from dattn_mcore.checkpoint.load import choose_checkpoint, resume
+from dattn_mcore.checkpoint.manifest import write_manifest
 from dattn_mcore.checkpoint.save import CheckpointSaver
 from dattn_mcore.config.schema import Config
 from dattn_mcore.models.build import build_model
@@ -127,9 +128,17 @@ def point_at(folder: Path, key: str, data: bytes, as_bytes: bool) -> None:
 
 
 def vouch(folder: Path, **changes: Any) -> None:
-    """A manifest that is right about every file, and about what else it says."""
-    manifest = json.loads((folder / "dattn.json").read_text()) | changes
-    for name in manifest["files"]:
+    """A manifest that is right about every file and itself, and says what else it is told."""
+    fields = json.loads((folder / "dattn.json").read_text()) | changes
+    for name in fields["files"]:
         path = folder / name
-        manifest["files"][name] = [path.stat().st_size, folders.digest(path)]
-    (folder / "dattn.json").write_text(json.dumps(manifest))
+        fields["files"][name] = [path.stat().st_size, folders.digest(path)]
+    seal(folder, fields)
+
+
+def seal(folder: Path, fields: dict[str, Any]) -> None:
+    """Writes a manifest with a digest that is right, where its format has one."""
+    if fields.get("format") == 1:
+        (folder / "dattn.json").write_text(json.dumps(fields))
+    else:
+        write_manifest(folder, fields, fields.get("files", {}))
