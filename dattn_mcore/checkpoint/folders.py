@@ -8,15 +8,15 @@ unasked nor counted nor deleted.
 from __future__ import annotations
 
 import hashlib
-import re
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from dattn_mcore.checkpoint.manifest import MANIFEST, step_of
+from dattn_mcore.checkpoint.manifest import MANIFEST, is_of_a_run, read_manifest, step_of
 from dattn_mcore.errors import CheckpointError
 
-_UNFINISHED = re.compile(r"step_\d{8,}(\.old)?\.tmp")
+_ASIDE = ".old.tmp"  # of a checkpoint that is being deleted or replaced
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -83,9 +83,57 @@ def find_checkpoints(path: Path) -> list[Path]:
     )
 
 
-def remove_old(root: Path, keep: int) -> None:
-    """Deletes all but the newest whole checkpoints, and what interrupted saves left behind."""
-    for path in list_checkpoints(root)[keep:]:
-        shutil.rmtree(path)
+def is_whole(folder: Path) -> bool:
+    """Whether a run saved a checkpoint whose manifest is right and whose files have their sizes.
+
+    Their content is not read: that takes as long as a load, and is done before one.
+    """
+    try:
+        manifest = read_manifest(folder)
+        files = manifest["files"]
+        return is_of_a_run(manifest) and damage(folder, sorted(files), files, hashes=False) is None
+    except (CheckpointError, OSError):
+        return False
+
+
+def remove_old(root: Path, keep: int, saved: Path) -> None:
+    """Deletes older whole checkpoints, and what interrupted saves and deletions left behind.
+
+    Newer ones than `saved` are there only because they could not be read, or were not asked for.
+
+    Args:
+        root: folder of checkpoints.
+        keep: how many whole ones stay, `saved` among them.
+        saved: the checkpoint that was written just now; it stays in any case.
+    """
+    newest = step_of(saved) or 0
+    older = [path for path in list_checkpoints(root) if (step_of(path) or 0) <= newest]
+    whole = [path for path in older if not path.is_symlink() and is_whole(path)]
+    for path in whole[keep:]:
+        if path != saved:
+            delete(path)
     for path in root.glob("step_*.tmp"):
-        shutil.rmtree(path)
+        if _is_unfinished(path):
+            delete(path)
+
+
+def delete(folder: Path) -> None:
+    """Deletes a checkpoint; an interrupted deletion leaves none that looks finished."""
+    if not _is_unfinished(folder):
+        folder = set_aside(folder)
+    shutil.rmtree(folder)
+
+
+def set_aside(folder: Path) -> Path:
+    """Gives a checkpoint a name that the next save clears away; returns its new place."""
+    aside = folder.with_name(f"{folder.name}{_ASIDE}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.replace(folder, aside)
+    return aside
+
+
+def _is_unfinished(path: Path) -> bool:
+    name = path.name.removesuffix(_ASIDE) if path.name.endswith(_ASIDE) else path.stem
+    own = path.suffix == ".tmp" and step_of(path.with_name(name)) is not None
+    return own and path.is_dir() and not path.is_symlink()

@@ -11,7 +11,6 @@ import logging
 import multiprocessing
 import os
 import queue
-import shutil
 import threading
 from dataclasses import dataclass, field
 from multiprocessing.managers import SyncManager
@@ -104,7 +103,8 @@ class CheckpointSaver:
         failure = None
         if dist.get_rank() == 0:
             try:
-                shutil.rmtree(temporary, ignore_errors=True)
+                if temporary.exists():
+                    folders.delete(temporary)
                 temporary.mkdir(parents=True)
             except OSError as error:
                 failure = str(error)
@@ -233,19 +233,20 @@ class CheckpointSaver:
             }
             try:
                 manifest.write_manifest(pending.temporary, pending.manifest, files)
-                if pending.final.exists():
-                    shutil.rmtree(pending.final)
+                old = folders.set_aside(pending.final) if pending.final.exists() else None
                 os.replace(pending.temporary, pending.final)
             except OSError as error:
                 failure = str(error)
             else:
-                self._remove_old()
+                self._remove_old(old, pending.final)
         _raise_if_any(failure, pending.final)
         return pending.final
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, replaced: Path | None, saved: Path) -> None:
         try:
-            folders.remove_old(self.root, self.config.checkpoint.keep)
+            if replaced is not None:
+                folders.delete(replaced)
+            folders.remove_old(self.root, self.config.checkpoint.keep, saved)
         except OSError as error:  # the new one is whole: the next save tries again
             logger.warning("an older checkpoint in %s could not be deleted (%s)", self.root, error)
 
