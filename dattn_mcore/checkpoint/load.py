@@ -219,7 +219,7 @@ def resume(
         content["rng"] = rng
     loaded = _load(folder, content)
     _put_weights(loaded, chunks)
-    _fit_groups(loaded["optimizer"], optimizer)
+    _take_own_groups(loaded["optimizer"], optimizer, folder)
     optimizer.load_state_dict(loaded["optimizer"])
     if has_rng:
         platform.set_rng_state(state.nested_rng(loaded["rng"]))
@@ -250,22 +250,35 @@ def _load(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{folder} does not fit this run ({reason(error)})") from error
 
 
-def _fit_groups(content: dict[Any, Any], optimizer: MegatronOptimizer) -> None:
-    """Lets what one Adam has saved go on in another: PyTorch's, or a fused one where it is built.
+def _take_own_groups(content: dict[Any, Any], optimizer: MegatronOptimizer, folder: Path) -> None:
+    """Puts this optimizer's groups in the place of the checkpoint's; their count of steps stays.
 
-    Their groups have settings of their own (`bias_correction`, `amsgrad`), which are this
-    optimizer's where the checkpoint has none. PyTorch counts steps in float32, the others in int.
+    Megatron-Core would put the checkpoint's settings (`lr`, `betas`, `max_lr`) back, and knows only
+    groups that both have. So one Adam also goes on in another: PyTorch's counts steps in float32
+    and has other fields than a fused one.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     contents = [content] if len(parts) == 1 else [part for _, part in sorted(content.items())]
+    if len(parts) != len(contents):
+        raise CheckpointError(
+            f"{folder} holds {len(contents)} optimizers and this run has {len(parts)}; keep "
+            "parallel.vpp"
+        )
     for part, saved in zip(parts, contents, strict=True):
         if part.is_stub_optimizer:
             continue
-        for group in saved["optimizer"]["param_groups"]:
-            for name, value in part.optimizer.defaults.items():
-                group.setdefault(name, value)
-            if "step" in group:
-                group["step"] = int(group["step"])
+        inner = saved["optimizer"]
+        counts = sorted({int(group["step"]) for group in inner["param_groups"] if "step" in group})
+        if len(counts) > 1:
+            raise CheckpointError(
+                f"{folder} counts {', '.join(map(str, counts))} steps in its groups of parameters; "
+                "use another checkpoint"
+            )
+        count = {"step": counts[0]} if counts else {}
+        inner["param_groups"] = [
+            {name: value for name, value in group.items() if name not in ("params", "step")} | count
+            for group in part.optimizer.state_dict()["param_groups"]
+        ]
 
 
 def _put_weights(content: dict[str, Any], chunks: list[DattnModel]) -> None:

@@ -65,6 +65,7 @@ class CheckpointSaver:
         pg_collection: process groups.
         data_identity: of the data set that positions refer to.
         tokenizer_fingerprint: of what made ids of its texts; an export takes the same.
+        schedule_steps: that the learning rate's schedule takes.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class CheckpointSaver:
         pg_collection: ProcessGroupCollection,
         data_identity: dict[str, Any],
         tokenizer_fingerprint: str,
+        schedule_steps: int,
     ) -> None:
         self.root, self.config, self.data_identity = root, config, data_identity
         self.tokenizer = manifest.describe_tokenizer(config, tokenizer_fingerprint)
+        self.schedule_steps = schedule_steps
         self.chunks, self.optimizer, self.pg_collection = chunks, optimizer, pg_collection
         self._calls = AsyncCallsQueue()
         self._results: SyncManager | None = None
@@ -210,6 +213,7 @@ class CheckpointSaver:
             layout=layout,
             data=self.data_identity,
             data_fingerprint=fingerprint_of(self.data_identity),
+            schedule_steps=self.schedule_steps,
         )
 
     def _hash(self, pending: _Pending) -> None:

@@ -70,7 +70,7 @@ def small_run(root: Path, config: Config) -> Iterator[SmallRun]:
     with single_process() as groups:
         chunks = build_model(config, groups, torch.device("cpu"))
         optimizer = build_optimizer(config, wrap_ddp(chunks, config, groups))
-        saver = CheckpointSaver(root, config, chunks, optimizer, groups, IDENTITY, "c")
+        saver = CheckpointSaver(root, config, chunks, optimizer, groups, IDENTITY, "c", 300)
         try:
             yield SmallRun(config, groups, chunks, optimizer, saver)
         finally:
