@@ -16,6 +16,8 @@ def reason(error: BaseException) -> str:
         error = error.failures[min(error.failures)][0]
     if isinstance(error, pickle.UnpicklingError):  # PyTorch's text advises to let the code run
         return "a shard holds what is no tensor and could run code, or is damaged"
-    text = str(error).strip().splitlines()
+    text = str(error).strip().removeprefix("Worker failure: ").split("\n", 1)[0]
     name = type(error).__name__
-    return name if not text else text[0] if isinstance(error, OSError) else f"{name}: {text[0]}"
+    if not text or text.startswith("[Errno"):
+        return text or name
+    return f"{name}: {text}"

@@ -7,6 +7,8 @@ of `poll`; training goes on in between. Either way nobody sees a checkpoint that
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import multiprocessing
 import os
@@ -29,6 +31,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.checkpoint import folders, manifest, state
+from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import fingerprint_of
 from dattn_mcore.errors import CheckpointError
@@ -36,6 +39,8 @@ from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.orphans import end_forks_with_parent
 
 logger = logging.getLogger(__name__)
+RESERVE_BYTES = 16 << 20  # of the disk, while shards are written
+_RESERVE = ".reserve"
 
 
 @dataclass
@@ -87,6 +92,8 @@ class CheckpointSaver:
         self._results: SyncManager | None = None
         self._pending: _Pending | None = None
         end_forks_with_parent()
+        # What it says of a failure stands in the error that ends the run.
+        logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
     def save(self, step: int) -> Path | None:
         """Saves model, optimizer, RNG and position; waits for an asynchronous save before it.
@@ -102,32 +109,32 @@ class CheckpointSaver:
         """
         self.poll(blocking=True)
         final = manifest.checkpoint_folder(self.root, step)
-        temporary = final.with_suffix(".tmp")
+        layout = state.layout_of(self.pg_collection)
+        pending = _Pending(final, self._manifest(step, layout))
         failure = None
         if dist.get_rank() == 0:
             try:
-                if temporary.exists():
-                    folders.delete(temporary)
-                temporary.mkdir(parents=True)
+                _prepare(pending.temporary)
             except OSError as error:
-                failure = str(error)
-        _raise_if_any(failure, final)
-        layout = state.layout_of(self.pg_collection)
-        pending = _Pending(final, self._manifest(step, layout))
+                failure = reason(error)
+        _raise_if_any(failure, pending)
         asynchronous = self.config.checkpoint.asynchronous
         filesystem_async._results_queue = self._results_queue(asynchronous)
         try:
             request = dist_checkpointing.save(
                 self._content(step, layout),
-                str(temporary),
+                str(pending.temporary),
                 self._strategy(),
-                async_sharded_save=asynchronous,
+                async_sharded_save=True,
             )
+            request.finalize_fns.insert(0, functools.partial(_release, pending.temporary))
             if asynchronous:
                 self._calls.schedule_async_request(request)
-        except Exception as error:  # noqa: BLE001 (disk full, permissions: reported on every rank)
-            failure = f"{type(error).__name__}: {error}".splitlines()[0]
-        _raise_if_any(failure, final)
+            else:
+                request.execute_sync()
+        except ANY_FAILURE as error:  # disk full, permissions: reported on every rank
+            failure = reason(error)
+        _raise_if_any(failure, pending)
         if asynchronous:
             self._pending = pending
             return None
@@ -153,11 +160,13 @@ class CheckpointSaver:
             failure = None
             try:
                 written = bool(self._calls.maybe_finalize_async_calls(blocking=blocking))
-            except Exception as error:  # noqa: BLE001 (as above)
-                written, failure = True, f"{type(error).__name__}: {error}".splitlines()[0]
+            except ANY_FAILURE as error:
+                written, failure = True, reason(error)
             if not written:
                 return None
-            _raise_if_any(failure, pending.final)
+            if failure is not None:
+                self._pending = None
+            _raise_if_any(failure, pending)
             pending.hashing = threading.Thread(target=self._hash, args=(pending,), daemon=True)
             pending.hashing.start()
         if blocking:
@@ -224,10 +233,10 @@ class CheckpointSaver:
                 path = pending.temporary / name
                 pending.hashed[name] = [path.stat().st_size, folders.digest(path)]
         except OSError as error:
-            pending.problem = str(error)
+            pending.problem = reason(error)
 
     def _finish(self, pending: _Pending) -> Path:
-        _raise_if_any(pending.problem, pending.final)
+        _raise_if_any(pending.problem, pending)
         everyone: list[dict[str, list[Any]] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, pending.hashed)
         failure = None
@@ -240,10 +249,10 @@ class CheckpointSaver:
                 old = folders.set_aside(pending.final) if pending.final.exists() else None
                 os.replace(pending.temporary, pending.final)
             except OSError as error:
-                failure = str(error)
+                failure = reason(error)
             else:
                 self._remove_old(old, pending.final)
-        _raise_if_any(failure, pending.final)
+        _raise_if_any(failure, pending)
         return pending.final
 
     def _remove_old(self, replaced: Path | None, saved: Path) -> None:
@@ -255,12 +264,37 @@ class CheckpointSaver:
             logger.warning("an older checkpoint in %s could not be deleted (%s)", self.root, error)
 
 
-def _raise_if_any(failure: str | None, target: Path) -> None:
+def _prepare(temporary: Path) -> None:
+    """An empty folder, and space for what Megatron-Core writes on one rank alone.
+
+    Where one rank fails in between, the others would wait for it: `common.pt` comes first and the
+    index last, and half of the space is for each.
+    """
+    if temporary.exists():
+        folders.delete(temporary)
+    temporary.mkdir(parents=True)
+    if RESERVE_BYTES:
+        with (temporary / _RESERVE).open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+            file.truncate(RESERVE_BYTES // 2)
+
+
+def _release(temporary: Path) -> None:
+    if dist.get_rank() == 0:
+        (temporary / _RESERVE).unlink(missing_ok=True)
+
+
+def _raise_if_any(failure: str | None, pending: _Pending) -> None:
+    """Ends a save that failed anywhere, on every rank; what it had written makes place."""
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
-    for message in failures:
-        if message is not None:
-            raise CheckpointError(
-                f"{target} could not be written ({message}); free space or choose another "
-                "log.run_dir. Earlier checkpoints are intact"
-            )
+    message = next((message for message in failures if message is not None), None)
+    if message is None:
+        return
+    if dist.get_rank() == 0:
+        with contextlib.suppress(OSError):
+            folders.delete(pending.temporary)
+    raise CheckpointError(
+        f"{pending.final} could not be written ({message}); free space or choose another "
+        "log.run_dir. Earlier checkpoints are intact"
+    )

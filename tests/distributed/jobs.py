@@ -157,6 +157,36 @@ def saves_until_killed(tree: dict[str, Any], step: int) -> list[int]:
     return saved
 
 
+def train_on_a_full_disk(tree: dict[str, Any], rank: int, limit: int) -> str:
+    """Trains; while a checkpoint is saved, one rank can write no file beyond a size.
+
+    Returns:
+        What the run raised.
+    """
+    import resource
+
+    from dattn_mcore.checkpoint.save import CheckpointSaver
+    from dattn_mcore.errors import CheckpointError
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original = CheckpointSaver.save
+
+    def limited(saver: CheckpointSaver, at: int) -> Any:
+        if dist.get_rank() == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        return original(saver, at)
+
+    CheckpointSaver.save = limited
+    try:
+        run_training(tree)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        CheckpointSaver.save = original
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return ""
+
+
 def adam_steps_after_resume(tree: dict[str, Any]) -> list[float]:
     """Resumes, does one step, and returns Adam's step count of every parameter."""
     from dattn_mcore.training import loop

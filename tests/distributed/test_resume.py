@@ -15,6 +15,7 @@ from tests.distributed.jobs import (
     run_training_with_log,
     saves_until_killed,
     small_config,
+    train_on_a_full_disk,
     train_until_killed,
     train_with_fused_adam,
 )
@@ -292,6 +293,18 @@ def test_a_damaged_init_from_is_an_error(pool, two_checkpoints, tmp_path_factory
     message = f"{newest} cannot be read: .*name an older one .step_00000002."
     with pytest.raises(WorkerError, match=message):
         pool.run(run_training, 1, other)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_of_one_rank_ends_all(pool, digits, tmp_path, rank, asynchronous):
+    """With the same line; nobody waits for a rank that could not write."""
+    checkpoint = {"save_interval": 1, "asynchronous": asynchronous}
+    tree = tree_for(digits, tmp_path, checkpoint=checkpoint)
+    said, again = pool.run(train_on_a_full_disk, 2, tree, rank, 100_000)
+    assert said == again
+    assert "could not be written (" in said and "File too large" in said
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_optimizer_steps_are_counted_once(pool, digits, two_checkpoints):
