@@ -29,7 +29,7 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import difference
 from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.tokenizer import load_tokenizer
-from dattn_mcore.errors import ConfigError, DataError, DattnError
+from dattn_mcore.errors import CheckpointError, ConfigError, DataError, DattnError
 from dattn_mcore.layers.implementation import TRANSFORMER_ENGINE, choose_implementation
 from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel
@@ -116,11 +116,15 @@ def set_up(
         first = resume(*found, chunks, optimizer, pg_collection)
         scheduler.step(first)
         logger.info("resumed at step %d of %d", first, last)
-    reporter = ledger = None
+    reporter = ledger = problem = None
     if dist.get_rank() == 0:
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        reporter = Reporter(config, run_dir, first, last)
-        ledger = SampleLedger(run_dir, data.index, config.data.max_bad_share, first)
+        try:
+            (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            reporter = Reporter(config, run_dir, first, last)
+            ledger = SampleLedger(run_dir, data.index, config.data.max_bad_share, first)
+        except OSError as error:
+            problem = cannot_report(config, error)
+    agree(problem, False, device)
     saver = CheckpointSaver(
         *(run_dir / "checkpoints", config, chunks, optimizer, pg_collection),
         *(data.identity, data.tokenizer_fingerprint, schedule),
@@ -128,6 +132,15 @@ def set_up(
     return Run(
         *(config, pg_collection, device, watchdog, data, model, optimizer, scheduler, saver),
         *(first, last, reporter, ledger),
+    )
+
+
+def cannot_report(config: Config, error: OSError) -> CheckpointError:
+    """The error that ends a run whose reports cannot be written, a full disk above all."""
+    return CheckpointError(
+        f"log.run_dir={config.log.run_dir}: reports cannot be written there "
+        f"({error.strerror or error}); free space, or mend its permissions, and start again to go "
+        "on from the newest checkpoint"
     )
 
 

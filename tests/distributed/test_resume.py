@@ -307,6 +307,13 @@ def test_a_full_disk_of_one_rank_ends_all(pool, digits, tmp_path, rank, asynchro
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_a_disk_too_full_for_reports_ends_all(pool, digits, tmp_path):
+    """The rank that writes them does not leave the others waiting."""
+    said, again = pool.run(train_on_a_full_disk, 2, tree_for(digits, tmp_path), 0, 600, "step")
+    assert said == again
+    assert f"log.run_dir={tmp_path}: reports cannot be written there (File too large)" in said
+
+
 def test_optimizer_steps_are_counted_once(pool, digits, two_checkpoints):
     """After a resume each parameter has a step counter of its own (see parallel/torch_adam.py)."""
     tree, _ = two_checkpoints
