@@ -66,7 +66,11 @@ def choose_checkpoint(path: Path, fall_back: bool = True) -> tuple[Path, dict[st
             candidates = [folders.find_checkpoints(path)]
         except CheckpointError:
             candidates = [[]]
+        except OSError as error:
+            candidates = [f"{path} cannot be read ({error.strerror}); mend its permissions"]
     dist.broadcast_object_list(candidates, src=0)
+    if isinstance(candidates[0], str):
+        raise CheckpointError(candidates[0])
     for folder in candidates[0]:
         problem = _verify(folder)
         if problem is None:
@@ -176,7 +180,7 @@ def check_same_run(
                 "step would mean other samples; keep it, or start in another log.run_dir with "
                 "checkpoint.init_from"
             )
-    trained = manifest["config"]["train"]["trains"]
+    trained = manifest["config"]["train"].get("trains", [])
     if sorted(trained) != sorted(config.train.trains):
         raise CheckpointError(
             f"{folder} trains {trained} and this run {list(config.train.trains)} (train.trains); "

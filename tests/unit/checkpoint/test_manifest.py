@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from dattn_mcore.checkpoint import folders
 from dattn_mcore.checkpoint.load import check_same_run, choose_checkpoint
 from dattn_mcore.checkpoint.manifest import read_manifest
 from dattn_mcore.errors import CheckpointError
@@ -138,3 +139,17 @@ def test_converted_weights_are_no_run(tmp_path, small_configuration):
         found = choose_checkpoint(root)
         with pytest.raises(CheckpointError, match="holds converted weights .*init_from"):
             check_same_run(run.config, found[1], found[0], IDENTITY)
+
+
+def test_a_folder_that_cannot_be_read_is_told_on_every_rank(tmp_path, monkeypatch):
+    """By rank 0, which lists for all: it must not leave the others waiting."""
+
+    def refuses(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(folders, "find_checkpoints", refuses)
+    with (
+        single_process(),
+        pytest.raises(CheckpointError, match="cannot be read .Permission denied"),
+    ):
+        choose_checkpoint(tmp_path)
