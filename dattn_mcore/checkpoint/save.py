@@ -275,7 +275,8 @@ def _prepare(temporary: Path) -> None:
     temporary.mkdir(parents=True)
     if RESERVE_BYTES:
         with (temporary / _RESERVE).open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
             file.truncate(RESERVE_BYTES // 2)
 
 

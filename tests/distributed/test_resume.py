@@ -8,6 +8,7 @@ import pytest
 
 from dattn_mcore.checkpoint.folders import damage
 from dattn_mcore.checkpoint.manifest import read_manifest
+from tests.distributed.disk_jobs import train_on_a_full_disk
 from tests.distributed.jobs import (
     adam_steps_after_resume,
     read_metrics,
@@ -15,7 +16,6 @@ from tests.distributed.jobs import (
     run_training_with_log,
     saves_until_killed,
     small_config,
-    train_on_a_full_disk,
     train_until_killed,
     train_with_fused_adam,
 )

@@ -2,12 +2,8 @@
 
 import pytest
 
-from tests.distributed.jobs import (
-    read_metrics,
-    run_training,
-    small_config,
-    train_without_folder,
-)
+from tests.distributed.disk_jobs import train_without_folder
+from tests.distributed.jobs import read_metrics, run_training, small_config
 
 
 def names(folder):
