@@ -40,7 +40,6 @@ from dattn_mcore.orphans import end_forks_with_parent
 
 logger = logging.getLogger(__name__)
 RESERVE_BYTES = 16 << 20  # of the disk, while shards are written
-_RESERVE = ".reserve"
 
 
 @dataclass
@@ -57,6 +56,11 @@ class _Pending:
     def temporary(self) -> Path:
         """Where the files are until the checkpoint is whole."""
         return self.final.with_suffix(".tmp")
+
+    @property
+    def reserve(self) -> Path:
+        """Holds space until the shards are written; not in the folder, which must be empty."""
+        return self.final.with_name(".reserve")
 
 
 class CheckpointSaver:
@@ -114,7 +118,7 @@ class CheckpointSaver:
         failure = None
         if dist.get_rank() == 0:
             try:
-                _prepare(pending.temporary)
+                _prepare(pending)
             except OSError as error:
                 failure = reason(error)
         _raise_if_any(failure, pending)
@@ -127,7 +131,7 @@ class CheckpointSaver:
                 self._strategy(),
                 async_sharded_save=True,
             )
-            request.finalize_fns.insert(0, functools.partial(_release, pending.temporary))
+            request.finalize_fns.insert(0, functools.partial(_release, pending))
             if asynchronous:
                 self._calls.schedule_async_request(request)
             else:
@@ -264,25 +268,26 @@ class CheckpointSaver:
             logger.warning("an older checkpoint in %s could not be deleted (%s)", self.root, error)
 
 
-def _prepare(temporary: Path) -> None:
+def _prepare(pending: _Pending) -> None:
     """An empty folder, and space for what Megatron-Core writes on one rank alone.
 
     Where one rank fails in between, the others would wait for it: `common.pt` comes first and the
     index last, and half of the space is for each.
     """
-    if temporary.exists():
-        folders.delete(temporary)
-    temporary.mkdir(parents=True)
+    if pending.temporary.exists():
+        folders.delete(pending.temporary)
+    pending.temporary.mkdir(parents=True)
     if RESERVE_BYTES:
-        with (temporary / _RESERVE).open("wb") as file:
+        with pending.reserve.open("wb") as file:
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
             file.truncate(RESERVE_BYTES // 2)
 
 
-def _release(temporary: Path) -> None:
+def _release(pending: _Pending) -> None:
     if dist.get_rank() == 0:
-        (temporary / _RESERVE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            pending.reserve.unlink(missing_ok=True)
 
 
 def _raise_if_any(failure: str | None, pending: _Pending) -> None:
@@ -294,6 +299,7 @@ def _raise_if_any(failure: str | None, pending: _Pending) -> None:
         return
     if dist.get_rank() == 0:
         with contextlib.suppress(OSError):
+            pending.reserve.unlink(missing_ok=True)
             folders.delete(pending.temporary)
     raise CheckpointError(
         f"{pending.final} could not be written ({message}); free space or choose another "

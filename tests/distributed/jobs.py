@@ -230,9 +230,12 @@ def run_training_with_log(tree: dict[str, Any]) -> tuple[bool, str]:
     handler = logging.StreamHandler(stream)
     logger = logging.getLogger("dattn_mcore")
     logger.addHandler(handler)
+    before = logger.level
+    logger.setLevel(logging.INFO)
     try:
         return run_training(tree), stream.getvalue()
     finally:
+        logger.setLevel(before)
         logger.removeHandler(handler)
 
 

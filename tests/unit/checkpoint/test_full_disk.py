@@ -69,10 +69,13 @@ def test_the_system_says_why(checkpoints, small_configuration, monkeypatch):
             run.saver.save(3)
 
 
-def test_nothing_of_the_reserve_is_left(checkpoints, small_configuration):
+def test_nothing_of_the_reserve_is_left(checkpoints, small_configuration, caplog):
+    """And Megatron-Core, which looks into the folder first, finds it empty."""
     with small_run(checkpoints, small_configuration) as run:
         run.step(3)
         folder = run.saver.save(3)
+    assert names(checkpoints) == ["step_00000002", "step_00000003"]
+    assert "Overwriting" not in caplog.text
     assert names(folder) == [
         *(".metadata", "__0_0.distcp", "__0_1.distcp", "common.pt", "dattn.json", "metadata.json")
     ]
