@@ -223,13 +223,16 @@ def resume(
         content["rng"] = rng
     loaded = _load(folder, content)
     _put_weights(loaded, chunks)
-    _take_own_groups(loaded["optimizer"], optimizer, folder)
+    try:
+        _take_own_groups(loaded["optimizer"], optimizer, folder)
+        if has_rng:
+            platform.set_rng_state(state.nested_rng(loaded["rng"]))
+        elif old_rng in index.state_dict_metadata:
+            (states,) = read_object(folder, index, old_rng)
+            platform.set_rng_state(states)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} does not fit this run ({reason(error)})") from error
     optimizer.load_state_dict(loaded["optimizer"])
-    if has_rng:
-        platform.set_rng_state(state.nested_rng(loaded["rng"]))
-    elif old_rng in index.state_dict_metadata:
-        (states,) = read_object(folder, index, old_rng)
-        platform.set_rng_state(states)
     return int(manifest["step"])
 
 

@@ -165,9 +165,9 @@ def _open(path: Path) -> tuple[Path, dict[str, Any], Metadata]:
             if problem:
                 raise CheckpointError(f"{folder}: {problem}; use an earlier checkpoint")
             index = check_content(folder, fields)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             if len(candidates) == 1:
-                raise
+                raise CheckpointError(str(error)) from None
             logger.warning("warning: checkpoint %s cannot be read: %s", folder, error)
             damaged = True
             continue

@@ -163,3 +163,26 @@ def test_an_index_leads_to_files_of_the_manifest_only(checkpoints, tmp_path):
         vouch(newest)
         with single_process(), pytest.raises(CheckpointError, match=message):
             choose_checkpoint(newest, fall_back=False)
+
+
+OTHERS = [
+    {},
+    {"optimizer": 3},
+    {"optimizer": {"optimizer": {}}},
+    {"optimizer": {"optimizer": {"param_groups": [1]}}},
+    {"optimizer": {"optimizer": {"param_groups": [{"step": "x"}]}}},
+]
+
+
+@pytest.mark.parametrize("content", OTHERS, ids=str)
+def test_other_plain_values_are_one_line(checkpoints, small_configuration, content):
+    """What nobody but a forger writes is no traceback either."""
+    newest = checkpoints / "step_00000002"
+    torch.save({"step": 2, **content}, newest / "common.pt")
+    vouch(newest)
+    with (
+        small_run(checkpoints, small_configuration) as run,
+        pytest.raises(CheckpointError, match="step_00000002 does not fit this run") as error,
+    ):
+        run.resume()
+    assert "\n" not in str(error.value)
