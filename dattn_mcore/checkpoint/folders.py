@@ -1,68 +1,28 @@
-"""Which checkpoints exist, which of them are whole, and what a run folder holds.
+"""Which checkpoints exist, which of them are whole, and which of them may go.
 
-A checkpoint is written as `step_00000200.tmp` and renamed when every file is on disk. Its last
-file, `dattn.json`, carries the step, the resolved configuration and size and SHA-256 of all other
-files, so that a truncated, missing or altered file is found before anything is loaded.
+A checkpoint is written as `step_00000200.tmp` and renamed when every file is on disk, its manifest
+last. What has another name, or no manifest that is right, is not a run's own: it is neither read
+unasked nor counted nor deleted.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from dattn_mcore.config.schema import Config
+from dattn_mcore.checkpoint.manifest import MANIFEST, is_of_a_run, read_manifest, step_of
 from dattn_mcore.errors import CheckpointError
 
-MANIFEST = "dattn.json"
-FORMAT = 1
-
-
-def checkpoint_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lives."""
-    return root / f"step_{step:08d}"
+_ASIDE = ".old.tmp"  # of a checkpoint that is being deleted or replaced
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Finished checkpoint folders, newest first. Unfinished ones (`.tmp`) are not listed."""
-    return sorted(
-        (path for path in root.glob("step_*") if path.suffix != ".tmp" and path.is_dir()),
-        key=lambda path: path.name,
-        reverse=True,
-    )
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads `dattn.json` of a checkpoint.
-
-    Raises:
-        CheckpointError: it is missing or no JSON.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        int(manifest["step"]), dict(manifest["config"])
-        for size, sha256 in manifest["files"].values():
-            int(size), str(sha256)
-    except OSError:
-        raise CheckpointError(
-            f"{folder} is no checkpoint (no {MANIFEST}); name a folder step_... of a run"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path} is damaged; use another checkpoint") from None
-    return manifest
-
-
-def describe_tokenizer(config: Config, fingerprint: str | None = None) -> dict[str, Any]:
-    """What a manifest says about the tokenizer, so that an export finds the same.
-
-    Args:
-        config: its `data.tokenizer` may be relative to the folder that the run was started in.
-        fingerprint: of the tokenizer; None: it was not opened.
-    """
-    return {"path": str(Path(config.data.tokenizer).absolute()), "fingerprint": fingerprint}
+    """Finished checkpoint folders, newest first; nothing but what a run names so."""
+    found = [path for path in root.glob("step_*") if step_of(path) is not None and path.is_dir()]
+    return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
 
 
 def digest(path: Path) -> str:
@@ -83,8 +43,17 @@ def data_files(folder: Path) -> list[str]:
     )
 
 
-def damage(folder: Path, names: list[str], files: dict[str, list[Any]]) -> str | None:
-    """The first of the named files that is not as the manifest says; None if all are."""
+def damage(
+    folder: Path, names: list[str], files: dict[str, list[Any]], hashes: bool = True
+) -> str | None:
+    """The first of the named files that is not as the manifest says; None if all are.
+
+    Args:
+        folder: the checkpoint.
+        names: which files to look at.
+        files: size and SHA-256 of each, from the manifest.
+        hashes: read them; without, only their sizes are compared.
+    """
     for name in names:
         size, sha256 = files[name]
         path = folder / name
@@ -92,17 +61,9 @@ def damage(folder: Path, names: list[str], files: dict[str, list[Any]]) -> str |
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if digest(path) != sha256:
+        if hashes and digest(path) != sha256:
             return f"{name} was altered (SHA-256 differs)"
     return None
-
-
-def remove_old(root: Path, keep: int) -> None:
-    """Deletes all but the newest whole checkpoints, and what interrupted saves left behind."""
-    for path in list_checkpoints(root)[keep:]:
-        shutil.rmtree(path)
-    for path in root.glob("step_*.tmp"):
-        shutil.rmtree(path)
 
 
 def find_checkpoints(path: Path) -> list[Path]:
@@ -111,7 +72,7 @@ def find_checkpoints(path: Path) -> list[Path]:
     Raises:
         CheckpointError: there is none.
     """
-    if (path / MANIFEST).is_file() or path.name.startswith("step_"):
+    if (path / MANIFEST).is_file() or step_of(path) is not None:
         return [path]
     for root in (path, path / "checkpoints"):
         found = list_checkpoints(root)
@@ -120,3 +81,59 @@ def find_checkpoints(path: Path) -> list[Path]:
     raise CheckpointError(
         f"{path} holds no finished checkpoint; name a run folder or a folder step_... in it"
     )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a run saved a checkpoint whose manifest is right and whose files have their sizes.
+
+    Their content is not read: that takes as long as a load, and is done before one.
+    """
+    try:
+        manifest = read_manifest(folder)
+        files = manifest["files"]
+        return is_of_a_run(manifest) and damage(folder, sorted(files), files, hashes=False) is None
+    except (CheckpointError, OSError):
+        return False
+
+
+def remove_old(root: Path, keep: int, saved: Path) -> None:
+    """Deletes older whole checkpoints, and what interrupted saves and deletions left behind.
+
+    Newer ones than `saved` are there only because they could not be read, or were not asked for.
+
+    Args:
+        root: folder of checkpoints.
+        keep: how many whole ones stay, `saved` among them.
+        saved: the checkpoint that was written just now; it stays in any case.
+    """
+    newest = step_of(saved) or 0
+    older = [path for path in list_checkpoints(root) if (step_of(path) or 0) <= newest]
+    whole = [path for path in older if not path.is_symlink() and is_whole(path)]
+    for path in whole[keep:]:
+        if path != saved:
+            delete(path)
+    for path in root.glob("step_*.tmp"):
+        if _is_unfinished(path):
+            delete(path)
+
+
+def delete(folder: Path) -> None:
+    """Deletes a checkpoint; an interrupted deletion leaves none that looks finished."""
+    if not _is_unfinished(folder):
+        folder = set_aside(folder)
+    shutil.rmtree(folder)
+
+
+def set_aside(folder: Path) -> Path:
+    """Gives a checkpoint a name that the next save clears away; returns its new place."""
+    aside = folder.with_name(f"{folder.name}{_ASIDE}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.replace(folder, aside)
+    return aside
+
+
+def _is_unfinished(path: Path) -> bool:
+    name = path.name.removesuffix(_ASIDE) if path.name.endswith(_ASIDE) else path.stem
+    own = path.suffix == ".tmp" and step_of(path.with_name(name)) is not None
+    return own and path.is_dir() and not path.is_symlink()

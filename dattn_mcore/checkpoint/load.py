@@ -8,12 +8,17 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dattn_mcore.checkpoint import folders, state
+from dattn_mcore.checkpoint.content import check_content, only_weights, read_object
+from dattn_mcore.checkpoint.manifest import is_of_a_run, read_manifest
 from dattn_mcore.checkpoint.metadata import read_metadata
+from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.config.load import to_dict
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import difference, fingerprint_of
@@ -61,11 +66,15 @@ def choose_checkpoint(path: Path, fall_back: bool = True) -> tuple[Path, dict[st
             candidates = [folders.find_checkpoints(path)]
         except CheckpointError:
             candidates = [[]]
+        except OSError as error:
+            candidates = [f"{path} cannot be read ({error.strerror}); mend its permissions"]
     dist.broadcast_object_list(candidates, src=0)
+    if isinstance(candidates[0], str):
+        raise CheckpointError(candidates[0])
     for folder in candidates[0]:
         problem = _verify(folder)
         if problem is None:
-            return folder, folders.read_manifest(folder)
+            return folder, read_manifest(folder)
         if not fall_back:
             older = f", or name an older one ({candidates[0][1].name})" if candidates[0][1:] else ""
             raise CheckpointError(f"{folder} cannot be read: {problem}; restore it{older}")
@@ -83,11 +92,12 @@ def _verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint, the same on every rank; each hashes a share of the files."""
     problem = None
     try:
-        files = folders.read_manifest(folder)["files"]
+        manifest = read_manifest(folder)
+        files = manifest["files"]
         names = sorted(files)[dist.get_rank() :: dist.get_world_size()]
         problem = folders.damage(folder, names, files)
-        if problem is None and dist.get_rank() == 0:  # before Megatron-Core unpickles it
-            read_metadata(folder)
+        if problem is None and dist.get_rank() == 0:  # before Megatron-Core reads it
+            check_content(folder, manifest)
     except (CheckpointError, OSError) as error:
         problem = str(error)
     problems: list[str | None] = [None] * dist.get_world_size()
@@ -145,6 +155,11 @@ def check_same_run(
         CheckpointError: names what differs.
     """
     check_same_model(config, manifest, folder)
+    if not is_of_a_run(manifest):
+        raise CheckpointError(
+            f"{folder} holds converted weights without a step to go on from; start in another "
+            "log.run_dir with checkpoint.init_from"
+        )
     if manifest["data_fingerprint"] != fingerprint_of(data_identity):
         changed = difference(manifest.get("data", data_identity), data_identity)
         raise CheckpointError(
@@ -165,7 +180,7 @@ def check_same_run(
                 "step would mean other samples; keep it, or start in another log.run_dir with "
                 "checkpoint.init_from"
             )
-    trained = manifest["config"]["train"]["trains"]
+    trained = manifest["config"]["train"].get("trains", [])
     if sorted(trained) != sorted(config.train.trains):
         raise CheckpointError(
             f"{folder} trains {trained} and this run {list(config.train.trains)} (train.trains); "
@@ -201,43 +216,76 @@ def resume(
         "optimizer": state.optimizer_state(optimizer, model, pg_collection, is_loading=True),
     }
     layout = state.layout_of(pg_collection)
-    same_layout = tuple(manifest["layout"]) == layout
-    if same_layout:
-        content["rng"] = state.rng_state(pg_collection, layout)
+    index = read_metadata(folder)
+    rng, old_rng = state.rng_state(pg_collection, layout), state.old_rng_key(pg_collection, layout)
+    has_rng = tuple(manifest["layout"]) == layout and _holds(index, rng)
+    if has_rng:
+        content["rng"] = rng
     loaded = _load(folder, content)
     _put_weights(loaded, chunks)
-    _fit_groups(loaded["optimizer"], optimizer)
+    try:
+        _take_own_groups(loaded["optimizer"], optimizer, folder)
+        if has_rng:
+            platform.set_rng_state(state.nested_rng(loaded["rng"]))
+        elif old_rng in index.state_dict_metadata:
+            (states,) = read_object(folder, index, old_rng)
+            platform.set_rng_state(states)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} does not fit this run ({reason(error)})") from error
     optimizer.load_state_dict(loaded["optimizer"])
-    if same_layout:
-        platform.set_rng_state(loaded["rng"])
     return int(manifest["step"])
+
+
+def _holds(index: Metadata, tensors: dict[str, ShardedTensor]) -> bool:
+    """Whether a checkpoint has these tensors in their shapes: a GPU's RNG is not a CPU's."""
+    sizes = {
+        key: tuple(stored.size)
+        for key, stored in index.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+    return all(sizes.get(tensor.key) == tensor.global_shape for tensor in tensors.values())
 
 
 def _load(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(content, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
-    except Exception as error:
+        with only_weights():
+            return dist_checkpointing.load(
+                content, str(folder), strict=StrictHandling.RAISE_UNEXPECTED
+            )
+    except ANY_FAILURE as error:
         # The files are as they were written (verified), so this is a mismatch of content.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder} does not fit this run ({reason})") from error
+        raise CheckpointError(f"{folder} does not fit this run ({reason(error)})") from error
 
 
-def _fit_groups(content: dict[Any, Any], optimizer: MegatronOptimizer) -> None:
-    """Lets what one Adam has saved go on in another: PyTorch's, or a fused one where it is built.
+def _take_own_groups(content: dict[Any, Any], optimizer: MegatronOptimizer, folder: Path) -> None:
+    """Puts this optimizer's groups in the place of the checkpoint's; their count of steps stays.
 
-    Their groups have settings of their own (`bias_correction`, `amsgrad`), which are this
-    optimizer's where the checkpoint has none. PyTorch counts steps in float32, the others in int.
+    Megatron-Core would put the checkpoint's settings (`lr`, `betas`, `max_lr`) back, and knows only
+    groups that both have. So one Adam also goes on in another: PyTorch's counts steps in float32
+    and has other fields than a fused one.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     contents = [content] if len(parts) == 1 else [part for _, part in sorted(content.items())]
+    if len(parts) != len(contents):
+        raise CheckpointError(
+            f"{folder} holds {len(contents)} optimizers and this run has {len(parts)}; keep "
+            "parallel.vpp"
+        )
     for part, saved in zip(parts, contents, strict=True):
         if part.is_stub_optimizer:
             continue
-        for group in saved["optimizer"]["param_groups"]:
-            for name, value in part.optimizer.defaults.items():
-                group.setdefault(name, value)
-            if "step" in group:
-                group["step"] = int(group["step"])
+        inner = saved["optimizer"]
+        counts = sorted({int(group["step"]) for group in inner["param_groups"] if "step" in group})
+        if len(counts) > 1:
+            raise CheckpointError(
+                f"{folder} counts {', '.join(map(str, counts))} steps in its groups of parameters; "
+                "use another checkpoint"
+            )
+        count = {"step": counts[0]} if counts else {}
+        inner["param_groups"] = [
+            {name: value for name, value in group.items() if name not in ("params", "step")} | count
+            for group in part.optimizer.state_dict()["param_groups"]
+        ]
 
 
 def _put_weights(content: dict[str, Any], chunks: list[DattnModel]) -> None:

@@ -3,7 +3,7 @@
 PyTorch keeps the file index of a distributed checkpoint as a pickle; PyTorch and Megatron-Core read
 it with plain `pickle.load`, which calls whatever the file names. Everything that reads a checkpoint
 here goes through this file first: a name that no index needs is refused before anything is called.
-All other files of a checkpoint are read with `weights_only=True`.
+What the index may say about the other files is checked in `content`.
 """
 
 from __future__ import annotations
@@ -84,6 +84,10 @@ def read_metadata(folder: Path) -> Metadata:
             f"{path} cannot be read ({type(error).__name__}); the checkpoint is damaged, use an "
             "earlier one"
         ) from None
-    if not isinstance(metadata, Metadata):
+    parts = [getattr(metadata, name, None) for name in ("state_dict_metadata", "storage_data")]
+    if not (isinstance(metadata, Metadata) and all(isinstance(part, dict) for part in parts)):
+        raise CheckpointError(f"{path} is no index of a checkpoint; use an earlier checkpoint")
+    keys = [*metadata.state_dict_metadata, *(place.fqn for place in metadata.storage_data)]
+    if not all(type(key) is str for key in keys):
         raise CheckpointError(f"{path} is no index of a checkpoint; use an earlier checkpoint")
     return metadata

@@ -7,12 +7,12 @@ of `poll`; training goes on in between. Either way nobody sees a checkpoint that
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
 import logging
 import multiprocessing
 import os
 import queue
-import shutil
 import threading
 from dataclasses import dataclass, field
 from multiprocessing.managers import SyncManager
@@ -30,9 +30,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-import dattn_mcore
-from dattn_mcore.checkpoint import folders, state
-from dattn_mcore.config.load import to_dict
+from dattn_mcore.checkpoint import folders, manifest, state
+from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import fingerprint_of
 from dattn_mcore.errors import CheckpointError
@@ -40,6 +39,7 @@ from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.orphans import end_forks_with_parent
 
 logger = logging.getLogger(__name__)
+RESERVE_BYTES = 16 << 20  # of the disk, while shards are written
 
 
 @dataclass
@@ -57,6 +57,11 @@ class _Pending:
         """Where the files are until the checkpoint is whole."""
         return self.final.with_suffix(".tmp")
 
+    @property
+    def reserve(self) -> Path:
+        """Holds space until the shards are written; not in the folder, which must be empty."""
+        return self.final.with_name(".reserve")
+
 
 class CheckpointSaver:
     """Saves the checkpoints of a run; every rank has one and calls it alike.
@@ -69,6 +74,7 @@ class CheckpointSaver:
         pg_collection: process groups.
         data_identity: of the data set that positions refer to.
         tokenizer_fingerprint: of what made ids of its texts; an export takes the same.
+        schedule_steps: that the learning rate's schedule takes.
     """
 
     def __init__(
@@ -80,14 +86,18 @@ class CheckpointSaver:
         pg_collection: ProcessGroupCollection,
         data_identity: dict[str, Any],
         tokenizer_fingerprint: str,
+        schedule_steps: int,
     ) -> None:
         self.root, self.config, self.data_identity = root, config, data_identity
-        self.tokenizer = folders.describe_tokenizer(config, tokenizer_fingerprint)
+        self.tokenizer = manifest.describe_tokenizer(config, tokenizer_fingerprint)
+        self.schedule_steps = schedule_steps
         self.chunks, self.optimizer, self.pg_collection = chunks, optimizer, pg_collection
         self._calls = AsyncCallsQueue()
         self._results: SyncManager | None = None
         self._pending: _Pending | None = None
         end_forks_with_parent()
+        # What it says of a failure stands in the error that ends the run.
+        logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
     def save(self, step: int) -> Path | None:
         """Saves model, optimizer, RNG and position; waits for an asynchronous save before it.
@@ -102,32 +112,33 @@ class CheckpointSaver:
             CheckpointError: on every rank, if any could not write; older checkpoints stay intact.
         """
         self.poll(blocking=True)
-        final = folders.checkpoint_folder(self.root, step)
-        temporary = final.with_suffix(".tmp")
+        final = manifest.checkpoint_folder(self.root, step)
+        layout = state.layout_of(self.pg_collection)
+        pending = _Pending(final, self._manifest(step, layout))
         failure = None
         if dist.get_rank() == 0:
             try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
+                _prepare(pending)
             except OSError as error:
-                failure = str(error)
-        _raise_if_any(failure, final)
-        layout = state.layout_of(self.pg_collection)
-        pending = _Pending(final, self._manifest(step, layout))
+                failure = reason(error)
+        _raise_if_any(failure, pending)
         asynchronous = self.config.checkpoint.asynchronous
         filesystem_async._results_queue = self._results_queue(asynchronous)
         try:
             request = dist_checkpointing.save(
                 self._content(step, layout),
-                str(temporary),
+                str(pending.temporary),
                 self._strategy(),
-                async_sharded_save=asynchronous,
+                async_sharded_save=True,
             )
+            request.finalize_fns.insert(0, functools.partial(_release, pending))
             if asynchronous:
                 self._calls.schedule_async_request(request)
-        except Exception as error:  # noqa: BLE001 (disk full, permissions: reported on every rank)
-            failure = f"{type(error).__name__}: {error}".splitlines()[0]
-        _raise_if_any(failure, final)
+            else:
+                request.execute_sync()
+        except ANY_FAILURE as error:  # disk full, permissions: reported on every rank
+            failure = reason(error)
+        _raise_if_any(failure, pending)
         if asynchronous:
             self._pending = pending
             return None
@@ -153,11 +164,13 @@ class CheckpointSaver:
             failure = None
             try:
                 written = bool(self._calls.maybe_finalize_async_calls(blocking=blocking))
-            except Exception as error:  # noqa: BLE001 (as above)
-                written, failure = True, f"{type(error).__name__}: {error}".splitlines()[0]
+            except ANY_FAILURE as error:
+                written, failure = True, reason(error)
             if not written:
                 return None
-            _raise_if_any(failure, pending.final)
+            if failure is not None:
+                self._pending = None
+            _raise_if_any(failure, pending)
             pending.hashing = threading.Thread(target=self._hash, args=(pending,), daemon=True)
             pending.hashing.start()
         if blocking:
@@ -206,16 +219,15 @@ class CheckpointSaver:
         return self._results.Queue()
 
     def _manifest(self, step: int, layout: tuple[int, int]) -> dict[str, Any]:
-        return {
-            "format": folders.FORMAT,
-            "step": step,
-            "layout": list(layout),
-            "data_fingerprint": fingerprint_of(self.data_identity),
-            "data": self.data_identity,
-            "tokenizer": self.tokenizer,
-            "dattn_mcore": dattn_mcore.__version__,
-            "config": to_dict(self.config),
-        }
+        return manifest.new_manifest(
+            self.config,
+            step,
+            self.tokenizer,
+            layout=layout,
+            data=self.data_identity,
+            data_fingerprint=fingerprint_of(self.data_identity),
+            schedule_steps=self.schedule_steps,
+        )
 
     def _hash(self, pending: _Pending) -> None:
         """Size and SHA-256 of this rank's share of the files."""
@@ -225,10 +237,10 @@ class CheckpointSaver:
                 path = pending.temporary / name
                 pending.hashed[name] = [path.stat().st_size, folders.digest(path)]
         except OSError as error:
-            pending.problem = str(error)
+            pending.problem = reason(error)
 
     def _finish(self, pending: _Pending) -> Path:
-        _raise_if_any(pending.problem, pending.final)
+        _raise_if_any(pending.problem, pending)
         everyone: list[dict[str, list[Any]] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, pending.hashed)
         failure = None
@@ -236,32 +248,60 @@ class CheckpointSaver:
             files = {
                 name: entry for part in everyone if part for name, entry in sorted(part.items())
             }
-            text = json.dumps({**pending.manifest, "files": files}, indent=1)
             try:
-                (pending.temporary / folders.MANIFEST).write_text(text, encoding="utf-8")
-                if pending.final.exists():
-                    shutil.rmtree(pending.final)
+                manifest.write_manifest(pending.temporary, pending.manifest, files)
+                old = folders.set_aside(pending.final) if pending.final.exists() else None
                 os.replace(pending.temporary, pending.final)
             except OSError as error:
-                failure = str(error)
+                failure = reason(error)
             else:
-                self._remove_old()
-        _raise_if_any(failure, pending.final)
+                self._remove_old(old, pending.final)
+        _raise_if_any(failure, pending)
         return pending.final
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, replaced: Path | None, saved: Path) -> None:
         try:
-            folders.remove_old(self.root, self.config.checkpoint.keep)
+            if replaced is not None:
+                folders.delete(replaced)
+            folders.remove_old(self.root, self.config.checkpoint.keep, saved)
         except OSError as error:  # the new one is whole: the next save tries again
             logger.warning("an older checkpoint in %s could not be deleted (%s)", self.root, error)
 
 
-def _raise_if_any(failure: str | None, target: Path) -> None:
+def _prepare(pending: _Pending) -> None:
+    """An empty folder, and space for what Megatron-Core writes on one rank alone.
+
+    Where one rank fails in between, the others would wait for it: `common.pt` comes first and the
+    index last, and half of the space is for each.
+    """
+    if pending.temporary.exists():
+        folders.delete(pending.temporary)
+    pending.temporary.mkdir(parents=True)
+    if RESERVE_BYTES:
+        with pending.reserve.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+            file.truncate(RESERVE_BYTES // 2)
+
+
+def _release(pending: _Pending) -> None:
+    if dist.get_rank() == 0:
+        with contextlib.suppress(OSError):
+            pending.reserve.unlink(missing_ok=True)
+
+
+def _raise_if_any(failure: str | None, pending: _Pending) -> None:
+    """Ends a save that failed anywhere, on every rank; what it had written makes place."""
     failures: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
-    for message in failures:
-        if message is not None:
-            raise CheckpointError(
-                f"{target} could not be written ({message}); free space or choose another "
-                "log.run_dir. Earlier checkpoints are intact"
-            )
+    message = next((message for message in failures if message is not None), None)
+    if message is None:
+        return
+    if dist.get_rank() == 0:
+        with contextlib.suppress(OSError):
+            pending.reserve.unlink(missing_ok=True)
+            folders.delete(pending.temporary)
+    raise CheckpointError(
+        f"{pending.final} could not be written ({message}); free space or choose another "
+        "log.run_dir. Earlier checkpoints are intact"
+    )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank, get_pg_size
+from torch import Tensor
 
+from dattn_mcore.checkpoint.content import RNG
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import platform
 
+_TRACKER = "tracker."  # in names of RNG states: of Megatron-Core's tracker
 # Optimizer state per parameter in its full shape: loads into any tp, pp and dp.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -48,16 +51,49 @@ def optimizer_state(
     )
 
 
-def rng_state(pg_collection: ProcessGroupCollection, layout: tuple[int, int]) -> ShardedObject:
-    """RNG of this tensor and pipeline rank; meaningful in the same (pp, tp) layout only."""
-    rank = (get_pg_rank(pg_collection.pp), get_pg_rank(pg_collection.tp))
-    return ShardedObject(
-        f"rng_pp{layout[0]}_tp{layout[1]}",
-        platform.rng_state(),
-        layout,
-        rank,
-        replica_id=get_pg_rank(pg_collection.dp_cp),
-    )
+def rng_state(
+    pg_collection: ProcessGroupCollection, layout: tuple[int, int]
+) -> dict[str, ShardedTensor]:
+    """RNG of this tensor and pipeline rank; meaningful in the same (pp, tp) layout only.
+
+    The states are tensors of bytes, so that a checkpoint needs no pickled entry.
+    """
+    pp, tp = (get_pg_rank(pg_collection.pp), layout[0]), (get_pg_rank(pg_collection.tp), layout[1])
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            f"{RNG}{name}",
+            value.cpu()[None, None],
+            (0, *pp),
+            (1, *tp),
+            replica_id=get_pg_rank(pg_collection.dp_cp),
+        )
+        for name, value in flat_rng(platform.rng_state()).items()
+    }
+
+
+def flat_rng(states: dict[str, Any]) -> dict[str, Tensor]:
+    """`platform.rng_state` without its inner level."""
+    flat = {f"{_TRACKER}{name}": value for name, value in states["tracker"].items()}
+    return {"torch": states["torch"], "device": states["device"], **flat}
+
+
+def nested_rng(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What `platform.set_rng_state` takes, from what a checkpoint gave for `rng_state`."""
+    tracker = {
+        name.removeprefix(_TRACKER): value[0, 0]
+        for name, value in tensors.items()
+        if name.startswith(_TRACKER)
+    }
+    return {
+        **{name: tensors[name][0, 0] for name in ("torch", "device")},
+        "tracker": tracker,
+    }
+
+
+def old_rng_key(pg_collection: ProcessGroupCollection, layout: tuple[int, int]) -> str:
+    """Name of this rank's byte entry in a checkpoint of format 1."""
+    rank = get_pg_rank(pg_collection.pp), get_pg_rank(pg_collection.tp)
+    return ShardedObject(f"rng_pp{layout[0]}_tp{layout[1]}", None, layout, rank).unique_key
 
 
 def layout_of(pg_collection: ProcessGroupCollection) -> tuple[int, int]:

@@ -213,6 +213,7 @@ class CheckpointConfig:
     asynchronous: bool = False  # write while training goes on; a stage's last save is awaited
     keep: int = 2  # newest whole checkpoints that stay on disk
     resume: bool = True  # go on from the newest whole checkpoint of the run folder
+    keep_optimizer_settings: bool = False  # on a resume: optim and schedule of the checkpoint
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.failures import mask
-from dattn_mcore.errors import DattnError
+from dattn_mcore.errors import CheckpointError, DattnError
 from dattn_mcore.models.dattn import IGNORED_LABEL
 from dattn_mcore.parallel import platform
 from dattn_mcore.plan.flops import step_work
@@ -27,8 +27,8 @@ from dattn_mcore.training.last_words import speaking, unexpected
 from dattn_mcore.training.memory import StepMemoryError, explain_memory
 from dattn_mcore.training.not_finite import NotFiniteError, explain
 from dattn_mcore.training.optimizer import gathered_weights
-from dattn_mcore.training.run_folder import claimed
-from dattn_mcore.training.setup import FINISHED, Run, set_up
+from dattn_mcore.training.run_folder import Claim, claimed
+from dattn_mcore.training.setup import FINISHED, Run, cannot_report, set_up
 from dattn_mcore.training.signals import StopRequest
 from dattn_mcore.training.step import StepResult, train_step
 from dattn_mcore.training.watchdog import Watchdog
@@ -57,24 +57,25 @@ def train(
         DattnError: a user's mistake, the same on every rank; what is one rank's alone is not
             `shared`.
     """
-    with claimed(Path(config.log.run_dir), device):
+    with claimed(Path(config.log.run_dir), device) as claim:
         if watchdog is not None:
             with speaking(watchdog):
-                return _train(set_up(config, pg_collection, device, watchdog))
+                return _train(set_up(config, pg_collection, device, watchdog), claim)
         watchdog = Watchdog(dist.get_rank(), dist.get_world_size())
         try:
             with speaking(watchdog):
-                return _train(set_up(config, pg_collection, device, watchdog))
+                return _train(set_up(config, pg_collection, device, watchdog), claim)
         finally:
             watchdog.close()
 
 
-def _train(run: Run) -> bool:
+def _train(run: Run, claim: Claim) -> bool:
     stop = StopRequest()
     try:
         with speaking(run.watchdog):
-            step = _all_steps(run, stop)
+            step = _all_steps(run, stop, claim)
             _say_saved(run.saver.poll(blocking=True))
+            agree(claim.problem(), False, run.device)
     except DattnError as error:
         if error.shared:  # the same on every rank: a save that is under way is finished
             _say_saved(run.saver.poll(blocking=True))
@@ -87,37 +88,56 @@ def _train(run: Run) -> bool:
     return step == run.last_step
 
 
-def _all_steps(run: Run, stop: StopRequest) -> int:
-    """Steps until the last one or a stopping signal, and saves; returns the steps done by then."""
+def _all_steps(run: Run, stop: StopRequest, claim: Claim) -> int:
+    """Steps until the last one or a stopping signal, and saves; returns the steps done by then.
+
+    A run whose folder is gone stops as by a signal.
+    """
     step = saved = run.first_step
     problem: DattnError | None = None
     while step < run.last_step:
-        batch, agreed = _next_batch(run, step, stop, problem)
+        wants_stop = stop.received is not None or claim.is_gone()
+        batch, agreed = _next_batch(run, step, wants_stop, problem)
         if agreed.stop:
             break
         assert batch is not None  # a rank without one has a problem, which all ranks raise
         result, share = _one_step(run, step, batch, agreed)
         step += 1
-        _say_saved(run.saver.poll())
+        _finish_pending(run, claim)
         problem = _note(run, step, batch, agreed, result, share)
         if step % run.config.checkpoint.save_interval == 0 or step == run.last_step:
             agree(problem, False, run.device)  # a run that must end saves no more
-            _save(run, step)
-            saved = step
-    if step > saved:
-        _save(run, step)
+            if _save(run, step, claim):
+                saved = step
+    _save(run, step, claim, unsaved=step > saved)
     return step
 
 
+def _finish_pending(run: Run, claim: Claim, blocking: bool = False) -> None:
+    """Finishes an asynchronous save; one that lost its folder on the way is given up."""
+    try:
+        _say_saved(run.saver.poll(blocking=blocking))
+    except CheckpointError:
+        if not _said_by_first(claim.is_gone()):
+            raise
+
+
+def _said_by_first(mine: bool) -> bool:
+    """What rank 0, which looks after the folder, says to all."""
+    said = [mine]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]
+
+
 def _next_batch(
-    run: Run, step: int, stop: StopRequest, problem: DattnError | None
+    run: Run, step: int, wants_stop: bool, problem: DattnError | None
 ) -> tuple[GlobalBatch | None, Agreement]:
     """The data of a step, and what all ranks say before it.
 
     Args:
         run: the run.
         step: 0-based.
-        stop: whether this process received a signal.
+        wants_stop: whether this process received a signal, or knows that the run cannot go on.
         problem: what this rank found wrong after the step before.
 
     Raises:
@@ -137,7 +157,7 @@ def _next_batch(
     run.watchdog.phase(f"step {step + 1}", *limit)
     return batch, agree(
         problem,
-        stop.received is not None,
+        wants_stop,
         run.device,
         failures=batch.failures if batch is not None else (),
         data_wait=waited,
@@ -190,17 +210,24 @@ def _note(
     try:
         run.reporter.step(step, result, batch, agreed, share)
         return run.ledger.step(step, batch, agreed.failures)
-    except Exception as error:  # noqa: BLE001 (a full disk, mostly; the other ranks must know)
+    except OSError as error:
+        return cannot_report(run.config, error)
+    except Exception as error:  # noqa: BLE001 (a defect; the other ranks must know)
         return unexpected(error, f"reporting step {step}", Path(run.config.log.run_dir))
 
 
-def _save(run: Run, step: int) -> None:
+def _save(run: Run, step: int, claim: Claim, unsaved: bool = True) -> bool:
+    """Saves what is not saved, or is gone with the folder; returns whether it did."""
+    _finish_pending(run, claim, blocking=True)
+    if not _said_by_first((unsaved or claim.is_gone()) and not claim.is_anothers()):
+        return False
     limit = run.config.health.checkpoint_timeout_seconds
     run.watchdog.phase(f"saving after step {step}", limit, "health.checkpoint_timeout_seconds")
     with gathered_weights(run.model, run.config):
         _say_saved(run.saver.save(step))
     if run.reporter is not None:
         run.reporter.restart_clock(step)
+    return True
 
 
 def _say_saved(folder: Path | None) -> None:
@@ -211,11 +238,14 @@ def _say_saved(folder: Path | None) -> None:
 def _close(run: Run, step: int) -> None:
     """Writes the reports of the whole run, and that it is finished where it is."""
     if run.reporter is not None and run.ledger is not None:
-        run.reporter.close(step)
-        run.ledger.close(run.data.steps, run.data.num_samples)
-        if step == run.last_step:
-            done = Path(run.config.log.run_dir) / FINISHED
-            done.write_text(json.dumps({"step": step}), encoding="utf-8")
+        try:
+            run.reporter.close(step)
+            run.ledger.close(run.data.steps, run.data.num_samples)
+            if step == run.last_step:
+                done = Path(run.config.log.run_dir) / FINISHED
+                done.write_text(json.dumps({"step": step}), encoding="utf-8")
+        except OSError as error:
+            raise cannot_report(run.config, error) from None
     if step < run.last_step:
         logger.info(
             "stopped by a signal at step %d of %d; start again to go on", step, run.last_step

@@ -1,4 +1,4 @@
-"""One run at a time writes into a run folder."""
+"""One run at a time writes into a run folder, and notices when the folder is taken away."""
 
 from __future__ import annotations
 
@@ -26,8 +26,62 @@ LOCK = ".lock"
 PATIENCE_SECONDS = 120.0
 
 
+class Claim:
+    """A run folder while a run writes into it. Ranks without the lock see nothing wrong.
+
+    Args:
+        run_dir: the folder.
+        held: its lock, on rank 0; None where the file system knows none.
+        watches: whether this rank looks after the folder.
+    """
+
+    def __init__(self, run_dir: Path, held: IO[str] | None, watches: bool) -> None:
+        self.run_dir, self._lock = run_dir, held
+        self._known: os.stat_result | None = None
+        self._found = "here"
+        if watches:
+            with contextlib.suppress(OSError):
+                self._known = os.fstat(held.fileno()) if held else os.stat(run_dir)
+
+    def is_gone(self) -> bool:
+        """Whether the folder was deleted, moved, or replaced by another one."""
+        return self._state() != "here"
+
+    def is_anothers(self) -> bool:
+        """Whether there is another folder in its place, into which this run must not write."""
+        return self._state() == "replaced"
+
+    def problem(self) -> ConfigError | None:
+        """The error that ends the run, where the folder is gone."""
+        if not self.is_gone():
+            return None
+        if self.is_anothers():
+            what = "another folder is in its place, and nothing was saved there; choose another"
+            return ConfigError(f"{self._told()}; {what} log.run_dir")
+        return ConfigError(
+            f"{self._told()}; its metrics, samples and settings are not there any more. A "
+            "checkpoint of the last step was saved there anew: start again to go on from it"
+        )
+
+    def _told(self) -> str:
+        return f"log.run_dir={self.run_dir} was deleted or moved while the run wrote into it"
+
+    def _state(self) -> str:
+        """What was found first: a save into a folder that is gone makes it again."""
+        if self._found == "here" and self._known is not None:
+            try:
+                now = os.stat(self.run_dir / LOCK if self._lock else self.run_dir)
+                if not os.path.samestat(now, self._known):
+                    self._found = "replaced"
+            except (FileNotFoundError, NotADirectoryError):
+                self._found = "gone"
+            except OSError:  # a network file system that is not there for a moment
+                pass
+        return self._found
+
+
 @contextlib.contextmanager
-def claimed(run_dir: Path, device: torch.device) -> Iterator[None]:
+def claimed(run_dir: Path, device: torch.device) -> Iterator[Claim]:
     """Holds the run folder while the block runs; called by all ranks, rank 0 holds it.
 
     The kernel lets go when the process ends, however it ends. Where the file system knows no locks,
@@ -44,7 +98,7 @@ def claimed(run_dir: Path, device: torch.device) -> Iterator[None]:
             problem = error
     try:
         agree(problem, False, device)
-        yield
+        yield Claim(run_dir, held, watches=dist.get_rank() == 0)
     finally:
         if held is not None:
             held.close()

@@ -24,12 +24,12 @@ from dattn_mcore.checkpoint.load import (
     resume,
 )
 from dattn_mcore.checkpoint.save import CheckpointSaver
-from dattn_mcore.config.load import to_yaml
+from dattn_mcore.config.load import from_dict, to_yaml
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import difference
 from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.tokenizer import load_tokenizer
-from dattn_mcore.errors import ConfigError, DataError, DattnError
+from dattn_mcore.errors import CheckpointError, ConfigError, DataError, DattnError
 from dattn_mcore.layers.implementation import TRANSFORMER_ENGINE, choose_implementation
 from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel
@@ -41,6 +41,7 @@ from dattn_mcore.training.last_words import unexpected
 from dattn_mcore.training.ledger import SampleLedger
 from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
 from dattn_mcore.training.report import Reporter
+from dattn_mcore.training.resumed_settings import take_settings
 from dattn_mcore.training.start_checks import check_checkpoint_folder
 from dattn_mcore.training.watchdog import Watchdog
 
@@ -103,31 +104,45 @@ def set_up(
         "loading", health.checkpoint_timeout_seconds, "health.checkpoint_timeout_seconds"
     )
     found = choose_checkpoint(run_dir / "checkpoints") if config.checkpoint.resume else None
+    schedule = last = total_steps(config, data)
     if found is not None:
         check_same_run(config, found[1], found[0], data.identity)
+        config, schedule = take_settings(config, found[1], last, _schedule_of(found[1], data))
     chunks = _build(config, pg_collection, device, found)
     model = wrap_ddp(chunks, config, pg_collection)
     optimizer = build_optimizer(config, model)
-    last = total_steps(config, data)
-    scheduler = build_scheduler(config, optimizer, last)
+    scheduler = build_scheduler(config, optimizer, schedule)
     first = 0
     if found is not None:
         first = resume(*found, chunks, optimizer, pg_collection)
         scheduler.step(first)
         logger.info("resumed at step %d of %d", first, last)
-    reporter = ledger = None
+    reporter = ledger = problem = None
     if dist.get_rank() == 0:
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        reporter = Reporter(config, run_dir, first, last)
-        share = config.data.max_bad_share
-        ledger = SampleLedger(run_dir, data.index, share, first, data.num_trainable)
+        try:
+            (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            reporter = Reporter(config, run_dir, first, last)
+            share = config.data.max_bad_share
+            ledger = SampleLedger(run_dir, data.index, share, first, data.num_trainable)
+        except OSError as error:
+            problem = cannot_report(config, error)
+    agree(problem, False, device)
     saver = CheckpointSaver(
         *(run_dir / "checkpoints", config, chunks, optimizer, pg_collection),
-        *(data.identity, data.tokenizer_fingerprint),
+        *(data.identity, data.tokenizer_fingerprint, schedule),
     )
     return Run(
         *(config, pg_collection, device, watchdog, data, model, optimizer, scheduler, saver),
         *(first, last, reporter, ledger),
+    )
+
+
+def cannot_report(config: Config, error: OSError) -> CheckpointError:
+    """The error that ends a run whose reports cannot be written, a full disk above all."""
+    return CheckpointError(
+        f"log.run_dir={config.log.run_dir}: reports cannot be written there "
+        f"({error.strerror or error}); free space, or mend its permissions, and start again to go "
+        "on from the newest checkpoint"
     )
 
 
@@ -136,6 +151,13 @@ def total_steps(config: Config, data: DataPipeline) -> int:
     if config.train.steps is not None:
         return config.train.steps
     return max(1, data.steps.up_to(math.ceil(data.num_samples * config.train.epochs)))
+
+
+def _schedule_of(manifest: dict[str, Any], data: DataPipeline) -> int:
+    """Steps of the learning rate's schedule in a checkpoint of this run."""
+    if manifest.get("schedule_steps") is not None:
+        return int(manifest["schedule_steps"])
+    return total_steps(from_dict({"train": manifest["config"]["train"]}), data)
 
 
 def _open_data_in_turn(

@@ -1,4 +1,8 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C end the step, save, and exit; all ranks agree on when."""
+"""A signal that asks to stop ends the step, saves, and exits; all ranks agree on when.
+
+SIGHUP is a closed terminal, SIGINT is Ctrl-C, SIGUSR1 and SIGUSR2 are what batch systems send,
+SIGXCPU is a limit of CPU time. torchrun passes on SIGHUP, SIGINT, SIGQUIT and SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,10 @@ import signal
 import time
 from types import FrameType
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOPPING = (
+    *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
 AGAIN_SECONDS = 2.0  # torchrun passes on a Ctrl-C that the terminal has sent to its ranks as well
 
 
@@ -19,7 +26,8 @@ class StopRequest:
         self._previous = {
             number: signal.signal(number, self._remember)
             for number in STOPPING
-            if signal.getsignal(number) is not signal.SIG_IGN  # as of a job in the background
+            if signal.getsignal(number)
+            is not signal.SIG_IGN  # as of nohup, or a job in the background
         }
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

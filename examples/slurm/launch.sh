@@ -157,9 +157,9 @@ run_and_finish() {
   finish "$status"
 }
 
-# Finished checkpoints sort by step; unfinished ones end in .tmp.
+# Finished checkpoints sort by step; folders with other names are not the trainer's.
 newest_checkpoint() {
-  local folders=("$RUN_DIR"/checkpoints/step_*[0-9])
+  local folders=("$RUN_DIR"/checkpoints/step_[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9])
   printf '%s' "${folders[-1]}"
 }
 

@@ -258,9 +258,12 @@ def run_training_with_log(tree: dict[str, Any]) -> tuple[bool, str]:
     handler = logging.StreamHandler(stream)
     logger = logging.getLogger("dattn_mcore")
     logger.addHandler(handler)
+    before = logger.level
+    logger.setLevel(logging.INFO)
     try:
         return run_training(tree), stream.getvalue()
     finally:
+        logger.setLevel(before)
         logger.removeHandler(handler)
 
 
@@ -380,7 +383,7 @@ def load_and_save(tree: dict[str, Any], source: str, target: str) -> None:
     dist_checkpointing.save(model_state(chunks, groups), target, ("torch_dist", 1))
     dist.barrier()
     if dist.get_rank() == 0:
-        write_manifest(Path(target), config, step=1)
+        write_manifest(Path(target), config)
 
 
 def count_parameters(tree: dict[str, Any]) -> tuple[int, tuple[int, int]]:

@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from dattn_mcore.checkpoint import folders
+from dattn_mcore.checkpoint.manifest import read_manifest
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError, DattnError, FaultError
 from dattn_mcore.training import start_checks, watchdog
@@ -39,7 +40,7 @@ def whole_checkpoints(run_dir):
     """Names of checkpoints whose every file is as it was written."""
     found = []
     for folder in sorted((run_dir / "checkpoints").glob("step_*")):
-        files = folders.read_manifest(folder)["files"]
+        files = read_manifest(folder)["files"]
         if folders.damage(folder, sorted(files), files) is None:
             found.append(folder.name)
     return found

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dattn_mcore.checkpoint.folders import damage, read_manifest
+from dattn_mcore.checkpoint.folders import damage
+from dattn_mcore.checkpoint.manifest import read_manifest
+from tests.distributed.disk_jobs import train_on_a_full_disk
 from tests.distributed.jobs import (
     adam_steps_after_resume,
     read_metrics,
@@ -322,6 +324,25 @@ def test_a_damaged_init_from_is_an_error(pool, two_checkpoints, tmp_path_factory
     message = f"{newest} cannot be read: .*name an older one .step_00000002."
     with pytest.raises(WorkerError, match=message):
         pool.run(run_training, 1, other)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_of_one_rank_ends_all(pool, digits, tmp_path, rank, asynchronous):
+    """With the same line; nobody waits for a rank that could not write."""
+    checkpoint = {"save_interval": 1, "asynchronous": asynchronous}
+    tree = tree_for(digits, tmp_path, checkpoint=checkpoint)
+    said, again = pool.run(train_on_a_full_disk, 2, tree, rank, 100_000)
+    assert said == again
+    assert "could not be written (" in said and "File too large" in said
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_disk_too_full_for_reports_ends_all(pool, digits, tmp_path):
+    """The rank that writes them does not leave the others waiting."""
+    said, again = pool.run(train_on_a_full_disk, 2, tree_for(digits, tmp_path), 0, 600, "step")
+    assert said == again
+    assert f"log.run_dir={tmp_path}: reports cannot be written there (File too large)" in said
 
 
 def test_optimizer_steps_are_counted_once(pool, digits, two_checkpoints):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -137,16 +138,16 @@ def test_a_run_prints_what_matters_and_goes_on(workspace):
     assert "resumed at step 2 of 3" in again.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_and_exits_cleanly(workspace, number):
-    """SIGUSR1, as Slurm sends it before the time limit; SIGINT, as Ctrl-C does."""
+    """SIGUSR1, as Slurm sends it before the time limit; SIGINT, as Ctrl-C does; SIGHUP."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "pretrain_dattn.py"), *SMALL, "train.steps=100000"],
         cwd=workspace,
         env=environment,
         # A shell's background job, as tests may be, ignores Ctrl-C and passes that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -163,6 +164,32 @@ def test_signal_saves_and_exits_cleanly(workspace, number):
     assert "stopped by a signal" in rest
     saved = list((workspace / "runs/digits_pretrain/checkpoints").iterdir())
     assert len(saved) == 1 and saved[0].suffix == ""
+
+
+def test_a_closed_terminal_saves(workspace):
+    """The kernel says SIGHUP, and nothing that the run says can be written any more."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(workspace)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        arguments = [sys.executable, str(ROOT / "pretrain_dattn.py"), *SMALL, "train.steps=100000"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        os.execve(sys.executable, arguments, environment)
+    try:
+        with os.fdopen(terminal, "r", errors="replace") as lines:
+            for line in lines:
+                if line.startswith("step "):
+                    break
+            else:
+                pytest.fail("the run did no step")
+        _, alive = psutil.wait_procs([psutil.Process(process)], timeout=120)
+        assert not alive
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+    (saved,) = (workspace / "runs/digits_pretrain/checkpoints").iterdir()
+    assert (saved / "dattn.json").is_file() and saved.suffix == ""
 
 
 def test_ranks_of_a_killed_torchrun_save_and_end(workspace):

@@ -7,7 +7,7 @@ one layer of a stacked tensor costs one layer of memory. Writing is in `streamin
 from __future__ import annotations
 
 import io
-import json
+import logging
 import os
 import pickle
 from collections.abc import Mapping
@@ -17,20 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import TensorStorageMetadata
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from dattn_mcore.checkpoint.folders import (
-    FORMAT,
+from dattn_mcore.checkpoint import manifest
+from dattn_mcore.checkpoint.content import RNG, SMALL, check_content
+from dattn_mcore.checkpoint.folders import damage, data_files, digest, find_checkpoints
+from dattn_mcore.checkpoint.manifest import (
     MANIFEST,
-    data_files,
     describe_tokenizer,
-    digest,
-    find_checkpoints,
+    new_manifest,
     read_manifest,
 )
-from dattn_mcore.checkpoint.metadata import NAME, read_metadata
 from dattn_mcore.config.checks import check_config
-from dattn_mcore.config.load import from_dict, to_dict
+from dattn_mcore.config.load import from_dict
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError
 from tools.checkpoint_convert.mapping import Shape
@@ -38,7 +37,8 @@ from tools.checkpoint_convert.safetensors_folder import PICKLES
 from tools.checkpoint_convert.streaming import Planned, write_tensors
 from tools.checkpoint_convert.workers import Progress
 
-NOT_THE_MODEL = ("optimizer.", "chained_")  # key prefixes of what a conversion leaves behind
+logger = logging.getLogger(__name__)
+NOT_THE_MODEL = ("optimizer.", "chained_", RNG)  # key prefixes of what a conversion leaves behind
 
 
 class DistCheckpoint:
@@ -60,31 +60,15 @@ class DistCheckpoint:
         Raises:
             CheckpointError: it is missing or unreadable.
         """
-        self.path = _find(Path(path))
-        manifest = read_manifest(self.path)
-        self.step = int(manifest["step"])
-        tokenizer = manifest.get("tokenizer")
-        self.tokenizer: dict[str, Any] = tokenizer if isinstance(tokenizer, dict) else {}
-        self._files: dict[str, Any] = manifest["files"]
-        for name, (size, _) in sorted(self._files.items()):
-            self._check_inside(name, MANIFEST)
-            found = (self.path / name).stat().st_size if (self.path / name).is_file() else None
-            if found != size:
-                what = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                raise CheckpointError(f"{self.path}: {name} {what}; use an earlier checkpoint")
+        self.path, fields, self._metadata = _open(Path(path))
+        self.step = int(fields["step"])
+        self.tokenizer: dict[str, Any] = fields.get("tokenizer", {})
+        self._files: dict[str, Any] = fields["files"]
         try:
-            self.config: Config = from_dict(manifest["config"])
+            self.config: Config = from_dict(fields["config"])
             check_config(self.config)
         except ConfigError as error:
             raise CheckpointError(f"{self.path / MANIFEST}: {error}") from None
-        self._metadata = read_metadata(self.path)
-        for place in self._metadata.storage_data.values():
-            self._check_inside(place.relative_path, NAME)
-            if place.relative_path not in self._files:
-                raise CheckpointError(
-                    f"{self.path / NAME} names {place.relative_path}, which {MANIFEST} does not; "
-                    "use another checkpoint"
-                )
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.ignored: list[str] = []
@@ -100,21 +84,15 @@ class DistCheckpoint:
         """Size and SHA-256 of every file, as the manifest promises."""
         return {name: (size, sha256) for name, (size, sha256) in self._files.items()}
 
-    def _check_inside(self, name: str, index: str) -> None:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(
-                f"{self.path / index} names {name!r}; an index may only name files of its own "
-                "folder"
-            )
-
     def place(self, key: str, layer: int | None = None) -> tuple[str, int]:
         """File and offset where a tensor, or one layer of it, begins."""
         stored: Any = self._metadata.state_dict_metadata[key]
         for chunk in stored.chunks:
             first, count = (chunk.offsets[0], chunk.sizes[0]) if chunk.sizes else (0, 1)
             if layer is None or first <= layer < first + count:
-                where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-                return str(where.relative_path), int(where.offset)
+                where = self._metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+                if where is not None:
+                    return str(where.relative_path), int(where.offset)
         return "", 0  # read() says what is missing
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
@@ -150,12 +128,16 @@ class DistCheckpoint:
         return result if layer is None else result[0]
 
     def _read_chunk(self, key: str, offsets: torch.Size, sizes: list[int]) -> Tensor:
-        place = self._metadata.storage_data[MetadataIndex(key, offsets)]
+        place = self._metadata.storage_data.get(MetadataIndex(key, offsets))
+        if place is None:
+            raise CheckpointError(f"{self.path}: {key} has no place in a file; it is damaged")
         file = self.path / place.relative_path
         try:
             with file.open("rb", buffering=0) as stream:
                 section: Any = _Section(stream, place.offset, place.length)
                 part = torch.load(section, map_location="cpu", weights_only=True)
+            if not isinstance(part, Tensor) or part.dtype != self.dtypes[key]:
+                raise ValueError
             return part.reshape(sizes)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(
@@ -164,10 +146,41 @@ class DistCheckpoint:
             ) from None
 
 
-def _find(path: Path) -> Path:
-    """The newest checkpoint behind a path; what else was given is named in the error."""
+def _open(path: Path) -> tuple[Path, dict[str, Any], Metadata]:
+    """The newest checkpoint behind a path that is not damaged, its manifest and its index.
+
+    Shards are compared by size; whoever reads them checks their hashes.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    candidates = _find(path)
+    damaged = False
+    for folder in candidates:
+        try:
+            fields = read_manifest(folder)
+            names = sorted(fields["files"])
+            problem = damage(folder, names, fields["files"], hashes=False)
+            problem = problem or damage(folder, list(SMALL), fields["files"])
+            if problem:
+                raise CheckpointError(f"{folder}: {problem}; use an earlier checkpoint")
+            index = check_content(folder, fields)
+        except (CheckpointError, OSError) as error:
+            if len(candidates) == 1:
+                raise CheckpointError(str(error)) from None
+            logger.warning("warning: checkpoint %s cannot be read: %s", folder, error)
+            damaged = True
+            continue
+        if damaged:
+            logger.warning("warning: checkpoint %s is taken instead", folder)
+        return folder, fields, index
+    raise CheckpointError(f"no checkpoint in {path} is readable (see the warnings above)")
+
+
+def _find(path: Path) -> list[Path]:
+    """The checkpoints behind a path, newest first; what else was given is named in the error."""
     try:
-        return find_checkpoints(path)[0]
+        return find_checkpoints(path)
     except CheckpointError:
         if not path.exists():
             raise CheckpointError(f"{path} does not exist") from None
@@ -243,23 +256,17 @@ def write_checkpoint(
     """
     path.mkdir(parents=True, exist_ok=True)
     known = write_tensors(path, tensors, progress, processes)
-    write_manifest(path, config, step=0, known=known)
+    write_manifest(path, config, known)
 
 
 def write_manifest(
-    path: Path, config: Config, step: int, known: Mapping[str, list[Any]] | None = None
+    path: Path, config: Config, known: Mapping[str, list[Any]] | None = None
 ) -> None:
-    """Writes `dattn.json`, with which a checkpoint is whole: step, configuration, all files."""
+    """Writes `dattn.json`, with which converted weights are whole: configuration, all files."""
     known = known or {}
     files = {
         name: known.get(name) or [(path / name).stat().st_size, digest(path / name)]
         for name in data_files(path)
     }
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "tokenizer": describe_tokenizer(config),
-        "config": to_dict(config),
-        "files": files,
-    }
-    (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    fields = new_manifest(config, step=0, tokenizer=describe_tokenizer(config))
+    manifest.write_manifest(path, fields, files)

@@ -1,7 +1,6 @@
 """A checkpoint's index is a pickle: it must not be able to run code."""
 
 import io
-import json
 import os
 import pickle
 import pickletools
@@ -11,11 +10,11 @@ import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItemType
 
-from dattn_mcore.checkpoint import folders
 from dattn_mcore.checkpoint.load import choose_checkpoint
 from dattn_mcore.checkpoint.metadata import NEEDED, read_metadata
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.parallel.groups import single_process
+from tests.unit.checkpoint.runs import vouch
 from tests.unit.convert.convert_helpers import make_checkpoint, make_tokenizer, small_config
 from tools.checkpoint_convert.__main__ import main
 
@@ -41,9 +40,7 @@ def checkpoint(tmp_path):
 def forge(checkpoint, data):
     """Another index, and a manifest that vouches for it."""
     (checkpoint / ".metadata").write_bytes(data)
-    manifest = json.loads((checkpoint / "dattn.json").read_text())
-    manifest["files"][".metadata"] = [len(data), folders.digest(checkpoint / ".metadata")]
-    (checkpoint / "dattn.json").write_text(json.dumps(manifest))
+    vouch(checkpoint)
 
 
 def attacks(target):

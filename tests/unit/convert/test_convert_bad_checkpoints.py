@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dattn_mcore.checkpoint import folders
+from tests.unit.checkpoint.runs import seal, vouch
 from tests.unit.convert.convert_helpers import make_checkpoint, make_tokenizer, small_config
 from tools.checkpoint_convert.__main__ import main
 
@@ -26,7 +26,7 @@ def manifest_of(checkpoint):
 
 
 def rewrite(checkpoint, manifest):
-    (checkpoint / "dattn.json").write_text(json.dumps(manifest))
+    seal(checkpoint, manifest)
 
 
 def data_file(checkpoint):
@@ -48,7 +48,7 @@ def no_manifest(checkpoint):
 
 def manifest_leads_outside(checkpoint):
     manifest = manifest_of(checkpoint)
-    manifest["files"]["../tokenizer.model"] = [1, "0"]
+    manifest["files"]["../tokenizer.model"] = [1, "0" * 64]
     rewrite(checkpoint, manifest)
 
 
@@ -61,9 +61,7 @@ def index_leads(place):
         first = next(iter(index.storage_data))
         index.storage_data[first] = replace(index.storage_data[first], relative_path=place)
         file.write_bytes(pickle.dumps(index))
-        manifest = manifest_of(checkpoint)
-        manifest["files"][".metadata"] = [file.stat().st_size, folders.digest(file)]
-        rewrite(checkpoint, manifest)
+        vouch(checkpoint)
 
     return change
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dattn_mcore.data.tokenizer import load_tokenizer, train_tokenizer
+from tests.unit.checkpoint.runs import seal
 from tests.unit.convert.convert_helpers import (
     make_checkpoint,
     make_tokenizer,
@@ -191,7 +192,7 @@ def test_the_tokenizer_is_the_runs_own(tmp_path, capsys, monkeypatch):
     make_checkpoint(home / "a", small_config(Path("tokenizer.model")))
     manifest = json.loads((home / "a/dattn.json").read_text())
     manifest["tokenizer"]["fingerprint"] = load_tokenizer(tokenizer).fingerprint
-    (home / "a/dattn.json").write_text(json.dumps(manifest))
+    seal(home / "a", manifest)
     monkeypatch.chdir(tmp_path)
     assert main(["mcore-to-hf", "--no-check", str(home / "a"), "hf"]) == 0
 

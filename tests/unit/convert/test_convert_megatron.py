@@ -79,7 +79,7 @@ def test_logits_of_the_export_equal_the_trained_models(tmp_path, family, kind, m
     config = replace(small_config(tokenizer, family, kind, **model), attention=attention)
     rows = (config.model.vision.image_size // config.model.vision.patch_size) ** 2
     batch, tiles = micro_batch(rows)
-    checkpoint = tmp_path / "step_00000001"
+    checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     with single_process() as groups:
         (trained,) = build_model(config, groups, torch.device("cpu"))
@@ -90,7 +90,7 @@ def test_logits_of_the_export_equal_the_trained_models(tmp_path, family, kind, m
             expected = trained(inputs, return_logits=True)[: len(batch.text_ids)]
         state = model_state([trained], groups)
         dist_checkpointing.save(state, str(checkpoint), ("torch_dist", 1))
-    write_manifest(checkpoint, config, step=1)
+    write_manifest(checkpoint, config)
 
     mcore_to_hf.convert(checkpoint, tmp_path / "hf")
     exported = DattnForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()

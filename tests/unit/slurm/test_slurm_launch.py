@@ -176,8 +176,9 @@ def test_a_crash_comes_back_if_the_run_got_on(job):
     (job.run_dir / "checkpoints/step_00000500").mkdir(parents=True)
     assert job.run("exit 137")[0] == 137
     assert not job.requeued
-    assert job.run(f'mkdir "{job.run_dir}/checkpoints/step_00001000.tmp"; exit 137')[0] == 137
-    assert not job.requeued
+    for name in ("step_00001000.tmp", "step_best2", "step_00001000_backup1", "step_9"):
+        assert job.run(f'mkdir "{job.run_dir}/checkpoints/{name}"; exit 137')[0] == 137
+        assert not job.requeued, name
     assert job.run(f'mkdir "{job.run_dir}/checkpoints/step_00001000"; exit 137')[0] == 0
     assert job.requeued
 
