@@ -57,6 +57,8 @@ def speaking(watchdog: Watchdog) -> Iterator[None]:
             watchdog.ended("out of memory")
         raise
     except Exception as error:
+        if watchdog.has_ended:  # told by an inner block
+            raise
         doing = watchdog.doing
         if is_out_of_memory(error):
             message = (

@@ -101,6 +101,7 @@ def _run(config: Config, arguments: list[str]) -> int:
     platform.load_no_compiler(config.train.device)
     from dattn_mcore.layers.implementation import choose_implementation
     from dattn_mcore.parallel import groups
+    from dattn_mcore.training.last_words import speaking
     from dattn_mcore.training.loop import train
     from dattn_mcore.training.plan import attention_backends
     from dattn_mcore.training.start_checks import check_all_reduce
@@ -120,24 +121,25 @@ def _run(config: Config, arguments: list[str]) -> int:
         watchdog = Watchdog(0, 1)
     together = True
     try:
-        # What cannot run is told before anything is built.
-        attention_backends(config, device_kind)
-        choose_implementation(config)
-        limit = config.health.start_timeout_seconds
-        watchdog.phase("the first all-reduce", limit, "health.start_timeout_seconds")
-        check_all_reduce(device)
-        watchdog.phase("making process groups", limit, "health.start_timeout_seconds")
-        pg_collection = groups.initialize_model_parallel(config.parallel, config.train.seed)
-        logger.info(
-            "%s: %s on %d %s process%s, tp %d x pp %d x dp %d%s",
-            *(Path(config.log.run_dir).name, config.train.stage, dist.get_world_size()),
-            *(device_kind.upper(), "" if dist.get_world_size() == 1 else "es"),
-            *(config.parallel.tp, config.parallel.pp, pg_collection.dp.size()),
-            ", sequence parallel" if config.parallel.sp else "",
-        )
-        watchdog.phase("preparing data", 0, "")
-        _prepare_data(config, device)
-        train(config, pg_collection, device, watchdog)
+        with speaking(watchdog):
+            # What cannot run is told before anything is built.
+            attention_backends(config, device_kind)
+            choose_implementation(config)
+            limit = config.health.start_timeout_seconds
+            watchdog.phase("the first all-reduce", limit, "health.start_timeout_seconds")
+            check_all_reduce(device)
+            watchdog.phase("making process groups", limit, "health.start_timeout_seconds")
+            pg_collection = groups.initialize_model_parallel(config.parallel, config.train.seed)
+            logger.info(
+                "%s: %s on %d %s process%s, tp %d x pp %d x dp %d%s",
+                *(Path(config.log.run_dir).name, config.train.stage, dist.get_world_size()),
+                *(device_kind.upper(), "" if dist.get_world_size() == 1 else "es"),
+                *(config.parallel.tp, config.parallel.pp, pg_collection.dp.size()),
+                ", sequence parallel" if config.parallel.sp else "",
+            )
+            watchdog.phase("preparing data", 0, "")
+            _prepare_data(config, device)
+            train(config, pg_collection, device, watchdog)
         groups.destroy_model_parallel()
         return 0
     except DattnError as error:

@@ -100,6 +100,11 @@ class Watchdog:
         """The phase that this rank is in."""
         return self._phase.name
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether this rank has told the others that it is about to end."""
+        return self._phase.name.startswith(_ENDED)
+
     def ended(self, reason: str) -> None:
         """Tells the other ranks why this one is about to end."""
         self._phase = _Phase(f"{_ENDED}{reason}", time.monotonic(), 0.0, "")
