@@ -95,7 +95,8 @@ def score(options: argparse.Namespace) -> int:
     else:
         answers = _answers(options, benchmark)
         result.rows, result.score = len(answers), benchmark.score(answers)
-    result.score = result.score.looked_at(answers)
+    coverage = [] if answers is None else benchmark.coverage()
+    result.score = result.score.looked_at(answers, coverage)
     result.note = "; ".join(result.score.notes)
     console = _console()
     console.print(table([result], options.answers or options.reviews))

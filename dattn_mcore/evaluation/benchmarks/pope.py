@@ -82,6 +82,12 @@ class Pope(Benchmark):
                 notes.append(f"{split}: labels joined by position, as in the original")
                 continue
             by_question = dict(labels)
+            contrary = [key for key, label in labels if by_question[key] != label]
+            if contrary:  # one of the two would be left out
+                raise DataError(
+                    f"{self.root}/coco/coco_pope_{split}.json has yes and no for image "
+                    f"{contrary[0][0]!r}, {contrary[0][1]!r}; take the file anew"
+                )
             for i in numbers:
                 row = self.rows[i]
                 key = row.pictures[0].name if row.pictures else "", _question(row.prompt)
@@ -136,7 +142,10 @@ class Pope(Benchmark):
 
 
 def binary_figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Accuracy, precision, recall, F1 and share of yes, in percent; 0 where undefined."""
+    """Accuracy, precision, recall, F1 and share of yes, in percent; 0 where undefined.
+
+    A row without an answer has the wrong one: a yes where no is right, so that it is no row less.
+    """
 
     def count(parsed: str, truth: str) -> int:
         return sum(o.parsed == parsed and o.truth == truth for o in outcomes)
@@ -145,7 +154,7 @@ def binary_figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
         return 100 * part / whole if whole else 0.0
 
     hits = count("yes", "yes")
-    says_yes = hits + count("yes", "no")
+    says_yes = hits + count("yes", "no") + count("", "no")
     is_yes = sum(o.truth == "yes" for o in outcomes)
     precision, recall = share(hits, says_yes), share(hits, is_yes)
     return {
@@ -153,7 +162,7 @@ def binary_figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
         "precision": precision,
         "recall": recall,
         "F1": 2 * precision * recall / (precision + recall) if hits else 0.0,
-        "yes ratio": share(says_yes, len(outcomes)),
+        "yes ratio": share(sum(o.parsed == "yes" for o in outcomes), len(outcomes)),
     }
 
 

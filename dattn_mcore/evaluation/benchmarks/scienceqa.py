@@ -80,8 +80,14 @@ class ScienceQa(Benchmark):
                 f"{self.root / 'problems.json'} has no test problem {strangers[0]!r}, which is "
                 "asked; the question file belongs to another split"
             )
-        missing = len(problems) - len(self.rows)
-        return [f"{missing} problems of the split are not asked"] * (missing > 0)
+        missing = len(self._unasked(problems))
+        return [
+            f"{missing} problems of the split are not asked; they count as wrong in the accuracy, "
+            "and are in no other figure"
+        ] * (missing > 0)
+
+    def _unasked(self, problems: dict[str, dict[str, Any]]) -> set[str]:
+        return set(problems) - {str(row.question_id) for row in self.rows}
 
     def score(self, answers: Sequence[str | None]) -> Score:
         """See the interface."""
@@ -95,7 +101,7 @@ class ScienceQa(Benchmark):
                 LETTERS.index(letter) == problem["answer"]
             )
             outcomes.append(Outcome(float(right), letter, LETTERS[problem["answer"]]))
-        unasked = len(problems) - len(outcomes)
+        unasked = len(self._unasked(problems))
         outcomes_all = [*outcomes, *([Outcome(0.0, "FAILED", "")] * unasked)]
         marked = [o for o, r in zip(outcomes, self.rows, strict=True) if IMAGE_MARK in r.prompt]
         plain = [o for o, r in zip(outcomes, self.rows, strict=True) if IMAGE_MARK not in r.prompt]

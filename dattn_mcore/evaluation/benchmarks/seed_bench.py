@@ -20,6 +20,7 @@ from dattn_mcore.evaluation.guessing import compare, count_choices
 from dattn_mcore.evaluation.scores import Outcome, Score, bars, mean, percent
 from dattn_mcore.evaluation.text import leading_letter
 
+KINDS = ("image", "video")
 FRAMES = "SEED-Bench-video-image"
 
 
@@ -54,6 +55,10 @@ class SeedBench(Benchmark):
     def _all_rows(self) -> list[Row]:
         return self.llava_rows("llava-seed-bench.jsonl", "")
 
+    def file_rows(self) -> int:
+        """See the interface."""
+        return len(self._all_rows)
+
     def left_out(self) -> set[Hashable]:
         """The video rows, where they are not asked: answers to all rows can be scored so."""
         rows = self._all_rows if self.options.seed_images_only else []
@@ -86,6 +91,8 @@ class SeedBench(Benchmark):
             where = f"{path}: question {row.question_id!r}"
             kind = take(entry, "question_type_id", int, where)
             data_type = take(entry, "data_type", str, where)
+            if data_type not in KINDS:  # it would be in neither of the two figures
+                raise DataError(f"{where}: data_type is {data_type!r}; it must be image or video")
             truths.append(
                 (take(entry, "answer", str, where), names.get(kind, str(kind)), data_type)
             )
@@ -96,7 +103,7 @@ class SeedBench(Benchmark):
         return self._unasked(self.truths())
 
     def _unasked(self, truths: Sequence[tuple[str, str, str]]) -> list[str]:
-        absent = [kind for kind in ("image", "video") if kind not in {t[2] for t in truths}]
+        absent = [kind for kind in KINDS if kind not in {t[2] for t in truths}]
         return [f"no rows about {kind}s are asked; the score is over the others" for kind in absent]
 
     def score(self, answers: Sequence[str | None]) -> Score:
@@ -111,7 +118,7 @@ class SeedBench(Benchmark):
         chances = [1 / count_choices(row.prompt) for row in self.rows]
         guesses = compare("accuracy", [o.credit for o in outcomes], chances)
         figures = {}
-        for kind in ("image", "video"):
+        for kind in KINDS:
             group = [o for o, t in zip(outcomes, truths, strict=True) if t[2] == kind]
             if group:
                 figures[kind] = percent(group)

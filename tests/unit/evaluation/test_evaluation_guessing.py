@@ -8,6 +8,7 @@ import pytest
 
 from dattn_mcore.evaluation.__main__ import main
 from dattn_mcore.evaluation.benchmarks import make_benchmark
+from dattn_mcore.evaluation.benchmarks.mmstar import MmStar
 from dattn_mcore.evaluation.guessing import compare, count_choices, look_at, needed
 from dattn_mcore.evaluation.scores import Outcome
 from tests.unit.evaluation import trees
@@ -163,7 +164,8 @@ def score_mmstar(tmp_path, texts, capsys):
     return status, table, json.loads((tmp_path / "score.json").read_text())["mmstar"]
 
 
-def test_the_command_says_when_a_score_is_luck(tmp_path, capsys):
+def test_the_command_says_when_a_score_is_luck(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(MmStar, "full_rows", 40)
     right = ["ABCD"[number % 4] for number in range(40)]
     status, table, found = score_mmstar(tmp_path, right[:16] + ["E"] * 24, capsys)
     assert status == 0 and found["value"] == 40 and found["guessing"] == 25
