@@ -150,7 +150,7 @@ def judge_from(options: argparse.Namespace) -> JudgeAnswers | None:
         return None
     from dattn_mcore.evaluation.judge import Judge, JudgeSettings
 
-    key = os.environ.get(options.judge_key_env, "")
+    key = os.environ.get(options.judge_key_env, "").strip()  # files with keys end in a line break
     attempts, parallel = options.judge_attempts, options.judge_parallel
     return Judge(
         JudgeSettings(
