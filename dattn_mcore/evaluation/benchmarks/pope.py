@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from dattn_mcore.errors import DataError
@@ -11,15 +12,18 @@ from dattn_mcore.evaluation.guessing import compare
 from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean
 from dattn_mcore.evaluation.text import SHORT_ANSWER, says_no
 
+# The first release says "imange" in some questions and labels; the corrected one says "image".
+FIRST_RANDOM_ROWS = 2910  # the corrected release has 3,000
+MISSPELT = re.compile(r"\bimange\b")
 SPLITS = ("random", "popular", "adversarial")
 
 
 class Pope(Benchmark):
     """Mean F1 of the splits; accuracy, precision, recall, F1 and share of yes of each.
 
-    Labels are joined by image and question. The original joins by position, which is silently
-    wrong for the newer label file of `random` (3,000 rows against 2,910 that are asked);
-    `--as-original` does as it did.
+    Labels are joined by image and question, however these spell "image". The original joins by
+    position, which is silently wrong for the newer label file of `random` (3,000 rows against
+    2,910 that are asked); `--as-original` does as it did.
 
     Source: LLaVA's llava/eval/eval_pope.py.
     """
@@ -94,11 +98,22 @@ class Pope(Benchmark):
                 if key not in by_question:
                     raise DataError(
                         f"{self.root}/coco/coco_pope_{split}.json has no label for image "
-                        f"{key[0]!r}, {key[1]!r}, which is asked; take the label file of the same "
-                        "release as the questions"
+                        f"{key[0]!r}, {key[1]!r}, which is asked; the questions are "
+                        f"{self._release()}: take its label files"
                     )
                 truths[i] = by_question[key]
         return [truths[i] for i in range(len(self.rows))], notes
+
+    def _release(self) -> str:
+        """Which release the questions are of, for messages."""
+        misspelt = sum(bool(MISSPELT.search(row.prompt)) for row in self.rows)
+        count = sum(row.category == "random" for row in self.rows)
+        if not misspelt and count != FIRST_RANDOM_ROWS:
+            return "of the corrected release (3,000 rows of random, no 'imange')"
+        return (
+            f"of the first release ({FIRST_RANDOM_ROWS:,} rows of random, with 'imange' in "
+            f"{misspelt} of {len(self.rows)})"
+        )
 
     def check_truth(self) -> list[str]:
         """See the interface."""
@@ -167,4 +182,4 @@ def binary_figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 def _question(text: str) -> str:
-    return " ".join(text.removesuffix(SHORT_ANSWER).split())
+    return MISSPELT.sub("image", " ".join(text.removesuffix(SHORT_ANSWER).split()))

@@ -178,63 +178,6 @@ def test_gqa(tree, tmp_path):
     ]
 
 
-def test_pope(tree):
-    perfect = score(tree, "pope", ["Yes", "No"] * 3)
-    assert perfect.value == 100 and perfect.figures["random yes ratio"] == 50
-    # all yes: precision 1/2, recall 1
-    result = score(tree, "pope", ["Yes", "Yes"] * 3)
-    assert result.value == pytest.approx(200 / 3)
-    assert result.figures["popular accuracy"] == 50 and result.figures["popular recall"] == 100
-    nothing = score(tree, "pope", ["No", "No"] * 3)
-    assert nothing.value == 0 and nothing.figures["random precision"] == 0  # undefined, no crash
-
-
-def test_pope_labels_out_of_order(tree):
-    """Joined by image and question: the order of the label file does not matter."""
-    path = tree / "pope/coco/coco_pope_random.json"
-    trees.lines(path, read(path)[::-1])
-    answers = ["Yes", "No"] * 3
-    assert score(tree, "pope", answers).value == 100
-    original = score(tree, "pope", answers, as_original=True)
-    assert original.categories["random"].value == 0  # by position: silently wrong
-    assert original.categories["popular"].value == 100
-    assert any("joined by position" in note for note in original.notes)
-
-
-def test_pope_files_of_both_releases(tree):
-    """2,910 questions with the 3,000 labels of the newer `random`, inserted in between."""
-    path = tree / "pope/coco/coco_pope_random.json"
-    rows, questions = [], []
-    for number in range(3000):
-        image = f"COCO_val2014_{number // 6}.jpg"
-        text = f"Is there a thing {number} in the image?"
-        label = "yes" if number % 2 == 0 else "no"
-        rows.append({"question_id": number + 1, "image": image, "text": text, "label": label})
-        if number % 100 >= 3:  # 2,910 of them
-            questions.append(
-                {
-                    "question_id": number,
-                    "image": image,
-                    "text": text + trees.SHORT_ANSWER,
-                    "category": "random",
-                }
-            )
-    assert len(questions) == 2910
-    trees.lines(path, rows)
-    trees.lines(tree / "pope/llava_pope_test.jsonl", questions)
-    answers = ["Yes" if q["question_id"] % 2 == 0 else "No" for q in questions]
-    result = score(tree, "pope", answers)
-    assert result.value == 100
-    assert "random: 2910 rows are asked, the label file has 3000" in result.notes
-    assert score(tree, "pope", answers, as_original=True).value < 60
-    trees.lines(path, rows[:2910])
-    with pytest.raises(DataError, match="has no label for image"):
-        score(tree, "pope", answers)
-    trees.lines(path, rows[:2000])
-    with pytest.raises(DataError, match="2000 labels for 2910 rows"):
-        score(tree, "pope", answers, as_original=True)
-
-
 def test_textvqa(tree):
     """Ten humans: 4 x stop, 2 x other, 4 x none (which is 0)."""
     # 4 equal: (4 x min(1, 3/3) + 6 x min(1, 4/3)) / 10; 2 equal: (2 x 1/3 + 8 x 2/3) / 10
