@@ -12,7 +12,7 @@ from dattn_mcore.evaluation.files import read_json, take
 from dattn_mcore.evaluation.guessing import compare
 from dattn_mcore.evaluation.questions import IMAGE_MARK
 from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean, percent
-from dattn_mcore.evaluation.text import LETTER_ANSWER, LETTERS, leading_letter
+from dattn_mcore.evaluation.text import LETTER_ANSWER, LETTERS, leading_letter, lenient_hint
 
 
 class ScienceQa(Benchmark):
@@ -110,9 +110,15 @@ class ScienceQa(Benchmark):
         ]
         with_image = [c for c, r in zip(chances, self.rows, strict=True) if IMAGE_MARK in r.prompt]
         chances += [0.0] * unasked
-        failed = sum(o.parsed == "FAILED" for o in outcomes)
+        failed = [
+            answer or ""
+            for answer, outcome in zip(answers, outcomes, strict=True)
+            if outcome.parsed == "FAILED"
+        ]
         if failed:
-            notes.append(f"{failed} answers name no choice in a form that counts")
+            notes.append(
+                f"{len(failed)} answers name no choice in a form that counts{lenient_hint(failed)}"
+            )
         return Score(
             "accuracy",
             percent(outcomes_all),

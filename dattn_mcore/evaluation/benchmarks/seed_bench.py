@@ -18,8 +18,10 @@ from dattn_mcore.evaluation.benchmarks.base import (
 from dattn_mcore.evaluation.files import read_json, take, write_text
 from dattn_mcore.evaluation.guessing import compare, count_choices
 from dattn_mcore.evaluation.scores import Outcome, Score, bars, mean, percent
-from dattn_mcore.evaluation.text import leading_letter
+from dattn_mcore.evaluation.text import leading_letter, lenient_hint
 
+LETTERS = "ABCD"
+CHOICES = tuple(LETTERS)
 KINDS = ("image", "video")
 FRAMES = "SEED-Bench-video-image"
 
@@ -113,7 +115,7 @@ class SeedBench(Benchmark):
         for answer, (truth, _, _) in zip(answers, truths, strict=True):
             parsed = answer or ""
             if self.options.lenient_letters:
-                parsed = leading_letter(parsed, "ABCD") or parsed
+                parsed = leading_letter(parsed, LETTERS) or parsed
             outcomes.append(Outcome(float(parsed == truth), parsed, truth))
         chances = [1 / count_choices(row.prompt) for row in self.rows]
         guesses = compare("accuracy", [o.credit for o in outcomes], chances)
@@ -122,10 +124,13 @@ class SeedBench(Benchmark):
             group = [o for o, t in zip(outcomes, truths, strict=True) if t[2] == kind]
             if group:
                 figures[kind] = percent(group)
-        unread = sum(len(o.parsed) != 1 for o in outcomes)
+        unread = [o.parsed for o in outcomes if o.parsed not in CHOICES]
         notes = self._unasked(truths) + unanswered_note(answers)
         if unread:
-            notes.append(f"{unread} answers are no single letter and count as wrong")
+            notes.append(
+                f"{len(unread)} answers are no single letter and count as wrong"
+                f"{lenient_hint(unread, LETTERS)}"
+            )
         if self.options.lenient_letters:
             notes.append("letters read leniently; the original wants the letter alone")
         return Score(

@@ -241,6 +241,27 @@ def test_seed(tree):
     assert lenient.value == 100
 
 
+def test_the_note_on_letters_names_the_option(tree):
+    """An answer like "A. text" is wrong by the original's rule, and often right by its sense."""
+    hint = "; --lenient-letters reads one in {} of them"
+    seed = score(tree, "seed", ["A. cat", "It is B"]).notes
+    assert f"2 answers are no single letter and count as wrong{hint.format(1)}" in seed
+    assert (
+        "1 answers are no single letter and count as wrong"
+        in score(tree, "seed", ["A", "It is B"]).notes
+    )
+    assert (
+        f"1 answers are no single letter and count as wrong{hint.format(1)}"
+        in score(tree, "seed", ["a", "B"]).notes
+    )
+    lenient = score(tree, "seed", ["A. cat", "It is B"], lenient_letters=True)
+    assert "1 answers are no single letter and count as wrong" in lenient.notes
+    science = score(tree, "scienceqa", ["A.", "(B)", "none"]).notes
+    assert f"3 answers name no choice in a form that counts{hint.format(2)}" in science
+    lenient = score(tree, "scienceqa", ["A.", "(B)", "none"], lenient_letters=True)
+    assert "1 answers name no choice in a form that counts" in lenient.notes
+
+
 def test_seed_without_videos(tree, tmp_path):
     """Answers that exist are scored without the frames; to answer, an image-only tree needs the flag."""
     shutil.rmtree(tree / "seed_bench/SEED-Bench-video-image")
