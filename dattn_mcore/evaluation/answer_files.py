@@ -18,7 +18,7 @@ from typing import Any
 
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark
-from dattn_mcore.evaluation.files import read_json_lines, take, write_json_lines
+from dattn_mcore.evaluation.files import parse_json, read_json_lines, take, write_json_lines
 from dattn_mcore.evaluation.prompts import same_question, words_asked
 
 
@@ -121,7 +121,7 @@ class AnswerStore:
         way_out = "give another --out, or remove that file to answer again"
         rows = self.benchmark.rows
         try:
-            record = json.loads(line)
+            record = parse_json(line.decode())
             number = record["metadata"]["row"]
             row = rows[number] if 0 <= number < len(rows) else None
             asked = record["question_id"], record["prompt"]

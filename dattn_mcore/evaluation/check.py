@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich.table import Table
 
 from dattn_mcore.errors import DattnError
-from dattn_mcore.evaluation.benchmarks.base import Benchmark
+from dattn_mcore.evaluation.benchmarks.base import Benchmark, repeated
 
 
 @dataclass
@@ -19,7 +18,7 @@ class Finding:
     Attributes:
         title: as people write it.
         rows: questions.
-        full_rows: questions of the released file.
+        released_rows: questions of the released file; 0: unknown.
         images: different images that they name.
         problems: what keeps it from being run, scored or submitted.
         notes: what is unusual and harmless.
@@ -27,25 +26,30 @@ class Finding:
 
     title: str
     rows: int = 0
-    full_rows: int = 0
+    released_rows: int = 0
     images: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def state(self) -> str:
-        """complete, partial or larger than the released file; or how many problems there are."""
+        """complete, partial or larger than the released file, or usable where its size is unknown.
+
+        Where there are problems, their number.
+        """
         count = len(self.problems)
         if count:
             return f"{count} problem{'s' if count > 1 else ''}"
-        if self.rows == self.full_rows:
+        if not self.released_rows:
+            return "usable"
+        if self.rows == self.released_rows:
             return "complete"
-        return "partial" if self.rows < self.full_rows else "larger"
+        return "partial" if self.rows < self.released_rows else "larger"
 
 
 def check(benchmark: Benchmark) -> Finding:
     """Looks at all files of a benchmark; of images at their first bytes."""
-    finding = Finding(benchmark.title, full_rows=benchmark.full_rows)
+    finding = Finding(benchmark.title, released_rows=benchmark.full_rows)
     if not benchmark.root.is_dir():
         finding.problems.append(f"{benchmark.root} is no folder")
         return finding
@@ -61,6 +65,7 @@ def check(benchmark: Benchmark) -> Finding:
     pictures = {p.name: p for row in rows for p in row.pictures}
     missing = [name for name, picture in pictures.items() if not picture.exists()]
     finding.rows, finding.images = len(rows), len(pictures) - len(missing)
+    finding.released_rows = benchmark.released_rows
     if missing:
         hint = benchmark.images_hint(missing)
         finding.problems.append(f"{len(missing)} images are missing (first: {missing[0]}){hint}")
@@ -70,8 +75,8 @@ def check(benchmark: Benchmark) -> Finding:
         name, fault = faults[0]
         finding.problems.append(f"{len(faults)} files are no images (first: {name} {fault})")
     finding.problems += repeated(benchmark)
-    if len(rows) != benchmark.full_rows:
-        finding.notes.append(f"the released file has {benchmark.full_rows:,} rows")
+    if finding.released_rows not in (0, len(rows)):
+        finding.notes.append(f"the released file has {finding.released_rows:,} rows")
     without = sum(not row.pictures for row in rows)
     if without:
         finding.notes.append(f"{without} rows have no image")
@@ -81,15 +86,6 @@ def check(benchmark: Benchmark) -> Finding:
         if not finding.problems:
             finding.problems.append(str(error))
     return finding
-
-
-def repeated(benchmark: Benchmark) -> list[str]:
-    """A problem where questions stand twice, as in a file that was appended to itself."""
-    if not benchmark.unique_ids:
-        return []
-    counts = Counter(str(row.question_id) for row in benchmark.rows)
-    twice = [name for name, count in counts.items() if count > 1]
-    return [f"{len(twice)} question ids stand twice (first: {name!r})" for name in twice[:1]]
 
 
 def table(findings: Sequence[Finding]) -> Table:

@@ -95,7 +95,8 @@ def score(options: argparse.Namespace) -> int:
     else:
         answers = _answers(options, benchmark)
         result.rows, result.score = len(answers), benchmark.score(answers)
-    result.score = result.score.looked_at(answers)
+    coverage = [] if answers is None else benchmark.coverage()
+    result.score = result.score.looked_at(answers, coverage)
     result.note = "; ".join(result.score.notes)
     console = _console()
     console.print(table([result], options.answers or options.reviews))
@@ -149,7 +150,7 @@ def judge_from(options: argparse.Namespace) -> JudgeAnswers | None:
         return None
     from dattn_mcore.evaluation.judge import Judge, JudgeSettings
 
-    key = os.environ.get(options.judge_key_env, "")
+    key = os.environ.get(options.judge_key_env, "").strip()  # files with keys end in a line break
     attempts, parallel = options.judge_attempts, options.judge_parallel
     return Judge(
         JudgeSettings(

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ MISSING_CELLS = frozenset(
 )
 
 T = TypeVar("T")
+# Escapes of which two make one character; half of one is no text, and no file can hold it.
+_HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
 
@@ -37,6 +40,24 @@ def read_text(path: Path, what: str) -> str:
         raise DataError(f"{what} {path} is not UTF-8 text") from None
 
 
+def parse_json(text: str) -> Any:
+    """Value of JSON that anybody may have written.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply to be read, or holds half a character, which
+            could not be written again.
+    """
+    try:
+        value = json.loads(text)
+        if _HALF_ESCAPED.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("half a character, such as \\ud800 alone") from None
+    return value
+
+
 def read_json(path: Path, what: str) -> Any:
     """Value of a JSON file.
 
@@ -44,7 +65,7 @@ def read_json(path: Path, what: str) -> Any:
         DataError: it is missing, or no JSON.
     """
     try:
-        return json.loads(read_text(path, what))
+        return parse_json(read_text(path, what))
     except ValueError as error:
         raise DataError(f"{what} {path} is not JSON ({error})") from None
 
@@ -71,7 +92,7 @@ def read_json_lines(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise DataError(
                 f"{path}:{number}: is not JSON ({error}); write one object a line"
@@ -141,10 +162,11 @@ def write_text(path: Path, text: str, what: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
         with contextlib.suppress(OSError):  # the folder may be none
             temporary.unlink()
-        raise DataError(f"{what} {path} cannot be written ({error.strerror})") from None
+        reason = getattr(error, "strerror", None) or "it holds half a character"
+        raise DataError(f"{what} {path} cannot be written ({reason})") from None
     return path
 
 

@@ -56,12 +56,10 @@ class Guess:
         """One line where the figure is not better than guessing; else nothing."""
         if self.better:
             return ""
-        value = f"{self.right} of {self.total} right"
-        gives = f"guessing gives {self.level:.1f}%"
+        value = f"{self.right} of {self.total} right, {self.level:.1f}% by luck"
         if self.needed > self.total:
-            return f"{self.figure}: too few questions to tell it from guessing ({value}, {gives})"
-        bound = f"better would be {self.needed} or more, one-sided test at {LUCK:.0%}"
-        return f"{self.figure} is not better than guessing ({value}, {gives}; {bound})"
+            return f"{self.figure}: too few questions to tell it from guessing ({value})"
+        return f"{self.figure} is not better than guessing ({value}; {self.needed} would be)"
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""

@@ -14,18 +14,13 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.judged import Judged
-from dattn_mcore.evaluation.files import write_json_lines
-from dattn_mcore.evaluation.judge_endpoint import (
-    JudgementFailed,
-    Line,
-    is_base_url,
-    request_reply,
-)
+from dattn_mcore.evaluation.files import parse_json, take, write_json_lines
+from dattn_mcore.evaluation.judge_endpoint import Endpoint, JudgementFailed, Line
 from dattn_mcore.evaluation.scores import Score
 
 logger = logging.getLogger(__name__)
@@ -43,13 +38,13 @@ class JudgeSettings:
         key: API key; empty: none is sent.
         attempts: requests for one judgement at most.
         wait_seconds: before the second attempt; doubles with each.
-        timeout_seconds: of one request.
+        timeout_seconds: of one request, to the last byte of its reply.
         parallel: requests at once.
     """
 
     url: str
     model: str
-    key: str = ""
+    key: str = field(default="", repr=False)
     attempts: int = 5
     wait_seconds: float = 2.0
     timeout_seconds: float = 120.0
@@ -63,16 +58,12 @@ class Judge:
         settings: see `JudgeSettings`.
 
     Raises:
-        ConfigError: the URL is none.
+        ConfigError: the URL is none, or the key cannot be sent.
     """
 
     def __init__(self, settings: JudgeSettings) -> None:
-        if not is_base_url(settings.url):
-            raise ConfigError(
-                f"--judge-url is {settings.url!r}; it must be the http(s) base URL of an "
-                "OpenAI-compatible endpoint, such as http://localhost:8000/v1"
-            )
         self.settings = settings
+        self.endpoint = Endpoint(settings.url, settings.key, settings.timeout_seconds)
 
     def __call__(self, benchmark: Judged, answers: Sequence[str | None], reviews: Path) -> Score:
         """Judges answers and scores the judgements.
@@ -123,6 +114,9 @@ class Judge:
                 line.failed(error)
                 logger.warning("%s, row %d: judgement failed (%s)", benchmark.title, i, error)
                 return
+            except BaseException:  # it ends the judging: no further request
+                line.down.set()
+                raise
             line.heard()
             kept.add(keys[i], reply)
 
@@ -132,6 +126,7 @@ class Judge:
                 for future in asked:
                     future.result()
             except BaseException:
+                line.down.set()
                 pool.shutdown(cancel_futures=True)
                 raise
         if not line.down.is_set():
@@ -163,7 +158,7 @@ class Judge:
                 "max_tokens": benchmark.max_tokens,
             }
             try:
-                reply = request_reply(at.url, at.key, at.timeout_seconds, body)
+                reply = self.endpoint.reply(body)
             except JudgementFailed as error:
                 problem, silent = str(error), silent and error.silent
                 if error.final:
@@ -200,9 +195,9 @@ class Kept:
             raise DataError(f"judgements {path} cannot be kept ({error.strerror})") from None
         for line in whole:
             try:
-                record = json.loads(line)
-                self.replies[record["key"]] = record["reply"]
-            except (ValueError, KeyError, TypeError):
+                record = parse_json(line.decode())
+                self.replies[take(record, "key", str, "line")] = take(record, "reply", str, "line")
+            except (ValueError, DataError):
                 raise DataError(f"{path} holds a damaged line; remove the file") from None
 
     def add(self, key: str, reply: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from lmms_eval.api.model import lmms
 from PIL import Image
 from rich.console import Console
@@ -15,11 +15,10 @@ from dattn_mcore.errors import ConfigError
 from dattn_mcore.evaluation.generation import Generator, Request, resolve_device
 from dattn_mcore.evaluation.guessing import FEWEST, look_at
 from dattn_mcore.evaluation.images import MAX_PIXELS, to_rgb
+from dattn_mcore.evaluation.lmms_eval_failures import TaskFailures, logger
 from dattn_mcore.evaluation.progress import bars
 from dattn_mcore.evaluation.questions import IMAGE_MARK, mark_images
 from dattn_mcore.evaluation.self_check import SelfCheckError
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 1024  # what lmms-eval's own models take where a task says nothing
 
@@ -83,28 +82,48 @@ class DattnMcore(lmms):
         self.generator = Generator(pretrained, resolve_device(kind, *local), dtype)
         self.device = self.generator.device
         self._checked = False
+        self._failures = TaskFailures()
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers of requests, in their order.
+
+        A task that fails, such as by showing a video file, fails alone: its answers are empty and
+        `TaskFailures` takes it out of the scores.
 
         Args:
             requests: instances whose arguments are (context, settings of generation, function that
                 gives a document's images, document's number, task, split).
 
         Raises:
-            ConfigError: a task asks for what cannot be done, such as video files.
+            ConfigError: every task of the run has failed.
+            OutOfMemoryError: the batch does not fit the GPU's memory.
             SystemExit: the model fails its self-check.
         """
         answers: list[str] = [""] * len(requests)
-        groups: dict[str, list[int]] = {}
+        groups: dict[tuple[str, str], list[int]] = {}
         for number, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+            settings = repr(sorted(request.args[1].items()))
+            groups.setdefault((request.task_name, settings), []).append(number)
+        self._failures.seen(requests)
         with bars(Console(stderr=True, quiet=self.rank != 0)) as bar:
-            task = bar.add_task("dattn_mcore", total=len(requests))
-            for numbers in groups.values():
-                for number, text in self._group([requests[number] for number in numbers]):
-                    answers[numbers[number]] = text
-                    bar.advance(task)
+            progress = bar.add_task("dattn_mcore", total=len(requests))
+            for (task, _), numbers in groups.items():
+                if task in self._failures.reasons:
+                    continue
+                try:
+                    for number, text in self._group([requests[number] for number in numbers]):
+                        answers[numbers[number]] = text
+                        bar.advance(progress)
+                except torch.OutOfMemoryError:  # the others would fail so too
+                    raise
+                except Exception as error:  # a task's own functions raise whatever they like
+                    self._failures.add(task, error)
+        self._end_if_all_failed()
+        failed = self._failures.reasons
+        answers = [
+            "" if request.task_name in failed else answer
+            for request, answer in zip(requests, answers, strict=True)
+        ]
         self._look_at(requests, answers)
         return answers
 
@@ -112,7 +131,8 @@ class DattnMcore(lmms):
         """Says where all answers of a task are empty or the same: lmms-eval scores them all."""
         tasks: dict[str, list[str]] = {}
         for request, answer in zip(requests, answers, strict=True):
-            tasks.setdefault(str(request.args[4]), []).append(answer)
+            if request.task_name not in self._failures.reasons:
+                tasks.setdefault(request.task_name, []).append(answer)
         for task, given in tasks.items():
             for note in look_at(given, [])[0] if len(given) >= FEWEST else ():
                 logger.warning("dattn_mcore, %s: %s", task, note)
@@ -159,21 +179,49 @@ class DattnMcore(lmms):
         pictures: Any = tuple(Shown(image) for image in images)
         return Request(who, mark_images(context, len(images)), pictures)
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not for this model.
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+        """Not for this model: such tasks fail, others of the run go on.
 
         Raises:
-            NotImplementedError: always.
+            NotImplementedError: the run has no other tasks.
         """
-        raise NotImplementedError("dattn_mcore answers generation tasks; take such a task")
+        return self._refuse(requests, "dattn_mcore answers generation tasks; take such a task")
 
-    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not for this model.
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
+        """Not for this model: such tasks fail, others of the run go on.
 
         Raises:
-            NotImplementedError: always.
+            NotImplementedError: the run has no other tasks.
         """
-        raise NotImplementedError("dattn_mcore answers tasks of one round; take such a task")
+        return self._refuse(requests, "dattn_mcore answers tasks of one round; take such a task")
+
+    def _refuse(self, requests: Sequence[Any], why: str) -> list[Any]:
+        self._failures.seen(requests)
+        error = NotImplementedError(why)
+        for task in dict.fromkeys(request.task_name for request in requests):
+            self._failures.add(task, error)
+        if not requests or (self.world_size == 1 and self._all_failed()):
+            raise error
+        return [""] * len(requests)
+
+    def clean(self) -> None:
+        """Called by lmms-eval on every process between answering and scoring.
+
+        Raises:
+            ConfigError: every task of the run has failed.
+        """
+        self._failures.share()
+        super().clean()
+        if self._all_failed():
+            raise ConfigError(self._failures.told())
+
+    def _all_failed(self) -> bool:
+        return bool(self._failures.reasons) and self._failures.reasons.keys() >= set(self.task_dict)
+
+    def _end_if_all_failed(self) -> None:
+        """In one process there is nothing to wait for; several end together, in `clean`."""
+        if self.world_size == 1 and self._all_failed():
+            raise ConfigError(self._failures.told())
 
 
 def generation_settings(wanted: dict[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -12,6 +12,7 @@ _AROUND = (
     OCR_MARK,
     "Answer the question using",
     "Answer with the option's letter",
+    "请直接回答选项字母",
     "When the provided information is insufficient",
     "Options:",
 )

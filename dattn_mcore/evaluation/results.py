@@ -117,7 +117,7 @@ def evaluate(
     except Exception as error:  # a defect too: the other benchmarks go on
         result.error = reason(error, folder, benchmark.name)
     if result.score:
-        result.score = result.score.looked_at(answers)
+        result.score = result.score.looked_at(answers, benchmark.coverage())
         result.note = "; ".join(result.score.notes)
         if unsubmitted:
             result.note = "; ".join([f"no submission: {unsubmitted}", *result.score.notes])

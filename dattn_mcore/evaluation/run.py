@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +181,14 @@ class Share:
         self.benchmark, self.settings, self.generator = benchmark, settings, generator
         self.folder, self.processes, self.progress = folder, processes, progress
         self.tokens = settings.max_new_tokens or benchmark.max_new_tokens
-        metadata = greedy(self.tokens)
-        self.store = AnswerStore(folder.answers, benchmark, generator.model_id, metadata)
         self.before = 0
+
+    @cached_property
+    def store(self) -> AnswerStore:
+        """The answers; a question file that cannot be read is told when they are used."""
+        metadata = {**greedy(self.tokens), **self.benchmark.asked_with()}
+        model_id = self.generator.model_id
+        return AnswerStore(self.folder.answers, self.benchmark, model_id, metadata)
 
     def answer(self) -> str:
         """Answers this process's open rows; returns why it failed, or nothing."""

@@ -67,15 +67,18 @@ class Score:
     guesses: list[Guess] = field(default_factory=list)
     broken: str = ""
 
-    def looked_at(self, answers: Sequence[str | None] | None) -> Score:
+    def looked_at(
+        self, answers: Sequence[str | None] | None, coverage: Sequence[str] = ()
+    ) -> Score:
         """The score with notes where it is not better than guessing, or its answers are odd.
 
         Args:
             answers: of each row, None where there is none; None: unknown.
+            coverage: notes about the rows that it is over.
         """
         notes, broken = look_at(answers, self.outcomes)
         notes += [note for guess in self.guesses if (note := guess.note())]
-        return replace(self, notes=[*notes, *self.notes], broken=broken)
+        return replace(self, notes=[*notes, *self.notes, *coverage], broken=broken)
 
     def summary(self) -> dict[str, Any]:
         """All but the outcomes, for JSON."""

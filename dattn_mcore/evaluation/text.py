@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
@@ -101,3 +102,9 @@ def leading_letter(text: str, letters: str = LETTERS) -> str | None:
     if found[1] == "A" and re.match(r" +[a-z]", rest):  # "A dog": an article
         return None
     return found[1].upper()
+
+
+def lenient_hint(unread: Sequence[str], letters: str = LETTERS) -> str:
+    """The end of a note on answers that are no letter: how many `--lenient-letters` would read."""
+    count = sum(leading_letter(text, letters) is not None for text in unread)
+    return f"; --lenient-letters reads one in {count} of them" if count else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -121,6 +122,25 @@ class Benchmark(ABC):
         """What identifies a row, or an answer, of LLaVA's files; numbers may be text in one."""
         return str(question_id)
 
+    @property
+    def released_rows(self) -> int:
+        """Rows of the released question file; 0: unknown."""
+        return self.full_rows
+
+    def file_rows(self) -> int:
+        """Rows of the question file that is there, also of those that are not asked."""
+        return len(self.rows)
+
+    def coverage(self) -> list[str]:
+        """Notes where a score is over other rows than those of the released question file."""
+        count, full = self.file_rows(), self.released_rows
+        notes = [f"{count} rows; the released file has {full}"] if full not in (0, count) else []
+        return notes + repeated(self)
+
+    def asked_with(self) -> dict[str, str]:
+        """What else answers depend on, beside rows and decoding; saved with each answer."""
+        return {}
+
     def left_out(self) -> set[Hashable]:
         """Join keys of rows that the options leave out; answers to them are passed over."""
         return set()
@@ -207,6 +227,15 @@ class Benchmark(ABC):
     def write(self, folder: Path, name: str, value: Any, indent: int | None = None) -> Path:
         """Writes a JSON file of a submission."""
         return write_text(folder / name, json.dumps(value, indent=indent), "submission")
+
+
+def repeated(benchmark: Benchmark) -> list[str]:
+    """A note where questions stand twice, as in a file that was appended to itself."""
+    if not benchmark.unique_ids:
+        return []
+    counts = Counter(str(row.question_id) for row in benchmark.rows)
+    twice = [name for name, count in counts.items() if count > 1]
+    return [f"{len(twice)} question ids stand twice (first: {name!r})" for name in twice[:1]]
 
 
 def unanswered_note(answers: Sequence[str | None]) -> list[str]:

@@ -20,6 +20,10 @@ class Judged(Benchmark):
     max_tokens: ClassVar[int]
     reminder: ClassVar[str] = ""  # added to the request after a reply that holds no score
 
+    def coverage(self) -> list[str]:
+        """See the interface; `check_reviews` says it of the reviews."""
+        return []
+
     @abstractmethod
     def conversations(self, answers: Sequence[str | None]) -> list[list[dict[str, str]]]:
         """What the judge is asked about each row, as chat messages.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,14 +28,18 @@ CHOICES = "ABCD"
 ROTATION = 1_000_000
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 PREDICTION_COLUMN = 6
+CHINESE_LETTER_ANSWER = "\n请直接回答选项字母。"
+_CHINESE = re.compile("[\u4e00-\u9fff]")
+_NAMED = re.compile(r"(?:answer is|答案(?:是|为|:)|选项?) ?\(?([A-D])(?![A-Za-z0-9])")
 
 
 class MmBench(Benchmark):
     """Submission (xlsx), and the circular score where the file has the answers.
 
-    Circular: a question is right only if it is right in all rotations, which stand under
-    index + k x 10^6. A question that lacks rotations in the file is left out and counted. The
-    server reads free-form answers with a language model; here only letters and options count.
+    Circular: a question is right only if it is right in all its rows, which stand under
+    index + k x 10^6. These are the rows that the file has: the released one lacks a rotation of 53
+    questions, which count by their others. MMBench-CN is asked in Chinese. The server reads
+    free-form answers with a language model; here only letters and options count.
 
     Source: LLaVA's model_vqa_mmbench.py and convert_mmbench_for_submission.py, MMBench's paper.
     """
@@ -52,6 +57,21 @@ class MmBench(Benchmark):
         """The released file, or the only TSV of the folder."""
         others = sorted(path.name for path in self.root.glob("*.tsv"))
         return others[0] if FILE not in others and len(others) == 1 else FILE
+
+    @property
+    def released_rows(self) -> int:
+        """See the interface; known of one file."""
+        return self.full_rows if self.file == FILE else 0
+
+    @cached_property
+    def chinese(self) -> bool:
+        """Whether the questions are in Chinese: most of them, as words may be quoted in others."""
+        questions = [cell["question"] or "" for cell in self.table[1]]
+        return 2 * sum(bool(_CHINESE.search(text)) for text in questions) > len(questions)
+
+    def asked_with(self) -> dict[str, str]:
+        """See the interface: the suffix, which is not saved with the prompt."""
+        return {"language": "Chinese"} if self.chinese else {}
 
     def required(self) -> list[str]:
         """See the interface."""
@@ -99,23 +119,18 @@ class MmBench(Benchmark):
                     "\n".join(lines),
                     (Picture(f"{index}.jpg", cell["image"] or ""),),
                     cell.get("category") or "",
-                    suffix=LETTER_ANSWER,
+                    suffix=CHINESE_LETTER_ANSWER if self.chinese else LETTER_ANSWER,
                     extra={"round_id": 0, "options": choices, "option_char": list(letters)},
                 )
             )
         return rows
 
-    def rotations(self) -> tuple[dict[int, list[int]], int]:
-        """Row numbers of each base question with all its rotations; how many lack some."""
+    def groups(self) -> list[list[int]]:
+        """Row numbers of each question, the row of its lowest index first."""
         groups: dict[int, list[int]] = {}
-        for number, row in enumerate(self.rows):
-            groups.setdefault(int(row.question_id) % ROTATION, []).append(number)
-        whole = {
-            base: numbers
-            for base, numbers in groups.items()
-            if len(numbers) == len(self.rows[numbers[0]].extra["options"])
-        }
-        return whole, len(groups) - len(whole)
+        for number in sorted(range(len(self.rows)), key=lambda i: int(self.rows[i].question_id)):
+            groups.setdefault(int(self.rows[number].question_id) % ROTATION, []).append(number)
+        return list(groups.values())
 
     def unscored(self) -> str:
         """The file of the test split has no answers.
@@ -136,12 +151,17 @@ class MmBench(Benchmark):
 
     def check_truth(self) -> list[str]:
         """See the interface."""
+        asked = f"file {self.file}, asked in {'Chinese' if self.chinese else 'English'}"
         if self.unscored():
-            return [self.unscored()]
-        missing = self.rotations()[1]
-        return [f"{missing} questions lack rotations; left out of the circular score"] * bool(
-            missing
-        )
+            return [asked, self.unscored()]
+        notes, groups = [asked], self.groups()
+        fewer = sum(len(group) < len(self.rows[group[0]].extra["options"]) for group in groups)
+        if fewer and any(len(group) > 1 for group in groups):
+            notes.append(
+                f"{fewer} of {len(groups)} questions have fewer rows than options; the rows that "
+                "the file has count"
+            )
+        return notes
 
     def score(self, answers: Sequence[str | None]) -> Score:
         """See the interface.
@@ -152,7 +172,7 @@ class MmBench(Benchmark):
         if self.unscored():
             raise ConfigError(f"{self.root}: {self.unscored()}")
         cells = self.table[1]
-        notes = [f"file {self.file}", *self.check_truth(), *unanswered_note(answers)]
+        notes = [*self.check_truth(), *unanswered_note(answers)]
         outcomes = []
         for answer, row, cell in zip(answers, self.rows, cells, strict=True):
             letter = choice(answer or "", row.extra["options"])
@@ -161,36 +181,32 @@ class MmBench(Benchmark):
         unread = sum(not o.parsed for o in outcomes)
         if unread:
             notes.append(f"{unread} answers name no option; the server may read them otherwise")
-        whole, _ = self.rotations()
-        circular = [
-            Outcome(min(outcomes[i].credit or 0.0 for i in numbers), "", "")
-            for numbers in whole.values()
-        ]
-        base = [
-            o for o, r in zip(outcomes, self.rows, strict=True) if int(r.question_id) < ROTATION
-        ]
-        once = [self._chance(r) for r in self.rows if int(r.question_id) < ROTATION]
-        one_pass = compare("accuracy in one pass", [o.credit for o in base], once)
-        figures = {"accuracy in one pass": percent(base), "base questions": len(base)}
-        if not circular:
-            notes.append("no question has all its rotations: this is the accuracy in one pass")
+        groups = self.groups()
+        circular = [Outcome(min(outcomes[i].credit or 0.0 for i in g), "", "") for g in groups]
+        first = [outcomes[group[0]] for group in groups]
+        once = [self._chance(self.rows[group[0]]) for group in groups]
+        one_pass = compare("accuracy in one pass", [o.credit for o in first], once)
+        figures = {"accuracy in one pass": percent(first), "base questions": len(groups)}
+        categories = bars([self.rows[group[0]].category for group in groups], circular)
+        if all(len(group) == 1 for group in groups):
+            notes.append("no question has more than one rotation: the accuracy in one pass")
             return Score(
                 "accuracy",
-                percent(base),
+                percent(first),
                 figures=figures,
+                categories=categories,
                 notes=notes,
                 outcomes=outcomes,
                 guessing=100 * mean(once),
                 guesses=one_pass,
             )
         # A guess is drawn anew in each rotation.
-        rotated = [math.prod(self._chance(self.rows[i]) for i in n) for n in whole.values()]
-        categories = [self.rows[numbers[0]].category for numbers in whole.values()]
+        rotated = [math.prod(self._chance(self.rows[i]) for i in group) for group in groups]
         return Score(
             "circular accuracy",
             percent(circular),
             figures=figures,
-            categories=bars(categories, circular),
+            categories=categories,
             notes=notes,
             outcomes=outcomes,
             guessing=100 * mean(rotated),
@@ -260,12 +276,16 @@ def options(cell: dict[str, str | None]) -> list[str]:
 def choice(text: str, choices: Sequence[str]) -> str:
     """The letter that an answer names, by letter or by the option's text; empty: none."""
     letters = CHOICES[: len(choices)]
+    text = unicodedata.normalize("NFKC", text)  # full-width letters and brackets of Chinese text
     letter = leading_letter(text, letters)
     if letter is None:
-        found = re.findall(r"answer is \(?([A-D])(?![A-Za-z0-9])", text)
+        found = _NAMED.findall(text)
         letter = found[0] if len(found) == 1 and found[0] in letters else None
     if letter is None:
-        plain = text.strip().rstrip(".").lower()
-        equal = [i for i, option in enumerate(choices) if option.strip().lower() == plain]
+        equal = [i for i, option in enumerate(choices) if _plain(option) == _plain(text)]
         letter = letters[equal[0]] if len(equal) == 1 else None
     return letter or ""
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).strip().rstrip(".。").lower()

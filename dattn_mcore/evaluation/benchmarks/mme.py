@@ -63,8 +63,11 @@ class Mme(Benchmark):
         rows = self.llava_rows("llava_mme.jsonl", IMAGES)
         pairs: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
-            if not row.category:
-                raise DataError(f"{self.title}: question {row.question_id!r} has no category")
+            if row.category not in (*PERCEPTION, *COGNITION):  # it would be in neither score
+                raise DataError(
+                    f"{self.title}: question {row.question_id!r} has category {row.category!r}; it "
+                    f"must be one of {', '.join((*PERCEPTION, *COGNITION))}"
+                )
             image = Path(str(row.question_id))
             if len(image.parts) < 2 or image.is_absolute() or ".." in image.parts:
                 raise DataError(
@@ -77,6 +80,12 @@ class Mme(Benchmark):
                 raise DataError(
                     f"{self.title}: image {question_id!r} has {len(numbers)} questions; every "
                     "image has two, so the question file is cut or damaged"
+                )
+            tasks = [rows[number].category for number in numbers]
+            if tasks[0] != tasks[1]:
+                raise DataError(
+                    f"{self.title}: image {question_id!r} has questions of two categories, "
+                    f"{' and '.join(tasks)}; both must be of one"
                 )
             one, other = (_bare(rows[number].prompt) for number in numbers)
             if one == other:

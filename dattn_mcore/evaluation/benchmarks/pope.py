@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from dattn_mcore.errors import DataError
@@ -11,15 +12,18 @@ from dattn_mcore.evaluation.guessing import compare
 from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean
 from dattn_mcore.evaluation.text import SHORT_ANSWER, says_no
 
+# The first release says "imange" in some questions and labels; the corrected one says "image".
+FIRST_RANDOM_ROWS = 2910  # the corrected release has 3,000
+MISSPELT = re.compile(r"\bimange\b")
 SPLITS = ("random", "popular", "adversarial")
 
 
 class Pope(Benchmark):
     """Mean F1 of the splits; accuracy, precision, recall, F1 and share of yes of each.
 
-    Labels are joined by image and question. The original joins by position, which is silently
-    wrong for the newer label file of `random` (3,000 rows against 2,910 that are asked);
-    `--as-original` does as it did.
+    Labels are joined by image and question, however these spell "image". The original joins by
+    position, which is silently wrong for the newer label file of `random` (3,000 rows against
+    2,910 that are asked); `--as-original` does as it did.
 
     Source: LLaVA's llava/eval/eval_pope.py.
     """
@@ -82,17 +86,34 @@ class Pope(Benchmark):
                 notes.append(f"{split}: labels joined by position, as in the original")
                 continue
             by_question = dict(labels)
+            contrary = [key for key, label in labels if by_question[key] != label]
+            if contrary:  # one of the two would be left out
+                raise DataError(
+                    f"{self.root}/coco/coco_pope_{split}.json has yes and no for image "
+                    f"{contrary[0][0]!r}, {contrary[0][1]!r}; take the file anew"
+                )
             for i in numbers:
                 row = self.rows[i]
                 key = row.pictures[0].name if row.pictures else "", _question(row.prompt)
                 if key not in by_question:
                     raise DataError(
                         f"{self.root}/coco/coco_pope_{split}.json has no label for image "
-                        f"{key[0]!r}, {key[1]!r}, which is asked; take the label file of the same "
-                        "release as the questions"
+                        f"{key[0]!r}, {key[1]!r}, which is asked; the questions are "
+                        f"{self._release()}: take its label files"
                     )
                 truths[i] = by_question[key]
         return [truths[i] for i in range(len(self.rows))], notes
+
+    def _release(self) -> str:
+        """Which release the questions are of, for messages."""
+        misspelt = sum(bool(MISSPELT.search(row.prompt)) for row in self.rows)
+        count = sum(row.category == "random" for row in self.rows)
+        if not misspelt and count != FIRST_RANDOM_ROWS:
+            return "of the corrected release (3,000 rows of random, no 'imange')"
+        return (
+            f"of the first release ({FIRST_RANDOM_ROWS:,} rows of random, with 'imange' in "
+            f"{misspelt} of {len(self.rows)})"
+        )
 
     def check_truth(self) -> list[str]:
         """See the interface."""
@@ -136,7 +157,10 @@ class Pope(Benchmark):
 
 
 def binary_figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Accuracy, precision, recall, F1 and share of yes, in percent; 0 where undefined."""
+    """Accuracy, precision, recall, F1 and share of yes, in percent; 0 where undefined.
+
+    A row without an answer has the wrong one: a yes where no is right, so that it is no row less.
+    """
 
     def count(parsed: str, truth: str) -> int:
         return sum(o.parsed == parsed and o.truth == truth for o in outcomes)
@@ -145,7 +169,7 @@ def binary_figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
         return 100 * part / whole if whole else 0.0
 
     hits = count("yes", "yes")
-    says_yes = hits + count("yes", "no")
+    says_yes = hits + count("yes", "no") + count("", "no")
     is_yes = sum(o.truth == "yes" for o in outcomes)
     precision, recall = share(hits, says_yes), share(hits, is_yes)
     return {
@@ -153,9 +177,9 @@ def binary_figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
         "precision": precision,
         "recall": recall,
         "F1": 2 * precision * recall / (precision + recall) if hits else 0.0,
-        "yes ratio": share(says_yes, len(outcomes)),
+        "yes ratio": share(sum(o.parsed == "yes" for o in outcomes), len(outcomes)),
     }
 
 
 def _question(text: str) -> str:
-    return " ".join(text.removesuffix(SHORT_ANSWER).split())
+    return MISSPELT.sub("image", " ".join(text.removesuffix(SHORT_ANSWER).split()))

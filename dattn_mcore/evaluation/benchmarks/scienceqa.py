@@ -12,7 +12,7 @@ from dattn_mcore.evaluation.files import read_json, take
 from dattn_mcore.evaluation.guessing import compare
 from dattn_mcore.evaluation.questions import IMAGE_MARK
 from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean, percent
-from dattn_mcore.evaluation.text import LETTER_ANSWER, LETTERS, leading_letter
+from dattn_mcore.evaluation.text import LETTER_ANSWER, LETTERS, leading_letter, lenient_hint
 
 
 class ScienceQa(Benchmark):
@@ -80,8 +80,14 @@ class ScienceQa(Benchmark):
                 f"{self.root / 'problems.json'} has no test problem {strangers[0]!r}, which is "
                 "asked; the question file belongs to another split"
             )
-        missing = len(problems) - len(self.rows)
-        return [f"{missing} problems of the split are not asked"] * (missing > 0)
+        missing = len(self._unasked(problems))
+        return [
+            f"{missing} problems of the split are not asked; they count as wrong in the accuracy, "
+            "and are in no other figure"
+        ] * (missing > 0)
+
+    def _unasked(self, problems: dict[str, dict[str, Any]]) -> set[str]:
+        return set(problems) - {str(row.question_id) for row in self.rows}
 
     def score(self, answers: Sequence[str | None]) -> Score:
         """See the interface."""
@@ -95,7 +101,7 @@ class ScienceQa(Benchmark):
                 LETTERS.index(letter) == problem["answer"]
             )
             outcomes.append(Outcome(float(right), letter, LETTERS[problem["answer"]]))
-        unasked = len(problems) - len(outcomes)
+        unasked = len(self._unasked(problems))
         outcomes_all = [*outcomes, *([Outcome(0.0, "FAILED", "")] * unasked)]
         marked = [o for o, r in zip(outcomes, self.rows, strict=True) if IMAGE_MARK in r.prompt]
         plain = [o for o, r in zip(outcomes, self.rows, strict=True) if IMAGE_MARK not in r.prompt]
@@ -104,9 +110,15 @@ class ScienceQa(Benchmark):
         ]
         with_image = [c for c, r in zip(chances, self.rows, strict=True) if IMAGE_MARK in r.prompt]
         chances += [0.0] * unasked
-        failed = sum(o.parsed == "FAILED" for o in outcomes)
+        failed = [
+            answer or ""
+            for answer, outcome in zip(answers, outcomes, strict=True)
+            if outcome.parsed == "FAILED"
+        ]
         if failed:
-            notes.append(f"{failed} answers name no choice in a form that counts")
+            notes.append(
+                f"{len(failed)} answers name no choice in a form that counts{lenient_hint(failed)}"
+            )
         return Score(
             "accuracy",
             percent(outcomes_all),

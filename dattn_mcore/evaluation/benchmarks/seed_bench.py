@@ -18,8 +18,11 @@ from dattn_mcore.evaluation.benchmarks.base import (
 from dattn_mcore.evaluation.files import read_json, take, write_text
 from dattn_mcore.evaluation.guessing import compare, count_choices
 from dattn_mcore.evaluation.scores import Outcome, Score, bars, mean, percent
-from dattn_mcore.evaluation.text import leading_letter
+from dattn_mcore.evaluation.text import leading_letter, lenient_hint
 
+LETTERS = "ABCD"
+CHOICES = tuple(LETTERS)
+KINDS = ("image", "video")
 FRAMES = "SEED-Bench-video-image"
 
 
@@ -54,6 +57,10 @@ class SeedBench(Benchmark):
     def _all_rows(self) -> list[Row]:
         return self.llava_rows("llava-seed-bench.jsonl", "")
 
+    def file_rows(self) -> int:
+        """See the interface."""
+        return len(self._all_rows)
+
     def left_out(self) -> set[Hashable]:
         """The video rows, where they are not asked: answers to all rows can be scored so."""
         rows = self._all_rows if self.options.seed_images_only else []
@@ -86,6 +93,8 @@ class SeedBench(Benchmark):
             where = f"{path}: question {row.question_id!r}"
             kind = take(entry, "question_type_id", int, where)
             data_type = take(entry, "data_type", str, where)
+            if data_type not in KINDS:  # it would be in neither of the two figures
+                raise DataError(f"{where}: data_type is {data_type!r}; it must be image or video")
             truths.append(
                 (take(entry, "answer", str, where), names.get(kind, str(kind)), data_type)
             )
@@ -96,7 +105,7 @@ class SeedBench(Benchmark):
         return self._unasked(self.truths())
 
     def _unasked(self, truths: Sequence[tuple[str, str, str]]) -> list[str]:
-        absent = [kind for kind in ("image", "video") if kind not in {t[2] for t in truths}]
+        absent = [kind for kind in KINDS if kind not in {t[2] for t in truths}]
         return [f"no rows about {kind}s are asked; the score is over the others" for kind in absent]
 
     def score(self, answers: Sequence[str | None]) -> Score:
@@ -106,19 +115,22 @@ class SeedBench(Benchmark):
         for answer, (truth, _, _) in zip(answers, truths, strict=True):
             parsed = answer or ""
             if self.options.lenient_letters:
-                parsed = leading_letter(parsed, "ABCD") or parsed
+                parsed = leading_letter(parsed, LETTERS) or parsed
             outcomes.append(Outcome(float(parsed == truth), parsed, truth))
         chances = [1 / count_choices(row.prompt) for row in self.rows]
         guesses = compare("accuracy", [o.credit for o in outcomes], chances)
         figures = {}
-        for kind in ("image", "video"):
+        for kind in KINDS:
             group = [o for o, t in zip(outcomes, truths, strict=True) if t[2] == kind]
             if group:
                 figures[kind] = percent(group)
-        unread = sum(len(o.parsed) != 1 for o in outcomes)
+        unread = [o.parsed for o in outcomes if o.parsed not in CHOICES]
         notes = self._unasked(truths) + unanswered_note(answers)
         if unread:
-            notes.append(f"{unread} answers are no single letter and count as wrong")
+            notes.append(
+                f"{len(unread)} answers are no single letter and count as wrong"
+                f"{lenient_hint(unread, LETTERS)}"
+            )
         if self.options.lenient_letters:
             notes.append("letters read leniently; the original wants the letter alone")
         return Score(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # Gives the reply for (how often this content was asked, request body): text, or a status to fail.
@@ -53,3 +56,39 @@ class JudgeServer:
     def __exit__(self, *_: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+class Talker:
+    """A port that says the same to everyone, in whatever way.
+
+    Args:
+        said: bytes, or a function that is given the connection.
+    """
+
+    def __init__(self, said: bytes | Callable[[socket.socket], object]) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+        self.callers = 0
+
+        def talk(caller: socket.socket) -> None:
+            with caller, contextlib.suppress(OSError):  # who has heard enough hangs up
+                caller.recv(65536)
+                caller.sendall(said) if isinstance(said, bytes) else said(caller)
+
+        def listen() -> None:
+            while True:
+                try:
+                    caller, _ = self.socket.accept()
+                except OSError:  # closed
+                    return
+                self.callers += 1
+                threading.Thread(target=talk, args=(caller,), daemon=True).start()
+
+        threading.Thread(target=listen, daemon=True).start()
+
+    def __enter__(self) -> Talker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()

@@ -12,7 +12,7 @@ from dattn_mcore.evaluation.check import check
 from tests.unit.evaluation import trees
 
 LEFT_OUT = object()
-JUNK = (LEFT_OUT, None, 1, 0.5, "", "x", [], [1], {}, {"x": 1})
+JUNK = (LEFT_OUT, None, 1, 0.5, "", "x", [], [1], {}, {"x": 1}, "\ud800")
 
 
 def places(value, path=()):
@@ -53,6 +53,7 @@ def damaged(path):
         except ValueError:  # JSON lines, also where the name says json
             value = [json.loads(line) for line in raw.splitlines()]
             joined = lines
+        yield b"[" * 100_000
         for junk in JUNK[1:]:
             yield json.dumps(junk).encode()
         for place in places(value):

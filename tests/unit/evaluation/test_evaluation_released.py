@@ -119,3 +119,18 @@ def test_mme_conversion(released, tmp_path):
             continue
         perception += value if file.stem != "numerical_calculation" else 0.0
     assert score["value"] == pytest.approx(perception, rel=1e-12)
+
+
+def test_mmbench(released, tmp_path):
+    """796 of 1,176 questions by the rows that the file has; published as 67.7 %."""
+    folder = released / "mmbench"
+    answers = folder / "answers/mmbench_dev_20230712/llava-v1.5-13b.jsonl"
+    for needed in (folder / "mmbench_dev_20230712.tsv", answers):
+        if not needed.is_file():
+            pytest.skip(f"no released LLaVA answers in {folder}: {needed.name} is not there")
+    data = data_with(tmp_path, folder)
+    arguments = ["--benchmark=mmbench", f"--data={data}", f"--answers={answers}"]
+    assert main(["score", *arguments, f"--json={tmp_path / 's.json'}"]) == 0
+    score = json.loads((tmp_path / "s.json").read_text())["mmbench"]
+    assert f"{score['value']:.3f}" == "67.687"
+    assert any("53 of 1176 questions have fewer rows" in note for note in score["notes"])
