@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from dattn_mcore.layers.layout import Block
@@ -77,7 +78,11 @@ def rows_of(spans: Sequence[tuple[int, int]], device: torch.device) -> Rows:
     """Rows of (start, stop) spans, one after the other: a slice where they are consecutive."""
     if all(before[1] == after[0] for before, after in itertools.pairwise(spans)):
         return slice(spans[0][0], spans[-1][1]) if spans else slice(0, 0)
-    return torch.cat([torch.arange(*span) for span in spans]).to(device)
+    start, stop = np.array(spans, dtype=np.int64).T
+    lengths = stop - start
+    # Within a span rows count on from its start; before it stand the rows of the spans before.
+    first = np.repeat(start - (np.cumsum(lengths) - lengths), lengths)
+    return torch.from_numpy(first + np.arange(len(first))).to(device)
 
 
 def put_rows(whole: torch.Tensor, rows: Rows, values: torch.Tensor) -> None:
