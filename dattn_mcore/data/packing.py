@@ -7,12 +7,16 @@ need not talk to agree on it.
 
 from __future__ import annotations
 
+import heapq
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
+
+from dattn_mcore.data.open_packs import BestMatch, Emptiest, Fullest, OpenPacks
 
 Lengths = Sequence[tuple[int, int]]  # (text rows, visual rows) of each sample
 Pack = tuple[int, ...]  # sample positions within the global batch, ascending
 Order = Callable[[int, int, tuple[int, int]], float]
-Score = Callable[[int, int, int, int, tuple[int, int]], float]
 
 
 def plan_packs(
@@ -55,8 +59,8 @@ def plan_packs(
 
 def pack_into(lengths: Lengths, budgets: tuple[int, int], count: int) -> tuple[Pack, ...] | None:
     """Distributes samples over `count` packs, or returns None where no placement tried can."""
-    for order, score in _GREEDY:
-        packs = _place(lengths, budgets, count, order, score)
+    for order, kind in _GREEDY:
+        packs = _place(lengths, budgets, count, order, kind)
         if packs is not None:
             return packs
     return _place_by_sums(lengths, budgets, count)
@@ -71,24 +75,36 @@ def _place_by_sums(
     5 + 5 + 5 of 16 tiles, where 5 + 5 + 3 + 3 would be full. Each pack gets one of the largest
     images left, and of all sums beside it the best.
     """
-    by_rows: dict[int, list[int]] = {}  # visual rows: samples, those of most text last
+    by_rows: dict[int, deque[int]] = {}  # visual rows: samples, those of most text last
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i][0], -i)):
-        by_rows.setdefault(lengths[index][1], []).append(index)
-    text_only = by_rows.pop(0, [])
+        by_rows.setdefault(lengths[index][1], deque()).append(index)
+    text_only = by_rows.pop(0, deque())
     members: list[list[int]] = []
+    best: dict[tuple[tuple[int, int], ...], dict[int, int]] = {}
     for _ in range(count):
-        sizes = {rows: len(samples) for rows, samples in by_rows.items() if samples}
+        # More of a size than fit into a pack are no other choice, so packs mostly have the same.
+        sizes = {
+            rows: min(len(samples), budgets[1] // rows)
+            for rows, samples in by_rows.items()
+            if samples
+        }
+        choice = tuple(sizes.items())
+        if choice not in best:
+            best[choice] = _best_sum(sizes, budgets[1])
         pack: list[int] = []
-        for rows, times in _best_sum(sizes, budgets[1]).items():
+        for rows, times in best[choice].items():
             # Long and short texts in turn, so that packs are alike in text.
-            pack += [by_rows[rows].pop(-1 if turn % 2 else 0) for turn in range(times)]
+            samples = by_rows[rows]
+            pack += [samples.pop() if turn % 2 else samples.popleft() for turn in range(times)]
         members.append(pack)
-    texts = [sum(lengths[index][0] for index in pack) for pack in members]
-    for index in reversed(text_only):
-        emptiest = texts.index(min(texts))
+    texts = [(sum(lengths[index][0] for index in pack), at) for at, pack in enumerate(members)]
+    heapq.heapify(texts)
+    while text_only:
+        index = text_only.pop()
+        text, emptiest = texts[0]
         members[emptiest].append(index)
-        texts[emptiest] += lengths[index][0]
-    if any(by_rows.values()) or max(texts) > budgets[0]:
+        heapq.heapreplace(texts, (text + lengths[index][0], emptiest))
+    if any(by_rows.values()) or max(texts)[0] > budgets[0]:
         return None
     return tuple(tuple(sorted(pack)) for pack in members)
 
@@ -100,17 +116,27 @@ def _best_sum(sizes: dict[int, int], room: int) -> dict[int, int]:
         sizes: How often each can be taken.
         room: What the sum must not exceed.
     """
-    found: dict[int, dict[int, int]] = {0: {}}  # sum: how it is made
+    # A sum: the sum before, and the size that was added so often. The first way to make one stays.
+    found: dict[int, tuple[int, int, int]] = {0: (0, 0, 0)}
+    made: dict[int, int] = {}
+    unit = math.gcd(*sizes)
+    full = room // unit * unit if unit else 0  # no sum is nearer
     for size in sorted(sizes, reverse=True):
-        for total, taken in list(found.items()):
+        for total in list(found):
             for times in range(1, min(sizes[size], (room - total) // size) + 1):
-                found.setdefault(total + times * size, {**taken, size: times})
+                found.setdefault(total + times * size, (total, size, times))
         found.pop(0, None)  # the largest is in every sum
-    return found[max(found)] if found else {}
+        if full in found:
+            break
+    total = max(found, default=0)
+    while total:
+        total, size, times = found[total]
+        made[size] = times
+    return dict(reversed(made.items()))
 
 
 def _place(
-    lengths: Lengths, budgets: tuple[int, int], count: int, order: Order, score: Score
+    lengths: Lengths, budgets: tuple[int, int], count: int, order: Order, kind: type[OpenPacks]
 ) -> tuple[Pack, ...] | None:
     """Places every sample into one of `count` packs, or returns None where greedy cannot.
 
@@ -119,26 +145,14 @@ def _place(
         budgets: Most text and visual rows of a pack.
         count: Packs.
         order: Samples with the largest of it come first.
-        score: Of the packs that still take a sample, the one with the lowest gets it.
+        kind: Which of the packs that still take a sample gets it.
     """
-    text_budget, visual_budget = budgets
-    members: list[list[int]] = [[] for _ in range(count)]
-    loads = [(0, 0)] * count
+    packs = kind(budgets, count)
     keys = [order(text, visual, budgets) for text, visual in lengths]
     for index in sorted(range(len(lengths)), key=lambda i: (-keys[i], i)):
-        text, visual = lengths[index]
-        best, best_score = -1, float("inf")
-        for pack, (pack_text, pack_visual) in enumerate(loads):
-            if pack_text + text > text_budget or pack_visual + visual > visual_budget:
-                continue
-            found = score(text, visual, pack_text, pack_visual, budgets)
-            if found < best_score:
-                best, best_score = pack, found
-        if best < 0:
+        if not packs.place(index, *lengths[index]):
             return None
-        members[best].append(index)
-        loads[best] = (loads[best][0] + text, loads[best][1] + visual)
-    return tuple(tuple(sorted(pack)) for pack in members)
+    return tuple(tuple(sorted(pack)) for pack in packs.members)
 
 
 def _rows(text: int, visual: int, _: tuple[int, int]) -> float:
@@ -153,32 +167,13 @@ def _both_shares(text: int, visual: int, budgets: tuple[int, int]) -> float:
     return text / budgets[0] + visual / budgets[1]
 
 
-def _emptiest(text: int, visual: int, in_text: int, in_visual: int, _: tuple[int, int]) -> float:
-    return in_text + in_visual
-
-
-def _fullest(
-    text: int, visual: int, in_text: int, in_visual: int, budgets: tuple[int, int]
-) -> float:
-    return -_largest_share(in_text, in_visual, budgets)
-
-
-def _best_match(
-    text: int, visual: int, in_text: int, in_visual: int, budgets: tuple[int, int]
-) -> float:
-    """Low where what the pack has left has the proportions of what the sample needs."""
-    left_text, left_visual = 1 - in_text / budgets[0], 1 - in_visual / budgets[1]
-    match = text / budgets[0] * left_text + visual / budgets[1] * left_visual
-    return -match / max((left_text**2 + left_visual**2) ** 0.5, 1e-9)
-
-
 # Balanced first: where it fits, the packs of a step are alike, which a pipeline likes best.
-_GREEDY: tuple[tuple[Order, Score], ...] = (
-    (_rows, _emptiest),
-    (_largest_share, _fullest),
-    (_both_shares, _best_match),
-    (_largest_share, _best_match),
-    (_both_shares, _fullest),
+_GREEDY: tuple[tuple[Order, type[OpenPacks]], ...] = (
+    (_rows, Emptiest),
+    (_largest_share, Fullest),
+    (_both_shares, BestMatch),
+    (_largest_share, BestMatch),
+    (_both_shares, Fullest),
 )
 
 

@@ -21,7 +21,7 @@ class WorkingMemory:
 
     Attributes:
         activations: kept between forward and backward, of all micro-batches in flight.
-        working: of the layer that is being computed, and the tower's.
+        working: of the MLP or the attention of the layer that is being computed, or of the tower's.
         logits: of the rows whose loss is computed at once.
         fp8_weights: copies of linear weights in FP8, both ways round.
         buffers: pixels, communication, libraries (an allowance).
@@ -63,6 +63,33 @@ def layer_bytes(config: Config, pack: Rows, fp8: bool) -> float:
     if "mlp" not in again:
         kept += (gemm_input + 2 * e) * llm.ffn_hidden_size / tp * rows  # second linear, gate
     return kept
+
+
+def attention_bytes(config: Config, pack: Rows) -> float:
+    """Bytes with which a layer's attention works in backward, beside what it kept.
+
+    However images and text are interleaved: `flash` and `sdpa` sum the gradients of visual keys and
+    values, and of the queries that read them, in float32 over passes that copy at most half of
+    the rows (`layers.attention.rows`). The joint kernel of `triton` copies none. The score matrices
+    of `reference` are not counted.
+
+    Args:
+        config: a checked configuration.
+        pack: rows of the micro-batch.
+    """
+    llm, tp = config.model.llm, config.parallel.tp
+    e = 2 if config.train.precision == "bf16" else 4
+    query = llm.num_attention_heads * llm.head_dim / tp
+    keys_values = 2 * llm.num_query_groups * llm.head_dim / tp
+    asking = pack.text + (pack.visual if config.attention.v2v == "causal" else 0)
+    if config.attention.backend == "triton":
+        return e * keys_values * pack.visual + (8 + 3 * e) * query * asking
+    # Sums; of a pass the keys, values and their gradients, and one of the sums' rows.
+    visual = 4 + e + 1
+    # Gradients of outputs and queries, the sum; of a pass queries, outputs and gradients, and the
+    # sum's rows.
+    text = 2 * e + 4 + 2 * e + 2
+    return visual * keys_values * pack.visual + text * query * asking
 
 
 def stage_bytes(config: Config, num_layers: int, pack: Rows, fp8: bool) -> tuple[float, float]:
@@ -140,7 +167,8 @@ def working_memory(
     kept, beside = stage_bytes(config, num_layers, pack, fp8)
     activations = kept * micro_batches_in_flight(config, stage, num_microbatches)
     at_once = pack.text + min(pack.visual, config.train.recompute_visual_chunk or pack.visual)
-    working = e * 2 * llm.ffn_hidden_size / tp * at_once + beside
+    mlp = e * 2 * llm.ffn_hidden_size / tp * at_once
+    working = max(mlp, attention_bytes(config, pack)) + beside  # one after the other
     buffers = LIBRARY_BYTES
     logits = 0.0
     if stage == 0:

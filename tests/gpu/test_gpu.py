@@ -14,21 +14,23 @@ from dattn_mcore.layers.attention import BACKENDS, choose_backend
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.parallel import platform
 from tests.unit.layers.test_attention import LAYOUTS, MODES, make_inputs, options_for, run
+from tests.unit.layers.test_interleaved_attention import MANY
 
 ROOT = Path(__file__).parents[2]
 
 
 # bf16 keeps 8 bits: the kernels round inputs, weights and outputs each by up to 2^-9.
+@pytest.mark.parametrize("layouts", [LAYOUTS, MANY], ids=["few", "many-images"])
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
 @pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"reference"}))
-def test_kernels_equal_reference(name, mode):
+def test_kernels_equal_reference(name, mode, layouts):
     device = platform.current_device()
     options = options_for(mode)
     try:
         choose_backend(name, options, device.type, torch.bfloat16, 64)
     except ConfigError as error:
         pytest.skip(str(error))
-    params = build_seq_params(LAYOUTS, t2v_position=options.t2v_position, device=device)
+    params = build_seq_params(layouts, t2v_position=options.t2v_position, device=device)
     exact = [x.detach().bfloat16().to(device) for x in make_inputs(params, dim=64)]
     outputs = {}
     for backend, dtype in (("reference", torch.float32), (name, torch.bfloat16)):

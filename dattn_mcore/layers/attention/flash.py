@@ -1,6 +1,6 @@
 """Decomposed attention on flash-attn 2 or 3 (varlen, soft-cap, window), for a GPU.
 
-`parts` says how the parts over visual and over text keys become one exact softmax. For its
+`merge` says how calls over visual and over text keys become one exact softmax. For its
 backward pass the public functions of flash-attn do not do: they recompute with their own output
 and log-sum-exp, and drop the latter's gradient. So the functions below them are called, which take
 both from outside.
@@ -21,9 +21,11 @@ from typing import Any
 import torch
 
 from dattn_mcore.layers.attention.flash_sequences import Sequences, make_sequences
+from dattn_mcore.layers.attention.merge import Passes
 from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.parts import attend_in_parts
 from dattn_mcore.layers.attention.rotary import Rotary
+from dattn_mcore.layers.attention.rows import passes_over_images
 from dattn_mcore.layers.layout import DecomposedSeqParams
 from dattn_mcore.parallel.platform import is_hopper
 
@@ -126,7 +128,7 @@ def _kernels(head_dim: int) -> tuple[Any, Callable[..., tuple], Callable[..., No
 
 
 class _Parts:
-    """The parts of a pack on flash-attn; see `parts.Parts`."""
+    """The parts of a pack on flash-attn, one for each pass; see `parts.Parts`."""
 
     @staticmethod
     def causal(
@@ -135,36 +137,39 @@ class _Parts:
         lengths: tuple[int, ...],
         options: AttentionOptions,
         device: torch.device,
-    ) -> _Part:
+    ) -> Passes:
         key = ("flash", name)
         if key not in params.cache:
             ends = list(itertools.accumulate(lengths))
             spans = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
             spans = [span for span in spans if span[0] < span[1]]
-            params.cache[key] = make_sequences(spans, spans, True, device)
-        return _Part(params.cache[key], options, options.window)
+            params.cache[key] = [make_sequences(spans, spans, True, device)] if spans else []
+        return [[_Part(sequences, options, options.window)] for sequences in params.cache[key]]
 
     @staticmethod
     def blocks(
         params: DecomposedSeqParams, options: AttentionOptions, device: torch.device
-    ) -> _Part:
+    ) -> Passes:
         key = ("flash", "blocks")
         if key not in params.cache:
-            blocks = params.blocks
-            params.cache[key] = make_sequences(
-                [(block.text_start, block.text_stop) for block in blocks],
-                [(block.visual_start, block.visual_stop) for block in blocks],
-                False,
-                device,
-            )
-        return _Part(params.cache[key], options, None)
+            params.cache[key] = [
+                make_sequences(
+                    [(block.text_start, block.text_stop) for block in blocks],
+                    [(block.visual_start, block.visual_stop) for block in blocks],
+                    False,
+                    device,
+                )
+                for blocks in passes_over_images(params.blocks)
+            ]
+        return [[_Part(sequences, options, None)] for sequences in params.cache[key]]
 
 
 class _Part:
-    """Attention of the rows of a pack over one set of keys; see `parts.Part`."""
+    """One varlen call; see `merge.Part`."""
 
     def __init__(self, sequences: Sequences, options: AttentionOptions, window: int | None):
         self.sequences, self.options = sequences, options
+        self.q_rows, self.k_rows = sequences.q_rows, sequences.k_rows
         # flash-attn counts the keys to the left of the own one; -1 is no window.
         self.left = -1 if window is None else window - 1
         self.right = 0 if sequences.causal else -1
@@ -172,14 +177,9 @@ class _Part:
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        s = self.sequences
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
-        if s.max_q:
-            module, call, _ = _kernels(q.shape[-1])
-            part_out, part_lse = call(module, self, q[s.q_rows], k[s.k_rows], v[s.k_rows])
-            out[s.q_rows], lse[s.q_rows] = part_out, part_lse.transpose(0, 1)
-        return out, lse, None
+        module, call, _ = _kernels(q.shape[-1])
+        out, lse = call(module, self, q, k, v)
+        return out, lse.transpose(0, 1), None
 
     def backward(
         self,
@@ -191,34 +191,11 @@ class _Part:
         lse: torch.Tensor,
         state: None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        s = self.sequences
-        grads = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        if not s.max_q:
-            return grads  # type: ignore[return-value]
-        q_part, k_part, v_part = q[s.q_rows], k[s.k_rows], v[s.k_rows]
-        parts = tuple(
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_part, k_part, v_part)
-        )
         module, _, call = _kernels(q.shape[-1])
-        call(
-            module,
-            self,
-            *(grad[s.q_rows], q_part, k_part, v_part, out[s.q_rows]),
-            lse[s.q_rows].transpose(0, 1).contiguous(),
-            *parts,
-        )
-        grads[0][s.q_rows] = parts[0]
-        for whole, part in zip(grads[1:], parts[1:], strict=True):
-            if isinstance(s.k_rows, slice):
-                whole[s.k_rows] = part
-            else:
-                # Several blocks may have seen a key: add in float32, in a fixed order.
-                total = torch.zeros(whole.shape, dtype=torch.float32, device=whole.device)
-                pieces = part.split([stop - start for start, stop in s.k_spans])
-                for (start, stop), piece in zip(s.k_spans, pieces, strict=True):
-                    total[start:stop] += piece
-                whole.copy_(total)
-        return grads  # type: ignore[return-value]
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        by_head = lse.transpose(0, 1).to(torch.float32).contiguous()
+        call(module, self, grad, q, k, v, out, by_head, dq, dk, dv)
+        return dq, dk, dv
 
 
 def _forward_2(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-Rows = slice | torch.Tensor
+from dattn_mcore.layers.attention.rows import Rows, rows_of
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,9 @@ class Sequences:
     """Sequences of one varlen call.
 
     Attributes:
-        q_rows, k_rows: rows of the pack, one sequence after the other: a slice where they are
-            consecutive, else int64 indices. Keys that several sequences see stand there once each.
+        q_rows, k_rows: rows of the pack, one sequence after the other.
         cu_q, cu_k: int32 [sequences + 1], starts of the sequences and the end of the last.
         max_q, max_k: rows of the longest.
-        k_spans: the same rows of keys as (start, stop), sequence by sequence.
         causal: whether queries are the keys' own rows.
     """
 
@@ -30,7 +28,6 @@ class Sequences:
     cu_k: torch.Tensor
     max_q: int
     max_k: int
-    k_spans: tuple[tuple[int, int], ...]
     causal: bool
 
 
@@ -50,18 +47,11 @@ def make_sequences(
         return torch.tensor(ends, dtype=torch.int32, device=device)
 
     return Sequences(
-        q_rows=_rows(q_spans, device),
-        k_rows=_rows(k_spans, device),
+        q_rows=rows_of(q_spans, device),
+        k_rows=rows_of(k_spans, device),
         cu_q=starts(q_spans),
         cu_k=starts(k_spans),
         max_q=max(lengths(q_spans), default=0),
         max_k=max(lengths(k_spans), default=0),
-        k_spans=tuple(k_spans),
         causal=causal,
     )
-
-
-def _rows(spans: Sequence[tuple[int, int]], device: torch.device) -> Rows:
-    if all(before[1] == after[0] for before, after in itertools.pairwise(spans)):
-        return slice(spans[0][0], spans[-1][1]) if spans else slice(0, 0)
-    return torch.cat([torch.arange(*span) for span in spans]).to(device)

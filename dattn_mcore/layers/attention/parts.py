@@ -1,44 +1,20 @@
-"""Decomposed attention from two calls of a kernel that knows one set of keys.
+"""Decomposed attention from calls of a kernel that knows one set of keys.
 
-The parts over visual and over text keys are computed apart and merged by their log-sum-exps into
-one exact softmax. The backward pass hands each part's backward the *merged* output and the
-*merged* log-sum-exp, as ring attention does; the kernels then produce the exact joint gradients,
-and no gradient through a log-sum-exp is ever needed (flash kernels drop it silently).
+Text rows attend to their text keys and to visual keys in calls of their own, merged into one exact
+softmax (`merge`). Visual keys are read in passes that copy no row twice (`rows`), so that memory is
+linear in the rows of a pack, however its images and text are interleaved.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from dattn_mcore.layers.attention.merge import Merged, Passes, gradients
 from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.rotary import Rotary, rotate
 from dattn_mcore.layers.layout import DecomposedSeqParams
-
-
-class Part(Protocol):
-    """Attention of packed rows over one set of keys."""
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Output [rows, heads, d], lse [rows, heads], and what the backward pass needs besides.
-
-        Rows that see nothing have output zero and lse minus infinity.
-        """
-
-    def backward(
-        self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        state: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of q, k, v for a given (merged) output and log-sum-exp."""
 
 
 class Parts(Protocol):
@@ -51,12 +27,12 @@ class Parts(Protocol):
         lengths: tuple[int, ...],
         options: AttentionOptions,
         device: torch.device,
-    ) -> Part:
+    ) -> Passes:
         """Each sample's rows over its rows so far, within the window; `name` keys the cache."""
 
     def blocks(
         self, params: DecomposedSeqParams, options: AttentionOptions, device: torch.device
-    ) -> Part:
+    ) -> Passes:
         """Text rows over all visual rows of their block (`DecomposedSeqParams.blocks`)."""
 
 
@@ -91,13 +67,13 @@ def attend_in_parts(
             if options.is_baseline:
                 return rows[params.num_visual :], visual
         else:
-            part = parts.causal(params, "visual", params.visual_lengths, options, q.device)
-            visual = _OnePart.apply(q_visual_rotated, k_visual_rotated, v_visual, part)
+            passes = parts.causal(params, "visual", params.visual_lengths, options, q.device)
+            visual = _OneSet.apply(q_visual_rotated, k_visual_rotated, v_visual, passes)
     if options.debiased:
         q_to_visual, k_for_text = q, k_visual
     else:
         q_to_visual, k_for_text = q_rotated, rotate(k_visual, rotary.visual)
-    text = _TwoParts.apply(
+    text = _TwoSets.apply(
         *(q_to_visual, q_rotated, k_for_text, v_visual, k_text_rotated, v_text),
         parts.blocks(params, options, q.device),
         parts.causal(params, "text", params.text_lengths, options, q.device),
@@ -117,50 +93,49 @@ def _in_reading_order(
     """Stock causal attention over `[visual; text]` rows, put in reading order and back."""
     order = params.reading_order
     lengths = tuple(a + b for a, b in zip(params.visual_lengths, params.text_lengths, strict=True))
-    part = parts.causal(params, "reading", lengths, options, q.device)
-    out = _OnePart.apply(q[order], k[order], v[order], part)
+    passes = parts.causal(params, "reading", lengths, options, q.device)
+    out = _OneSet.apply(q[order], k[order], v[order], passes)
     return torch.zeros_like(q).index_copy(0, order, out)
 
 
-class _OnePart(torch.autograd.Function):
-    """A single part as a differentiable function."""
+class _OneSet(torch.autograd.Function):
+    """Rows over one set of keys."""
 
     @staticmethod
-    def forward(ctx, q, k, v, part):
-        out, lse, ctx.state = part.forward(q, k, v)
+    def forward(ctx, q, k, v, passes):
+        merged = Merged(q, len(passes))
+        ctx.passes, ctx.states = passes, merged.add(passes, q, k, v)
+        out, lse = merged.result()
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.part = part
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return *ctx.part.backward(grad, *ctx.saved_tensors, ctx.state), None
+        return *gradients(ctx.passes, ctx.states, grad, *ctx.saved_tensors), None
 
 
-class _TwoParts(torch.autograd.Function):
+class _TwoSets(torch.autograd.Function):
     """Text rows over visual and over text keys, merged."""
 
     @staticmethod
     def forward(ctx, q_v, q_t, k_v, v_v, k_t, v_t, over_visual, over_text, merge):
-        out_v, lse_v, state_v = over_visual.forward(q_v, k_v, v_v)
-        out_t, lse_t, state_t = over_text.forward(q_t, k_t, v_t)
-        ctx.parts, ctx.states = (over_visual, over_text), (state_v, state_t)
+        ctx.passes = over_visual, over_text
         if merge == "sum":
-            ctx.save_for_backward(q_v, q_t, k_v, v_v, k_t, v_t, out_v, lse_v, out_t, lse_t)
-            return out_v + out_t
-        lse = torch.logaddexp(lse_v, lse_t)
-        # Padding rows see nothing on either side: keep their weights finite, their output is zero.
-        lse = lse.masked_fill(lse.isinf(), 0.0)
-        out = (lse_v - lse).exp()[..., None] * out_v + (lse_t - lse).exp()[..., None] * out_t
-        out = out.to(q_v.dtype)
-        ctx.save_for_backward(q_v, q_t, k_v, v_v, k_t, v_t, out, lse, out, lse)
-        return out
+            visual, text = Merged(q_v, len(over_visual)), Merged(q_t, len(over_text))
+        else:
+            visual = text = Merged(q_t, len(over_visual) + len(over_text))
+        states_t = text.add(over_text, q_t, k_t, v_t)
+        ctx.states = visual.add(over_visual, q_v, k_v, v_v), states_t
+        out, lse = text.result()
+        out_v, lse_v = (out, lse) if visual is text else visual.result()
+        ctx.save_for_backward(q_v, q_t, k_v, v_v, k_t, v_t, out_v, lse_v, out, lse)
+        return out if visual is text else out_v + out
 
     @staticmethod
     def backward(ctx, grad):
         q_v, q_t, k_v, v_v, k_t, v_t, out_v, lse_v, out_t, lse_t = ctx.saved_tensors
-        over_visual, over_text = ctx.parts
-        state_v, state_t = ctx.states
-        dq_v, dk_v, dv_v = over_visual.backward(grad, q_v, k_v, v_v, out_v, lse_v, state_v)
-        dq_t, dk_t, dv_t = over_text.backward(grad, q_t, k_t, v_t, out_t, lse_t, state_t)
+        over_visual, over_text = ctx.passes
+        states_v, states_t = ctx.states
+        dq_v, dk_v, dv_v = gradients(over_visual, states_v, grad, q_v, k_v, v_v, out_v, lse_v)
+        dq_t, dk_t, dv_t = gradients(over_text, states_t, grad, q_t, k_t, v_t, out_t, lse_t)
         return dq_v, dq_t, dk_v, dv_v, dk_t, dv_t, None, None, None

@@ -1,10 +1,10 @@
 """Decomposed attention on PyTorch's flash kernels (CPU and GPU), linear memory in the visual rows.
 
-`parts` says how the parts over visual and over text keys become one exact softmax.
+`merge` says how calls over visual and over text keys become one exact softmax.
 
-Samples of a pack are batched: text rows causally, padded to the longest of a bucket; text-to-visual
-as dense blocks, grouped by their number of visual rows, with the query heads of a group folded
-into the query rows. So no mask and no score matrix of text by visual rows exists.
+Rows of a pack are batched (`sdpa_batches`): text rows causally; text by visual rows as dense
+rectangles, with the query heads of a group folded into the query rows. So no mask and no score
+matrix of text by visual rows exists.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dattn_mcore.layers.attention.merge import Passes
 from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.parts import attend_in_parts
 from dattn_mcore.layers.attention.rotary import Rotary
@@ -107,60 +108,61 @@ def _window_mask(rows: int, window: int | None, like: torch.Tensor) -> torch.Ten
 
 
 class _Part:
-    """One set of keys: gathers the rows of a batch, runs the kernel, scatters the results."""
+    """One call of the kernel on a batch; see `merge.Part`."""
 
-    def __init__(self, batches: list[Batch], causal: bool, scale: float, window: int | None):
-        self.batches, self.causal, self.scale, self.window = batches, causal, scale, window
+    def __init__(self, batch: Batch, causal: bool, scale: float, window: int | None):
+        self.batch, self.causal, self.scale, self.window = batch, causal, scale, window
+        self.q_rows, self.k_rows = batch.q_rows, batch.k_rows
 
-    def _queries(self, rows: torch.Tensor, batch: Batch, groups: int) -> torch.Tensor:
+    def _queries(self, rows: torch.Tensor, groups: int, fill: float = 0.0) -> torch.Tensor:
         """[rows, heads, d] -> [batch, heads, q, d]; dense parts fold a group's heads into q."""
-        x = rows[batch.q_index]  # [b, q, heads, d]
+        x = self.batch.padded(rows, fill)  # [b, q, heads, d]
         if self.causal:
             return x.transpose(1, 2)
         b, n, heads, d = x.shape
-        x = x.view(b, n, groups, heads // groups, d).permute(0, 2, 3, 1, 4)
+        x = x.unflatten(2, (groups, heads // groups)).permute(0, 2, 3, 1, 4)
         return x.reshape(b, groups, heads // groups * n, d)
 
-    def _rows(self, x: torch.Tensor, batch: Batch, heads: int) -> torch.Tensor:
-        """Inverse of `_queries` without padding: [valid rows, heads, d]."""
+    def _rows(self, x: torch.Tensor, heads: int) -> torch.Tensor:
+        """Inverse of `_queries`: [rows, heads, d]."""
         if not self.causal:
             b, groups, folded, d = x.shape
             x = x.view(b, groups, heads // groups, folded * groups // heads, d)
             x = x.reshape(b, heads, -1, d)
-        x = x.transpose(1, 2)
-        return x.reshape(-1, *x.shape[2:]) if batch.valid is None else x[batch.valid]
+        return self.batch.unpadded(x.transpose(1, 2))
 
-    def _keys(self, rows: torch.Tensor, batch: Batch, heads: int) -> torch.Tensor:
-        x = rows[batch.k_index].transpose(1, 2)
-        if self.causal and heads != x.shape[1]:
-            x = x.repeat_interleave(heads // x.shape[1], dim=1)
-        return x
+    def _keys(self, rows: torch.Tensor, heads: int) -> torch.Tensor:
+        """[rows, groups, d] -> [batch, groups, k, d], one head a query head in causal parts."""
+        if not self.causal:
+            return rows.unflatten(0, (self.batch.size, -1)).transpose(1, 2)
+        x = self.batch.padded(rows).transpose(1, 2)
+        return x.repeat_interleave(heads // x.shape[1], dim=1) if heads != x.shape[1] else x
+
+    def _key_rows(self, x: torch.Tensor, groups: int) -> torch.Tensor:
+        """Inverse of `_keys`, summed over the heads of a group."""
+        if not self.causal:
+            return x.transpose(1, 2).flatten(0, 1)
+        if x.shape[1] != groups:
+            x = x.unflatten(1, (groups, -1)).sum(2)
+        return self.batch.unpadded(x.transpose(1, 2))
+
+    def _mask(self, like: torch.Tensor) -> torch.Tensor | None:
+        return _window_mask(self.batch.queries, self.window, like) if self.causal else None
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
-        """Output [rows, heads, d], lse [rows, heads] (minus infinity where nothing is seen)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         heads, groups = q.shape[1], k.shape[1]
-        out = torch.zeros_like(q)
-        lse = torch.full(
-            q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)
-        ).to(q.device)
-        states = []
-        for batch in self.batches:
-            mask = _window_mask(batch.q_index.shape[1], self.window, q) if self.causal else None
-            queries = self._queries(q, batch, groups)
-            o, s, state = _flash_forward(
-                queries,
-                self._keys(k, batch, heads),
-                self._keys(v, batch, heads),
-                self.causal and mask is None,
-                self.scale,
-                mask,
-            )
-            out[batch.q_rows] = self._rows(o, batch, heads)
-            lse[batch.q_rows] = self._rows(s[..., None], batch, heads)[..., 0].to(lse.dtype)
-            states.append(state)
-        return out, lse, states
+        mask = self._mask(q)
+        out, lse, state = _flash_forward(
+            self._queries(q, groups),
+            self._keys(k, heads),
+            self._keys(v, heads),
+            self.causal and mask is None,
+            self.scale,
+            mask,
+        )
+        return self._rows(out, heads), self._rows(lse[..., None], heads)[..., 0], state
 
     def backward(
         self,
@@ -170,52 +172,23 @@ class _Part:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        states: list[Any],
+        state: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of q, k, v for a given (merged) output and log-sum-exp."""
         heads, groups = q.shape[1], k.shape[1]
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for batch, state in zip(self.batches, states, strict=True):
-            mask = _window_mask(batch.q_index.shape[1], self.window, q) if self.causal else None
-            g, s = grad, lse
-            d_out = self._queries(g, batch, groups)
-            logsum = self._queries(s[..., None], batch, groups)[..., 0]
-            if batch.valid is not None:
-                valid = batch.valid[:, :, None, None].expand(-1, -1, heads, 1)
-                valid = self._fold_valid(valid, groups)
-                d_out = d_out.masked_fill(~valid, 0.0)
-                logsum = logsum.masked_fill(~valid[..., 0], _NEVER)
-            dqb, dkb, dvb = _flash_backward(
-                d_out.contiguous(),
-                self._queries(q, batch, groups),
-                self._keys(k, batch, heads),
-                self._keys(v, batch, heads),
-                self._queries(out, batch, groups),
-                logsum.contiguous(),
-                self.causal and mask is None,
-                self.scale,
-                mask,
-                state,
-            )
-            dq[batch.q_rows] = self._rows(dqb, batch, heads)
-            dk.index_add_(0, batch.k_index.flatten(), self._key_rows(dkb, groups))
-            dv.index_add_(0, batch.k_index.flatten(), self._key_rows(dvb, groups))
-        return dq, dk, dv
-
-    def _fold_valid(self, valid: torch.Tensor, groups: int) -> torch.Tensor:
-        """[b, q, heads, 1] -> the layout of `_queries`."""
-        if self.causal:
-            return valid.transpose(1, 2)
-        b, n, heads, _ = valid.shape
-        valid = valid.reshape(b, n, groups, heads // groups, 1).permute(0, 2, 3, 1, 4)
-        return valid.reshape(b, groups, heads // groups * n, 1)
-
-    def _key_rows(self, x: torch.Tensor, groups: int) -> torch.Tensor:
-        """[b, heads, k, d] -> [b * k, groups, d], summed over the heads of a group."""
-        b, heads, n, d = x.shape
-        if heads != groups:
-            x = x.view(b, groups, heads // groups, n, d).sum(2)
-        return x.transpose(1, 2).reshape(b * n, groups, d)
+        mask = self._mask(q)
+        dq, dk, dv = _flash_backward(
+            self._queries(grad, groups).contiguous(),
+            self._queries(q, groups),
+            self._keys(k, heads),
+            self._keys(v, heads),
+            self._queries(out, groups),
+            self._queries(lse[..., None], groups, _NEVER)[..., 0].contiguous(),
+            self.causal and mask is None,
+            self.scale,
+            mask,
+            state,
+        )
+        return self._rows(dq, heads), self._key_rows(dk, groups), self._key_rows(dv, groups)
 
 
 class _Parts:
@@ -228,12 +201,15 @@ class _Parts:
         lengths: tuple[int, ...],
         options: AttentionOptions,
         device: torch.device,
-    ) -> _Part:
+    ) -> Passes:
         batches = causal_batches(params, name, lengths, device)
-        return _Part(batches, True, options.scale, options.window)
+        if not batches:
+            return []
+        return [[_Part(batch, True, options.scale, options.window) for batch in batches]]
 
     @staticmethod
     def blocks(
         params: DecomposedSeqParams, options: AttentionOptions, device: torch.device
-    ) -> _Part:
-        return _Part(block_batches(params, device), False, options.scale, None)
+    ) -> Passes:
+        passes = block_batches(params, device)
+        return [[_Part(batch, False, options.scale, None) for batch in one] for one in passes]

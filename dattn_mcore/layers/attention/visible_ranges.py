@@ -2,7 +2,8 @@
 
 Everything that a pack allows is a range of consecutive rows: a text row sees the visual rows of
 its sample's images so far, and the text rows from the window's edge to itself. Both ends never
-fall from one row of a sample to the next. Worked out on the host, once per pack.
+fall from one row to the next, nor from one sample to the next. Worked out on the host, once per
+pack.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -69,22 +71,28 @@ def query_tiles(lengths: Sequence[int], rows: int, first: Ranges, second: Ranges
         last key that any row sees, with the range that all rows see in between, as
         (low, full_low, full_high, high).
     """
-    spans = _spans(lengths, rows)
-    table = np.zeros((len(spans), QUERY_TILE_FIELDS), dtype=np.int32)
-    work = np.zeros(len(spans), dtype=np.int64)
-    for i, (start, stop) in enumerate(spans):
-        table[i, :2] = start, stop
+    start, stop = _spans(lengths, rows)
+    table = np.zeros((len(start), QUERY_TILE_FIELDS), dtype=np.int32)
+    table[:, 0], table[:, 1] = start, stop
+    work = np.zeros(len(start), dtype=np.int64)
+    if len(start):
         for at, ranges in ((2, first), (6, second)):
-            low, high = ranges.low[start:stop], ranges.high[start:stop]
-            sees = low < high
-            if sees.any():
-                bottom, top = low[sees].min(), high[sees].max()
-                full_low, full_high = low.max(), high.min()
-                if not sees.all() or full_low >= full_high:
-                    full_low = full_high = bottom
-                table[i, at : at + 4] = bottom, full_low, full_high, top
-                work[i] += top - bottom
+            table[:, at : at + 4] = bounds = _tile_bounds(ranges, start)
+            work += bounds[:, 3] - bounds[:, 0]
     return table[np.argsort(-work, kind="stable")]
+
+
+def _tile_bounds(ranges: Ranges, start: np.ndarray) -> np.ndarray:
+    """(low, full_low, full_high, high) of the tiles that begin at these rows; zeros for no key."""
+    low, high = ranges.low.astype(np.int64), ranges.high.astype(np.int64)
+    sees = low < high
+    any_sees = np.logical_or.reduceat(sees, start)
+    bottom = np.minimum.reduceat(np.where(sees, low, np.iinfo(np.int64).max), start)
+    top = np.maximum.reduceat(np.where(sees, high, -1), start)
+    full_low, full_high = np.maximum.reduceat(low, start), np.minimum.reduceat(high, start)
+    no_full = ~np.logical_and.reduceat(sees, start) | (full_low >= full_high)
+    full_low, full_high = np.where(no_full, bottom, [full_low, full_high])
+    return np.where(any_sees, [bottom, full_low, full_high, top], 0).T
 
 
 def key_tiles(lengths: Sequence[int], rows: int, ranges: Ranges) -> np.ndarray:
@@ -94,34 +102,33 @@ def key_tiles(lengths: Sequence[int], rows: int, ranges: Ranges) -> np.ndarray:
         int32 [tiles, 6]: start and stop key; first and last query row that sees any of the tile,
         with the rows that see all of it in between, as (low, full_low, full_high, high).
     """
-    table = []
+    start, stop = _spans(ranges.key_lengths, rows)
     offsets, key_offsets = _starts(lengths), _starts(ranges.key_lengths)
-    for sample, (queries, keys) in enumerate(zip(lengths, ranges.key_lengths, strict=True)):
-        begin, key_begin = int(offsets[sample]), int(key_offsets[sample])
-        low = ranges.low[begin : begin + queries]
-        high = ranges.high[begin : begin + queries]
-        start = key_begin + np.arange(0, keys, rows)
-        stop = np.minimum(start + rows, key_begin + keys)
-        # Ends never fall within a sample, so each of these sets of rows is consecutive.
-        some_low, some_high = np.searchsorted(high, start, "right"), np.searchsorted(low, stop)
-        full_low, full_high = np.searchsorted(high, stop), np.searchsorted(low, start, "right")
-        some_high = np.maximum(some_high, some_low)
-        full_high = np.maximum(full_high, full_low)
-        rows_of_tile = [some_low, full_low, full_high, some_high]
-        table.append(np.stack([start, stop, *(begin + x for x in rows_of_tile)], axis=1))
-    tiles = np.concatenate(table) if table else np.zeros((0, KEY_TILE_FIELDS))
-    tiles = tiles.astype(np.int32)
-    return tiles[np.argsort(tiles[:, 2] - tiles[:, 5], kind="stable")]
+    # A sample without keys has the next one's offset: the last of equal ones has the tile.
+    sample = np.searchsorted(key_offsets, start, "right") - 1
+    begin, end = offsets[sample], offsets[sample] + np.array(lengths, dtype=np.int64)[sample]
+
+    def row(ends: np.ndarray, key: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
+        # Ends never fall from row to row, so each of these sets of rows is consecutive.
+        return np.clip(np.searchsorted(ends, key, side), begin, end)
+
+    some_low, some_high = row(ranges.high, start, "right"), row(ranges.low, stop, "left")
+    full_low, full_high = row(ranges.high, stop, "left"), row(ranges.low, start, "right")
+    some_high = np.maximum(some_high, some_low)
+    full_high = np.maximum(full_high, full_low)
+    tiles = np.stack([start, stop, some_low, full_low, full_high, some_high], axis=1)
+    return tiles[np.argsort(tiles[:, 2] - tiles[:, 5], kind="stable")].astype(np.int32)
 
 
 def _starts(lengths: Sequence[int]) -> np.ndarray:
     return np.array([0, *itertools.accumulate(lengths)][: len(lengths)], dtype=np.int64)
 
 
-def _spans(lengths: Sequence[int], rows: int) -> list[tuple[int, int]]:
-    spans, start = [], 0
-    for length in lengths:
-        stop = start + length
-        spans += [(a, min(a + rows, stop)) for a in range(start, stop, rows)]
-        start = stop
-    return spans
+def _spans(lengths: Sequence[int], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """First row and end of the pieces of at most `rows` rows into which samples are cut."""
+    count = -(-np.array(lengths, dtype=np.int64) // rows)
+    begin = _starts(lengths)
+    stop = np.repeat(begin + np.array(lengths, dtype=np.int64), count)
+    piece = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    start = np.repeat(begin, count) + rows * piece
+    return start, np.minimum(start + rows, stop)

@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dattn_mcore.data import packing
 from dattn_mcore.data.balance import split_over_ranks
-from dattn_mcore.data.packing import plan_packs
+from dattn_mcore.data.packing import pack_into, plan_packs
+from tests.counted_lines import lines_of
+from tests.unit.data import plain_packing
 
 TEXT, VISUAL = 50, 64
 LENGTHS = st.lists(
@@ -101,3 +104,78 @@ def test_ranks_of_unlike_samples_have_equal_work() -> None:
             for share in shares
         ]
         assert max(loads) <= 1.05 * sum(loads) / dp_size
+
+
+def some_lengths(seed: int, samples: int, budgets: tuple[int, int]) -> list[tuple[int, int]]:
+    """Few sizes or many, equal samples, text only, samples as large as a budget."""
+    rng = random.Random(seed)
+    sizes = [rng.randint(1, budgets[1]) for _ in range(rng.choice([1, 2, 5, 40]))] + [0]
+    texts = [rng.randint(1, budgets[0]) for _ in range(rng.choice([1, 3, 60]))]
+    small = rng.choice([1, 2, 8])  # samples to a pack, about
+    return [
+        (max(1, rng.choice(texts) // small), rng.choice(sizes) // rng.choice([1, small]))
+        for _ in range(samples)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    samples=st.integers(0, 250),
+    budgets=st.sampled_from([(50, 64), (4096, 5832), (97, 101), (64, 64)]),
+    more=st.sampled_from([-2, -1, 0, 1, 5, 100]),
+)
+def test_packs_are_those_of_the_plain_search(
+    seed: int, samples: int, budgets: tuple[int, int], more: int
+) -> None:
+    """Every greedy order and rule, and sums of images, at counts of packs that fit and that do not.
+
+    Up to some hundred packs: several blocks of the search.
+    """
+    lengths = some_lengths(seed, samples, budgets)
+    need = max(-(-sum(pair[kind] for pair in lengths) // budgets[kind]) for kind in (0, 1))
+    count = max(1, need + more)
+    for (order, kind), (plain_order, score) in zip(
+        packing._GREEDY, plain_packing.GREEDY, strict=True
+    ):
+        found = packing._place(lengths, budgets, count, order, kind)
+        assert found == plain_packing.place(lengths, budgets, count, plain_order, score)
+    if len({visual for _, visual in lengths}) < 6:  # the plain way takes minutes for more
+        found = packing._place_by_sums(lengths, budgets, count)
+        assert found == plain_packing.place_by_sums(lengths, budgets, count)
+        assert pack_into(lengths, budgets, count) == plain_packing.pack_into(
+            lengths, budgets, count
+        )
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.dictionaries(st.integers(1, 60), st.integers(1, 6), max_size=8),
+    room=st.integers(60, 300),
+)
+def test_best_sums_are_those_of_the_plain_search(sizes: dict[int, int], room: int) -> None:
+    found, plain = packing._best_sum(sizes, room), plain_packing._best_sum(sizes, room)
+    assert list(found.items()) == list(plain.items())
+
+
+@pytest.mark.parametrize("place", [*packing._GREEDY, None], ids=lambda way: str(way)[:40])
+def test_python_work_of_packing_is_linear_in_samples(place: tuple | None) -> None:
+    """Lines run, not seconds: four times the samples, and packs, take four times the lines.
+
+    Where every sample asks every pack it is sixteen times.
+    """
+    lines = []
+    for samples in (500, 2000):
+        rng = random.Random(3)
+        lengths = [
+            (int(rng.lognormvariate(4.5, 1.0)) % 1500 + 8, 729 * rng.choice([0, 1, 3, 4, 5]))
+            for _ in range(samples)
+        ]
+        arguments = lengths, (4096, 11664), samples // 5
+        with lines_of("dattn_mcore/data/") as counted:
+            if place is None:
+                packing._place_by_sums(*arguments)
+            else:
+                assert packing._place(*arguments, *place) is not None
+        lines.append(counted.lines)
+    assert lines[1] < 5 * lines[0]

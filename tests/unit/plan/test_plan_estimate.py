@@ -93,6 +93,21 @@ def test_d_attn_gains_over_the_baseline_as_visual_rows_grow():
     assert 1.0 < gains[0] < gains[1] < gains[2]
 
 
+def test_attention_at_work_is_linear_in_visual_rows():
+    """Chunks keep visual rows out of the MLP; attention still sums gradients of their keys."""
+    settings = ["train.recompute_visual_chunk=1024", "data.visual_budget=100000", "train.fp8=none"]
+    settings += ["parallel.overlap_grad_reduce=false", "parallel.overlap_param_gather=false"]
+    settings += ["parallel.tp=1", "parallel.sp=false", "parallel.pp=2"]  # stage 1: no tower
+    config = load_config(GEMMA, settings)
+    plans = [
+        make_plan(config, Cluster(1, 8), GPUS["h100"], False, Sample(512, images))
+        for images in (70, 130)
+    ]
+    working = [plan.memory[1].working for plan in plans]
+    per_row = 2 * 8 * 256 * (4 + 2 + 1)  # keys and values of 8 heads: float32, bf16, and half of k
+    assert working[1].working - working[0].working == pytest.approx(60 * 729 * per_row)
+
+
 def test_packs_of_a_step():
     config = load_config(GEMMA)  # 8 images of 729 rows and 4096 text rows a micro-batch
     assert full_budget_sample(config) == 512

@@ -1,0 +1,128 @@
+"""One softmax over keys that come in several sets: outputs merged by their log-sum-exps.
+
+Forward, every part gives its rows' output and log-sum-exp, which are merged as they come. Backward,
+every part is handed the *merged* output and the *merged* log-sum-exp, as in ring attention; the
+kernels then produce the exact joint gradients, and no gradient through a log-sum-exp is ever needed
+(flash kernels drop it silently).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Protocol
+
+import torch
+
+from dattn_mcore.layers.attention.rows import Rows, add_rows, put_rows
+
+
+class Part(Protocol):
+    """Attention of some rows of a pack over some keys: one kernel call. No row stands twice.
+
+    Attributes:
+        q_rows, k_rows: the rows that ask, each of which sees a key, and those that answer.
+    """
+
+    q_rows: Rows
+    k_rows: Rows
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Output [rows, heads, d], lse [rows, heads], and what the backward pass needs besides."""
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        state: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of q, k, v for a given (merged) output and log-sum-exp."""
+
+
+# Passes of parts; the parts of a pass have no rows in common, those of several passes may.
+Passes = list[list[Part]]
+
+
+class Merged:
+    """Output and log-sum-exp of all rows over all that was added.
+
+    Rows that see nothing have output zero and log-sum-exp minus infinity.
+
+    Args:
+        q: [rows, heads, head_dim].
+        passes: that will be added; the sums of several are kept in float32 or wider.
+    """
+
+    def __init__(self, q: torch.Tensor, passes: int) -> None:
+        self.dtype = q.dtype
+        wide = torch.promote_types(q.dtype, torch.float32)
+        self.out = torch.zeros(q.shape, dtype=wide if passes > 1 else q.dtype, device=q.device)
+        self.lse = torch.full(q.shape[:2], -torch.inf, dtype=wide, device=q.device)
+        self.empty = True
+
+    def add(self, passes: Passes, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Any]:
+        """Computes all parts and merges them; returns their states, for `gradients`."""
+        states = []
+        for parts in passes:
+            states += [self._add_part(part, q, k, v) for part in parts]
+            self.empty = False
+        return states
+
+    def _add_part(self, part: Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        rows = part.q_rows
+        out, lse, state = part.forward(q[rows], k[part.k_rows], v[part.k_rows])
+        if self.empty:
+            put_rows(self.out, rows, out)
+            put_rows(self.lse, rows, lse)
+            return state
+        before, lse = self.lse[rows], lse.to(self.lse.dtype)
+        total = torch.logaddexp(before, lse)  # finite: every row of a part sees a key
+        merged = self.out[rows]  # a view, where rows are a slice
+        merged.mul_((before - total).exp_()[..., None])
+        merged.add_(out * (lse - total).exp_()[..., None])
+        if not isinstance(rows, slice):
+            put_rows(self.out, rows, merged)
+        put_rows(self.lse, rows, total)
+        return state
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output in the queries' dtype, and log-sum-exp."""
+        return self.out.to(self.dtype), self.lse
+
+
+def gradients(
+    passes: Passes,
+    states: list[Any],
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v through all parts, for the merged output and log-sum-exp."""
+
+    def zeros(like: torch.Tensor) -> torch.Tensor:
+        # The rows of a single pass are written once each: nothing is summed.
+        wide = torch.promote_types(like.dtype, torch.float32)
+        dtype = wide if len(passes) > 1 else like.dtype
+        return torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+    totals = zeros(q), zeros(k), zeros(v)
+    put = add_rows if len(passes) > 1 else put_rows
+
+    def add_part(part: Part, state: Any) -> None:  # its copies are gone before the next part's
+        rows, keys = part.q_rows, part.k_rows
+        found = part.backward(grad[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], state)
+        for total, at, values in zip(totals, (rows, keys, keys), found, strict=True):
+            put(total, at, values)
+
+    for part, state in zip(itertools.chain(*passes), states, strict=True):
+        add_part(part, state)
+    dq, dk, dv = (total.to(like.dtype) for total, like in zip(totals, (q, k, v), strict=True))
+    return dq, dk, dv
