@@ -17,6 +17,7 @@ from dattn_mcore.data.failures import SampleFailure, unusable
 from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.samples import SampleReader
+from dattn_mcore.data.sources.record import GREETING
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError
 from dattn_mcore.units import duration, rate
@@ -59,7 +60,20 @@ def check(
         *(f"{len(index):,}", f"{index.content['num_images']:,}", f"{found:,}", f"{allowed:,}"),
         "" if decode else "; images' headers were read, --decode decodes them",
     )
+    if ignored := index.content["ignored"]:
+        _LOG.info("left aside as metadata: %s", _counted(ignored))
     return 1 if found else 0
+
+
+def _counted(ignored: dict[str, int]) -> str:
+    """In how many samples each kind of metadata stands."""
+    unit = " samples"
+    parts = []
+    for name, count in ignored.items():
+        quoted = name if name == GREETING else f"'{name}'"
+        parts.append(f"{quoted} in {count:,}{unit}")
+        unit = ""
+    return ", ".join(parts)
 
 
 @contextlib.contextmanager

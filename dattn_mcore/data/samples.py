@@ -173,8 +173,6 @@ class SampleReader:
         with self._lock:
             if number not in self._files:
                 within, source = self._sources[number]
-                self._files[number] = open_source_file(
-                    source.files[within], source.format, source.image_folder
-                )
+                self._files[number] = open_source_file(source, within)
             self._files.move_to_end(number)
             return self._files[number]

@@ -1,6 +1,6 @@
 """What an index holds: two tables of fixed width, names, and a list of what is unusable.
 
-    index.json     what it was made from; written last
+    index.json     what it was made from, and the metadata left aside; written last
     samples.npy    SAMPLE rows, one per record of the sources, in order
     images.npy     IMAGE rows, those of a sample next to each other
     usable.npy     one byte per sample
@@ -24,7 +24,7 @@ from dattn_mcore.data.sources.source import Source, configured_sources
 from dattn_mcore.data.tiles import ANYRES_POLICIES
 from dattn_mcore.data.tokenizer import Tokenizer
 
-VERSION = 2  # raise it when the same sources would give another index
+VERSION = 3  # raise it when the same sources would give another index
 NEVER = 2**32 - 1  # first_label of a sample without supervised text
 
 SAMPLE = np.dtype(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Part:
         usable: Whether each sample can be used.
         names: Bytes of names.bin.
         bad: What is unusable; `sample` counted from the part's start.
+        ignored: In how many samples each kind of metadata is left aside.
     """
 
     samples: list[tuple[Any, ...]] = field(default_factory=list)
@@ -45,6 +46,7 @@ class Part:
     usable: list[bool] = field(default_factory=list)
     names: bytearray = field(default_factory=bytearray)
     bad: list[dict[str, Any]] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
 
     def name(self, text: str) -> tuple[int, int]:
         """Stores a name; returns where it starts and its length in bytes."""
@@ -121,7 +123,9 @@ class RowMaker:
             )
             made.images += rows
             made.usable.append(reason is None)
-            if reason is not None:
+            if reason is None:
+                made.ignored.update(sample.ignored)
+            else:
                 made.bad.append(
                     {
                         **{"sample": number, "id": name, "file": file, "offset": place.offset},
@@ -147,9 +151,7 @@ class RowMaker:
             while len(self._files) >= _MOST_OPEN:
                 self._files.popitem(last=False)[1].close()
             number, source = self._settings.files[file]
-            self._files[file] = open_source_file(
-                source.files[number], source.format, source.image_folder, in_order=True
-            )
+            self._files[file] = open_source_file(source, number, in_order=True)
         self._files.move_to_end(file)
         return self._files[file]
 

@@ -12,9 +12,10 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from dattn_mcore.data.sources.metadata import METADATA
 from dattn_mcore.data.sources.record import Sample, decode_json, parse_record
 from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.errors import DataError
@@ -30,14 +31,20 @@ _OPEN, _CLOSE = frozenset(b"{["), frozenset(b"}]")
 class JsonFile:
     """A LLaVA JSON file, as `SourceFile` describes it."""
 
-    def __init__(self, path: Path, image_folder: str) -> None:
+    def __init__(self, path: Path, image_folder: str, known: Collection[str] = METADATA) -> None:
         """Opens the file.
+
+        Args:
+            path: The file.
+            image_folder: See SourceFile.
+            known: Names of metadata.
 
         Raises:
             DataError: It cannot be opened.
         """
         self.path = path
         self.image_folder: str | None = image_folder
+        self._known = known
         try:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -72,7 +79,7 @@ class JsonFile:
             raw = os.pread(self._handle, place.length, place.offset)
         except OSError as error:
             raise DataError(f"cannot be read from '{self.path}' ({error.strerror})") from None
-        sample = parse_record(decode_json(raw))
+        sample = parse_record(decode_json(raw), self._known)
         return sample, tuple(ImagePlace(name) for name in sample.images)
 
     def image(self, place: Place, image: ImagePlace) -> bytes:

@@ -1,19 +1,25 @@
-"""A LLaVA record, checked: `{id, image?, conversations: [{from, value}, ...]}`.
+"""A LLaVA record, checked: `{id?, image?, conversations: [{from, value}, ...]}`.
 
 `image` is a path below the image folder, or a list of them; `<image>` stands in a human turn
-for each. Turns alternate, human first, gpt last; a gpt turn before the first is left out.
+for each. Turns alternate, human first, gpt last; a gpt turn before the first is left aside. Other
+keys, of the record or of a turn, must be known metadata (`metadata.py`).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from dattn_mcore.data.sources.metadata import METADATA, left_aside
 from dattn_mcore.errors import DataError
 
 IMAGE_MARK = "<image>"
+GREETING = "a first turn from gpt"  # how `Sample.ignored` calls one
 _SPEAKERS = ("human", "gpt")
+_USED = frozenset(("id", "image", "conversations"))
+_USED_OF_A_TURN = frozenset(("from", "value"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +30,13 @@ class Sample:
         id: Annotation id (not necessarily unique in the file).
         images: Image paths relative to the image folder, in the order of their marks.
         turns: Turn texts; even ones are the human's, odd ones the answers.
+        ignored: Names of the metadata that training leaves aside.
     """
 
     id: str
     images: tuple[str, ...]
     turns: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
 
 
 class RecordError(DataError):
@@ -51,7 +59,7 @@ def decode_json(raw: bytes) -> Any:
         DataError: What is wrong with it, without saying where it stands.
     """
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -62,8 +70,22 @@ def decode_json(raw: bytes) -> Any:
         raise DataError("nested too deeply for a LLaVA record") from None
 
 
-def parse_record(record: Any) -> Sample:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand once; Python would keep the last of several."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"key '{twice}' stands twice in one object")
+    return found
+
+
+def parse_record(record: Any, known: Collection[str] = METADATA) -> Sample:
     """Checks one decoded record.
+
+    Args:
+        record: From `decode_json`.
+        known: Names of metadata, from `known_metadata`.
 
     Raises:
         RecordError: What is wrong with it, without saying where it stands.
@@ -71,20 +93,21 @@ def parse_record(record: Any) -> Sample:
     if not isinstance(record, dict):
         raise RecordError(f"a record must be an object, got {_kind(record)}", "")
     try:
-        return _parse(record)
+        return _parse(record, known)
     except DataError as error:
         raise RecordError(str(error), record.get("id")) from None
 
 
-def _parse(record: dict[str, Any]) -> Sample:
+def _parse(record: dict[str, Any], known: Collection[str]) -> Sample:
     if "id" not in record:
         raise DataError("key 'id' is missing")
     name = record["id"]
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise DataError(f"'id' must be a string, got {_kind(name)}")
     _check_text("'id'", str(name))
+    ignored = left_aside(record, _USED, known)
     images = _images(record.get("image"))
-    turns = _turns(record)
+    turns = _turns(record, known, ignored)
     marks = sum(turn.count(IMAGE_MARK) for turn in turns)
     if marks != len(images):
         raise DataError(
@@ -95,7 +118,7 @@ def _parse(record: dict[str, Any]) -> Sample:
         raise DataError(f"{IMAGE_MARK} stands in a gpt turn; only human turns may show images")
     if not any(turn.strip() for turn in turns[1::2]):
         raise DataError("every answer is empty; there is nothing to learn from it")
-    return Sample(str(name), images, turns)
+    return Sample(str(name), images, turns, tuple(ignored))
 
 
 def _images(value: Any) -> tuple[str, ...]:
@@ -116,10 +139,11 @@ def _images(value: Any) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _turns(record: dict[str, Any]) -> tuple[str, ...]:
+def _turns(record: dict[str, Any], known: Collection[str], ignored: list[str]) -> tuple[str, ...]:
     """Checks `conversations`: human and gpt in turn, human first, gpt last.
 
-    A first turn from gpt is left out, as LLaVA's `preprocess` does (its mixture has such records).
+    A first turn from gpt is left aside, as LLaVA's `preprocess` does (its mixture has such
+    records). What is left aside is added to `ignored`.
     """
     if "conversations" not in record:
         raise DataError("key 'conversations' is missing")
@@ -127,6 +151,8 @@ def _turns(record: dict[str, Any]) -> tuple[str, ...]:
     if not isinstance(turns, list) or not turns:
         raise DataError(f"'conversations' must be a non-empty list, got {_kind(turns)}")
     skipped = isinstance(turns[0], dict) and turns[0].get("from") == "gpt"
+    if skipped:
+        ignored.append(GREETING)
     values: list[str] = []
     for position, turn in enumerate(turns[skipped:], skipped):
         if not isinstance(turn, dict):
@@ -149,12 +175,23 @@ def _turns(record: dict[str, Any]) -> tuple[str, ...]:
                 "alternate, human first"
             )
         _check_text(f"turn {position}", turn["value"])
+        if len(turn) > len(_USED_OF_A_TURN):
+            names = _left_aside_of(position, turn, known)
+            ignored += [name for name in names if name not in ignored]
         values.append(turn["value"])
     if not values:
         raise DataError("the only turn is from 'gpt'; it answers nothing")
     if len(values) % 2:
         raise DataError(f"the last of {len(values)} turns is from 'human'; an answer must follow")
     return tuple(values)
+
+
+def _left_aside_of(position: int, turn: dict[str, Any], known: Collection[str]) -> list[str]:
+    try:
+        names = left_aside(turn, _USED_OF_A_TURN, known)
+    except DataError as error:
+        raise DataError(f"turn {position}: {error}") from None
+    return [f"conversations[].{name}" for name in names]
 
 
 def _check_text(where: str, text: str) -> None:
