@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.failures import SampleFailure, unusable
+from dattn_mcore.data.failures import Kinds, SampleFailure, unusable
 from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.samples import SampleReader
@@ -23,7 +23,7 @@ from dattn_mcore.errors import DataError
 from dattn_mcore.units import duration, rate
 
 _LOG = logging.getLogger(__name__)
-_SHOWN = 20
+_SHOWN = 20  # kinds of faults
 _BATCH = 64  # samples whose images are decoded together
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -38,22 +38,24 @@ def check(
         tokenizer: Its tokenizer, opened.
         workers: Processes that make the index where it is absent.
         decode: Decode every image too; finds damage that headers do not show.
-        report: JSON lines with everything found; None: the first of it is shown only.
+        report: JSON lines with everything found; None: the first of each kind is shown only.
 
     Returns:
         Exit status: 0 where all is well, 1 where something was found.
     """
     index = open_index(config, tokenizer, workers)
-    found = 0
+    kinds = Kinds()
     with _report(report) as lines:
         for failure in _everything(index, config, tokenizer, decode):
-            found += 1
-            if found <= _SHOWN:
-                _LOG.info("%-10s %s: %s", failure.stage, failure.id or "(no id)", failure.reason)
-            elif found == _SHOWN + 1:
-                _LOG.info("... %s", f"all are in {report}" if report else "--report FILE lists all")
+            kinds.add(failure)
             if lines is not None:
                 lines.write(json.dumps(failure.line(0)) + "\n")
+    for count, first in kinds.most(_SHOWN):
+        _LOG.info("%7s x %-10s  first %r: %s", f"{count:,}", first.stage, first.id, first.reason)
+    found, others = kinds.counts.total(), len(kinds.counts) - _SHOWN
+    if found > len(kinds.counts) or others > 0:
+        more = f"and {others:,} more kinds; " if others > 0 else ""
+        _LOG.info("%s%s", more, f"all are in {report}" if report else "--report FILE lists all")
     allowed = int(config.data.max_bad_share * len(index))
     _LOG.info(
         "%s samples, %s images: %s cannot be trained on (data.max_bad_share allows %s)%s",

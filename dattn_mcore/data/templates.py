@@ -213,6 +213,16 @@ def truncate(sample: EncodedSample, text_rows: int) -> EncodedSample:
     )
 
 
+def check_symbols(tokenizer: Tokenizer, template: str) -> None:
+    """Checks that a tokenizer has the special tokens of a template.
+
+    Raises:
+        ConfigError: The template is unknown.
+        DataError: Names the token that it lacks.
+    """
+    encode_conversation(tokenizer, template, ("", ""))
+
+
 def stop_id(tokenizer: Tokenizer, template: str) -> int:
     """Returns the id that ends an answer in `template`."""
     check_template(template)

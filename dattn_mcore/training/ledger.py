@@ -84,7 +84,8 @@ class SampleLedger:
         # Several images of one sample may have failed; it is named once.
         named = {failure.sample: failure.reason for failure in reversed(failures)}
         reasons = list(named.values())[::-1][:3]
-        return too_many(bad, len(self.index), self.max_share, reasons, str(self.path))
+        left = bad - len(reasons)
+        return too_many(bad, len(self.index), self.max_share, reasons, left, str(self.path))
 
     def close(self, steps: Steps, epoch_size: int) -> None:
         """Writes data_report.json and says what it counts."""

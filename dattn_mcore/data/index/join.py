@@ -47,7 +47,8 @@ def join_parts(
                 )
                 for entry in json.loads(part["bad"].tobytes()):
                     entry["sample"] += sample_at
-                    entry["where"] = places.where(entry["file"], entry.pop("offset"))
+                    number = entry["sample"] - int(per_file[: entry["file"], 0].sum())
+                    entry["where"] = places.where(entry["file"], entry.pop("offset"), number)
                     bad.write(json.dumps(entry) + "\n")
                     num_bad += 1
                 ignored.update(json.loads(part["ignored"].tobytes()))
@@ -78,13 +79,13 @@ class _Places:
         self._settings = settings
         self._opened: tuple[int, Any] | None = None
 
-    def where(self, file: int, offset: int) -> str:
+    def where(self, file: int, offset: int, record: int) -> str:
         number, source = self._settings.files[file]
         path = source.files[number]
         if self._opened is None or self._opened[0] != file:
             self.close()
             self._opened = (file, open_source_file(source, number))
-        return f"'{path}' {self._opened[1].line(offset)}"
+        return f"'{path}' {self._opened[1].line(offset)} (index {record})"
 
     def close(self) -> None:
         if self._opened is not None:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dattn_mcore.data.sources.metadata import METADATA, unknown
+from dattn_mcore.data.sources.metadata import METADATA, is_filled, unknown
 from dattn_mcore.data.sources.record import RecordError, Sample, decode_json, parse_record
 from dattn_mcore.data.sources.row_groups import RowGroups
 from dattn_mcore.data.sources.source import ImagePlace, Place
@@ -102,16 +102,15 @@ class ParquetFile:
     def read(self, place: Place) -> tuple[Sample, tuple[ImagePlace, ...]]:
         """Reads and checks one row."""
         record = dict(self._row(place, images=False))
-        if record.get("id") is None:
-            record["id"] = place.key
+        name = record["id"] if is_filled(record.get("id")) else place.key
         if place.fault:
-            raise RecordError(place.fault, record["id"])
+            raise RecordError(place.fault, name)
         if isinstance(record.get("conversations"), str):
             try:
                 record["conversations"] = decode_json(record["conversations"].encode())
             except DataError as error:
                 reason = f"column 'conversations' holds {error}"
-                raise RecordError(reason, record["id"]) from None
+                raise RecordError(reason, name) from None
         cells = self._cells(place)
         paths = [_path_of(cell) for cell in cells]
         places = tuple(
@@ -125,7 +124,7 @@ class ParquetFile:
             image.name if not image.length else f"{number}" for number, image in enumerate(places)
         ]
         record["image"] = names or None
-        sample = parse_record(record, self._known)
+        sample = parse_record(record, place.key, self._known)
         return replace(sample, ignored=sample.ignored + self._metadata), places
 
     def image(self, place: Place, image: ImagePlace) -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from dattn_mcore.data.sources.metadata import METADATA, left_aside
+from dattn_mcore.data.sources.metadata import METADATA, is_filled, left_aside
 from dattn_mcore.errors import DataError
 
 IMAGE_MARK = "<image>"
@@ -80,28 +80,27 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def parse_record(record: Any, known: Collection[str] = METADATA) -> Sample:
+def parse_record(record: Any, key: str, known: Collection[str] = METADATA) -> Sample:
     """Checks one decoded record.
 
     Args:
         record: From `decode_json`.
+        key: Stands in for an `id` that it lacks.
         known: Names of metadata, from `known_metadata`.
 
     Raises:
         RecordError: What is wrong with it, without saying where it stands.
     """
     if not isinstance(record, dict):
-        raise RecordError(f"a record must be an object, got {_kind(record)}", "")
+        raise RecordError(f"a record must be an object, got {_kind(record)}", key)
+    name = record["id"] if is_filled(record.get("id")) else key
     try:
-        return _parse(record, known)
+        return _parse(record, name, known)
     except DataError as error:
-        raise RecordError(str(error), record.get("id")) from None
+        raise RecordError(str(error), name) from None
 
 
-def _parse(record: dict[str, Any], known: Collection[str]) -> Sample:
-    if "id" not in record:
-        raise DataError("key 'id' is missing")
-    name = record["id"]
+def _parse(record: dict[str, Any], name: Any, known: Collection[str]) -> Sample:
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise DataError(f"'id' must be a string, got {_kind(name)}")
     _check_text("'id'", str(name))

@@ -40,7 +40,7 @@ class Place:
     Attributes:
         offset: Of its first byte; the row group for parquet.
         length: Bytes; the row of the group for parquet.
-        key: Name that stands in for an `id` the record lacks (tar, parquet).
+        key: Name that stands in for an `id` the record lacks.
         images: Images that lie beside the record in the same file (tar).
         caption: What stands there is a caption's text, no record (tar).
         fault: Why the sample cannot be used, as far as the scan can tell; "" if it does not.

@@ -88,11 +88,9 @@ class TarFile:
             raise DataError("this sample of the shard has no .json or .txt member, or an empty one")
         raw = self._bytes(place.offset, place.length)
         record = _captioned(raw, place.images) if place.caption else decode_json(raw)
-        if isinstance(record, dict):
-            record.setdefault("id", place.key)
-            if record.get("image") is None and place.images:
-                record["image"] = [image.name for image in place.images]
-        sample = parse_record(record, self._known)
+        if isinstance(record, dict) and record.get("image") is None and place.images:
+            record["image"] = [image.name for image in place.images]
+        sample = parse_record(record, place.key, self._known)
         used = _match(sample.images, place.images)
         for image in place.images:
             if image not in used:

@@ -83,7 +83,6 @@ def test_a_gpt_turn_before_the_first_question_is_left_out(tmp_path: Path) -> Non
 
 BAD_RECORDS = {
     "not an object": (["x"], "must be an object, got a list"),
-    "no id": ({"conversations": _turns("human", "gpt")}, "key 'id' is missing"),
     "id of the wrong type": ({**GOOD, "id": ["a"]}, "'id' must be a string, got a list"),
     "image of the wrong type": ({**GOOD, "image": 3}, "'image' must be a path"),
     "empty image path": ({**GOOD, "image": ""}, "empty or unusable path"),
