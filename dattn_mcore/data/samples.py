@@ -117,7 +117,8 @@ class SampleReader:
         """
         record = self.record(planned.indexed)
         rows = [image.num_tiles * self._rows_per_tile for image in planned.indexed.images]
-        runs = encode_conversation(self._tokenizer, self._index.settings.template, record.turns)
+        template = self._index.settings.template
+        runs = encode_conversation(self._tokenizer, template, record.turns, record.system)
         if len(record.images) == len(rows):
             encoded = truncate(encode_sample(runs, rows), planned.text_rows)
             if encoded.layout == planned.layout(self._rows_per_tile):

@@ -156,7 +156,8 @@ class RowMaker:
         return self._files[file]
 
     def _encode(self, sample: Sample) -> _Encoded:
-        runs = encode_conversation(self._tokenizer, self._settings.template, sample.turns)
+        template = self._settings.template
+        runs = encode_conversation(self._tokenizer, template, sample.turns, sample.system)
         rows, first, supervised = 0, NEVER, 0
         before = []
         for run in runs:

@@ -1,8 +1,9 @@
 """A LLaVA record, checked: `{id?, image?, conversations: [{from, value}, ...]}`.
 
 `image` is a path below the image folder, or a list of them; `<image>` stands in a human turn
-for each. Turns alternate, human first, gpt last; a gpt turn before the first is left aside. Other
-keys, of the record or of a turn, must be known metadata (`metadata.py`).
+for each. Turns alternate, human first, gpt last; a gpt turn before the first is left aside. A
+system turn may come first, or stand as the record's `system`. Other keys, of the record or of a
+turn, must be known metadata (`metadata.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dattn_mcore.errors import DataError
 IMAGE_MARK = "<image>"
 GREETING = "a first turn from gpt"  # how `Sample.ignored` calls one
 _SPEAKERS = ("human", "gpt")
-_USED = frozenset(("id", "image", "conversations"))
+_USED = frozenset(("id", "image", "system", "conversations"))
 _USED_OF_A_TURN = frozenset(("from", "value"))
 
 
@@ -30,12 +31,14 @@ class Sample:
         id: Annotation id (not necessarily unique in the file).
         images: Image paths relative to the image folder, in the order of their marks.
         turns: Turn texts; even ones are the human's, odd ones the answers.
+        system: Text of its system turn; "" if it has none.
         ignored: Names of the metadata that training leaves aside.
     """
 
     id: str
     images: tuple[str, ...]
     turns: tuple[str, ...]
+    system: str = ""
     ignored: tuple[str, ...] = ()
 
 
@@ -106,7 +109,7 @@ def _parse(record: dict[str, Any], name: Any, known: Collection[str]) -> Sample:
     _check_text("'id'", str(name))
     ignored = left_aside(record, _USED, known)
     images = _images(record.get("image"))
-    turns = _turns(record, known, ignored)
+    system, turns = _turns(record, known, ignored)
     marks = sum(turn.count(IMAGE_MARK) for turn in turns)
     if marks != len(images):
         raise DataError(
@@ -117,7 +120,9 @@ def _parse(record: dict[str, Any], name: Any, known: Collection[str]) -> Sample:
         raise DataError(f"{IMAGE_MARK} stands in a gpt turn; only human turns may show images")
     if not any(turn.strip() for turn in turns[1::2]):
         raise DataError("every answer is empty; there is nothing to learn from it")
-    return Sample(str(name), images, turns, tuple(ignored))
+    if IMAGE_MARK in system:
+        raise DataError(f"{IMAGE_MARK} stands in the system turn; only human turns may show images")
+    return Sample(str(name), images, turns, system, tuple(ignored))
 
 
 def _images(value: Any) -> tuple[str, ...]:
@@ -138,51 +143,73 @@ def _images(value: Any) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _turns(record: dict[str, Any], known: Collection[str], ignored: list[str]) -> tuple[str, ...]:
-    """Checks `conversations`: human and gpt in turn, human first, gpt last.
+def _turns(
+    record: dict[str, Any], known: Collection[str], ignored: list[str]
+) -> tuple[str, tuple[str, ...]]:
+    """Checks `system` and `conversations`: human and gpt in turn, human first, gpt last.
 
     A first turn from gpt is left aside, as LLaVA's `preprocess` does (its mixture has such
     records). What is left aside is added to `ignored`.
+
+    Returns:
+        The system turn, and the others.
     """
     if "conversations" not in record:
         raise DataError("key 'conversations' is missing")
-    turns = record["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"'conversations' must be a non-empty list, got {_kind(turns)}")
-    skipped = isinstance(turns[0], dict) and turns[0].get("from") == "gpt"
-    if skipped:
+    given = record["conversations"]
+    if not isinstance(given, list) or not given:
+        raise DataError(f"'conversations' must be a non-empty list, got {_kind(given)}")
+    turns = [_turn(position, turn, known, ignored) for position, turn in enumerate(given)]
+    system = record.get("system") if is_filled(record.get("system")) else ""
+    if not isinstance(system, str):
+        raise DataError(f"'system' must be a string, got {_kind(system)}")
+    _check_text("'system'", system)
+    first = 0
+    if turns[0][0] == "system":
+        if system and turns[0][1]:
+            raise DataError("there is a 'system' key and a system turn; give one of them")
+        system, first = system or turns[0][1], 1
+        if len(turns) == 1:
+            raise DataError("'conversations' holds a system turn and no other")
+    if turns[first][0] == "gpt":
+        first += 1
         ignored.append(GREETING)
     values: list[str] = []
-    for position, turn in enumerate(turns[skipped:], skipped):
-        if not isinstance(turn, dict):
-            raise DataError(f"turn {position} must be an object, got {_kind(turn)}")
-        for key in ("from", "value"):
-            if key not in turn:
-                raise DataError(f"turn {position}: key '{key}' is missing")
-            if not isinstance(turn[key], str):
-                raise DataError(
-                    f"turn {position}: '{key}' must be a string, got {_kind(turn[key])}"
-                )
-        if turn["from"] not in _SPEAKERS:
-            raise DataError(
-                f"turn {position}: 'from' is {turn['from']!r}; it must be 'human' or 'gpt'"
-            )
+    for position, (speaker, value) in enumerate(turns[first:], first):
+        if speaker == "system":
+            raise DataError(f"turn {position} is from 'system'; only the first turn can be")
         expected = _SPEAKERS[len(values) % 2]
-        if turn["from"] != expected:
+        if speaker != expected:
             raise DataError(
-                f"turn {position} is from {turn['from']!r} where {expected!r} is due; turns "
+                f"turn {position} is from {speaker!r} where {expected!r} is due; turns "
                 "alternate, human first"
             )
-        _check_text(f"turn {position}", turn["value"])
-        if len(turn) > len(_USED_OF_A_TURN):
-            names = _left_aside_of(position, turn, known)
-            ignored += [name for name in names if name not in ignored]
-        values.append(turn["value"])
+        values.append(value)
     if not values:
         raise DataError("the only turn is from 'gpt'; it answers nothing")
     if len(values) % 2:
         raise DataError(f"the last of {len(values)} turns is from 'human'; an answer must follow")
-    return tuple(values)
+    return system, tuple(values)
+
+
+def _turn(position: int, turn: Any, known: Collection[str], ignored: list[str]) -> tuple[str, str]:
+    """Checks one turn; returns its speaker and text."""
+    if not isinstance(turn, dict):
+        raise DataError(f"turn {position} must be an object, got {_kind(turn)}")
+    for key in ("from", "value"):
+        if key not in turn:
+            raise DataError(f"turn {position}: key '{key}' is missing")
+        if not isinstance(turn[key], str):
+            raise DataError(f"turn {position}: '{key}' must be a string, got {_kind(turn[key])}")
+    if turn["from"] not in (*_SPEAKERS, "system"):
+        raise DataError(
+            f"turn {position}: 'from' is {turn['from']!r}; it must be 'human', 'gpt' or 'system'"
+        )
+    _check_text(f"turn {position}", turn["value"])
+    if len(turn) > len(_USED_OF_A_TURN):
+        names = _left_aside_of(position, turn, known)
+        ignored += [name for name in names if name not in ignored]
+    return turn["from"], turn["value"]
 
 
 def _left_aside_of(position: int, turn: dict[str, Any], known: Collection[str]) -> list[str]:

@@ -60,12 +60,12 @@ def test_chat_template_gives_the_templates_ids(tmp_path, tokenizer, template):
     image_id = processor.image_token_id
     ours = load_tokenizer(tokenizer)
     conversations = [t for t in TURNS if template != "plain" or len(t) <= 2]
-    for turns in conversations:
-        runs = encode_conversation(ours, template, turns)
+    for turns, system in [(t, s) for t in conversations for s in ("", " Be\nshort. ")]:
+        runs = encode_conversation(ours, template, turns, system)
         expected = [i for r in runs for i in (r.ids if isinstance(r, TextRun) else (image_id,))]
         count = sum(turn.count("<image>") for turn in turns)
         images = [Image.new("RGB", (40, 30), (200, 10, 10))] * count or None
-        text = processor.apply_chat_template(messages(turns))
+        text = processor.apply_chat_template(messages(turns, system))
         inputs = processor(text=text, images=images, return_tensors="pt")
         assert inputs["input_ids"][0].tolist() == expected
         if count:
