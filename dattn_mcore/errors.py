@@ -5,9 +5,14 @@ machine's or the network's fault apart, and exits with status 4. Anything else t
 defect of this project and keeps its traceback.
 """
 
+from dattn_mcore.console import printable
+
 
 class DattnError(Exception):
-    """A mistake the user can mend."""
+    """A mistake the user can mend; its message is one printable line, whatever names it holds."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(DattnError):

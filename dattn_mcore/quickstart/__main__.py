@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dattn_mcore.console import complain
 from dattn_mcore.errors import DattnError
 from dattn_mcore.quickstart.expectation import ExpectationError, expectation
 from dattn_mcore.quickstart.run import StepError, make_run_dir, run_steps
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         expected.check(result.overall)
     except DattnError as error:
         sys.stdout.flush()
-        sys.stderr.write(f"error: {error}\n")
+        complain(f"error: {error}")
         return 1 if isinstance(error, StepError | ExpectationError) else 2
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")

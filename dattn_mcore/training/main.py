@@ -15,6 +15,7 @@ from dattn_mcore.config.checks import check_config, data_parallel_size, processe
 from dattn_mcore.config.hints import SHORT_FLAGS, unknown_flag
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
+from dattn_mcore.console import complain
 from dattn_mcore.errors import ConfigError, DattnError, FaultError, RankError
 from dattn_mcore.log import log_to_stdout
 from dattn_mcore.orphans import signal_when_parent_ends
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         fault = isinstance(error, FaultError)
         if rank == 0 or isinstance(error, RankError):
             # Most mistakes are the same on all ranks, and one says so.
-            sys.stderr.write(f"{'fault' if fault else 'error'}: {error}\n")
+            complain(f"{'fault' if fault else 'error'}: {error}")
         else:
             # torchrun ends all ranks when the first one ends: let that be the one that speaks.
             time.sleep(SPEAKER_SECONDS)
