@@ -22,12 +22,13 @@ from dattn_mcore.data.index.layout import IndexSettings
 from dattn_mcore.data.index.rows import RowMaker
 from dattn_mcore.data.sources.source import Place, open_source_file
 from dattn_mcore.data.tokenizer import Tokenizer
-from dattn_mcore.errors import DataError, DattnError
+from dattn_mcore.errors import CheckpointError, ConfigError, DataError, DattnError, FaultError
 from dattn_mcore.units import duration, rate
 
 _LOG = logging.getLogger(__name__)
 PART = 2048  # records
 _SECONDS_BETWEEN_LINES = 5.0
+_KINDS = (ConfigError, DataError, CheckpointError, FaultError)  # of errors, without subclasses
 _maker: RowMaker | None = None  # of a worker process
 
 
@@ -181,7 +182,10 @@ def _work(path: Path, file: int, places: list[Place]) -> int:
     try:
         return _write_part(_maker, path, file, places)
     except DattnError as error:
-        raise type(error)(str(error)) from None
+        # As a class that is made from a message alone: a subclass may need more, and would then
+        # be raised, or unpickled in the process that waits for it, as another error.
+        kind = next((kind for kind in _KINDS if isinstance(error, kind)), DattnError)
+        raise kind(str(error)) from None
 
 
 def _write_part(maker: RowMaker, path: Path, file: int, places: list[Place]) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,6 +58,41 @@ IMAGE = np.dtype(
         ("format", "u1"),  # place in FORMATS
     ]
 )
+
+
+class SampleRow(NamedTuple):
+    """A row of SAMPLE before it is written: the fields of that table, in its order."""
+
+    offset: int
+    length: int
+    file: int
+    name_start: int
+    first_image: int
+    text_rows: int
+    first_label: int
+    supervised: int
+    name_length: int
+    num_images: int
+    num_tiles: int
+    caption: bool
+
+
+class ImageRow(NamedTuple):
+    """A row of IMAGE before it is written: the fields of that table, in its order."""
+
+    offset: int
+    name_start: int
+    length: int
+    width: int
+    height: int
+    text_before: int
+    num_tiles: int
+    name_length: int
+    columns: int
+    rows: int
+    format: int
+
+
 FORMATS = (
     *("OTHER", "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"),
     *("JPEG2000", "PPM", "AVIF", "ICO", "MPO"),

@@ -16,7 +16,15 @@ from dattn_mcore.data.image_files import (
     probe_image,
     probe_image_file,
 )
-from dattn_mcore.data.index.layout import FORMATS, IMAGE, NEVER, SAMPLE, IndexSettings
+from dattn_mcore.data.index.layout import (
+    FORMATS,
+    IMAGE,
+    NEVER,
+    SAMPLE,
+    ImageRow,
+    IndexSettings,
+    SampleRow,
+)
 from dattn_mcore.data.sources.record import RecordError, Sample
 from dattn_mcore.data.sources.source import ImagePlace, Place, SourceFile, open_source_file
 from dattn_mcore.data.templates import TextRun, encode_conversation
@@ -33,16 +41,16 @@ class Part:
     """Rows of some neighbouring records.
 
     Attributes:
-        samples: SAMPLE rows as tuples; names and images counted from the part's start.
-        images: IMAGE rows as tuples.
+        samples: SAMPLE rows; names and images counted from the part's start.
+        images: IMAGE rows.
         usable: Whether each sample can be used.
         names: Bytes of names.bin.
         bad: What is unusable; `sample` counted from the part's start.
         ignored: In how many samples each kind of metadata is left aside.
     """
 
-    samples: list[tuple[Any, ...]] = field(default_factory=list)
-    images: list[tuple[Any, ...]] = field(default_factory=list)
+    samples: list[SampleRow] = field(default_factory=list)
+    images: list[ImageRow] = field(default_factory=list)
     usable: list[bool] = field(default_factory=list)
     names: bytearray = field(default_factory=bytearray)
     bad: list[dict[str, Any]] = field(default_factory=list)
@@ -115,10 +123,19 @@ class RowMaker:
                 encoded, rows = _Encoded(0, NEVER, 0, ()), []
             start, length = made.name(name)
             made.samples.append(
-                (
-                    *(place.offset, place.length, file, start, len(made.images)),
-                    *(encoded.text_rows, encoded.first_label, encoded.supervised, length),
-                    *(len(rows), sum(row[6] for row in rows), place.caption),
+                SampleRow(
+                    offset=place.offset,
+                    length=place.length,
+                    file=file,
+                    name_start=start,
+                    first_image=len(made.images),
+                    text_rows=encoded.text_rows,
+                    first_label=encoded.first_label,
+                    supervised=encoded.supervised,
+                    name_length=length,
+                    num_images=len(rows),
+                    num_tiles=sum(row.num_tiles for row in rows),
+                    caption=place.caption,
                 )
             )
             made.images += rows
@@ -174,7 +191,7 @@ class RowMaker:
 
     def _image_row(
         self, made: Part, source: SourceFile, place: Place, image: ImagePlace, before: int
-    ) -> tuple[Any, ...]:
+    ) -> ImageRow:
         settings = self._settings
         who = f"image '{image.name}'"
         if image.length or source.image_folder is None:
@@ -185,9 +202,18 @@ class RowMaker:
         start, length = made.name(image.name)
         columns, rows = plan.grid
         kind = FORMATS.index(header.format) if header.format in FORMATS else 0
-        return (
-            *(image.offset, start, image.length, header.width, header.height, before),
-            *(plan.num_tiles, length, columns, rows, kind),
+        return ImageRow(
+            offset=image.offset,
+            name_start=start,
+            length=image.length,
+            width=header.width,
+            height=header.height,
+            text_before=before,
+            num_tiles=plan.num_tiles,
+            name_length=length,
+            columns=columns,
+            rows=rows,
+            format=kind,
         )
 
     def _plan(self, who: str, header: ImageHeader) -> TilePlan:

@@ -54,6 +54,10 @@ class RecordError(DataError):
         text = str(name) if isinstance(name, str | int) else ""
         self.id = text.encode("utf-8", "replace").decode()  # every message can show it
 
+    def __reduce__(self) -> tuple[type[RecordError], tuple[str, str]]:
+        """For other processes: pickle knows the message alone."""
+        return type(self), (str(self), self.id)
+
 
 def decode_json(raw: bytes) -> Any:
     """Decodes the bytes of one record; a byte order mark before it is dropped.
