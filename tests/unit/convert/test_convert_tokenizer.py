@@ -86,6 +86,28 @@ def test_batches_are_padded_on_the_left(tmp_path, tokenizer):
     assert "pixel_values" not in inputs
 
 
+def test_labels_are_masked_where_nothing_predicts_them(tmp_path, tokenizer):
+    """Images, padding and each sample's first token; a trainer that counts the rest is right."""
+    make_checkpoint(tmp_path / "a", small_config(tokenizer))
+    mcore_to_hf.convert(tmp_path / "a", tmp_path / "hf")
+    processor = DattnProcessor.from_pretrained(tmp_path / "hf")
+    texts = ["<s>[INST] a <image> b[/INST]", "<s>[INST] a b c d e f g[/INST] h</s>"]
+    images = [Image.new("RGB", (40, 30))]
+    form = {"padding": True, "return_tensors": "pt", "return_labels": True}
+    inputs = processor(text=texts, images=images, **form)
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    live = inputs["attention_mask"].bool() & (ids != processor.image_token_id)
+    kept = labels != -100
+    assert torch.equal(labels[kept], ids[kept])
+    assert [row[alive].tolist() for row, alive in zip(kept, live, strict=True)] == [
+        [False] + [True] * (int(alive.sum()) - 1) for alive in live
+    ]
+    assert not (kept & ~live).any()
+    assert "labels" not in processor(text=texts[1], return_tensors="pt")
+    with pytest.raises(ValueError, match="return_tensors='pt'"):
+        processor(text=texts[1], return_labels=True)
+
+
 def test_hugging_face_tokenizer_folder(tmp_path, tokenizer):
     """A model trained with a Hugging Face tokenizer exports that tokenizer plus <image>."""
     fast = from_sentencepiece(tokenizer)
