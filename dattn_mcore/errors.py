@@ -5,9 +5,11 @@ machine's or the network's fault apart, and exits with status 4. Anything else t
 defect of this project and keeps its traceback.
 """
 
+from dattn_mcore.console import printable
+
 
 class DattnError(Exception):
-    """A mistake the user can mend.
+    """A mistake the user can mend; its message is one printable line, whatever names it holds.
 
     Attributes:
         shared: Every rank raises it, and one says it; otherwise it is this rank's alone.
@@ -16,6 +18,9 @@ class DattnError(Exception):
 
     shared = True
     speaks = True
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(DattnError):
@@ -77,7 +82,7 @@ def told(error: DattnError, kind: str = "error") -> str:
         kind: the word in front.
     """
     mistakes = error.mistakes if isinstance(error, ConfigError) else (str(error),)
-    return "".join(f"{kind}: {mistake}\n" for mistake in mistakes)
+    return "".join(f"{kind}: {printable(mistake)}\n" for mistake in mistakes)
 
 
 # A subclass stands before its base. A rank's own error becomes a fault that all ranks know.

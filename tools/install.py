@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from dattn_mcore.console import complain, say
+
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 TORCH_CONSTRAINTS = ROOT / "constraints-torch.txt"
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         install(dev=chosen.dev, newest=chosen.newest, dry_run=chosen.dry_run)
     except InstallError as error:
-        sys.stderr.write(f"error: {error}\n")
+        complain(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")
@@ -98,7 +100,8 @@ def _install(*arguments: str) -> None:
 
 
 def _print_what_is_missing(*arguments: str) -> None:
-    sys.stdout.writelines(f"{package}\n" for package in would_install(*arguments))
+    for package in would_install(*arguments):
+        say(package)
 
 
 def would_install(*arguments: str) -> list[str]:
@@ -120,7 +123,7 @@ def torch_stays(present: str | None) -> bool:
     # pip's own answer: it would install nothing.
     stays = not would_install("--no-deps", allowed)
     what = "stays" if stays else f"is replaced, {allowed} is needed"
-    sys.stdout.write(f"PyTorch {present} is installed already and {what}\n")
+    say(f"PyTorch {present} is installed already and {what}")
     sys.stdout.flush()
     return stays
 

@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dattn_mcore.console import complain
+
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 TORCH_CONSTRAINTS = ROOT / "constraints-torch.txt"
@@ -48,7 +50,7 @@ def main() -> int:
         oldest = re.sub(r"torch>=([\d.]+).*", r"torch==\1.*", torch_range)
         resolve(["-"], "\n".join([*first, oldest]))
     except ResolveError as error:
-        sys.stderr.write(f"error: {error}\n")
+        complain(f"error: {error}")
         return 1
     _write(CONSTRAINTS, "Exact versions of everything that is installed, except PyTorch's.", first)
     _write(TORCH_CONSTRAINTS, "PyTorch, and what only PyTorch brings.", second)

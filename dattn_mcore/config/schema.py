@@ -138,6 +138,7 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = ()  # several, mixed, instead of the two settings above
     index_dir: str | None = None  # where indexes are kept; null: .index beside the annotations
     build_index: bool = True  # false: a run needs `python -m dattn_mcore.data index` before it
+    metadata_keys: tuple[str, ...] = ()  # of samples, to leave aside beside the known ones
     max_bad_share: float = 0.01  # of samples that may be unusable; 0: the first ends the run
     template: str = "plain"  # plain | mistral | gemma
     tokenizer: str = "data/digits/tokenizer.model"  # SentencePiece file or Hugging Face folder

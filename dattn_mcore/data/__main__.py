@@ -10,6 +10,7 @@ from pathlib import Path
 from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
+from dattn_mcore.console import say
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import DattnError, told
 from dattn_mcore.log import log_to_stdout
@@ -81,7 +82,7 @@ def _prepare_digits(chosen: argparse.Namespace) -> int:
 
     seed = DigitsPlan.seed if chosen.seed is None else chosen.seed
     folder = prepare_digits(chosen.output, DigitsPlan(seed=seed))
-    sys.stdout.write(f"digits data set: {folder}\n")
+    say(f"digits data set: {folder}")
     return 0
 
 
@@ -100,9 +101,9 @@ def _index(chosen: argparse.Namespace) -> int:
 
     config, tokenizer = _configured(chosen)
     index = open_index(config, tokenizer, chosen.workers, chosen.again)
-    sys.stdout.write(
+    say(
         f"{len(index):,} samples, {index.num_usable:,} usable, "
-        f"{index.content['num_images']:,} images: {index.folder}\n"
+        f"{index.content['num_images']:,} images: {index.folder}"
     )
     check_share(index, config.data.max_bad_share)
     return 0
@@ -120,7 +121,7 @@ def _stats(chosen: argparse.Namespace) -> int:
 
     config, tokenizer = _configured(chosen)
     write_stats(config, tokenizer, chosen.output, chosen.workers, chosen.dp)
-    sys.stdout.write(f"wrote {chosen.output.resolve()}\n")
+    say(f"wrote {chosen.output.resolve()}")
     return 0
 
 
@@ -129,7 +130,7 @@ def _preview(chosen: argparse.Namespace) -> int:
 
     config, tokenizer = _configured(chosen)
     write_preview(config, tokenizer, chosen.output, chosen.workers, chosen.samples, chosen.id)
-    sys.stdout.write(f"wrote {chosen.output.resolve()}\n")
+    say(f"wrote {chosen.output.resolve()}")
     return 0
 
 

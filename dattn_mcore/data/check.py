@@ -13,16 +13,17 @@ from typing import Any, TextIO
 import numpy as np
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.failures import SampleFailure, unusable
+from dattn_mcore.data.failures import Kinds, SampleFailure, unusable
 from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.samples import SampleReader
+from dattn_mcore.data.sources.record import GREETING
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError
 from dattn_mcore.units import duration, rate
 
 _LOG = logging.getLogger(__name__)
-_SHOWN = 20
+_SHOWN = 20  # kinds of faults
 _BATCH = 64  # samples whose images are decoded together
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -37,29 +38,44 @@ def check(
         tokenizer: Its tokenizer, opened.
         workers: Processes that make the index where it is absent.
         decode: Decode every image too; finds damage that headers do not show.
-        report: JSON lines with everything found; None: the first of it is shown only.
+        report: JSON lines with everything found; None: the first of each kind is shown only.
 
     Returns:
         Exit status: 0 where all is well, 1 where something was found.
     """
     index = open_index(config, tokenizer, workers)
-    found = 0
+    kinds = Kinds()
     with _report(report) as lines:
         for failure in _everything(index, config, tokenizer, decode):
-            found += 1
-            if found <= _SHOWN:
-                _LOG.info("%-10s %s: %s", failure.stage, failure.id or "(no id)", failure.reason)
-            elif found == _SHOWN + 1:
-                _LOG.info("... %s", f"all are in {report}" if report else "--report FILE lists all")
+            kinds.add(failure)
             if lines is not None:
                 lines.write(json.dumps(failure.line(0)) + "\n")
+    for count, first in kinds.most(_SHOWN):
+        _LOG.info("%7s x %-10s  first %r: %s", f"{count:,}", first.stage, first.id, first.reason)
+    found, others = kinds.counts.total(), len(kinds.counts) - _SHOWN
+    if found > len(kinds.counts) or others > 0:
+        more = f"and {others:,} more kinds; " if others > 0 else ""
+        _LOG.info("%s%s", more, f"all are in {report}" if report else "--report FILE lists all")
     allowed = int(config.data.max_bad_share * len(index))
     _LOG.info(
         "%s samples, %s images: %s cannot be trained on (data.max_bad_share allows %s)%s",
         *(f"{len(index):,}", f"{index.content['num_images']:,}", f"{found:,}", f"{allowed:,}"),
         "" if decode else "; images' headers were read, --decode decodes them",
     )
+    if ignored := index.content["ignored"]:
+        _LOG.info("left aside as metadata: %s", _counted(ignored))
     return 1 if found else 0
+
+
+def _counted(ignored: dict[str, int]) -> str:
+    """In how many samples each kind of metadata stands."""
+    unit = " samples"
+    parts = []
+    for name, count in ignored.items():
+        quoted = name if name == GREETING else f"'{name}'"
+        parts.append(f"{quoted} in {count:,}{unit}")
+        unit = ""
+    return ", ".join(parts)
 
 
 @contextlib.contextmanager

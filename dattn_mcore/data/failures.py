@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 from dattn_mcore.data.batch import MicroBatch
@@ -13,6 +16,8 @@ from dattn_mcore.data.templates import NO_LOSS
 from dattn_mcore.errors import DataError
 
 _NAMED = 3  # in an error's one line
+_MOST_KINDS = 1000
+_QUOTED = re.compile(r"'([^']*)'")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class SampleFailure:
         stage: `annotation` or `image` (found when the index was made), `read`, `decode` or
             `resize` (found at its step), `budget` (fits no micro-batch).
         reason: One line.
+        where: Place of its record, which the reason starts with; "" if it does not.
     """
 
     sample: int
@@ -33,6 +39,13 @@ class SampleFailure:
     path: str | None
     stage: str
     reason: str
+    where: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What failures of one kind have in common."""
+        reason = self.reason.removeprefix(f"{self.where}: ") if self.where else self.reason
+        return f"{self.stage} {kind_of(reason, self.id, self.path)}"
 
     def line(self, step: int) -> dict[str, Any]:
         """What the run's folder keeps of it."""
@@ -40,6 +53,54 @@ class SampleFailure:
             **{"step": step, "sample": self.sample, "id": self.id, "path": self.path},
             **{"stage": self.stage, "reason": self.reason},
         }
+
+
+def kind_of(reason: str, name: str, path: str | None) -> str:
+    """A reason without the names and numbers of its sample, so that those of a kind are equal."""
+    own = [part for part in (path, name) if part]
+    stems = {_stem(part) for part in own}
+    for part in own:
+        reason = reason.replace(f"'{part}'", "'...'")
+    pieces, last = [], 0
+    for quoted in _QUOTED.finditer(reason):
+        pieces.append(re.sub(r"\d+", "#", reason[last : quoted.start()]))
+        pieces.append("'...'" if _stem(quoted[1]) in stems else quoted[0])
+        last = quoted.end()
+    return "".join(pieces) + re.sub(r"\d+", "#", reason[last:])
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).name.partition(".")[0]
+
+
+@dataclass
+class Kinds:
+    """Failures counted by kind, with the first of each.
+
+    Attributes:
+        counts: Of each kind.
+        first: The first failure of each kind.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, SampleFailure] = field(default_factory=dict)
+
+    def add(self, failure: SampleFailure) -> bool:
+        """Counts one; what comes behind a thousand kinds is one kind, so that memory is bounded.
+
+        Returns:
+            Whether it is the first of its kind.
+        """
+        kind = failure.kind
+        if kind not in self.first and len(self.first) >= _MOST_KINDS:
+            kind = "other"
+        self.first.setdefault(kind, failure)
+        self.counts[kind] += 1
+        return self.counts[kind] == 1
+
+    def most(self, number: int) -> list[tuple[int, SampleFailure]]:
+        """The most frequent kinds: how often, and the first failure."""
+        return [(count, self.first[kind]) for kind, count in self.counts.most_common(number)]
 
 
 def unusable(index: Index) -> Iterable[SampleFailure]:
@@ -51,6 +112,7 @@ def unusable(index: Index) -> Iterable[SampleFailure]:
             path=entry["path"],
             stage=entry["stage"],
             reason=entry["reason"] if entry["path"] else f"{entry['where']}: {entry['reason']}",
+            where="" if entry["path"] else entry["where"],
         )
 
 
@@ -58,7 +120,7 @@ def check_share(index: Index, max_share: float) -> None:
     """Refuses a data set of which too much is unusable.
 
     Raises:
-        DataError: Names a folder of images that is not there, or the first samples.
+        DataError: Names a folder of images that is not there, or the kinds with a sample of each.
     """
     bad = len(index) - index.num_usable
     if bad == 0 or (bad <= max_share * len(index) and index.num_usable):
@@ -66,21 +128,36 @@ def check_share(index: Index, max_share: float) -> None:
     for source in index.settings.sources:
         if source.format == "json":
             check_folder(source.image_folder)
-    named: list[str] = []
-    for entry in index.bad():
-        if len(named) == _NAMED:
-            break
-        who = f" sample {entry['id']!r}" if entry["id"] else ""
-        named.append(f"{entry['where']}{who}: {entry['reason']}")
+    kinds = Kinds()
+    places: dict[int, str] = {}
+    for failure, entry in zip(unusable(index), index.bad(), strict=True):
+        if kinds.add(failure):
+            places[failure.sample] = f"{entry['where']} sample {entry['id']!r}: {entry['reason']}"
+    most = kinds.most(_NAMED)
+    named = [
+        (f"{count} like " if count > 1 else "") + places[failure.sample] for count, failure in most
+    ]
+    left = bad - sum(count for count, _ in most)
     where = f"{index.folder / 'bad.jsonl'}"
     if bad <= max_share * len(index):
-        raise nothing_to_train(bad, len(index), named, where)
-    raise too_many(bad, len(index), max_share, named, where)
+        raise nothing_to_train(bad, len(index), named, left, where)
+    raise too_many(bad, len(index), max_share, named, left, where)
 
 
-def too_many(bad: int, total: int, max_share: float, named: list[str], where: str) -> DataError:
-    """The error that ends a run: how many, which, where all of them stand, and the way out."""
-    more = f"; and {bad - len(named)} more" if bad > len(named) else ""
+def too_many(
+    bad: int, total: int, max_share: float, named: list[str], left: int, where: str
+) -> DataError:
+    """The error that ends a run.
+
+    Args:
+        bad: Samples that are unusable.
+        total: Samples there are.
+        max_share: `data.max_bad_share`.
+        named: What is said of some of them.
+        left: How many of them nothing is said of.
+        where: The file that lists all of them.
+    """
+    more = f"; and {left} more" if left else ""
     return DataError(
         f"{bad} of {total} samples are unusable, data.max_bad_share={max_share:g} allows "
         f"{int(max_share * total)}: {'; '.join(named)}{more}; all are in '{where}'; mend them, or "
@@ -88,9 +165,9 @@ def too_many(bad: int, total: int, max_share: float, named: list[str], where: st
     )
 
 
-def nothing_to_train(bad: int, total: int, named: list[str], where: str) -> DataError:
-    """The error that ends a run whose samples are all of no use, however many may be."""
-    more = f"; and {bad - len(named)} more" if bad > len(named) else ""
+def nothing_to_train(bad: int, total: int, named: list[str], left: int, where: str) -> DataError:
+    """The error that ends a run whose samples are all of no use; for the arguments see above."""
+    more = f"; and {left} more" if left else ""
     return DataError(
         f"nothing can be trained: {bad} of {total} samples are unusable and no other fits a "
         f"micro-batch: {'; '.join(named)}{more}; all are in '{where}'; mend them"

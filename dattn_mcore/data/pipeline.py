@@ -29,7 +29,7 @@ from dattn_mcore.data.packing import Pack, plan_packs
 from dattn_mcore.data.prefetch import Prefetcher
 from dattn_mcore.data.samples import PlannedSample, SampleReader
 from dattn_mcore.data.steps import FullSteps, shares_of, steps_of
-from dattn_mcore.data.templates import EncodedSample, encode_conversation
+from dattn_mcore.data.templates import EncodedSample, check_symbols
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import ConfigError, DataError
 
@@ -86,7 +86,7 @@ class DataPipeline:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._multiple = dp_size * microbatch_multiple
         self._rows_per_tile = vision.rows_per_tile
-        encode_conversation(tokenizer, data.template, ("", ""))  # does it lack a special token?
+        check_symbols(tokenizer, data.template)
         if tokenizer.vocab_size > config.model.llm.vocab_size:
             raise ConfigError(
                 f"model.llm.vocab_size ({config.model.llm.vocab_size}) is smaller than the "

@@ -117,7 +117,8 @@ class SampleReader:
         """
         record = self.record(planned.indexed)
         rows = [image.num_tiles * self._rows_per_tile for image in planned.indexed.images]
-        runs = encode_conversation(self._tokenizer, self._index.settings.template, record.turns)
+        template = self._index.settings.template
+        runs = encode_conversation(self._tokenizer, template, record.turns, record.system)
         if len(record.images) == len(rows):
             encoded = truncate(encode_sample(runs, rows), planned.text_rows)
             if encoded.layout == planned.layout(self._rows_per_tile):
@@ -173,8 +174,6 @@ class SampleReader:
         with self._lock:
             if number not in self._files:
                 within, source = self._sources[number]
-                self._files[number] = open_source_file(
-                    source.files[within], source.format, source.image_folder
-                )
+                self._files[number] = open_source_file(source, within)
             self._files.move_to_end(number)
             return self._files[number]

@@ -10,6 +10,10 @@ segment in two, each half encoded alone. Loss is on what stands in braces.
                   <start_of_turn> "model\n" {"a" <end_of_turn>} "\n"
     plain     images <bos> {"a" <eos>}        one pair of turns, user text dropped
 
+None has a place of its own for a system turn `s`: the first user text is then "s\n\nu", as in
+Mistral's own chat templates and Gemma 3's (Gemma 2's refuses one). Mistral's of v0.3 puts it into
+the last turn if that is a user's, which no answer but the last could have seen.
+
 This equals the ids of the Hugging Face chat templates `<s>[INST] u[/INST] a</s>` and
 `<bos><start_of_turn>user\nu<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n` tokenised
 as a whole, since those split at special tokens first; for gemma it needs a tokenizer that never
@@ -116,7 +120,7 @@ class _Writer:
 
 
 def encode_conversation(
-    tokenizer: Tokenizer, template: str, turns: Sequence[str]
+    tokenizer: Tokenizer, template: str, turns: Sequence[str], system: str = ""
 ) -> tuple[Run, ...]:
     """Builds the runs of a conversation.
 
@@ -125,6 +129,7 @@ def encode_conversation(
         template: `plain`, `mistral` or `gemma`.
         turns: Human, gpt, human, ...; `<image>` marks stand in human turns. With an odd number
             of turns the runs end where the model has to answer (a prompt for generation).
+        system: Text of a system turn; blank: there is none.
 
     Raises:
         ConfigError: The template is unknown.
@@ -135,6 +140,8 @@ def encode_conversation(
         raise DataError("a conversation needs at least one turn")
     if template == "plain" and len(turns) > 2:
         raise DataError(f"template 'plain' holds one image caption pair, got {len(turns)} turns")
+    if system.strip():
+        turns = (f"{system.strip()}\n\n{turns[0].strip()}", *turns[1:])
     out = _Writer(tokenizer)
     if template == "plain":
         for _ in range(turns[0].count(IMAGE_MARK)):
@@ -211,6 +218,16 @@ def truncate(sample: EncodedSample, text_rows: int) -> EncodedSample:
         tuple(layout),
         sample.image_rows[: sum(end <= visual for end in ends)],
     )
+
+
+def check_symbols(tokenizer: Tokenizer, template: str) -> None:
+    """Checks that a tokenizer has the special tokens of a template.
+
+    Raises:
+        ConfigError: The template is unknown.
+        DataError: Names the token that it lacks.
+    """
+    encode_conversation(tokenizer, template, ("", ""))
 
 
 def stop_id(tokenizer: Tokenizer, template: str) -> int:

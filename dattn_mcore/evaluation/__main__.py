@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
 import sys
@@ -13,9 +12,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from dattn_mcore.console import cell, complain, say
 from dattn_mcore.errors import DattnError
 from dattn_mcore.evaluation import commands
 from dattn_mcore.evaluation.benchmarks import BY_NAME
+from dattn_mcore.log import log_to_stderr
 
 SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake and end
 
@@ -23,18 +24,18 @@ SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (1: a benchmark failed, 2: a user's mistake)."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_to_stderr()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         return options.run(options) or 0
     except DattnError as error:
         if os.environ.get("RANK", "0") == "0":  # all ranks have the same mistake; one says so
-            sys.stderr.write(f"error: {error}\n")
+            complain(f"error: {error}")
         else:
             # torchrun ends all ranks when the first one ends: let that be the one that speaks. If
             # it has not by then, the mistake is this rank's alone.
             time.sleep(SPEAKER_SECONDS)
-            sys.stderr.write(f"error: rank {os.environ['RANK']}: {error}\n")
+            complain(f"error: rank {os.environ['RANK']}: {error}")
         return 2
 
 
@@ -167,10 +168,10 @@ def _answer(options: argparse.Namespace) -> None:
             questions,
             options.image_folder,
             lambda done, total: bar.update(task, completed=done),
-            told=lambda line: bar.console.print(line, markup=False, highlight=False),
+            told=lambda line: bar.console.print(cell(line)),
         )
     write_answers(options.answers, answers)
-    sys.stdout.write(f"{len(answers)} answers -> {options.answers}\n")
+    say(f"{len(answers)} answers -> {options.answers}")
 
 
 def _score_digits(options: argparse.Namespace) -> int:
@@ -185,7 +186,8 @@ def _score_digits(options: argparse.Namespace) -> int:
     def row(name: str, tally: Tally) -> None:
         level = score.guessing(name)
         guessed = "" if level is None else f"{level:.1%}"
-        table.add_row(name, str(tally.correct), str(tally.total), f"{tally.accuracy:.1%}", guessed)
+        counts = (str(tally.correct), str(tally.total))
+        table.add_row(cell(name), *counts, f"{tally.accuracy:.1%}", guessed)
 
     for name, tally in score.categories.items():
         row(name, tally)
@@ -193,7 +195,7 @@ def _score_digits(options: argparse.Namespace) -> int:
     row("overall", score.overall)
     Console().print(table)
     for note in score.notes:
-        sys.stdout.write(f"note: {note}\n")
+        say(f"note: {note}")
     if options.json:
         write_score(options.json, score)
     return commands.FAILED if score.broken else 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
+from dattn_mcore.console import cell
 from dattn_mcore.errors import DattnError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark, repeated
 
@@ -96,5 +97,5 @@ def table(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         counts = (f"{finding.rows:,}", f"{finding.images:,}") if finding.rows else ("", "")
         notes = "; ".join([*finding.problems, *finding.notes])
-        shown.add_row(finding.title, *counts, finding.state, notes)
+        shown.add_row(finding.title, *counts, finding.state, cell(notes))
     return shown

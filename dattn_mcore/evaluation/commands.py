@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from dattn_mcore.console import cell, say
 from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.evaluation.benchmarks import BY_NAME, Benchmark, Options, make_benchmark
 from dattn_mcore.evaluation.benchmarks.judged import Judged
@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
     if not results:  # not rank 0
         return 0
     _console().print(table(results, f"{model.resolve().name}, {options.data}"))
-    sys.stdout.write(f"scores {out / 'scores.json'}\nreport {write_report([out])}\n")
+    say(f"scores {out / 'scores.json'}")
+    say(f"report {write_report([out])}")
     return FAILED if any(result.fault for result in results if result.name in names) else 0
 
 
@@ -115,7 +116,7 @@ def submit(options: argparse.Namespace) -> int:
     path = benchmark.submit(answers, Path(options.out), name)
     missing = sum(answer is None for answer in answers)
     left = f" ({missing} of {len(answers)} without an answer)" if missing else ""
-    sys.stdout.write(f"{benchmark.title} submission {path}{left}\n")
+    say(f"{benchmark.title} submission {path}{left}")
     return 0
 
 
@@ -124,7 +125,7 @@ def report(options: argparse.Namespace) -> int:
     runs = [Path(run) for run in options.runs]
     if len(runs) > 2:
         raise ConfigError(f"report takes one run or two, {len(runs)} are given")
-    sys.stdout.write(f"report {write_report(runs, options.out and Path(options.out))}\n")
+    say(f"report {write_report(runs, options.out and Path(options.out))}")
     return 0
 
 
@@ -191,10 +192,10 @@ def _figures(result: Result) -> Table:
         column.justify = "right"
     assert result.score is not None
     for name, value in result.score.figures.items():
-        shown.add_row(name, f"{value:.2f}".removesuffix(".00"), "")
+        shown.add_row(cell(name), f"{value:.2f}".removesuffix(".00"), "")
     shown.add_section()
     for name, bar in result.score.categories.items():
-        shown.add_row(name, f"{bar.value:.2f}", str(bar.count))
+        shown.add_row(cell(name), f"{bar.value:.2f}", str(bar.count))
     return shown
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
 
@@ -17,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from dattn_mcore.console import complain
 
 LINE_SECONDS = 30.0
 
@@ -65,7 +66,7 @@ class RunProgress:
             task = self.bars.add_task(name, total=total, completed=done)
             self.tasks[name] = task
         elif self.shown:
-            sys.stderr.write(f"{name}: {total} questions, {done} answered before\n")
+            complain(f"{name}: {total} questions, {done} answered before")
 
     def update(self, name: str, done: int, total: int) -> None:
         """So many of all rows are answered."""
@@ -77,7 +78,7 @@ class RunProgress:
             start, before = self.begun[name]
             rate = (done - before) / max(now - start, 1e-9)
             left = f"{(total - done) / rate:.0f} s" if rate else "unknown"
-            sys.stderr.write(f"{name}: {done}/{total}, {rate:.1f} questions/s, ETA {left}\n")
+            complain(f"{name}: {done}/{total}, {rate:.1f} questions/s, ETA {left}")
             self.told = now
 
     def __enter__(self) -> RunProgress:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from dattn_mcore.console import cell
 from dattn_mcore.evaluation.benchmarks.base import Benchmark
 from dattn_mcore.evaluation.benchmarks.judged import Judged
 from dattn_mcore.evaluation.failures import reason
@@ -159,7 +160,7 @@ def write_details(
 
 def table(results: Sequence[Result], title: str) -> Table:
     """One row for each benchmark: metric, score, rows, and what to know or what failed."""
-    shown = Table("benchmark", "metric", "score", "guessing", "rows", "notes", title=title)
+    shown = Table("benchmark", "metric", "score", "guessing", "rows", "notes", title=cell(title))
     for column in (2, 3, 4):
         shown.columns[column].justify = "right"
     for result in results:
@@ -171,5 +172,5 @@ def table(results: Sequence[Result], title: str) -> Table:
             figure = f"{score.value:.2f}{unit}"
             level = "" if score.guessing is None else f"{score.guessing:.2f}{unit}"
         note = f"failed: {result.error}" if result.error else result.note
-        shown.add_row(result.title, metric, figure, level, str(result.rows or ""), note)
+        shown.add_row(result.title, metric, figure, level, str(result.rows or ""), cell(note))
     return shown

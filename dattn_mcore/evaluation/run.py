@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dattn_mcore.console import complain
 from dattn_mcore.errors import ConfigError, DataError, DattnError
 from dattn_mcore.evaluation.answer_files import AnswerStore
 from dattn_mcore.evaluation.benchmarks import Options, make_benchmark
@@ -83,7 +83,7 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
     generator = Generator(settings.model, device, settings.dtype)
     checked = _self_check(generator, benchmarks, settings.batch_size)
     if processes.rank == 0:
-        sys.stderr.write(f"{checked}\n")
+        complain(f"{checked}")
         folder.settle(identity)
         processes.post("settle", "")
     else:

@@ -60,6 +60,7 @@ def register() -> None:
     """Registers model type `dattn` with the Auto classes; harmless when called again."""
     from transformers import (
         AutoConfig,
+        AutoModel,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoProcessor,
@@ -72,6 +73,7 @@ def register() -> None:
         DattnConfig,
         DattnForConditionalGeneration,
         DattnImageProcessor,
+        DattnModel,
         DattnProcessor,
     )
 
@@ -80,6 +82,7 @@ def register() -> None:
         DattnConfig, image_processor_classes={"pil": DattnImageProcessor}, exist_ok=True
     )
     AutoProcessor.register(DattnConfig, DattnProcessor, exist_ok=True)
+    AutoModel.register(DattnConfig, DattnModel, exist_ok=True)
     AutoModelForImageTextToText.register(DattnConfig, DattnForConditionalGeneration, exist_ok=True)
     AutoModelForCausalLM.register(DattnConfig, DattnForConditionalGeneration, exist_ok=True)
 

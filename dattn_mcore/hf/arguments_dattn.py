@@ -157,4 +157,30 @@ def cache_field(output: Any = CausalLMOutputWithPast) -> str:
     return unknown[0]
 
 
-__all__ = ["NO_EMBEDDINGS", "cache_field", "check_positions", "check_shapes", "check_further"]
+def check_counted(labels: Tensor, live: Tensor) -> None:
+    """Refuses labels that a trainer counts and that no row predicts.
+
+    Args:
+        labels: int64 [batch, columns].
+        live: bool [batch, columns], columns of text.
+
+    Raises:
+        ValueError: a label stands at an image or at padding.
+    """
+    dropped = int(((labels != -100) & ~live.to(labels.device)).sum())
+    if dropped:
+        raise ValueError(
+            f"labels hold {dropped} tokens at images or padding, which no row predicts, and "
+            "num_items_in_batch counts them, so the loss would be too small; set them to -100: "
+            "processor(..., return_labels=True) does"
+        )
+
+
+__all__ = [
+    "NO_EMBEDDINGS",
+    "cache_field",
+    "check_counted",
+    "check_positions",
+    "check_shapes",
+    "check_further",
+]

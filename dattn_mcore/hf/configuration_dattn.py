@@ -16,6 +16,7 @@ VISION_MODEL_TYPES = ("siglip_vision_model", "clip_vision_model")
 AUTO_MAP = {
     "AutoConfig": "configuration_dattn.DattnConfig",
     "AutoProcessor": "processing_dattn.DattnProcessor",
+    "AutoModel": "modeling_dattn.DattnModel",  # without the output head: hidden states
     "AutoModelForImageTextToText": "modeling_dattn.DattnForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_dattn.DattnForConditionalGeneration",
 }

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # Some releases of transformers copy only what this file itself names to where they run it from:
 # all neighbours are named here.
-from .arguments_dattn import cache_field, check_further, check_shapes
+from .arguments_dattn import cache_field, check_counted, check_further, check_shapes
 from .attention_dattn import DattnDecoderLayer
 from .cache_dattn import DattnCache, is_cache, own_cache
 from .configuration_dattn import DattnConfig, releases
@@ -61,6 +61,33 @@ class DattnPreTrainedModel(PreTrainedModel):
                 f"stay random; copy the folder again, or see output_loading_info ({releases()})"
             )
         return model
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """See torch; position embeddings stay float32, as `from_pretrained` keeps them.
+
+        They are embedded in float32, and rounded weights would move every visual row.
+        """
+        kept = [
+            (weight, weight.detach().clone(), None if weight.grad is None else weight.grad.clone())
+            for name, weight in self.named_parameters()
+            if weight.dtype == torch.float32
+            and any(part in name.split(".") for part in self._keep_in_fp32_modules_strict)
+        ]
+        moved = super().to(*args, **kwargs)
+        for weight, wide, gradient in kept:
+            if weight.dtype.is_floating_point and weight.dtype.itemsize < wide.dtype.itemsize:
+                weight.data = wide.to(weight.device)
+                if gradient is not None:
+                    weight.grad = gradient.to(weight.device)
+        return moved
+
+    def half(self) -> Any:
+        """See torch and `to`."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Any:
+        """See torch and `to`."""
+        return self.to(torch.bfloat16)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -208,7 +235,7 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
                 `DynamicCache` is replaced by a `DattnCache`, which the output holds.
             labels: int64 [batch, columns], tokens as in `input_ids` or -100; shifted here to the
                 next text row, so that an image between two text rows changes nothing. What stands
-                at images and padding does not count.
+                at images and padding does not count; `DattnProcessor` masks it on request.
             use_cache: whether to make (or go on with) a cache; None: as the configuration says,
                 and not in training.
             logits_to_keep: compute the last n logits only; 0: all.
@@ -217,7 +244,8 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
             image_grids: int64 [images, 2], columns and rows of each image's canvas in tiles; None:
                 every tile is an image. Sample by sample: [batch, most images, 2], padded with -1.
             num_items_in_batch: what the summed loss is divided by; None: the labels that count.
-                transformers' Trainer gives it where several forward passes make one step.
+                transformers' Trainer gives it where several forward passes make one step, and
+                counts all labels but -100: those at images and padding are refused then.
             output_hidden_states: whether to return hidden states of the text columns, the
                 embeddings first and the last ones normed; None: as the configuration says. What
                 they hold at images and padding means nothing.
@@ -277,6 +305,8 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
             live = ~placeholder_columns(self.config, input_ids, None)
             if attention_mask is not None:
                 live &= attention_mask[:, -input_ids.shape[1] :].to(live.device).bool()
+            if num_items_in_batch is not None:
+                check_counted(labels, live)
             loss = next_token_loss(logits, labels, live, num_items_in_batch)
         held: dict[str, Any] = {} if cache is None else {cache_field(): cache}
         output = CausalLMOutputWithPast(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import ProcessorMixin
 
 
@@ -35,12 +36,38 @@ class DattnProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-        """See transformers; text is not given special tokens, and padded on the left."""
+        """See transformers; text is not given special tokens, and padded on the left.
+
+        Args:
+            images: see transformers.
+            text: see transformers.
+            **kwargs: see transformers; and `return_labels`, for training: adds `labels`, which are
+                `input_ids` with -100 where no row predicts a token (images, padding, and the first
+                text token of each sample), so that a trainer that counts labels counts right.
+                Mask the prompt where only answers are to be learnt.
+
+        Raises:
+            ValueError: labels are asked for, but no tensors.
+        """
+        return_labels = kwargs.pop("return_labels", False)
         nested = kwargs.get("text_kwargs") or {}
         for name, value in self.text_defaults.items():
             if name not in nested:
                 kwargs.setdefault(name, value)
-        return super().__call__(images=images, text=text, **kwargs)
+        found = super().__call__(images=images, text=text, **kwargs)
+        if return_labels:
+            found["labels"] = self._labels(found)
+        return found
+
+    def _labels(self, found: Any) -> Any:
+        ids, mask = found.get("input_ids"), found.get("attention_mask")
+        if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor):
+            raise ValueError(
+                "return_labels needs text with its attention mask as tensors; give text and "
+                "return_tensors='pt'"
+            )
+        live = mask.bool() & (ids != self.image_token_id)
+        return ids.masked_fill(~live | (live.cumsum(1) == 1), -100)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """One placeholder stays one placeholder."""

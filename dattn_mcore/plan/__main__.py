@@ -15,6 +15,7 @@ from rich.console import Console
 from dattn_mcore.config.checks import check_config, processes_per_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
+from dattn_mcore.console import cell
 from dattn_mcore.errors import ConfigError, DattnError, told
 from dattn_mcore.plan.data_size import data_size
 from dattn_mcore.plan.estimate import Plan, as_dict, make_plan
@@ -121,11 +122,12 @@ def _run(chosen: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
         return
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
-    console.print(f"{name} on {cluster.nodes} x {cluster.gpus_per_node} GPUs")
+    console.print(cell(f"{name} on {cluster.nodes} x {cluster.gpus_per_node} GPUs"))
     print_plans(console, plans, data)
     for ranking in rankings:
         print_ranking(console, ranking, chosen.top, data)
-    console.print("\n".join(f"- {line}" for line in remarks))
+    for line in remarks:
+        console.print(cell(f"- {line}"))
 
 
 def _sample(config: Config, chosen: argparse.Namespace) -> tuple[Sample, list[str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dattn_mcore.console import cell
 from dattn_mcore.errors import DattnError
 from dattn_mcore.quickstart.steps import ROOT, Plan, Step
 
@@ -51,7 +52,7 @@ def run_steps(plan: Plan, console: Console) -> dict[str, float]:
     seconds = {}
     for number, step in enumerate(plan.steps, start=1):
         console.print(f"\n[bold]{number}/{len(plan.steps)}  {step.title}[/bold]")
-        console.print(f"   $ {step.typed}", style="dim", highlight=False, soft_wrap=True)
+        console.print(cell(f"   $ {step.typed}"), style="dim", highlight=False, soft_wrap=True)
         started = time.perf_counter()
         run_step(step, ROOT / plan.run_dir / "logs", console)
         seconds[step.name] = time.perf_counter() - started
@@ -82,7 +83,7 @@ def run_step(step: Step, logs: Path, console: Console) -> None:
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                console.print(f"   {line.rstrip()}", markup=False, highlight=False, soft_wrap=True)
+                console.print(cell(f"   {line.rstrip()}"), highlight=False, soft_wrap=True)
             status = process.wait()
         except BaseException:  # Ctrl-C above all: nothing may go on without its parent
             process.terminate()

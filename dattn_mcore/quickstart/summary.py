@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from dattn_mcore.console import cell
 from dattn_mcore.data.digits_questions import bag_of_digits_ceiling
 from dattn_mcore.evaluation.score import Score, Tally, score_digits, write_score
 from dattn_mcore.quickstart.steps import Plan
@@ -41,13 +42,13 @@ def show(
     console.print(table)
     console.print("without places: the most that is right knowing which digits, not where")
     for note in result.notes:  # expected of a blind model, a fault of any other
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+        console.print(cell(f"note: {note}"), soft_wrap=True)
     console.print()
     steps = ", ".join(f"{name} {taken:.0f} s" for name, taken in seconds.items())
     console.print(f"time      {total:.0f} s ({steps})", soft_wrap=True)
-    console.print(f"picture   {plan.run_dir / 'report.png'}", soft_wrap=True)
-    console.print(f"model     {plan.run_dir / 'hf'} (a Hugging Face folder)", soft_wrap=True)
-    console.print(f"answers   {plan.run_dir / 'answers.jsonl'}", soft_wrap=True)
+    console.print(cell(f"picture   {plan.run_dir / 'report.png'}"), soft_wrap=True)
+    console.print(cell(f"model     {plan.run_dir / 'hf'} (a Hugging Face folder)"), soft_wrap=True)
+    console.print(cell(f"answers   {plan.run_dir / 'answers.jsonl'}"), soft_wrap=True)
 
 
 def _row(name: str, tally: Tally) -> tuple[str, str, str, str]:

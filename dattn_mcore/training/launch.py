@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from dattn_mcore.console import say
 from dattn_mcore.errors import ConfigError
 
 # What torchrun told this process about its place; a new torchrun must not inherit it.
@@ -35,9 +36,9 @@ def restart_under_torchrun(processes: int, device: str, arguments: list[str]) ->
             f"{platform.gpu_count()} GPUs; start torchrun on more nodes, choose a smaller --tp or "
             "--pp, or use --device cpu"
         )
-    sys.stdout.write(
+    say(
         f"one process started and {processes} needed: restarting as "
-        f"torchrun --nproc-per-node {processes} {sys.argv[0]} {' '.join(arguments)}\n"
+        f"torchrun --nproc-per-node {processes} {sys.argv[0]} {' '.join(arguments)}"
     )
     sys.stdout.flush()
     environment = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES}

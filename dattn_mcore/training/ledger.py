@@ -94,9 +94,10 @@ class SampleLedger:
         # Several images of one sample may have failed; it is named once.
         named = {failure.sample: failure.reason for failure in reversed(failures)}
         reasons = list(named.values())[::-1][:3]
+        left, where = bad - len(reasons), str(self.path)
         if many:
-            return too_many(bad, len(self.index), self.max_share, reasons, str(self.path))
-        return nothing_to_train(bad, len(self.index), reasons, str(self.path))
+            return too_many(bad, len(self.index), self.max_share, reasons, left, where)
+        return nothing_to_train(bad, len(self.index), reasons, left, where)
 
     def close(self, steps: Steps, epoch_size: int) -> None:
         """Writes data_report.json and says what it counts."""

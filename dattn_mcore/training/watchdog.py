@@ -21,6 +21,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
+from dattn_mcore.console import printable
+
 logger = logging.getLogger(__name__)
 
 EXIT_STATUS = 3  # of a rank that the watchdog ended; a user's mistake is 2
@@ -181,7 +183,7 @@ class Watchdog:
         ]
         self._phase = replace(phase, name=f"{phase.name}, ended by its watchdog")
         self._tell()
-        self.output.write("\n".join(lines) + "\n")
+        self.output.write("\n".join(map(printable, lines)) + "\n")
         self.output.flush()
         faulthandler.dump_traceback(self.output, all_threads=True)
         self.output.flush()

@@ -106,7 +106,7 @@ def record(name, image, conversations=("<image>\nWhich digit is top-left?", "4")
 def write_corpus(folder):
     """Writes all.json and images; returns what the line of each bad sample must say.
 
-    Keys are the sample's id, or its number where the record has none.
+    Keys are the sample's id, which is its place where the record has none.
     """
     images = folder / "images"
     images.mkdir()
@@ -155,5 +155,5 @@ def write_corpus(folder):
     # Bad ones among the good ones.
     order = np.random.default_rng(5).permutation(len(lines))
     (folder / "all.json").write_bytes(b"[\n" + b",\n".join(lines[i] for i in order) + b"\n]\n")
-    where = {int(old) + 1: new for new, old in enumerate(order)}
+    where = {int(old) + 1: f"all.json[{new}]" for new, old in enumerate(order)}
     return {where.get(k, k) if isinstance(k, int) else k: v for k, v in expected.items()}

@@ -14,7 +14,7 @@ BATCH = 12
 
 @pytest.fixture(scope="module")
 def corpus(digits, tmp_path_factory):
-    """Folder, and for each bad sample's id or number what its line must say."""
+    """Folder, and for each bad sample's id what its line must say."""
     folder = tmp_path_factory.mktemp("corrupt")
     yield folder, write_corpus(folder)
     (folder / "images" / "locked").chmod(0o700)  # so that it can be removed
@@ -70,9 +70,7 @@ def test_every_sample_is_accounted_for_once_with_its_reason(corpus, alone):
     usable = report["samples_per_epoch"]
     found = fates(alone, usable)
     assert sorted(number for number, _ in found) == list(range(total))
-    reasons = {
-        line["id"] or line["sample"]: line["reason"] for _, line in found if line != "trained"
-    }
+    reasons = {line["id"]: line["reason"] for _, line in found if line != "trained"}
     assert reasons.keys() == expected.keys()
     for who, reason in expected.items():
         assert reason in reasons[who], (who, reasons[who])

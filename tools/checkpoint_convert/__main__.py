@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -24,7 +23,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dattn_mcore.console import cell, complain, say
 from dattn_mcore.errors import CheckpointError, DattnError, told
+from dattn_mcore.log import log_to_stderr
 
 if TYPE_CHECKING:
     from tools.checkpoint_convert.workers import Progress
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (1: `verify` found a difference; 2: an error)."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_to_stderr()
     # What Megatron-Core says about packages that a conversion does not need.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", message=r"Please use DTensor")
@@ -190,8 +191,8 @@ def _mcore_to_hf(options: argparse.Namespace) -> None:
         )
         with _progress("mcore-to-hf") as progress:
             done = convert(options.checkpoint, options.output, chosen, progress)
-    sys.stdout.write(f"{done.source} -> {options.output}\n")
-    sys.stdout.write(f"{done.checked or 'not checked, because of --no-check'}\n")
+    say(f"{done.source} -> {options.output}")
+    say(f"{done.checked or 'not checked, because of --no-check'}")
 
 
 def _hf_to_mcore(options: argparse.Namespace) -> None:
@@ -210,7 +211,7 @@ def _hf_to_mcore(options: argparse.Namespace) -> None:
                 *(options.folder, options.output, options.vocab_pad_multiple),
                 *(progress, options.processes),
             )
-        sys.stdout.write(f"{options.folder} -> {options.output}\n")
+        say(f"{options.folder} -> {options.output}")
         return
     config = load_config(options.config)
     check_config(config)
@@ -219,7 +220,7 @@ def _hf_to_mcore(options: argparse.Namespace) -> None:
             *(options.llm, options.vision, config, options.output),
             *(progress, options.processes),
         )
-    sys.stdout.write(f"{options.llm} + {options.vision} -> {options.output}\n")
+    say(f"{options.llm} + {options.vision} -> {options.output}")
 
 
 def _refresh(options: argparse.Namespace) -> None:
@@ -227,9 +228,9 @@ def _refresh(options: argparse.Namespace) -> None:
 
     lines = refresh(options.folder)
     for line in lines:
-        sys.stdout.write(f"{line}\n")
+        say(f"{line}")
     what = f"{len(lines)} files renewed" if lines else "up to date"
-    sys.stdout.write(f"{options.folder}: {what}; weights untouched\n")
+    say(f"{options.folder}: {what}; weights untouched")
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -238,14 +239,14 @@ def _verify(options: argparse.Namespace) -> int:
     with _progress("verify") as progress:
         found = verify(options.first, options.second, progress)
     for line in found.differences:
-        sys.stdout.write(f"{line}\n")
+        say(f"{line}")
     what = f"{found.tensors} tensors, {found.parameters:,} parameters"
     if found.differences:
-        sys.stdout.write(f"{len(found.differences)} differences; compared: {what}\n")
+        say(f"{len(found.differences)} differences; compared: {what}")
         return 1
     if found.logits is not None:
         what += f"; logits on a fixed input differ by {found.logits:.2g} at most"
-    sys.stdout.write(f"equal to the last bit: {what}\n")
+    say(f"equal to the last bit: {what}")
     return 0
 
 
@@ -254,7 +255,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     found = inspect(options.path)
     model, attention = found.model, found.attention
-    table = Table(title=f"{found.kind} {found.path}", show_header=False)
+    table = Table(title=cell(f"{found.kind} {found.path}"), show_header=False)
     if found.step is not None:
         table.add_row("step", str(found.step))
     llm, vision = model.llm, model.vision
@@ -278,7 +279,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.tensors:
         listing = Table("tensor", "shape", "dtype")
         for name, (shape, dtype) in found.tensors.items():
-            listing.add_row(name, str(list(shape)), str(dtype).removeprefix("torch."))
+            listing.add_row(cell(name), str(list(shape)), str(dtype).removeprefix("torch."))
         console.print(listing)
 
 
@@ -311,7 +312,7 @@ def _interruptible() -> int:
         if "refresh" in sys.argv[1:2]:
             left = "the folder is whole, with all of its files renewed or none"
         with suppress(OSError):  # a closed terminal
-            sys.stderr.write(f"stopped by {signal.Signals(stopped[0]).name}; {left}\n")
+            complain(f"stopped by {signal.Signals(stopped[0]).name}; {left}")
         return 128 + stopped[0]
 
 

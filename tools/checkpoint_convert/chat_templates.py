@@ -2,7 +2,8 @@
 
 A message's content is a string, in which `<image>` stands where an image is, or a list of
 `{"type": "image"}` and `{"type": "text", "text": ...}`; in a list, an image is followed by a
-newline if anything follows it, as in LLaVA's data.
+newline if anything follows it, as in LLaVA's data. A system message may come first: its text is put
+in front of the first user's, as in training.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ _CONTENT = """\
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'image' -%}
 {%- set text.value = text.value + '<image>' + ('' if loop.last else '\\n') -%}
-{%- else -%}
+{%- elif part['type'] == 'text' -%}
 {%- set text.value = text.value + part['text'] -%}
+{%- else -%}
+{{ raise_exception('a message holds text and image parts, no ' + part['type'] | string) }}
 {%- endif -%}
 {%- endfor -%}
 {{ text.value | trim }}
@@ -27,22 +30,39 @@ _CONTENT = """\
 {%- endmacro -%}
 """
 
-_TURNS = """\
-{%- for message in messages -%}
-{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
-{{ raise_exception('conversation roles must alternate user, assistant, user, ...') }}
+# A system message, which may come first, becomes `prefix`; the others are `turns`.
+_SYSTEM = """\
+{%- set prefix = '' -%}
+{%- set turns = messages -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+{%- set turns = messages[1:] -%}
+{%- set system = content(messages[0]) -%}
+{%- if '<image>' in system -%}
+{{ raise_exception('<image> stands in the system message; only user messages may show images') }}
 {%- endif -%}
+{%- set prefix = system + '\\n\\n' if system else '' -%}
+{%- endif -%}
+"""
+
+_TURNS = """\
+{%- for message in turns -%}
+{%- if message['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}
+{{ raise_exception('conversation roles must alternate user, assistant, user, ...; one system \
+message may come first') }}
+{%- endif -%}
+{%- set said = ((prefix if loop.first else '') + content(message)) | trim -%}
 """
 
 _MISTRAL = (
     _CONTENT
+    + _SYSTEM
     + "{{ bos_token }}"
     + _TURNS
     + """\
 {%- if message['role'] == 'user' -%}
-{{ '[INST] ' + content(message) + '[/INST]' }}
+{{ '[INST] ' + said + '[/INST]' }}
 {%- else -%}
-{{ ' ' + content(message) + eos_token }}
+{{ ' ' + said + eos_token }}
 {%- endif -%}
 {%- endfor -%}
 """
@@ -50,13 +70,14 @@ _MISTRAL = (
 
 _GEMMA = (
     _CONTENT
+    + _SYSTEM
     + "{{ bos_token }}"
     + _TURNS
     + """\
 {%- if message['role'] == 'user' -%}
-{{ '<start_of_turn>user\\n' + content(message) + '<end_of_turn>\\n<start_of_turn>model\\n' }}
+{{ '<start_of_turn>user\\n' + said + '<end_of_turn>\\n<start_of_turn>model\\n' }}
 {%- else -%}
-{{ content(message) + '<end_of_turn>\\n' }}
+{{ said + '<end_of_turn>\\n' }}
 {%- endif -%}
 {%- endfor -%}
 """
@@ -65,16 +86,16 @@ _GEMMA = (
 # Images, then <bos>, then the caption; the user's text is dropped.
 _PLAIN = (
     _CONTENT
+    + _SYSTEM
     + _TURNS
     + """\
 {%- if loop.index0 > 1 -%}
 {{ raise_exception('the plain template holds one image caption pair') }}
 {%- endif -%}
 {%- if message['role'] == 'user' -%}
-{{ '<image>' * (content(message).split('<image>') | length - 1) + bos_token }}
+{{ '<image>' * (said.split('<image>') | length - 1) + bos_token }}
 {%- else -%}
-{%- set caption = content(message) -%}
-{{ (SPACE if caption else '') + caption + eos_token }}
+{{ (SPACE if said else '') + said + eos_token }}
 {%- endif -%}
 {%- endfor -%}
 """

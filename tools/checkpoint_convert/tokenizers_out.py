@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ TURNS = (
     (f"Compare {IMAGE_MARK} with {IMAGE_MARK}.", "They differ.", " How? ", "In colour.", "Why"),
     ("No image at all, only 12 words.", "Fine."),
 )
+SYSTEMS = ("", " Answer in\none word. ")
 
 
 def export_processor(
@@ -225,9 +227,10 @@ def image_processor(model: ModelConfig, data: DataConfig) -> Any:
     )
 
 
-def messages(turns: Sequence[str]) -> list[dict[str, str]]:
+def messages(turns: Sequence[str], system: str = "") -> list[dict[str, str]]:
     """Turns (user, assistant, user, ...) in the form that chat templates read."""
-    return [
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [
         {"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)
     ]
 
@@ -247,15 +250,15 @@ def check_tokenizer(ours: Tokenizer, theirs: Any, processor: Any, template: str)
                 f"{path}: the exported tokenizer encodes {text!r} as {prefixed[1:]} instead of "
                 f"{expected}; this tokenizer cannot be exported exactly, export it by hand"
             )
-    for turns in TURNS:
+    for turns, system in itertools.product(TURNS, SYSTEMS):
         if template == "plain" and len(turns) > 2:
             continue
-        runs = encode_conversation(ours, template, turns)
+        runs = encode_conversation(ours, template, turns, system)
         ids = [i for run in runs for i in (run.ids if isinstance(run, TextRun) else (image,))]
-        text = processor.apply_chat_template(messages(turns))
+        text = processor.apply_chat_template(messages(turns, system))
         found = theirs.encode(text, add_special_tokens=False)
         if found != ids:
             raise CheckpointError(
-                f"{path}: the chat template {template!r} gives {found} for {turns!r} instead of "
-                f"{ids}; this tokenizer does not suit the template, choose data.template"
+                f"{path}: the chat template {template!r} gives {found} for {(system, *turns)!r} "
+                f"instead of {ids}; this tokenizer does not suit the template, choose data.template"
             )

@@ -84,7 +84,7 @@ def describe_file(settings: IndexSettings, number: int) -> dict[str, Any]:
     within, source = settings.files[number]
     path = source.files[within]
     status = path.stat()
-    opened = open_source_file(path, source.format, source.image_folder)
+    opened = open_source_file(source, within)
     try:
         content = opened.digest()
     finally:
@@ -113,7 +113,7 @@ def _jobs(settings: IndexSettings) -> Iterator[tuple[int, list[Place], float]]:
     sizes = [source.files[number].stat().st_size for number, source in settings.files]
     whole, behind = max(sum(sizes), 1), 0
     for file, (number, source) in enumerate(settings.files):
-        opened = open_source_file(source.files[number], source.format, source.image_folder)
+        opened = open_source_file(source, number)
         places: list[Place] = []
         try:
             for place in opened.scan():
@@ -189,7 +189,8 @@ def _write_part(maker: RowMaker, path: Path, file: int, places: list[Place]) -> 
     part = maker.part(file, places)
     temporary = path.with_suffix(".tmp")
     arrays: dict[str, Any] = part.arrays()
-    arrays["bad"] = np.frombuffer(json.dumps(part.bad).encode(), np.uint8)
+    for name, value in (("bad", part.bad), ("ignored", part.ignored)):
+        arrays[name] = np.frombuffer(json.dumps(value).encode(), np.uint8)
     with open(temporary, "wb") as out:
         np.savez(out, **arrays)
     os.replace(temporary, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def join_parts(
     places = _Places(settings)
     num_bad, per_file = 0, np.zeros((len(settings.files), 2), np.int64)
     done = np.zeros(3, np.int64)
+    ignored: Counter[str] = Counter()
     with open(begun / "names.bin", "wb") as names, open(begun / "bad.jsonl", "w") as bad:
         for path, count in zip(parts, counts, strict=True):
             sample_at, image_at, name_at = (int(number) for number in done)
@@ -45,9 +47,11 @@ def join_parts(
                 )
                 for entry in json.loads(part["bad"].tobytes()):
                     entry["sample"] += sample_at
-                    entry["where"] = places.where(entry["file"], entry.pop("offset"))
+                    number = entry["sample"] - int(per_file[: entry["file"], 0].sum())
+                    entry["where"] = places.where(entry["file"], entry.pop("offset"), number)
                     bad.write(json.dumps(entry) + "\n")
                     num_bad += 1
+                ignored.update(json.loads(part["ignored"].tobytes()))
             done += count
     for table in (samples, images, usable):
         table.flush()
@@ -56,6 +60,7 @@ def join_parts(
         "num_samples": totals[0],
         "num_images": totals[1],
         "num_usable": totals[0] - num_bad,
+        "ignored": dict(sorted(ignored.items(), key=lambda item: (-item[1], item[0]))),
         "records": per_file[:, 0].tolist(),
         "usable": hashlib.sha256(np.asarray(usable).tobytes()).hexdigest(),
         "content": digest([file["digest"] for file in plan["files"]]),
@@ -74,13 +79,13 @@ class _Places:
         self._settings = settings
         self._opened: tuple[int, Any] | None = None
 
-    def where(self, file: int, offset: int) -> str:
+    def where(self, file: int, offset: int, record: int) -> str:
         number, source = self._settings.files[file]
         path = source.files[number]
         if self._opened is None or self._opened[0] != file:
             self.close()
-            self._opened = (file, open_source_file(path, source.format, source.image_folder))
-        return f"'{path}' {self._opened[1].line(offset)}"
+            self._opened = (file, open_source_file(source, number))
+        return f"'{path}' {self._opened[1].line(offset)} (index {record})"
 
     def close(self) -> None:
         if self._opened is not None:

@@ -1,6 +1,6 @@
 """What an index holds: two tables of fixed width, names, and a list of what is unusable.
 
-    index.json     what it was made from; written last
+    index.json     what it was made from, and the metadata left aside; written last
     samples.npy    SAMPLE rows, one per record of the sources, in order
     images.npy     IMAGE rows, those of a sample next to each other
     usable.npy     one byte per sample
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from dattn_mcore.data.sources.source import Source, configured_sources
 from dattn_mcore.data.tiles import ANYRES_POLICIES
 from dattn_mcore.data.tokenizer import Tokenizer
 
-VERSION = 2  # raise it when the same sources would give another index
+VERSION = 3  # raise it when the same sources would give another index
 NEVER = 2**32 - 1  # first_label of a sample without supervised text
 
 SAMPLE = np.dtype(
@@ -58,6 +58,41 @@ IMAGE = np.dtype(
         ("format", "u1"),  # place in FORMATS
     ]
 )
+
+
+class SampleRow(NamedTuple):
+    """A row of SAMPLE before it is written: the fields of that table, in its order."""
+
+    offset: int
+    length: int
+    file: int
+    name_start: int
+    first_image: int
+    text_rows: int
+    first_label: int
+    supervised: int
+    name_length: int
+    num_images: int
+    num_tiles: int
+    caption: bool
+
+
+class ImageRow(NamedTuple):
+    """A row of IMAGE before it is written: the fields of that table, in its order."""
+
+    offset: int
+    name_start: int
+    length: int
+    width: int
+    height: int
+    text_before: int
+    num_tiles: int
+    name_length: int
+    columns: int
+    rows: int
+    format: int
+
+
 FORMATS = (
     *("OTHER", "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"),
     *("JPEG2000", "PPM", "AVIF", "ICO", "MPO"),

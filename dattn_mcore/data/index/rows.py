@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,15 @@ from dattn_mcore.data.image_files import (
     probe_image,
     probe_image_file,
 )
-from dattn_mcore.data.index.layout import FORMATS, IMAGE, NEVER, SAMPLE, IndexSettings
+from dattn_mcore.data.index.layout import (
+    FORMATS,
+    IMAGE,
+    NEVER,
+    SAMPLE,
+    ImageRow,
+    IndexSettings,
+    SampleRow,
+)
 from dattn_mcore.data.sources.record import RecordError, Sample
 from dattn_mcore.data.sources.source import ImagePlace, Place, SourceFile, open_source_file
 from dattn_mcore.data.templates import TextRun, encode_conversation
@@ -33,18 +41,20 @@ class Part:
     """Rows of some neighbouring records.
 
     Attributes:
-        samples: SAMPLE rows as tuples; names and images counted from the part's start.
-        images: IMAGE rows as tuples.
+        samples: SAMPLE rows; names and images counted from the part's start.
+        images: IMAGE rows.
         usable: Whether each sample can be used.
         names: Bytes of names.bin.
         bad: What is unusable; `sample` counted from the part's start.
+        ignored: In how many samples each kind of metadata is left aside.
     """
 
-    samples: list[tuple[Any, ...]] = field(default_factory=list)
-    images: list[tuple[Any, ...]] = field(default_factory=list)
+    samples: list[SampleRow] = field(default_factory=list)
+    images: list[ImageRow] = field(default_factory=list)
     usable: list[bool] = field(default_factory=list)
     names: bytearray = field(default_factory=bytearray)
     bad: list[dict[str, Any]] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
 
     def name(self, text: str) -> tuple[int, int]:
         """Stores a name; returns where it starts and its length in bytes."""
@@ -113,15 +123,26 @@ class RowMaker:
                 encoded, rows = _Encoded(0, NEVER, 0, ()), []
             start, length = made.name(name)
             made.samples.append(
-                (
-                    *(place.offset, place.length, file, start, len(made.images)),
-                    *(encoded.text_rows, encoded.first_label, encoded.supervised, length),
-                    *(len(rows), sum(row[6] for row in rows), place.caption),
+                SampleRow(
+                    offset=place.offset,
+                    length=place.length,
+                    file=file,
+                    name_start=start,
+                    first_image=len(made.images),
+                    text_rows=encoded.text_rows,
+                    first_label=encoded.first_label,
+                    supervised=encoded.supervised,
+                    name_length=length,
+                    num_images=len(rows),
+                    num_tiles=sum(row.num_tiles for row in rows),
+                    caption=place.caption,
                 )
             )
             made.images += rows
             made.usable.append(reason is None)
-            if reason is not None:
+            if reason is None:
+                made.ignored.update(sample.ignored)
+            else:
                 made.bad.append(
                     {
                         **{"sample": number, "id": name, "file": file, "offset": place.offset},
@@ -147,14 +168,13 @@ class RowMaker:
             while len(self._files) >= _MOST_OPEN:
                 self._files.popitem(last=False)[1].close()
             number, source = self._settings.files[file]
-            self._files[file] = open_source_file(
-                source.files[number], source.format, source.image_folder, in_order=True
-            )
+            self._files[file] = open_source_file(source, number, in_order=True)
         self._files.move_to_end(file)
         return self._files[file]
 
     def _encode(self, sample: Sample) -> _Encoded:
-        runs = encode_conversation(self._tokenizer, self._settings.template, sample.turns)
+        template = self._settings.template
+        runs = encode_conversation(self._tokenizer, template, sample.turns, sample.system)
         rows, first, supervised = 0, NEVER, 0
         before = []
         for run in runs:
@@ -171,7 +191,7 @@ class RowMaker:
 
     def _image_row(
         self, made: Part, source: SourceFile, place: Place, image: ImagePlace, before: int
-    ) -> tuple[Any, ...]:
+    ) -> ImageRow:
         settings = self._settings
         who = f"image '{image.name}'"
         if image.length or source.image_folder is None:
@@ -182,9 +202,18 @@ class RowMaker:
         start, length = made.name(image.name)
         columns, rows = plan.grid
         kind = FORMATS.index(header.format) if header.format in FORMATS else 0
-        return (
-            *(image.offset, start, image.length, header.width, header.height, before),
-            *(plan.num_tiles, length, columns, rows, kind),
+        return ImageRow(
+            offset=image.offset,
+            name_start=start,
+            length=image.length,
+            width=header.width,
+            height=header.height,
+            text_before=before,
+            num_tiles=plan.num_tiles,
+            name_length=length,
+            columns=columns,
+            rows=rows,
+            format=kind,
         )
 
     def _plan(self, who: str, header: ImageHeader) -> TilePlan:

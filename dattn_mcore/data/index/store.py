@@ -16,6 +16,7 @@ from dattn_mcore.data.index.build import build_index, describe_file, locked
 from dattn_mcore.data.index.layout import IndexSettings, settings_of
 from dattn_mcore.data.index.rows import RowMaker
 from dattn_mcore.data.sources.source import ImagePlace, Place
+from dattn_mcore.data.templates import check_symbols
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError
 
@@ -179,9 +180,10 @@ def open_index(
         again: Make it whatever is there.
 
     Raises:
-        DataError: A source is missing or malformed, or the index is absent or stale and
-            `data.build_index` is false.
+        DataError: A source is missing or malformed, the tokenizer lacks a token of the template,
+            or the index is absent or stale and `data.build_index` is false.
     """
+    check_symbols(tokenizer, config.data.template)
     settings = settings_of(config, tokenizer)
     folder = index_folder(config, settings)
     why = "it was asked for" if again else why_stale(folder, settings, tokenizer)

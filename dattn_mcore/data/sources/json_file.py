@@ -8,13 +8,15 @@ only a file whose brackets do not match is refused as a whole.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from dattn_mcore.data.sources.metadata import METADATA
 from dattn_mcore.data.sources.record import Sample, decode_json, parse_record
 from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.errors import DataError
@@ -30,14 +32,21 @@ _OPEN, _CLOSE = frozenset(b"{["), frozenset(b"}]")
 class JsonFile:
     """A LLaVA JSON file, as `SourceFile` describes it."""
 
-    def __init__(self, path: Path, image_folder: str) -> None:
+    def __init__(self, path: Path, image_folder: str, known: Collection[str] = METADATA) -> None:
         """Opens the file.
+
+        Args:
+            path: The file.
+            image_folder: See SourceFile.
+            known: Names of metadata.
 
         Raises:
             DataError: It cannot be opened.
         """
         self.path = path
         self.image_folder: str | None = image_folder
+        self._known = known
+        self._name = path.name.encode("utf-8", "replace").decode()  # every message can show it
         try:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -56,7 +65,7 @@ class JsonFile:
                 yield from self._scan_list(data, start + 1)
             else:
                 self._check_first_line(data, start)
-                yield from _scan_lines(data, start)
+                yield from self._scan_lines(data, start)
 
     def digest(self) -> str:
         """Returns the SHA-256 of the file."""
@@ -72,7 +81,7 @@ class JsonFile:
             raw = os.pread(self._handle, place.length, place.offset)
         except OSError as error:
             raise DataError(f"cannot be read from '{self.path}' ({error.strerror})") from None
-        sample = parse_record(decode_json(raw))
+        sample = parse_record(decode_json(raw), place.key, self._known)
         return sample, tuple(ImagePlace(name) for name in sample.images)
 
     def image(self, place: Place, image: ImagePlace) -> bytes:
@@ -105,9 +114,9 @@ class JsonFile:
         if data[place : place + 1] == b"]":
             self._check_end(data, place + 1)
             return
-        while True:
+        for number in itertools.count():
             end = self._element_end(data, place)
-            yield Place(place, end - place)
+            yield Place(place, end - place, key=f"{self._name}[{number}]")
             place = _skip_space(data, end)
             separator = data[place : place + 1]
             if separator == b"]":
@@ -156,18 +165,18 @@ class JsonFile:
         if place < len(data):
             raise self._malformed(place, "nothing may stand behind the list")
 
+    def _scan_lines(self, data: mmap.mmap, start: int) -> Iterator[Place]:
+        line = 1 + data[:start].count(b"\n")
+        while start < len(data):
+            end = data.find(b"\n", start)
+            end = len(data) if end < 0 else end
+            # A line without anything but space is no record.
+            if data[start:end].strip():
+                yield Place(start, end - start, key=f"{self._name}:{line}")
+            start, line = end + 1, line + 1
+
     def _malformed(self, place: int, what: str) -> DataError:
         return DataError(f"'{self.path}' {self.line(place)}: malformed JSON ({what})")
-
-
-def _scan_lines(data: mmap.mmap, start: int) -> Iterator[Place]:
-    while start < len(data):
-        end = data.find(b"\n", start)
-        end = len(data) if end < 0 else end
-        # A line without anything but space is no record.
-        if data[start:end].strip():
-            yield Place(start, end - start)
-        start = end + 1
 
 
 def _skip_space(data: mmap.mmap, place: int) -> int:

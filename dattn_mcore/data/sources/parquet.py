@@ -13,11 +13,13 @@ import importlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dattn_mcore.data.sources.record import RecordError, Sample, parse_record
+from dattn_mcore.data.sources.metadata import METADATA, is_filled, unknown
+from dattn_mcore.data.sources.record import RecordError, Sample, decode_json, parse_record
 from dattn_mcore.data.sources.row_groups import RowGroups
 from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.errors import ConfigError, DataError
@@ -30,13 +32,20 @@ _IN_FILE = "row {row} image {number}"
 class ParquetFile:
     """A parquet file, as `SourceFile` describes it."""
 
-    def __init__(self, path: Path, image_folder: str, in_order: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        image_folder: str,
+        in_order: bool = False,
+        known: Collection[str] = METADATA,
+    ) -> None:
         """Opens the file and reads its footer.
 
         Args:
             path: The file.
             image_folder: Folder of the images that lie beside it.
             in_order: Rows are read in order, so only the newest row group is kept.
+            known: Names of metadata.
 
         Raises:
             DataError: It is no parquet file or lacks a column.
@@ -62,6 +71,10 @@ class ParquetFile:
             raise DataError(f"'{path}' has no column 'conversations', only {', '.join(names)}")
         self._image_column = next((name for name in ("image", "images") if name in names), None)
         self._text_columns = [name for name in ("id", "conversations") if name in names]
+        others = [name for name in names if name not in (*self._text_columns, self._image_column)]
+        self._metadata = tuple(name for name in others if name.casefold() in known)
+        self._unknown = [name for name in others if name.casefold() not in known]
+        self._known = known
         self.image_folder: str | None = image_folder
         self._in_order = in_order
         self._lock = threading.Lock()  # of the file: readers are threads
@@ -70,8 +83,10 @@ class ParquetFile:
         """Yields (row group, row in it) of every row."""
         row = 0
         for group in range(self._file.metadata.num_row_groups):
+            faults = self._faults(group)
             for within in range(self._file.metadata.row_group(group).num_rows):
-                yield Place(group, within, key=f"{self.path.stem}-{row}")
+                key = f"{self.path.stem}-{row}"
+                yield Place(group, within, key=key, fault=faults.get(within, ""))
                 row += 1
 
     def digest(self) -> str:
@@ -87,14 +102,15 @@ class ParquetFile:
     def read(self, place: Place) -> tuple[Sample, tuple[ImagePlace, ...]]:
         """Reads and checks one row."""
         record = dict(self._row(place, images=False))
+        name = record["id"] if is_filled(record.get("id")) else place.key
+        if place.fault:
+            raise RecordError(place.fault, name)
         if isinstance(record.get("conversations"), str):
             try:
-                record["conversations"] = json.loads(record["conversations"])
-            except (ValueError, RecursionError):
-                reason = "column 'conversations' holds malformed JSON"
-                raise RecordError(reason, record.get("id")) from None
-        if record.get("id") is None:
-            record["id"] = place.key
+                record["conversations"] = decode_json(record["conversations"].encode())
+            except DataError as error:
+                reason = f"column 'conversations' holds {error}"
+                raise RecordError(reason, name) from None
         cells = self._cells(place)
         paths = [_path_of(cell) for cell in cells]
         places = tuple(
@@ -108,7 +124,8 @@ class ParquetFile:
             image.name if not image.length else f"{number}" for number, image in enumerate(places)
         ]
         record["image"] = names or None
-        return parse_record(record), places
+        sample = parse_record(record, place.key, self._known)
+        return replace(sample, ignored=sample.ignored + self._metadata), places
 
     def image(self, place: Place, image: ImagePlace) -> bytes:
         """Takes an image's bytes out of its row."""
@@ -133,6 +150,22 @@ class ParquetFile:
         before = sum(metadata.row_group(group).num_rows for group in range(place.offset))
         return float((before + place.length) / max(metadata.num_rows, 1))
 
+    def _faults(self, group: int) -> dict[int, str]:
+        """Rows of a group that hold something in a column that is neither used nor known."""
+        faults: dict[int, str] = {}
+        for name in self._unknown:
+            column = self._read_group(group, [name]).column(0)
+            for row in _filled(column):
+                faults.setdefault(row, unknown(f"key '{name}'"))
+        return faults
+
+    def _read_group(self, group: int, columns: Sequence[str | None]) -> Any:
+        try:
+            return self._file.read_row_group(group, columns=columns)
+        except Exception as error:  # noqa: BLE001  (pyarrow raises classes of its own)
+            reason = " ".join(str(error).split())[:120]
+            raise DataError(f"row group {group} is damaged ({reason})") from None
+
     def _cells(self, place: Place) -> list[Any]:
         if self._image_column is None:
             return []
@@ -149,13 +182,25 @@ class ParquetFile:
             if table is None:
                 if self._in_order:
                     kept.drop(self)
-                try:
-                    table = self._file.read_row_group(place.offset, columns=columns)
-                except Exception as error:  # noqa: BLE001  (pyarrow raises classes of its own)
-                    reason = " ".join(str(error).split())[:120]
-                    raise DataError(f"row group {place.offset} is damaged ({reason})") from None
+                table = self._read_group(place.offset, columns)
                 kept.put(self, place.offset, table)
         return dict(table.slice(place.length, 1).to_pylist()[0])
+
+
+def _filled(column: Any) -> list[int]:
+    """Rows of a column that hold anything; null, and a text, bytes or list of length 0, do not."""
+    arrow: Any = importlib.import_module("pyarrow")
+    compute: Any = importlib.import_module("pyarrow.compute")
+    kind, types = column.type, arrow.types
+    filled = column.is_valid()
+    length = None
+    if types.is_list(kind) or types.is_large_list(kind):
+        length = compute.list_value_length(column)
+    elif kind in (arrow.string(), arrow.large_string(), arrow.binary(), arrow.large_binary()):
+        length = compute.binary_length(column)
+    if length is not None:
+        filled = compute.and_(filled, compute.greater(compute.fill_null(length, 0), 0))
+    return [row for row, full in enumerate(filled.to_pylist()) if full]
 
 
 def _bytes_of(cell: Any) -> bytes | None:

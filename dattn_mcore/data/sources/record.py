@@ -1,19 +1,26 @@
-"""A LLaVA record, checked: `{id, image?, conversations: [{from, value}, ...]}`.
+"""A LLaVA record, checked: `{id?, image?, conversations: [{from, value}, ...]}`.
 
 `image` is a path below the image folder, or a list of them; `<image>` stands in a human turn
-for each. Turns alternate, human first, gpt last; a gpt turn before the first is left out.
+for each. Turns alternate, human first, gpt last; a gpt turn before the first is left aside. A
+system turn may come first, or stand as the record's `system`. Other keys, of the record or of a
+turn, must be known metadata (`metadata.py`).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from dattn_mcore.data.sources.metadata import METADATA, is_filled, left_aside
 from dattn_mcore.errors import DataError
 
 IMAGE_MARK = "<image>"
+GREETING = "a first turn from gpt"  # how `Sample.ignored` calls one
 _SPEAKERS = ("human", "gpt")
+_USED = frozenset(("id", "image", "system", "conversations"))
+_USED_OF_A_TURN = frozenset(("from", "value"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +31,15 @@ class Sample:
         id: Annotation id (not necessarily unique in the file).
         images: Image paths relative to the image folder, in the order of their marks.
         turns: Turn texts; even ones are the human's, odd ones the answers.
+        system: Text of its system turn; "" if it has none.
+        ignored: Names of the metadata that training leaves aside.
     """
 
     id: str
     images: tuple[str, ...]
     turns: tuple[str, ...]
+    system: str = ""
+    ignored: tuple[str, ...] = ()
 
 
 class RecordError(DataError):
@@ -43,6 +54,10 @@ class RecordError(DataError):
         text = str(name) if isinstance(name, str | int) else ""
         self.id = text.encode("utf-8", "replace").decode()  # every message can show it
 
+    def __reduce__(self) -> tuple[type[RecordError], tuple[str, str]]:
+        """For other processes: pickle knows the message alone."""
+        return type(self), (str(self), self.id)
+
 
 def decode_json(raw: bytes) -> Any:
     """Decodes the bytes of one record; a byte order mark before it is dropped.
@@ -51,7 +66,7 @@ def decode_json(raw: bytes) -> Any:
         DataError: What is wrong with it, without saying where it stands.
     """
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -62,29 +77,43 @@ def decode_json(raw: bytes) -> Any:
         raise DataError("nested too deeply for a LLaVA record") from None
 
 
-def parse_record(record: Any) -> Sample:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand once; Python would keep the last of several."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"key '{twice}' stands twice in one object")
+    return found
+
+
+def parse_record(record: Any, key: str, known: Collection[str] = METADATA) -> Sample:
     """Checks one decoded record.
+
+    Args:
+        record: From `decode_json`.
+        key: Stands in for an `id` that it lacks.
+        known: Names of metadata, from `known_metadata`.
 
     Raises:
         RecordError: What is wrong with it, without saying where it stands.
     """
     if not isinstance(record, dict):
-        raise RecordError(f"a record must be an object, got {_kind(record)}", "")
+        raise RecordError(f"a record must be an object, got {_kind(record)}", key)
+    name = record["id"] if is_filled(record.get("id")) else key
     try:
-        return _parse(record)
+        return _parse(record, name, known)
     except DataError as error:
-        raise RecordError(str(error), record.get("id")) from None
+        raise RecordError(str(error), name) from None
 
 
-def _parse(record: dict[str, Any]) -> Sample:
-    if "id" not in record:
-        raise DataError("key 'id' is missing")
-    name = record["id"]
+def _parse(record: dict[str, Any], name: Any, known: Collection[str]) -> Sample:
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise DataError(f"'id' must be a string, got {_kind(name)}")
     _check_text("'id'", str(name))
+    ignored = left_aside(record, _USED, known)
     images = _images(record.get("image"))
-    turns = _turns(record)
+    system, turns = _turns(record, known, ignored)
     marks = sum(turn.count(IMAGE_MARK) for turn in turns)
     if marks != len(images):
         raise DataError(
@@ -95,7 +124,9 @@ def _parse(record: dict[str, Any]) -> Sample:
         raise DataError(f"{IMAGE_MARK} stands in a gpt turn; only human turns may show images")
     if not any(turn.strip() for turn in turns[1::2]):
         raise DataError("every answer is empty; there is nothing to learn from it")
-    return Sample(str(name), images, turns)
+    if IMAGE_MARK in system:
+        raise DataError(f"{IMAGE_MARK} stands in the system turn; only human turns may show images")
+    return Sample(str(name), images, turns, system, tuple(ignored))
 
 
 def _images(value: Any) -> tuple[str, ...]:
@@ -116,45 +147,81 @@ def _images(value: Any) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _turns(record: dict[str, Any]) -> tuple[str, ...]:
-    """Checks `conversations`: human and gpt in turn, human first, gpt last.
+def _turns(
+    record: dict[str, Any], known: Collection[str], ignored: list[str]
+) -> tuple[str, tuple[str, ...]]:
+    """Checks `system` and `conversations`: human and gpt in turn, human first, gpt last.
 
-    A first turn from gpt is left out, as LLaVA's `preprocess` does (its mixture has such records).
+    A first turn from gpt is left aside, as LLaVA's `preprocess` does (its mixture has such
+    records). What is left aside is added to `ignored`.
+
+    Returns:
+        The system turn, and the others.
     """
     if "conversations" not in record:
         raise DataError("key 'conversations' is missing")
-    turns = record["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"'conversations' must be a non-empty list, got {_kind(turns)}")
-    skipped = isinstance(turns[0], dict) and turns[0].get("from") == "gpt"
+    given = record["conversations"]
+    if not isinstance(given, list) or not given:
+        raise DataError(f"'conversations' must be a non-empty list, got {_kind(given)}")
+    turns = [_turn(position, turn, known, ignored) for position, turn in enumerate(given)]
+    system = record.get("system") if is_filled(record.get("system")) else ""
+    if not isinstance(system, str):
+        raise DataError(f"'system' must be a string, got {_kind(system)}")
+    _check_text("'system'", system)
+    first = 0
+    if turns[0][0] == "system":
+        if system and turns[0][1]:
+            raise DataError("there is a 'system' key and a system turn; give one of them")
+        system, first = system or turns[0][1], 1
+        if len(turns) == 1:
+            raise DataError("'conversations' holds a system turn and no other")
+    if turns[first][0] == "gpt":
+        first += 1
+        ignored.append(GREETING)
     values: list[str] = []
-    for position, turn in enumerate(turns[skipped:], skipped):
-        if not isinstance(turn, dict):
-            raise DataError(f"turn {position} must be an object, got {_kind(turn)}")
-        for key in ("from", "value"):
-            if key not in turn:
-                raise DataError(f"turn {position}: key '{key}' is missing")
-            if not isinstance(turn[key], str):
-                raise DataError(
-                    f"turn {position}: '{key}' must be a string, got {_kind(turn[key])}"
-                )
-        if turn["from"] not in _SPEAKERS:
-            raise DataError(
-                f"turn {position}: 'from' is {turn['from']!r}; it must be 'human' or 'gpt'"
-            )
+    for position, (speaker, value) in enumerate(turns[first:], first):
+        if speaker == "system":
+            raise DataError(f"turn {position} is from 'system'; only the first turn can be")
         expected = _SPEAKERS[len(values) % 2]
-        if turn["from"] != expected:
+        if speaker != expected:
             raise DataError(
-                f"turn {position} is from {turn['from']!r} where {expected!r} is due; turns "
+                f"turn {position} is from {speaker!r} where {expected!r} is due; turns "
                 "alternate, human first"
             )
-        _check_text(f"turn {position}", turn["value"])
-        values.append(turn["value"])
+        values.append(value)
     if not values:
         raise DataError("the only turn is from 'gpt'; it answers nothing")
     if len(values) % 2:
         raise DataError(f"the last of {len(values)} turns is from 'human'; an answer must follow")
-    return tuple(values)
+    return system, tuple(values)
+
+
+def _turn(position: int, turn: Any, known: Collection[str], ignored: list[str]) -> tuple[str, str]:
+    """Checks one turn; returns its speaker and text."""
+    if not isinstance(turn, dict):
+        raise DataError(f"turn {position} must be an object, got {_kind(turn)}")
+    for key in ("from", "value"):
+        if key not in turn:
+            raise DataError(f"turn {position}: key '{key}' is missing")
+        if not isinstance(turn[key], str):
+            raise DataError(f"turn {position}: '{key}' must be a string, got {_kind(turn[key])}")
+    if turn["from"] not in (*_SPEAKERS, "system"):
+        raise DataError(
+            f"turn {position}: 'from' is {turn['from']!r}; it must be 'human', 'gpt' or 'system'"
+        )
+    _check_text(f"turn {position}", turn["value"])
+    if len(turn) > len(_USED_OF_A_TURN):
+        names = _left_aside_of(position, turn, known)
+        ignored += [name for name in names if name not in ignored]
+    return turn["from"], turn["value"]
+
+
+def _left_aside_of(position: int, turn: dict[str, Any], known: Collection[str]) -> list[str]:
+    try:
+        names = left_aside(turn, _USED_OF_A_TURN, known)
+    except DataError as error:
+        raise DataError(f"turn {position}: {error}") from None
+    return [f"conversations[].{name}" for name in names]
 
 
 def _check_text(where: str, text: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dattn_mcore.config.schema import DataConfig, SourceConfig
+from dattn_mcore.data.sources.metadata import known_metadata
 from dattn_mcore.data.sources.record import Sample
 from dattn_mcore.errors import DataError
 
@@ -39,9 +40,11 @@ class Place:
     Attributes:
         offset: Of its first byte; the row group for parquet.
         length: Bytes; the row of the group for parquet.
-        key: Name that stands in for an `id` the record lacks (tar, parquet).
+        key: Name that stands in for an `id` the record lacks.
         images: Images that lie beside the record in the same file (tar).
         caption: What stands there is a caption's text, no record (tar).
+        fault: Why the sample cannot be used, as far as the scan can tell; "" if it does not.
+        ignored: Metadata beside the record that is left aside (tar).
     """
 
     offset: int
@@ -49,6 +52,8 @@ class Place:
     key: str = ""
     images: tuple[ImagePlace, ...] = ()
     caption: bool = False
+    fault: str = ""
+    ignored: tuple[str, ...] = ()
 
 
 class SourceFile(Protocol):
@@ -106,6 +111,7 @@ class Source:
         files: Paths of its files, in order.
         format: `json`, `tar` or `parquet`.
         image_folder: See SourceFile.
+        metadata_keys: Names of metadata beside the known ones.
     """
 
     name: str
@@ -113,6 +119,7 @@ class Source:
     files: tuple[Path, ...]
     format: str
     image_folder: str
+    metadata_keys: tuple[str, ...] = ()
 
 
 def configured_sources(data: DataConfig) -> list[Source]:
@@ -123,14 +130,14 @@ def configured_sources(data: DataConfig) -> list[Source]:
     """
     if not data.sources:
         only = SourceConfig(annotations=data.annotations, image_folder=data.image_folder)
-        return [_source(only, "data.annotations")]
+        return [_source(only, "data.annotations", data.metadata_keys)]
     return [
-        _source(source, f"data.sources[{number}].annotations")
+        _source(source, f"data.sources[{number}].annotations", data.metadata_keys)
         for number, source in enumerate(data.sources)
     ]
 
 
-def _source(source: SourceConfig, setting: str) -> Source:
+def _source(source: SourceConfig, setting: str, metadata_keys: tuple[str, ...]) -> Source:
     pattern = source.annotations
     if Path(pattern).exists() or not glob.has_magic(pattern):
         files: Sequence[str] = [pattern]
@@ -152,6 +159,7 @@ def _source(source: SourceConfig, setting: str) -> Source:
         files=tuple(Path(file) for file in files),
         format=formats.pop(),
         image_folder=source.image_folder,
+        metadata_keys=tuple(sorted(set(metadata_keys))),
     )
 
 
@@ -187,29 +195,27 @@ def _format(path: Path, wanted: str, setting: str) -> str:
     return "json"
 
 
-def open_source_file(
-    path: Path, format_name: str, image_folder: str, in_order: bool = False
-) -> SourceFile:
+def open_source_file(source: Source, number: int, in_order: bool = False) -> SourceFile:
     """Opens one file of a source.
 
     Args:
-        path: The file.
-        format_name: `json`, `tar` or `parquet`.
-        image_folder: See SourceFile.
+        source: The source.
+        number: Of the file in it.
         in_order: Its records will be read in order; less of it is kept in memory then.
 
     Raises:
         DataError: It cannot be read, or its format needs a package that is absent.
     """
+    path, known = source.files[number], known_metadata(source.metadata_keys)
     # Each format is imported where it is used: parquet needs an optional package.
-    if format_name == "tar":
+    if source.format == "tar":
         from dattn_mcore.data.sources.tar import TarFile
 
-        return TarFile(path)
-    if format_name == "parquet":
+        return TarFile(path, known)
+    if source.format == "parquet":
         from dattn_mcore.data.sources.parquet import ParquetFile
 
-        return ParquetFile(path, image_folder, in_order)
+        return ParquetFile(path, source.image_folder, in_order, known)
     from dattn_mcore.data.sources.json_file import JsonFile
 
-    return JsonFile(path, image_folder)
+    return JsonFile(path, source.image_folder, known)

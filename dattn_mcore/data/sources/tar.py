@@ -5,6 +5,7 @@
     000125.jpg  000125.txt       an image and its caption (or .caption)
     000126.jpg  000126.txt  000126.json     as img2dataset writes it: .json without `conversations`
 
+Any other member makes its sample bad, unless it is known metadata (`tar_roles.py`).
 A record's `image` may name members; without it, the images of the sample are taken in the order
 they stand in the shard. Members are read at their place: nothing is unpacked, and a shard can be
 of any size. Source: https://github.com/webdataset/webdataset (naming of members).
@@ -15,20 +16,23 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dattn_mcore.data.sources.record import IMAGE_MARK, Sample, decode_json, parse_record
+from dattn_mcore.data.sources.metadata import METADATA
+from dattn_mcore.data.sources.record import (
+    IMAGE_MARK,
+    RecordError,
+    Sample,
+    decode_json,
+    parse_record,
+)
 from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.data.sources.tar_members import tar_members
+from dattn_mcore.data.sources.tar_roles import TEXT, roles, suffix
 from dattn_mcore.errors import DataError
-
-_TEXT = ("json", "txt", "caption")
-_IMAGES = (
-    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif"),
-    *("tiff", "jp2", "ppm", "pgm", "avif", "ico"),
-)
 
 
 class TarFile:
@@ -36,13 +40,17 @@ class TarFile:
 
     image_folder: str | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, known: Collection[str] = METADATA) -> None:
         """Opens the shard.
+
+        Args:
+            path: The shard.
+            known: Names of metadata.
 
         Raises:
             DataError: It cannot be opened.
         """
-        self.path = path
+        self.path, self._known = path, known
         try:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -68,22 +76,26 @@ class TarFile:
         digest = hashlib.sha256()
         for member in _named(self.path):
             digest.update(f"{member.name}\0{member.size}\0".encode("utf-8", "surrogateescape"))
-            if _suffix(member) in _TEXT:
-                digest.update(self._bytes(member.offset_data, member.size))
+            if member.isreg() and suffix(member) in TEXT:
+                digest.update(self._read(member))
         return digest.hexdigest()
 
     def read(self, place: Place) -> tuple[Sample, tuple[ImagePlace, ...]]:
         """Reads and checks one record."""
+        if place.fault:
+            raise RecordError(place.fault, place.key)
         if not place.length:
             raise DataError("this sample of the shard has no .json or .txt member, or an empty one")
         raw = self._bytes(place.offset, place.length)
         record = _captioned(raw, place.images) if place.caption else decode_json(raw)
-        if isinstance(record, dict):
-            record.setdefault("id", place.key)
-            if record.get("image") is None and place.images:
-                record["image"] = [image.name for image in place.images]
-        sample = parse_record(record)
-        return sample, _match(sample.images, place.images)
+        if isinstance(record, dict) and record.get("image") is None and place.images:
+            record["image"] = [image.name for image in place.images]
+        sample = parse_record(record, place.key, self._known)
+        used = _match(sample.images, place.images)
+        for image in place.images:
+            if image not in used:
+                raise RecordError(f"image '{image.name}' is not used by the record", sample.id)
+        return replace(sample, ignored=sample.ignored + place.ignored), used
 
     def image(self, place: Place, image: ImagePlace) -> bytes:
         """Reads the bytes of a member."""
@@ -107,31 +119,21 @@ class TarFile:
         except OSError as error:
             raise DataError(f"cannot be read from '{self.path}' ({error.strerror})") from None
 
+    def _read(self, member: tarfile.TarInfo) -> bytes:
+        return self._bytes(member.offset_data, member.size)
+
     def _place(self, key: str, members: list[tarfile.TarInfo]) -> Place:
         """One sample of the shard."""
-        texts, images = {}, []
-        for member in members:
-            suffix = _suffix(member)
-            if suffix in _TEXT:
-                texts[suffix] = member
-            elif suffix in _IMAGES:
-                images.append(ImagePlace(member.name, member.offset_data, member.size))
-        # Only beside a caption: a lone .json without a conversation is told as what it is.
-        if len(texts) > 1 and "json" in texts and self._is_metadata(texts["json"]):
-            del texts["json"]
-        for suffix in _TEXT:
-            if suffix in texts:
-                text, caption = texts[suffix], suffix != "json"
-                return Place(text.offset_data, text.size, key, tuple(images), caption)
-        return Place(members[0].offset_data, 0, key, tuple(images))
-
-    def _is_metadata(self, member: tarfile.TarInfo) -> bool:
-        """Whether a .json holds an image's properties (img2dataset writes those), no record."""
         try:
-            found = decode_json(self._bytes(member.offset_data, member.size))
-        except DataError:
-            return False
-        return isinstance(found, dict) and "conversations" not in found
+            found = roles(key, members, self._read, self._known)
+        except DataError as error:
+            return Place(members[0].offset_data, 0, key, fault=str(error))
+        images = tuple(ImagePlace(one.name, one.offset_data, one.size) for one in found.images)
+        text = found.text
+        if text is None:
+            return Place(members[0].offset_data, 0, key, images)
+        place = Place(text.offset_data, text.size, key, images, found.caption)
+        return replace(place, ignored=found.ignored)
 
 
 def _named(path: Path) -> Iterator[tarfile.TarInfo]:
@@ -139,10 +141,6 @@ def _named(path: Path) -> Iterator[tarfile.TarInfo]:
     for member in tar_members(path):
         if not PurePosixPath(member.name).name.startswith("."):
             yield member
-
-
-def _suffix(member: tarfile.TarInfo) -> str:
-    return member.name.rpartition(".")[2].casefold()
 
 
 def _captioned(raw: bytes, images: tuple[ImagePlace, ...]) -> dict[str, Any]:

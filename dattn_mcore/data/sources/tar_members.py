@@ -21,7 +21,7 @@ _AGAIN = "copy or make the shard again"
 
 
 def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yields the regular members, one at a time; a link or a folder is none. Reads headers only.
+    """Yields the members but folders, one at a time; a link is a member. Reads headers only.
 
     Raises:
         DataError: The file cannot be read, is no tar file, or is cut or damaged (at which byte).
@@ -42,10 +42,11 @@ def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     with tarfile.open(fileobj=file, mode="r:") as shard:
         while (member := shard.next()) is not None:
             shard.members = []  # type: ignore[attr-defined]
-            if not member.isreg():
+            if member.isdir():
                 continue
-            # A damaged size can be negative, too.
-            if not 0 <= member.size <= size - member.offset_data:
+            # A damaged size can be negative, too. A sparse file's is larger than what is stored.
+            stored = member.isreg() and not member.issparse()
+            if stored and not 0 <= member.size <= size - member.offset_data:
                 raise DataError(
                     f"'{path}' is truncated inside its member '{member.name}', which starts at "
                     f"byte {member.offset_data}; {_AGAIN}"

@@ -64,12 +64,12 @@ def test_chat_template_gives_the_templates_ids(tmp_path, tokenizer, template):
     image_id = processor.image_token_id
     ours = load_tokenizer(tokenizer)
     conversations = [t for t in TURNS if template != "plain" or len(t) <= 2]
-    for turns in conversations:
-        runs = encode_conversation(ours, template, turns)
+    for turns, system in [(t, s) for t in conversations for s in ("", " Be\nshort. ")]:
+        runs = encode_conversation(ours, template, turns, system)
         expected = [i for r in runs for i in (r.ids if isinstance(r, TextRun) else (image_id,))]
         count = sum(turn.count("<image>") for turn in turns)
         images = [Image.new("RGB", (40, 30), (200, 10, 10))] * count or None
-        text = processor.apply_chat_template(messages(turns))
+        text = processor.apply_chat_template(messages(turns, system))
         inputs = processor(text=text, images=images, return_tensors="pt")
         assert inputs["input_ids"][0].tolist() == expected
         if count:
@@ -88,6 +88,28 @@ def test_batches_are_padded_on_the_left(tmp_path, tokenizer):
     inputs = processor(text=["<s>[INST] a b c d[/INST]", "<s>"], padding=True, return_tensors="pt")
     assert inputs["attention_mask"][1].tolist()[-2:] == [0, 1]
     assert "pixel_values" not in inputs
+
+
+def test_labels_are_masked_where_nothing_predicts_them(tmp_path, tokenizer):
+    """Images, padding and each sample's first token; a trainer that counts the rest is right."""
+    make_checkpoint(tmp_path / "a", small_config(tokenizer))
+    mcore_to_hf.convert(tmp_path / "a", tmp_path / "hf")
+    processor = DattnProcessor.from_pretrained(tmp_path / "hf")
+    texts = ["<s>[INST] a <image> b[/INST]", "<s>[INST] a b c d e f g[/INST] h</s>"]
+    images = [Image.new("RGB", (40, 30))]
+    form = {"padding": True, "return_tensors": "pt", "return_labels": True}
+    inputs = processor(text=texts, images=images, **form)
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    live = inputs["attention_mask"].bool() & (ids != processor.image_token_id)
+    kept = labels != -100
+    assert torch.equal(labels[kept], ids[kept])
+    assert [row[alive].tolist() for row, alive in zip(kept, live, strict=True)] == [
+        [False] + [True] * (int(alive.sum()) - 1) for alive in live
+    ]
+    assert not (kept & ~live).any()
+    assert "labels" not in processor(text=texts[1], return_tensors="pt")
+    with pytest.raises(ValueError, match="return_tensors='pt'"):
+        processor(text=texts[1], return_labels=True)
 
 
 def test_hugging_face_tokenizer_folder(tmp_path, tokenizer):

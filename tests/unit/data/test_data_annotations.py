@@ -81,9 +81,40 @@ def test_a_gpt_turn_before_the_first_question_is_left_out(tmp_path: Path) -> Non
     assert sample.turns == ("<image>\nwhat?", "a cat")
 
 
+@pytest.mark.parametrize("greeting", [[], _turns("gpt")])
+def test_a_system_turn_is_read(tmp_path: Path, greeting: list[dict[str, str]]) -> None:
+    system = {"from": "system", "value": "Be short."}
+    as_turn = {**GOOD, "conversations": [system, *greeting, *GOOD["conversations"]]}
+    as_key = {**GOOD, "system": "Be short.", "conversations": [*greeting, *GOOD["conversations"]]}
+    empty = {
+        **GOOD,
+        "system": "",
+        "conversations": [{**system, "value": ""}, *GOOD["conversations"]],
+    }
+    samples = read_json(_write(tmp_path, json.dumps([as_turn, as_key, GOOD, empty])))
+    assert [sample.system for sample in samples] == ["Be short.", "Be short.", "", ""]
+    assert {sample.turns for sample in samples} == {("<image>\nwhat?", "a cat")}
+
+
 BAD_RECORDS = {
+    "a system turn in the middle": (
+        {**GOOD, "conversations": _turns("human", "gpt", "system", "human", "gpt")},
+        "turn 2 is from 'system'; only the first turn can be",
+    ),
+    "two system turns": (
+        {**GOOD, "system": "a", "conversations": _turns("system", "human", "gpt", first="b")},
+        "a 'system' key and a system turn; give one",
+    ),
+    "a system of the wrong type": ({**GOOD, "system": ["a"]}, "'system' must be a string"),
+    "an image in a system turn": (
+        {**GOOD, "system": "<image>"},
+        "<image> stands in the system turn; only human turns may show images",
+    ),
+    "a system turn alone": (
+        {"id": "a", "conversations": _turns("system", first="a")},
+        "'conversations' holds a system turn and no other",
+    ),
     "not an object": (["x"], "must be an object, got a list"),
-    "no id": ({"conversations": _turns("human", "gpt")}, "key 'id' is missing"),
     "id of the wrong type": ({**GOOD, "id": ["a"]}, "'id' must be a string, got a list"),
     "image of the wrong type": ({**GOOD, "image": 3}, "'image' must be a path"),
     "empty image path": ({**GOOD, "image": ""}, "empty or unusable path"),
@@ -110,7 +141,7 @@ BAD_RECORDS = {
     ),
     "unknown speaker": (
         {**GOOD, "conversations": _turns("human", "assistant")},
-        "turn 1: 'from' is 'assistant'; it must be 'human' or 'gpt'",
+        "turn 1: 'from' is 'assistant'; it must be 'human', 'gpt' or 'system'",
     ),
     "gpt twice": (
         {**GOOD, "conversations": _turns("human", "gpt", "gpt")},

@@ -406,7 +406,7 @@ def test_text_that_no_file_name_or_tokenizer_takes_is_one_bad_sample(
     index = open_index(make_config(annotations=str(tmp_path / "half.json")), toy_tokenizer)
     assert list(index.usable) == [0, 0, 0, 1, 0]
     said = [(entry["id"], entry["reason"]) for entry in index.bad()]
-    assert [name for name, _ in said] == ["r?", "r1", "r2", ""]
+    assert [name for name, _ in said] == ["r?", "r1", "r2", "half.json[4]"]
     for (_, reason), what in zip(said, ("'id'", "'image'", "turn 1", "number"), strict=True):
         assert what in reason
     # A shard's member is read as a file's record is.

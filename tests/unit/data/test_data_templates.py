@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 
 from dattn_mcore.data.templates import (
     EncodedSample,
@@ -21,6 +22,7 @@ from dattn_mcore.data.templates import (
 )
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import ConfigError, DataError
+from tools.checkpoint_convert.chat_templates import chat_template
 
 CHAT = {
     "mistral": (
@@ -44,6 +46,28 @@ def _predicted(tokenizer: SentencePieceTokenizer, sample: EncodedSample) -> str:
     """What the labels ask for, as one string of pieces."""
     ids = [label for label in sample.labels if label != -100]
     return "".join(tokenizer._model.id_to_piece(i) for i in ids).replace("\u2581", " ")
+
+
+# Where the models' own chat templates put a system turn. Mistral-7B-Instruct-v0.3 puts it into the
+# last turn if that is a user's, so nowhere before an answer: they agree where one question is asked.
+# Gemma 2 refuses one; Gemma 3 puts it into the first user turn.
+OWN_SYSTEM = {
+    "mistral": (
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+        "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}"
+        "<s>{% for m in turns %}{% if m.role == 'user' %}[INST] "
+        "{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}"
+        "{{ m.content }}[/INST]{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
+    ),
+    "gemma": (
+        "{% if messages[0].role == 'system' %}{% set prefix = messages[0].content + '\n\n' %}"
+        "{% set turns = messages[1:] %}{% else %}{% set prefix = '' %}{% set turns = messages %}"
+        "{% endif %}<s>{% for m in turns %}<start_of_turn>"
+        "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ prefix if loop.first else '' }}"
+        "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    ),
+}
 
 
 TURNS = ["<image>\nWhich digit?", "7", "in the cell?", "9"]
@@ -197,3 +221,67 @@ def test_equals_the_hugging_face_chat_template(
     )
     sample = encode_sample(encode_conversation(toy_tokenizer, template, turns), 16)
     assert list(sample.text_ids) == list(expected)
+
+
+@pytest.mark.parametrize("template", ["mistral", "gemma"])
+@settings(max_examples=30, deadline=None)
+@given(
+    system=WORDS.filter(str.strip), turns=st.lists(WORDS.filter(str.strip), min_size=1, max_size=4)
+)
+def test_a_system_turn_stands_where_the_models_own_template_puts_it(
+    toy_tokenizer: SentencePieceTokenizer,
+    hugging_face,
+    template: str,
+    system: str,
+    turns: list[str],
+) -> None:
+    if template == "mistral":
+        del turns[1:]
+    roles = ("user", "assistant")
+    messages = [{"role": "system", "content": system.strip()}]
+    messages += [{"role": roles[i % 2], "content": turn.strip()} for i, turn in enumerate(turns)]
+    own = {"add_generation_prompt": len(turns) % 2 == 1, "return_dict": False}
+    expected = hugging_face.apply_chat_template(messages, chat_template=OWN_SYSTEM[template], **own)
+    runs = encode_conversation(toy_tokenizer, template, turns, system)
+    assert list(encode_sample(runs, 16).text_ids) == list(expected)
+    exported = chat_template(template, False)
+    text = hugging_face.apply_chat_template(messages, chat_template=exported, tokenize=False)
+    assert hugging_face.encode(text, add_special_tokens=False) == list(expected)
+
+
+@pytest.mark.parametrize("template", ["mistral", "gemma"])
+def test_a_system_turn_is_read_before_every_answer(
+    toy_tokenizer: SentencePieceTokenizer, template: str
+) -> None:
+    sample = encode_sample(encode_conversation(toy_tokenizer, template, TURNS, " Be short.\n"), 16)
+    said = toy_tokenizer.decode(sample.text_ids)
+    assert said.count("Be short.\n\n") == said.count("Be short.") == 1
+    assert said.index("Be short.") < said.index("Which digit?")
+    plain = encode_sample(encode_conversation(toy_tokenizer, template, TURNS), 16)
+    assert _predicted(toy_tokenizer, sample) == _predicted(toy_tokenizer, plain)
+    blank = encode_conversation(toy_tokenizer, template, TURNS, " \n")
+    assert blank == encode_conversation(toy_tokenizer, template, TURNS)
+
+
+SAID = {"role": "user", "content": "a"}
+REFUSED = {
+    "a second system turn": [
+        {"role": "system", "content": "s"},
+        {"role": "system", "content": "t"},
+    ],
+    "a system turn in the middle": [SAID, {"role": "system", "content": "s"}],
+    "a tool": [SAID, {"role": "tool", "content": "3"}],
+    "an image in it": [{"role": "system", "content": "<image>"}, SAID],
+    "a video": [{"role": "user", "content": [{"type": "video", "text": "a"}]}],
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+@pytest.mark.parametrize("template", ["plain", "mistral", "gemma"])
+def test_the_exported_template_refuses_what_it_has_no_place_for(
+    hugging_face, template: str, name: str
+) -> None:
+    with pytest.raises(TemplateError, match="roles must alternate|<image>|text and image"):
+        hugging_face.apply_chat_template(
+            REFUSED[name], chat_template=chat_template(template, False), tokenize=False
+        )

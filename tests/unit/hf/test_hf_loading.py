@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from dattn_mcore.hf import TESTED_TRANSFORMERS, DattnConfig, register
+from dattn_mcore.hf import AUTO_MAP, TESTED_TRANSFORMERS, DattnConfig, register
 from tests.unit.hf.hf_models import make_model
 from tests.unit.hf.test_hf_generate import batch
 
@@ -149,6 +149,17 @@ def test_an_old_folder_loads(folder, dtype):
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
         else:
             assert (found.float() - expected).abs().max() < 0.35 * expected.abs().max()
+
+
+def test_the_model_without_its_head_loads(folder):
+    """What `AutoModel` gives: the hidden states under the logits."""
+    found = AutoModel.from_pretrained(folder).eval()
+    assert type(found).__name__ == "DattnModel" and "AutoModel" in AUTO_MAP
+    whole = make_model("gemma2").eval()
+    with torch.no_grad():
+        states = found(**batch())
+        expected = whole(**batch(), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[-1], expected[-1], atol=2e-5, rtol=0)
 
 
 def test_further_fields_of_a_configuration_are_kept(folder):

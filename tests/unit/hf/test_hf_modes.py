@@ -97,3 +97,26 @@ def test_modes_differ():
         results[mode] = logits[0, -1]
     for a, b in itertools.combinations(MODES, 2):
         assert (results[a] - results[b]).abs().max() > 1e-3, (a, b)
+
+
+@pytest.mark.parametrize("narrow", ["to", "bfloat16", "half", "keyword"])
+def test_position_embeddings_stay_float32(narrow):
+    """As `from_pretrained(dtype=...)` keeps them; all other weights are rounded."""
+    model = make_model("gemma2")
+    (model(torch.tensor([SAMPLES["interleaved"]]), pixels(2)).logits ** 2).mean().backward()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    {
+        "to": lambda: model.to(torch.bfloat16),
+        "bfloat16": lambda: model.bfloat16(),
+        "half": lambda: model.half(),
+        "keyword": lambda: model.to(device="cpu", dtype=torch.bfloat16),
+    }[narrow]()
+    expected = torch.float16 if narrow == "half" else torch.bfloat16
+    for name, weight in model.named_parameters():
+        if "_position." in name:
+            assert torch.equal(weight, before[name]) and weight.grad.dtype == torch.float32, name
+        else:
+            assert weight.dtype == expected, name
+    assert model.to(torch.float64).lm_head.weight.dtype == torch.float64
+    positions = [weight for name, weight in model.named_parameters() if "_position." in name]
+    assert positions and all(weight.dtype == torch.float64 for weight in positions)

@@ -42,6 +42,7 @@ IMPORTS = {
 REGISTRATION = {
     "transformers": {
         "AutoConfig",
+        "AutoModel",
         "AutoModelForCausalLM",
         "AutoModelForImageTextToText",
         "AutoProcessor",

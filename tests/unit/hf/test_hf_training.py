@@ -66,6 +66,19 @@ def test_steps_of_several_passes_share_one_mean():
         torch.testing.assert_close(part, one * 4 / 8)  # four labels of five texts are predicted
 
 
+def test_labels_that_a_trainer_counts_and_nothing_predicts_are_refused():
+    """transformers' Trainer counts all that are not -100, before the model sees them."""
+    model = make_model()
+    mask = torch.ones_like(IDS)
+    mask[1, 0] = 0
+    padded = LABELS.masked_fill(mask == 0, 1)
+    for labels in (IDS, padded):
+        inputs = {"pixel_values": pixels(2), "attention_mask": mask}
+        assert model(IDS, **inputs, labels=labels).loss.isfinite()
+        with pytest.raises(ValueError, match="at images or padding, .* return_labels=True"):
+            model(IDS, **inputs, labels=labels, num_items_in_batch=8)
+
+
 def test_ids_are_needed():
     """They say where images stand; embeddings in their place would lose that."""
     model = make_model()
