@@ -20,9 +20,11 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.decode_dali import DaliDecoder
 from dattn_mcore.data.decode_pillow import PillowDecoder
 from dattn_mcore.data.image_files import ImageFile, check_image
+from dattn_mcore.data.image_rules import DEFAULT_RULES, rules_of
 from dattn_mcore.data.resize import to_tiles
 from dattn_mcore.data.tiles import POLICIES, Grid, plan_image
 from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.hf.image_rules_dattn import ImageRules
 
 _LOG = logging.getLogger(__name__)
 BACKENDS = ("auto", "dali", "pillow")
@@ -124,6 +126,7 @@ class ImageLoader:
         max_pixels: int = 100_000_000,
         device: str = "cpu",
         device_id: int | None = None,
+        rules: ImageRules = DEFAULT_RULES,
     ) -> None:
         """Chooses the decoder.
 
@@ -138,6 +141,7 @@ class ImageLoader:
             max_pixels: Larger images are refused.
             device: Where DALI decodes: `cpu` or `gpu`.
             device_id: Index of the GPU.
+            rules: Orientation, transparency and ties of canvases.
 
         Raises:
             ConfigError: Unknown policy or backend.
@@ -149,7 +153,7 @@ class ImageLoader:
         self._size = size
         self._policy, self._grids = policy, tuple(grids)
         self._fill = tuple(int(channel * 255) for channel in mean)
-        self._max_pixels = max_pixels
+        self._max_pixels, self._rules = max_pixels, rules
         self._decoder = make_decoder(backend, threads, device, device_id)
         self._threads = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="images")
 
@@ -167,6 +171,7 @@ class ImageLoader:
             max_pixels=data.max_image_pixels,
             device=device,
             device_id=device_id,
+            rules=rules_of(data),
         )
 
     @property
@@ -229,13 +234,14 @@ class ImageLoader:
     def _read(self, request: ImageRequest) -> ImageFile | DataError:
         """Reads and checks one image; its plan must be the one that its sample was packed with."""
         try:
-            file = check_image(request.who, request.read(), self._max_pixels)
+            file = check_image(request.who, request.read(), self._max_pixels, self._rules)
             plan = plan_image(
                 *(request.who, file.width, file.height),
                 policy=self._policy,
                 tile_size=self._size,
                 grids=self._grids,
                 max_pixels=self._max_pixels,
+                ties=self._rules.anyres_ties,
             )
         except DataError as error:
             return error
@@ -256,7 +262,14 @@ class ImageLoader:
                 f"{file.height}"
             )
         try:
-            return to_tiles(image, self._size, self._policy, self._fill, self._grids)
+            return to_tiles(
+                image,
+                self._size,
+                self._policy,
+                self._fill,
+                self._grids,
+                self._rules.anyres_ties,
+            )
         except Exception as error:  # noqa: BLE001  (torch has no class for "no memory")
             reason = " ".join(str(error).split()) or type(error).__name__
             return DataError(f"{file.who} cannot be resized ({reason})")

@@ -30,7 +30,8 @@ from dattn_mcore.checkpoint.folders import (
 )
 from dattn_mcore.checkpoint.metadata import NAME, read_metadata
 from dattn_mcore.config.checks import check_config
-from dattn_mcore.config.load import from_dict, to_dict
+from dattn_mcore.config.load import to_dict
+from dattn_mcore.config.saved import saved_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError
 from tools.checkpoint_convert.mapping import Shape
@@ -73,7 +74,7 @@ class DistCheckpoint:
                 what = "is missing" if found is None else f"has {found} bytes instead of {size}"
                 raise CheckpointError(f"{self.path}: {name} {what}; use an earlier checkpoint")
         try:
-            self.config: Config = from_dict(manifest["config"])
+            self.config: Config = saved_config(manifest["config"])
             check_config(self.config)
         except ConfigError as error:
             raise CheckpointError(f"{self.path / MANIFEST}: {error}") from None

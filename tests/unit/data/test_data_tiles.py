@@ -19,8 +19,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from dattn_mcore.config.schema import DataConfig
 from dattn_mcore.data import resize
 from dattn_mcore.data.resize import to_tile
-from dattn_mcore.data.tiles import POLICIES, best_grid, plan_image, plan_tiles
+from dattn_mcore.data.tiles import POLICIES, plan_image, plan_tiles
 from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.hf.image_rules_dattn import best_grid
 
 GRIDS = DataConfig().anyres_grids
 SIZE = st.integers(1, 3000)
@@ -38,7 +39,7 @@ def resolutions(tile_size: int, grids=GRIDS) -> list[list[int]]:
 @example(384, 384, 384)  # every grid shows the whole image: least waste decides, then the order
 @example(768, 384, 384)
 def test_the_grid_is_transformers_choice(width, height, tile_size):
-    columns, rows = best_grid(width, height, tile_size, GRIDS)
+    columns, rows = best_grid((width, height), (tile_size, tile_size), GRIDS, "first")
     expected = select_best_resolution((height, width), resolutions(tile_size))
     assert (rows * tile_size, columns * tile_size) == tuple(expected)
 
