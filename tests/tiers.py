@@ -36,6 +36,7 @@ BY_PLACE = {
     "tests/end_to_end/": "processes",
     "tests/end_to_end/test_slurm.py": "slurm",
     "tests/unit/convert/test_convert_check.py": "processes",
+    "tests/unit/data/test_data_in_flight.py::test_large_images": "processes",
     "tests/unit/data/test_data_pages.py::test_preview_in_a_browser": "browser",
     "tests/unit/data/test_data_pages.py::test_stats_in_a_browser": "browser",
     "tests/unit/evaluation/test_evaluation_lmms_eval.py": "processes",
