@@ -20,6 +20,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .image_rules_dattn import ImageRules, best_grid, open_image, orientation_of, to_rgb, upright
 
+UNUSED = ("do_pad", "pad_size", "do_center_crop", "crop_size")  # of all image processors
 SQUARE_POLICIES = ("stretch", "pad", "crop")
 POLICIES = (*SQUARE_POLICIES, "anyres_stretch", "anyres_letterbox")
 
@@ -139,8 +140,15 @@ class DattnImageProcessor(PilBackend):
         """Tiles of uint8 images [3, height, width], rescaled and normalised.
 
         Raises:
-            ValueError: the policy, or the rule for ties, is unknown.
+            ValueError: the policy, or the rule for ties, is unknown, or another option is given
+                that would make other tiles than the model was trained on.
         """
+        strange = [name for name in UNUSED if kwargs.get(name)]
+        if strange or kwargs.get("do_resize") is False:
+            raise ValueError(
+                f"{(strange or ['do_resize'])[0]} cannot be given: tiles are of the size that the "
+                "model was trained on, as image_policy says"
+            )
         if image_policy not in POLICIES:
             raise ValueError(
                 f"image_policy is {image_policy!r}; it must be one of {', '.join(POLICIES)}"
