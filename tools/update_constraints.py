@@ -20,7 +20,14 @@ from dattn_mcore.console import complain
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 TORCH_CONSTRAINTS = ROOT / "constraints-torch.txt"
-EXTRAS = ("dali", "parquet", "triton", "eval", "dev")  # te and flash are built on GPU machines
+EXTRAS = (
+    "dali",
+    "parquet",
+    "heif",
+    "triton",
+    "eval",
+    "dev",
+)  # te and flash are built on GPU machines
 OLDEST_PYTHON = "3.10"
 LMMS_EVAL = "lmms-eval>=0.7.3,<0.8"  # installed without its dependencies
 

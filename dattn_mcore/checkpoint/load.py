@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dattn_mcore.checkpoint.metadata import read_metadata
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.config.load import to_dict
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.index.identity import difference, fingerprint_of
+from dattn_mcore.data.index.identity import difference, image_changes, same_samples
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import platform
@@ -160,13 +161,14 @@ def check_same_run(
             f"{folder} holds converted weights without a step to go on from; start in another "
             "log.run_dir with checkpoint.init_from"
         )
-    if manifest["data_fingerprint"] != fingerprint_of(data_identity):
+    if not same_samples(manifest, data_identity):
         changed = difference(manifest.get("data", data_identity), data_identity)
         raise CheckpointError(
             f"{folder} was trained on other data{f' ({changed})' if changed else ''}, so its "
             "position means nothing here; restore it, or start in another log.run_dir with "
             "checkpoint.init_from"
         )
+    _check_same_images(manifest, folder, data_identity)
     # With these and the fingerprint above, the step says which samples were seen.
     names = [("train", "seed"), ("train", "global_batch_size"), ("data", "step_packs_multiple")]
     if config.data.step_packs_multiple is not None:
@@ -186,6 +188,31 @@ def check_same_run(
             f"{folder} trains {trained} and this run {list(config.train.trains)} (train.trains); "
             "start the new stage in another log.run_dir with checkpoint.init_from"
         )
+
+
+def _check_same_images(
+    manifest: dict[str, Any], folder: Path, data_identity: dict[str, Any]
+) -> None:
+    """Refuses to go on where images would become other pixels.
+
+    Raises:
+        CheckpointError: names the settings that keep what the checkpoint was trained with.
+    """
+    changes = image_changes(manifest, data_identity)
+    if not changes:
+        return
+    # Strings as a user types them, all else as YAML reads it.
+    old, new = (
+        " ".join(
+            f"{name}={pair[side] if isinstance(pair[side], str) else json.dumps(pair[side])}"
+            for name, pair in changes.items()
+        ).replace(", ", ",")
+        for side in (0, 1)
+    )
+    raise CheckpointError(
+        f"{folder} was trained with {old}, here it is {new}: its images would become other pixels; "
+        f"add {old} to go on, or start in another log.run_dir with checkpoint.init_from"
+    )
 
 
 def resume(

@@ -155,6 +155,9 @@ class DataConfig:
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel, in 0..1
     image_policy: str = "stretch"  # one square tile, or a base view and a canvas of tiles (AnyRes)
     anyres_grids: tuple[tuple[int, int], ...] = ANYRES_GRIDS  # canvases in tiles: [columns, rows]
+    anyres_ties: str = "aspect"  # aspect | first: which of equal canvases anyres_stretch takes
+    apply_orientation: bool = True  # EXIF: images as people see them; false: ignored, as LLaVA does
+    transparency: str = "white"  # white (laid over it) | drop (the colours under it, as LLaVA does)
     max_image_pixels: int = 100_000_000  # larger images are refused before they are decoded
     decode_threads: int = 2  # of each process that loads images
     prefetch: int = 2  # global batches prepared ahead of the step

@@ -23,6 +23,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.over_budget": ("skip", "truncate", "error"),
     "data.image_backend": ("auto", "dali", "pillow"),
     "data.image_policy": ("stretch", "pad", "crop", "anyres_stretch", "anyres_letterbox"),
+    "data.anyres_ties": ("aspect", "first"),
+    "data.transparency": ("white", "drop"),
     "train.stage": ("align", "pretrain", "instruct"),
     "model.transformer_impl": ("auto", "local", "transformer_engine"),
     "train.precision": ("fp32", "bf16"),

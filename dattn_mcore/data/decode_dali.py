@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dattn_mcore.data.decode_pillow import PillowDecoder
 from dattn_mcore.data.image_files import ImageFile
+from dattn_mcore.data.image_orientation import turned
 from dattn_mcore.errors import DataError
 from dattn_mcore.parallel.platform import wait_for_stream
 
@@ -40,15 +41,17 @@ def suits_dali(image: ImageFile) -> bool:
 
     DALI takes single-frame JPEG (colour, grey), PNG, WebP and BMP of at most 8 bits a channel
     without transparency, that end where their format says and have at most 32 megapixels. Pillow
-    takes GIF, AVIF, ICO, TIFF, JPEG 2000, PNM (refused by DALI, or rare), CMYK (DALI is off by
-    one), 16 bits a channel, transparency (DALI drops it, Hugging Face lays it over white),
-    animations, and files whose end is not where it should be (DALI fills the rest with grey).
+    takes GIF, AVIF, HEIC, ICO, TIFF, JPEG 2000, PNM (refused by DALI, or rare), CMYK (DALI is off
+    by one), 16 bits a channel, BMP of 16 or 32 bits a pixel or with bit fields (DALI scales their
+    channels otherwise, or lays them out otherwise), transparency (the run's rule, which DALI does
+    not know), animations, and files whose end is not where it should be (DALI fills the rest with
+    grey).
     """
     return (
         image.mode in _MODES.get(image.format, ())
         and not image.transparent
         and not image.animated
-        and not image.deep
+        and image.plain
         and image.ends_whole
         and image.width * image.height <= _MAX_BATCH_PIXELS
     )
@@ -100,7 +103,7 @@ class DaliDecoder:
     ) -> list[Tensor | None]:
         """Decodes a batch; None for each image that DALI cannot decode even alone."""
         try:
-            return list(self._run([images[index].data for index in batch]))
+            return list(self._run([images[index] for index in batch]))
         except Exception as error:  # noqa: BLE001  (DALI raises classes of its own)
             self._pipeline = None  # never trust a pipeline after a failed iteration
             if len(batch) == 1:
@@ -109,16 +112,23 @@ class DaliDecoder:
                 return [None]
         return [tensor for index in batch for tensor in self._decode_batch(images, [index])]
 
-    def _run(self, encoded: Sequence[bytes]) -> list[Tensor]:
+    def _run(self, images: Sequence[ImageFile]) -> list[Tensor]:
         if self._pipeline is None:
             self._pipeline = _build_pipeline(self._threads, self._device, self._device_id)
-        self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
+        encoded = [np.frombuffer(image.data, np.uint8) for image in images]
+        self._pipeline.feed_input("encoded", encoded)
         (output,) = self._pipeline.run()
         # Copies: DALI may reuse its output buffers at the next iteration. On a GPU a copy only
         # stands in the stream's queue when the call returns, behind whatever training put there.
-        copies = [torch.from_dlpack(output[i]).clone() for i in range(len(encoded))]
+        copies = [_copy(torch.from_dlpack(output[i]), image) for i, image in enumerate(images)]
         wait_for_stream(copies[0].device)
         return [copy.permute(2, 0, 1) for copy in copies]
+
+
+def _copy(pixels: Tensor, image: ImageFile) -> Tensor:
+    """A copy of DALI's pixels [height, width, 3], upright where the run's rules say so."""
+    upright = turned(pixels, image.orientation)
+    return upright.contiguous() if upright.data_ptr() != pixels.data_ptr() else upright.clone()
 
 
 def _batches(indexes: Sequence[int], images: Sequence[ImageFile]) -> Iterator[list[int]]:
@@ -139,8 +149,9 @@ def _batches(indexes: Sequence[int], images: Sequence[ImageFile]) -> Iterator[li
 def _build_pipeline(threads: int, device: str, device_id: int | None) -> Any:
     """Builds the decode pipeline.
 
-    EXIF orientation is not applied (neither Hugging Face nor LLaVA applies it). On the GPU,
-    `jpeg_fancy_upsampling` keeps chroma as the CPU decoders make it.
+    EXIF orientation is not left to DALI, which looks for it in fewer places than Pillow does: what
+    the header check found is applied to the pixels. On the GPU, `jpeg_fancy_upsampling` keeps
+    chroma as the CPU decoders make it.
     """
     dali: Any = importlib.import_module("nvidia.dali")
     fn: Any = importlib.import_module("nvidia.dali.fn")

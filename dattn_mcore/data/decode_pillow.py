@@ -13,45 +13,39 @@ from torch import Tensor
 
 from dattn_mcore.data.image_files import ImageFile
 from dattn_mcore.errors import DataError
+from dattn_mcore.hf.image_rules_dattn import to_rgb
+
+_BAND = 4_000_000  # pixels that leave Pillow's memory at once
 
 
 def decode_with_pillow(image: ImageFile) -> Tensor:
-    """Decodes one image as the Hugging Face image processors do.
-
-    Transparency is laid over white, other modes are converted by Pillow, the first frame counts,
-    EXIF orientation is not applied.
+    """Decodes one image by the run's rules (`dattn_mcore.hf.image_rules_dattn`).
 
     Returns:
         uint8 [3, height, width] RGB (a view of channels-last memory).
 
     Raises:
         DataError: Pillow cannot decode it; a truncated file is an error.
-
-    Source: `convert_to_rgb` of transformers 5 (`transformers/image_transforms.py`).
     """
     try:
-        pixels = _pixels(image.data)
+        return torch.from_numpy(_pixels(image)).permute(2, 0, 1)
     except Exception as error:  # noqa: BLE001  (OSError, SyntaxError, struct.error, ...)
         reason = " ".join(str(error).split()) or type(error).__name__
         kind = "is truncated" if "truncated" in reason else "cannot be decoded"
         raise DataError(f"{image.who} {kind} ({reason})") from None
-    # Copied for a tensor may be written to; Pillow's own memory is free by now, which matters for
-    # images of a hundred megapixels.
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
-def _pixels(data: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as opened:
-        opened.load()
-        return np.asarray(_to_rgb(opened))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        over = image.convert("RGBA")
-        white = Image.new("RGBA", over.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, over).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _pixels(image: ImageFile) -> np.ndarray:
+    """The image as an array [height, width, 3] that may be written to."""
+    with Image.open(io.BytesIO(image.data)) as opened:
+        rgb = to_rgb(opened, image.rules)
+        pixels = np.empty((rgb.height, rgb.width, 3), np.uint8)
+        # A band at a time: Pillow gives its pixels as bytes that it joins, twice the memory.
+        rows = max(_BAND // rgb.width, 1)
+        for top in range(0, rgb.height, rows):
+            bottom = min(top + rows, rgb.height)
+            pixels[top:bottom] = np.asarray(rgb.crop((0, top, rgb.width, bottom)))
+        return pixels
 
 
 def _decode(image: ImageFile) -> Tensor | DataError:

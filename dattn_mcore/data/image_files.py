@@ -19,21 +19,18 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from dattn_mcore.errors import DataError
-
-_SIGNATURES = (
-    b"\xff\xd8\xff",  # JPEG
-    b"\x89PNG\r\n\x1a\n",
-    b"GIF87a",
-    b"GIF89a",
-    b"BM",
-    b"II*\0",  # TIFF
-    b"MM\0*",
-    b"\0\0\x01\0",  # ICO
-    b"\0\0\0\x0cjP  ",  # JPEG 2000
-    b"\xff\x4f\xff\x51",
-    *(b"P%d" % kind for kind in range(1, 7)),  # PNM
+from dattn_mcore.data.image_orientation import header_orientation
+from dattn_mcore.data.image_rules import DEFAULT_RULES
+from dattn_mcore.data.image_signatures import (
+    START,
+    is_known,
+    is_plain_bmp,
+    why_no_header,
+    why_no_reader,
 )
+from dattn_mcore.errors import DataError
+from dattn_mcore.hf.image_rules_dattn import ImageRules, is_transparent, upright_size
+
 # What a missing image is looked for under. Not by listing its folder: that can hold a million.
 _EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "JPG", "JPEG", "PNG")
 
@@ -47,31 +44,37 @@ class ImageFile:
         data: Its bytes.
         format: Pillow's name of the format ("JPEG", "PNG", ...).
         mode: Pillow's mode ("RGB", "L", ...).
-        deep: Whether it is a PNG of 16 bits a channel.
+        plain: Whether a channel is one byte in it: no PNG of 16 bits, no BMP of other than 24.
         transparent: Whether it has an alpha channel or a transparent colour.
         animated: Whether a PNG or WebP has several frames (the first one counts).
-        width: Pixels.
-        height: Pixels.
+        width: Pixels, after its orientation is applied.
+        height: Pixels, after its orientation is applied.
         ends_whole: Whether its end is where its format says. If not, only a strict decoder can
             tell a truncated file from one with bytes appended.
+        orientation: EXIF orientation that is applied; 1 where none is.
+        rules: What the run does with images.
     """
 
     who: str
     data: bytes
     format: str
     mode: str
-    deep: bool
+    plain: bool
     transparent: bool
     animated: bool
     width: int
     height: int
     ends_whole: bool
+    orientation: int = 1
+    rules: ImageRules = DEFAULT_RULES
 
 
 def check_folder(folder: str | Path, setting: str = "data.image_folder") -> Path:
     """Returns the resolved image folder, or raises DataError if it is none."""
     # Pillow warns about large images; the project's own cap decides about them.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    # It says so of damaged EXIF, which turns nothing; once an image would fill the console.
+    warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
     path = Path(folder)
     if not path.is_dir():
         what = "is not a folder" if path.exists() else "does not exist"
@@ -79,7 +82,13 @@ def check_folder(folder: str | Path, setting: str = "data.image_folder") -> Path
     return path.resolve()
 
 
-def read_image_file(folder: Path, relative: str, sample_id: str, max_pixels: int) -> ImageFile:
+def read_image_file(
+    folder: Path,
+    relative: str,
+    sample_id: str,
+    max_pixels: int,
+    rules: ImageRules = DEFAULT_RULES,
+) -> ImageFile:
     """Reads and checks one image file.
 
     Args:
@@ -87,12 +96,13 @@ def read_image_file(folder: Path, relative: str, sample_id: str, max_pixels: int
         relative: Path below it, from the annotation.
         sample_id: Annotation id, for messages.
         max_pixels: Most pixels (width x height) that will be decoded.
+        rules: What the run does with images.
 
     Raises:
         DataError: One line that names annotation id and path.
     """
     who = f"annotation {sample_id!r}: image '{relative}'"
-    return check_image(who, read_bytes(folder, relative, who, max_pixels), max_pixels)
+    return check_image(who, read_bytes(folder, relative, who, max_pixels), max_pixels, rules)
 
 
 def read_bytes(folder: Path, relative: str, who: str, max_pixels: int) -> bytes:
@@ -105,50 +115,66 @@ def read_bytes(folder: Path, relative: str, who: str, max_pixels: int) -> bytes:
         return file.read()
 
 
-def check_image(who: str, data: bytes, max_pixels: int) -> ImageFile:
+def check_image(
+    who: str, data: bytes, max_pixels: int, rules: ImageRules = DEFAULT_RULES
+) -> ImageFile:
     """Checks the bytes of an image.
 
     Args:
         who: How messages name it.
         data: All bytes of the file.
         max_pixels: Most pixels (width x height) that will be decoded.
+        rules: What the run does with images.
 
     Raises:
         DataError: One line that starts with `who`.
     """
-    with _header(who, io.BytesIO(data), max_pixels) as header:
+    file = io.BytesIO(data)
+    with _header(who, file, max_pixels) as header:
         image_format = header.format or ""
+        deep = image_format == "PNG" and data[24] > 8
+        orientation = _orientation(who, header, file, rules)
+        width, height = upright_size(header.width, header.height, orientation)
         return ImageFile(
             who=who,
             data=data,
             format=image_format,
             mode=header.mode,
-            deep=image_format == "PNG" and data[24] > 8,
-            transparent="A" in header.getbands() or "transparency" in header.info,
+            plain=not deep and (image_format != "BMP" or is_plain_bmp(data)),
+            transparent=is_transparent(header),
             animated=image_format in ("PNG", "WEBP") and getattr(header, "is_animated", False),
-            width=header.width,
-            height=header.height,
+            width=width,
+            height=height,
             ends_whole=_ends_whole(data, image_format),
+            orientation=orientation,
+            rules=rules,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What an image's first bytes say: Pillow's name of its format, width and height."""
+    """What an image's header says: Pillow's name of its format, width and height when upright."""
 
     format: str
     width: int
     height: int
 
 
-def probe_image(who: str, data: bytes, max_pixels: int) -> ImageHeader:
+def probe_image(
+    who: str, data: bytes, max_pixels: int, rules: ImageRules = DEFAULT_RULES
+) -> ImageHeader:
     """Checks bytes as `check_image` does, and returns the header's part only."""
-    with _header(who, io.BytesIO(data), max_pixels) as header:
-        return ImageHeader(header.format or "", header.width, header.height)
+    file = io.BytesIO(data)
+    with _header(who, file, max_pixels) as header:
+        return _read_header(who, header, file, rules)
 
 
 def probe_image_file(
-    folder: Path, relative: str, max_pixels: int, hint: bool = True
+    folder: Path,
+    relative: str,
+    max_pixels: int,
+    hint: bool = True,
+    rules: ImageRules = DEFAULT_RULES,
 ) -> ImageHeader:
     """Checks a file as `read_image_file` does, but reads its header only.
 
@@ -157,6 +183,7 @@ def probe_image_file(
         relative: Path below it, from the annotation.
         max_pixels: Most pixels (width x height) that will be decoded.
         hint: Whether a missing image is looked for under other extensions.
+        rules: What the run does with images.
 
     Raises:
         DataError: One line that starts with the image's path.
@@ -166,17 +193,35 @@ def probe_image_file(
         _opened(folder, relative, who, max_pixels, hint) as file,
         _header(who, file, max_pixels) as header,
     ):
-        return ImageHeader(header.format or "", header.width, header.height)
+        return _read_header(who, header, file, rules)
+
+
+def _read_header(who: str, header: Image.Image, file: BinaryIO, rules: ImageRules) -> ImageHeader:
+    orientation = _orientation(who, header, file, rules)
+    size = upright_size(header.width, header.height, orientation)
+    return ImageHeader(header.format or "", *size)
+
+
+def _orientation(who: str, header: Image.Image, file: BinaryIO, rules: ImageRules) -> int:
+    """The EXIF orientation that will be applied, 1 where none is."""
+    if not rules.apply_orientation:
+        return 1
+    try:
+        return header_orientation(header, file)
+    except ValueError as error:
+        raise DataError(f"{who} {error}; it cannot be a picture") from None
 
 
 @contextlib.contextmanager
 def _header(who: str, file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
     """An image whose header is read, and no pixels; checked."""
-    start = file.read(16)
+    start = file.read(START)
     if not start:
         raise DataError(f"{who} is an empty file")
-    if not _known_signature(start):
+    if not is_known(start):
         raise DataError(f"{who} is not an image (unknown signature {start[:4].hex(' ')})")
+    if (why := why_no_reader(start)) is not None:
+        raise DataError(f"{who} {why}")
     file.seek(0)
     # Pillow's own limit, of the whole process, must not be below ours. It stays as a guard against
     # what no header says: the picture inside an icon is decoded with a size of its own.
@@ -189,10 +234,7 @@ def _header(who: str, file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
             f"{who} is too large ({error}); data.max_image_pixels is {max_pixels}"
         ) from None
     except Exception as error:  # noqa: BLE001  (OSError, SyntaxError, struct.error, ...)
-        raise DataError(
-            f"{who} has a signature but no readable header; it is truncated or damaged "
-            f"({type(error).__name__})"
-        ) from None
+        raise DataError(f"{who} {why_no_header(file, error)}") from None
     with opened:
         if opened.width * opened.height > max_pixels:
             raise DataError(
@@ -255,14 +297,6 @@ def _sibling(path: Path) -> str:
         if os.path.exists(other):  # False, no error, where a name is too long
             return f"; '{other.name}' is there, with another extension"
     return ""
-
-
-def _known_signature(data: bytes) -> bool:
-    if data.startswith(_SIGNATURES):
-        return True
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return True
-    return data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1")
 
 
 def _ends_whole(data: bytes, image_format: str) -> bool:

@@ -8,7 +8,9 @@ does not depend on the backend wherever the decoders agree, and they agree bit f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,13 +22,20 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.decode_dali import DaliDecoder
 from dattn_mcore.data.decode_pillow import PillowDecoder
 from dattn_mcore.data.image_files import ImageFile, check_image
+from dattn_mcore.data.image_rules import DEFAULT_RULES, rules_of
 from dattn_mcore.data.resize import to_tiles
 from dattn_mcore.data.tiles import POLICIES, Grid, plan_image
 from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.hf.image_rules_dattn import ImageRules
 
 _LOG = logging.getLogger(__name__)
 BACKENDS = ("auto", "dali", "pillow")
-_GROUP = 32  # images that are decoded at once, while the ones before are resized
+_GROUP = 32  # images that are read ahead, and decoded at once, where their bytes allow it
+# What reading, decoding and resizing may hold in memory for each thread; one that takes more is
+# decoded alone. Pillow takes 12 bytes a pixel at most: 4 for an image, and as much for each of what
+# its colours and its orientation make of it.
+BYTES_PER_THREAD = 256 * 2**20
+BYTES_PER_PIXEL = 12
 _said: set[str] = set()  # what `auto` chose is logged once a process
 
 
@@ -109,6 +118,19 @@ class ImageFailure:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Flying:
+    """A decoded image of `size` bytes, until it is resized."""
+
+    resized: Future[Tensor | DataError]
+    size: int
+
+
+def _cost(batch: Sequence[tuple[int, ImageFile]]) -> int:
+    """Most bytes that a batch takes until it is decoded, the files included."""
+    return sum(len(f.data) + BYTES_PER_PIXEL * f.width * f.height for _, f in batch)
+
+
 class ImageLoader:
     """Loads images as tiles; one that is bad becomes grey tiles and a failure."""
 
@@ -124,6 +146,7 @@ class ImageLoader:
         max_pixels: int = 100_000_000,
         device: str = "cpu",
         device_id: int | None = None,
+        rules: ImageRules = DEFAULT_RULES,
     ) -> None:
         """Chooses the decoder.
 
@@ -138,6 +161,7 @@ class ImageLoader:
             max_pixels: Larger images are refused.
             device: Where DALI decodes: `cpu` or `gpu`.
             device_id: Index of the GPU.
+            rules: Orientation, transparency and ties of canvases.
 
         Raises:
             ConfigError: Unknown policy or backend.
@@ -149,9 +173,11 @@ class ImageLoader:
         self._size = size
         self._policy, self._grids = policy, tuple(grids)
         self._fill = tuple(int(channel * 255) for channel in mean)
-        self._max_pixels = max_pixels
+        self._max_pixels, self._rules = max_pixels, rules
         self._decoder = make_decoder(backend, threads, device, device_id)
         self._threads = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="images")
+        self.most_bytes = BYTES_PER_THREAD * max(threads, 1)
+        self._lock, self._bytes_ahead = threading.Lock(), 0
 
     @classmethod
     def of(cls, config: Config, device: str = "cpu", device_id: int | None = None) -> ImageLoader:
@@ -167,6 +193,7 @@ class ImageLoader:
             max_pixels=data.max_image_pixels,
             device=device,
             device_id=device_id,
+            rules=rules_of(data),
         )
 
     @property
@@ -185,25 +212,17 @@ class ImageLoader:
             return torch.empty(0, 3, self._size, self._size, dtype=torch.uint8), []
         failures: list[ImageFailure] = []
         resized: list[Future[Tensor | DataError] | None] = [None] * len(requests)
-        reading = self._read_group(requests, 0)
-        for start in range(0, len(requests), _GROUP):
-            files = [future.result() for future in reading]
-            reading = self._read_group(requests, start + _GROUP)
-            good = []
-            for offset, file in enumerate(files):
-                if isinstance(file, DataError):
-                    failures.append(ImageFailure(start + offset, "read", str(file)))
-                else:
-                    good.append((start + offset, file))
-            # At most two groups of whole images are in memory: this one and the one before.
-            wait([future for future in resized[max(start - _GROUP, 0) : start] if future])
-            decoded = self._decoder.decode([file for _, file in good])
-            for (index, file), image in zip(good, decoded, strict=True):
-                if isinstance(image, DataError):
-                    failures.append(ImageFailure(index, "decode", str(image)))
-                else:
-                    resized[index] = self._threads.submit(self._to_tiles, file, image)
-            del decoded
+        flying: deque[_Flying] = deque()
+        batch: list[tuple[int, ImageFile]] = []
+        for index, file in self._files(requests):
+            if isinstance(file, DataError):
+                failures.append(ImageFailure(index, "read", str(file)))
+                continue
+            if batch and (len(batch) == _GROUP or _cost([*batch, (index, file)]) > self.most_bytes):
+                failures += self._decode(batch, resized, flying)
+                batch = []
+            batch.append((index, file))
+        failures += self._decode(batch, resized, flying)
         tiles = []
         for index, (future, request) in enumerate(zip(resized, requests, strict=True)):
             made = future.result() if future is not None else None
@@ -220,22 +239,70 @@ class ImageLoader:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._decoder.close()
 
-    def _read_group(
-        self, requests: Sequence[ImageRequest], start: int
-    ) -> list[Future[ImageFile | DataError]]:
-        group = requests[start : start + _GROUP]
-        return [self._threads.submit(self._read, request) for request in group]
+    def _files(
+        self, requests: Sequence[ImageRequest]
+    ) -> Iterator[tuple[int, ImageFile | DataError]]:
+        """Reads and checks images in order, some ahead of what is asked for."""
+        ahead: deque[Future[ImageFile | DataError | None]] = deque()
+        for index, request in enumerate(requests):
+            while len(ahead) < min(_GROUP, len(requests) - index):
+                ahead.append(self._threads.submit(self._read_ahead, requests[index + len(ahead)]))
+            file = ahead.popleft().result()
+            if isinstance(file, ImageFile):
+                with self._lock:
+                    self._bytes_ahead -= len(file.data)
+            yield index, self._read(request) if file is None else file
+
+    def _read_ahead(self, request: ImageRequest) -> ImageFile | DataError | None:
+        """Reads an image; None where too much has been read ahead: its turn will come."""
+        file = self._read(request)
+        if isinstance(file, ImageFile):
+            with self._lock:
+                if self._bytes_ahead and self._bytes_ahead + len(file.data) > self.most_bytes // 2:
+                    return None
+                self._bytes_ahead += len(file.data)
+        return file
+
+    def _decode(
+        self,
+        batch: Sequence[tuple[int, ImageFile]],
+        resized: list[Future[Tensor | DataError] | None],
+        flying: deque[_Flying],
+    ) -> list[ImageFailure]:
+        """Decodes a batch when there is room for it, and has its images resized.
+
+        Args:
+            batch: Place among the requests, and file.
+            resized: Gets what becomes of each image.
+            flying: Images that are decoded and not yet resized, oldest first.
+
+        Returns:
+            What could not be decoded.
+        """
+        while flying and _cost(batch) + sum(image.size for image in flying) > self.most_bytes:
+            wait([flying.popleft().resized])
+        failures = []
+        decoded = self._decoder.decode([file for _, file in batch])
+        for (index, file), image in zip(batch, decoded, strict=True):
+            if isinstance(image, DataError):
+                failures.append(ImageFailure(index, "decode", str(image)))
+            else:
+                future = self._threads.submit(self._to_tiles, file, image)
+                resized[index] = future
+                flying.append(_Flying(future, image.nbytes))
+        return failures
 
     def _read(self, request: ImageRequest) -> ImageFile | DataError:
         """Reads and checks one image; its plan must be the one that its sample was packed with."""
         try:
-            file = check_image(request.who, request.read(), self._max_pixels)
+            file = check_image(request.who, request.read(), self._max_pixels, self._rules)
             plan = plan_image(
                 *(request.who, file.width, file.height),
                 policy=self._policy,
                 tile_size=self._size,
                 grids=self._grids,
                 max_pixels=self._max_pixels,
+                ties=self._rules.anyres_ties,
             )
         except DataError as error:
             return error
@@ -256,7 +323,14 @@ class ImageLoader:
                 f"{file.height}"
             )
         try:
-            return to_tiles(image, self._size, self._policy, self._fill, self._grids)
+            return to_tiles(
+                image,
+                self._size,
+                self._policy,
+                self._fill,
+                self._grids,
+                self._rules.anyres_ties,
+            )
         except Exception as error:  # noqa: BLE001  (torch has no class for "no memory")
             reason = " ".join(str(error).split()) or type(error).__name__
             return DataError(f"{file.who} cannot be resized ({reason})")

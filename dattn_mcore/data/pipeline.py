@@ -114,7 +114,7 @@ class DataPipeline:
                     *(self.steps.packs, self._multiple),
                 )
         self.num_samples = self.order.epoch_size
-        self.identity = identity_of(self.index)
+        self.identity = identity_of(self.index, data)
         self.tokenizer_fingerprint = tokenizer.fingerprint
         self._reader = SampleReader(
             self.index, tokenizer, self._rows_per_tile, data.max_image_pixels

@@ -21,7 +21,12 @@ _MOST_ON_GPU = 100_000_000  # pixels of a square that is made whole on a GPU, in
 
 
 def to_tiles(
-    image: Tensor, size: int, policy: str, fill: Sequence[int], grids: Sequence[Grid] = ()
+    image: Tensor,
+    size: int,
+    policy: str,
+    fill: Sequence[int],
+    grids: Sequence[Grid] = (),
+    ties: str = "aspect",
 ) -> Tensor:
     """Makes an image the tiles of its plan (`plan_tiles`).
 
@@ -31,6 +36,7 @@ def to_tiles(
         policy: `anyres_stretch`, `anyres_letterbox`, or one of `to_tile`.
         fill: RGB of the borders of `pad`, 0..255.
         grids: (columns, rows) of the canvases that AnyRes may choose.
+        ties: Which of equally good canvases it takes.
 
     Returns:
         uint8 [tiles, 3, size, size], contiguous: base view, then the canvas row by row.
@@ -38,7 +44,7 @@ def to_tiles(
     if policy not in ANYRES_POLICIES:
         return to_tile(image, size, policy, fill)[None]
     height, width = image.shape[-2:]
-    plan = plan_tiles(width, height, policy=policy, tile_size=size, grids=grids)
+    plan = plan_tiles(width, height, policy=policy, tile_size=size, grids=grids, ties=ties)
     (x, y), (wide, high) = plan.offset, plan.resized
     canvas = image.new_zeros(3, plan.rows * size, plan.columns * size)
     canvas[:, y : y + high, x : x + wide] = _resize(image, high, wide)

@@ -3,7 +3,9 @@
 One square: `stretch`, `pad`, `crop` (see `dattn_mcore.data.resize`). AnyRes: a base view, the whole
 image squashed to the square, and a canvas of columns x rows tiles that shows it at a higher
 resolution. `anyres_stretch` resizes the image to the canvas; `anyres_letterbox` keeps its aspect
-ratio and centres it on the canvas, whose borders are 0 before normalisation.
+ratio and centres it on the canvas, whose borders are 0 before normalisation. Of equally good
+canvases LLaVA-NeXT takes the first, which a letterbox does not mind; `anyres_stretch` takes the one
+nearest to the image's aspect ratio, or a picture of 300 x 100 would be squeezed sixfold.
 
 Source: grids, best fit and letterbox as in LLaVA-NeXT (transformers: `select_best_resolution`,
 `get_patch_output_size`, `LlavaNextImageProcessorPil`); stretching as the D-Attn successors do.
@@ -16,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.hf.image_rules_dattn import best_grid
 
 SQUARE_POLICIES = ("stretch", "pad", "crop")
 ANYRES_POLICIES = ("anyres_stretch", "anyres_letterbox")
@@ -58,7 +61,13 @@ class TilePlan:
 
 
 def plan_tiles(
-    width: int, height: int, *, policy: str, tile_size: int, grids: Sequence[Grid]
+    width: int,
+    height: int,
+    *,
+    policy: str,
+    tile_size: int,
+    grids: Sequence[Grid],
+    ties: str = "aspect",
 ) -> TilePlan:
     """Chooses the views of an image.
 
@@ -67,8 +76,9 @@ def plan_tiles(
         height: Pixels of the image, at least 1.
         policy: One of `POLICIES` (setting data.image_policy).
         tile_size: Side of a tile in pixels.
-        grids: (columns, rows) of the canvases that AnyRes may choose (setting data.anyres_grids);
-            of equally good ones the first is taken.
+        grids: (columns, rows) of the canvases that AnyRes may choose (setting data.anyres_grids).
+        ties: Which of equally good ones `anyres_stretch` takes (setting data.anyres_ties):
+            `aspect` or `first`. A letterbox takes the first.
 
     Raises:
         ConfigError: Unknown policy, or AnyRes without grids.
@@ -81,7 +91,8 @@ def plan_tiles(
         return TilePlan(1, 1, False, (tile_size, tile_size), (0, 0))
     if not grids:
         raise ConfigError(f"data.anyres_grids: data.image_policy={policy} needs at least one grid")
-    columns, rows = best_grid(width, height, tile_size, grids)
+    ties = ties if policy == "anyres_stretch" else "first"
+    columns, rows = best_grid((width, height), (tile_size, tile_size), grids, ties)
     canvas = (columns * tile_size, rows * tile_size)
     if policy == "anyres_stretch":
         return TilePlan(columns, rows, True, canvas, (0, 0))
@@ -99,6 +110,7 @@ def plan_image(
     tile_size: int,
     grids: Sequence[Grid],
     max_pixels: int,
+    ties: str = "aspect",
 ) -> TilePlan:
     """Chooses the views of an image, or refuses one whose resizing would take too much memory.
 
@@ -112,12 +124,13 @@ def plan_image(
         tile_size: As for `plan_tiles`.
         grids: As for `plan_tiles`.
         max_pixels: Most pixels of an image (setting data.max_image_pixels).
+        ties: As for `plan_tiles`.
 
     Raises:
         ConfigError: As `plan_tiles`.
         DataError: One line that starts with `who`.
     """
-    plan = plan_tiles(width, height, policy=policy, tile_size=tile_size, grids=grids)
+    plan = plan_tiles(width, height, policy=policy, tile_size=tile_size, grids=grids, ties=ties)
     wide, high = resized_between(width, height, plan, policy, tile_size)
     most = max(max_pixels, _ALWAYS) * (_BANDS if policy == "pad" else 1)
     if wide * high > most:
@@ -140,24 +153,6 @@ def resized_between(
         return max(width, height), max(width, height)
     wide = max(plan.resized[0], tile_size) if plan.base_view else plan.resized[0]
     return wide, max(height, plan.resized[1])
-
-
-def best_grid(width: int, height: int, tile_size: int, grids: Sequence[Grid]) -> Grid:
-    """The grid that shows most pixels of the image, and wastes least among those.
-
-    Effective are the image's pixels that survive fitting it into the canvas with its aspect ratio
-    kept (never more than it has); wasted is the rest of the canvas.
-
-    Source: `select_best_resolution` of transformers, roundings included.
-    """
-
-    def merit(grid: Grid) -> tuple[int, int]:
-        canvas_width, canvas_height = grid[0] * tile_size, grid[1] * tile_size
-        scale = min(canvas_width / width, canvas_height / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        return effective, effective - canvas_width * canvas_height
-
-    return max(grids, key=merit)  # the first of equals
 
 
 def _fit(width: int, height: int, canvas_width: int, canvas_height: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 import dattn_mcore.hf
 from dattn_mcore.errors import CheckpointError, ConfigError, DataError
 from dattn_mcore.evaluation.files import read_object
-from dattn_mcore.evaluation.images import Picture
+from dattn_mcore.evaluation.images import Picture, rules_of_processor
 from dattn_mcore.evaluation.self_check import (
     BOUND,
     NEW_TOKENS,
@@ -149,7 +149,8 @@ class Generator:
                 yield dict(zip(batch, self._answers(inputs, settings), strict=True))
 
     def _inputs(self, requests: Sequence[Request], prompts: list[str], batch: list[int]) -> Any:
-        images = [p.open(requests[i].who) for i in batch for p in requests[i].pictures]
+        rules = rules_of_processor(self.processor.image_processor)
+        images = [p.open(requests[i].who, rules) for i in batch for p in requests[i].pictures]
         return self.processor(
             text=[prompts[i] for i in batch],
             images=images or None,

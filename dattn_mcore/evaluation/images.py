@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from dattn_mcore.data.image_signatures import START, is_known, why_no_header, why_no_reader
 from dattn_mcore.errors import DataError
+from dattn_mcore.hf.image_rules_dattn import OLD_RULES, ImageRules, to_rgb
 
 MAX_PIXELS = 100_000_000
+SEEN = ImageRules()  # images as people see them
 # How files begin: JPEG, PNG, GIF, BMP, TIFF.
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 
@@ -41,6 +47,12 @@ def check_images(folder: str | Path, paths: list[tuple[str, str]]) -> Path:
     return root
 
 
+def rules_of_processor(image_processor: Any) -> ImageRules:
+    """The image rules that an exported processor names, or those of before they were named."""
+    names = asdict(OLD_RULES)
+    return ImageRules(**{name: getattr(image_processor, name, old) for name, old in names.items()})
+
+
 @dataclass(frozen=True)
 class Picture:
     """An image that a question shows, not yet decoded.
@@ -62,35 +74,40 @@ class Picture:
         try:
             file = self._file()
             with file.open("rb") if isinstance(file, Path) else file as opened:
-                start = opened.read(16)
+                start = opened.read(START)
                 if not start:
                     return "is empty"
+                if (why := why_no_reader(start)) is not None:
+                    return why
                 if not start.startswith(_BEGINNINGS):
                     opened.seek(0)
                     Image.open(opened)  # the rarer formats; reads the header alone
         except FileNotFoundError:
             return ""
         except UnidentifiedImageError:
-            return f"begins with {start!r}"
+            return f"begins with {start[:16]!r}"
         except Exception as error:  # as in `open`
             return f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})"
         return ""
 
-    def open(self, who: str) -> Image.Image:
+    def open(self, who: str, rules: ImageRules = SEEN) -> Image.Image:
         """Decodes the first frame as RGB.
+
+        Args:
+            who: who asks, for messages.
+            rules: of the model that is shown it; without them, as people see it.
 
         Raises:
             DataError: it is missing, no image, truncated, or too large.
         """
         try:
-            with Image.open(self._file()) as image:
+            with self._opened(who) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise DataError(
                         f"{who}: image {self.name!r} has {image.width} x {image.height} pixels; at "
                         f"most {MAX_PIXELS} are decoded"
                     )
-                image.load()
-                return to_rgb(image)
+                return to_rgb(image, rules)
         except DataError:
             raise
         except FileNotFoundError:
@@ -99,19 +116,27 @@ class Picture:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{who}: image {self.name!r} cannot be decoded ({reason})") from None
 
+    @contextlib.contextmanager
+    def _opened(self, who: str) -> Iterator[Image.Image]:
+        """The image, its pixels not read."""
+        file = self._file()
+        with file.open("rb") if isinstance(file, Path) else file as opened:
+            start = opened.read(START)
+            why = why_no_reader(start)
+            opened.seek(0)
+            if why is None:
+                try:
+                    with Image.open(opened) as image:
+                        yield image
+                    return
+                except UnidentifiedImageError as error:
+                    why = f"cannot be decoded (it begins with {start[:8]!r})"
+                    if is_known(start):
+                        why = why_no_header(opened, error)
+            raise DataError(f"{who}: image {self.name!r} {why}")
+
     def _file(self) -> Path | io.BytesIO:
         if isinstance(self.source, Path):
             return self.source
         raw = base64.b64decode(self.source) if isinstance(self.source, str) else self.source
         return io.BytesIO(raw)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Transparency over white, other modes by Pillow, as in training."""
-    if image.mode == "RGB":
-        return image
-    if "A" in image.getbands() or "transparency" in image.info:
-        over = image.convert("RGBA")
-        white = Image.new("RGBA", over.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, over).convert("RGB")
-    return image.convert("RGB")

@@ -14,11 +14,12 @@ from rich.console import Console
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.evaluation.generation import Generator, Request, resolve_device
 from dattn_mcore.evaluation.guessing import FEWEST, look_at
-from dattn_mcore.evaluation.images import MAX_PIXELS, to_rgb
+from dattn_mcore.evaluation.images import MAX_PIXELS, SEEN
 from dattn_mcore.evaluation.lmms_eval_failures import TaskFailures, logger
 from dattn_mcore.evaluation.progress import bars
 from dattn_mcore.evaluation.questions import IMAGE_MARK, mark_images
 from dattn_mcore.evaluation.self_check import SelfCheckError
+from dattn_mcore.hf.image_rules_dattn import ImageRules, to_rgb
 
 DEFAULT_NEW_TOKENS = 1024  # what lmms-eval's own models take where a task says nothing
 
@@ -33,11 +34,11 @@ class Shown:
     def __init__(self, image: Image.Image) -> None:
         self.image = image
 
-    def open(self, who: str) -> Image.Image:
-        """The image as RGB."""
+    def open(self, who: str, rules: ImageRules = SEEN) -> Image.Image:
+        """The image as RGB, by the rules of the model that is shown it."""
         if self.image.width * self.image.height > MAX_PIXELS:
             raise ConfigError(f"{who}: an image has more than {MAX_PIXELS} pixels")
-        return to_rgb(self.image)
+        return to_rgb(self.image, rules)
 
 
 class DattnMcore(lmms):

@@ -43,6 +43,7 @@ REMOTE_CODE_FILES = (
     "visual_dattn.py",
     "generation_dattn.py",
     "modeling_dattn.py",
+    "image_rules_dattn.py",
     "image_processing_dattn.py",
     "processing_dattn.py",
 )

@@ -1,7 +1,9 @@
-"""Image processor for AnyRes: a base view and a canvas of tiles for each image (Pillow).
+"""Image processor: files and opened images to the tiles that the model was trained on (Pillow).
 
-`anyres_stretch` resizes an image to the canvas; `anyres_letterbox` keeps its aspect ratio and
-centres it on a canvas of zeros (before normalisation), as LLaVA-NeXT does.
+One square tile an image: `stretch` resizes it to the square, `pad` puts it on a square of the
+mean's colour first, `crop` cuts the middle out. AnyRes, a base view and a canvas of tiles:
+`anyres_stretch` resizes it to the canvas; `anyres_letterbox` keeps its aspect ratio and centres it
+on a canvas of zeros (before normalisation), as LLaVA-NeXT does.
 """
 
 from __future__ import annotations
@@ -10,27 +12,17 @@ import math
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-POLICIES = ("anyres_stretch", "anyres_letterbox")
+from .image_rules_dattn import ImageRules, best_grid, open_image, orientation_of, to_rgb, upright
 
-
-def best_canvas(image: tuple[int, int], canvases: list[tuple[int, int]]) -> tuple[int, int]:
-    """The canvas that shows most pixels of an image, and of those the one that wastes least.
-
-    Args:
-        image: height and width.
-        canvases: heights and widths to choose from; the first of equals wins.
-    """
-
-    def shown(canvas: tuple[int, int]) -> int:
-        scale = min(canvas[1] / image[1], canvas[0] / image[0])
-        return min(int(image[1] * scale) * int(image[0] * scale), image[0] * image[1])
-
-    return max(canvases, key=lambda c: (shown(c), shown(c) - c[0] * c[1]))
+UNUSED = ("do_pad", "pad_size", "do_center_crop", "crop_size")  # of all image processors
+SQUARE_POLICIES = ("stretch", "pad", "crop")
+POLICIES = (*SQUARE_POLICIES, "anyres_stretch", "anyres_letterbox")
 
 
 def inner_size(image: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
@@ -41,24 +33,44 @@ def inner_size(image: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, in
     return canvas[0], min(math.ceil(image[1] * high), canvas[1])
 
 
+def on_square(image: np.ndarray, colour: list[int]) -> np.ndarray:
+    """The image [3, height, width] in the middle of a square of one colour."""
+    height, width = image.shape[-2:]
+    side = max(height, width)
+    square = np.empty((len(colour), side, side), image.dtype)
+    square[:] = np.array(colour, image.dtype)[:, None, None]
+    top, left = (side - height) // 2, (side - width) // 2
+    square[:, top : top + height, left : left + width] = image
+    return square
+
+
 class DattnImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """What this processor takes beside the options of all image processors.
 
-    image_policy: `anyres_stretch` or `anyres_letterbox`.
+    image_policy: one of `POLICIES`.
     anyres_grids: canvases that may be chosen, in tiles: [columns, rows].
+    apply_orientation: whether the EXIF orientation of images is applied, or ignored.
+    transparency: `white`, what is transparent lies over white; `drop`, it is dropped.
+    anyres_ties: which of equal canvases `anyres_stretch` takes, `aspect` or `first`.
     """
 
     image_policy: str
     anyres_grids: list[list[int]]
+    apply_orientation: bool
+    transparency: str
+    anyres_ties: str
 
 
 class DattnImageProcessor(PilBackend):
     """Cuts images into tiles of `size`.
 
-    Gives `pixel_values` [tiles of all images, 3, height, width], of each image the base view (the
-    image squashed to one tile) first, then the tiles of its canvas row by row; and `image_grids`
-    [images, 2], columns and rows of each canvas. The canvas is the one of `anyres_grids` that
-    shows most pixels of the image and wastes least, chosen as LLaVA-NeXT does.
+    Gives `pixel_values` [tiles of all images, 3, height, width]. With AnyRes, of each image the
+    base view (the image squashed to one tile) comes first, then the tiles of its canvas row by
+    row, and there is `image_grids` [images, 2], columns and rows of each canvas: the one of
+    `anyres_grids` that shows most pixels of the image and wastes least, as LLaVA-NeXT chooses it.
+
+    Images may be paths, URLs and base64 text, or opened by Pillow: the same file has the same
+    pixels either way. Arrays and tensors are taken as they are.
     """
 
     valid_kwargs = DattnImagesKwargs
@@ -73,6 +85,41 @@ class DattnImageProcessor(PilBackend):
     do_convert_rgb = True
     image_policy = "anyres_stretch"
     anyres_grids = [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1], [1, 4], [4, 1]]
+    # Of folders that name no rules: those of before there was a choice.
+    apply_orientation = False
+    transparency = "white"
+    anyres_ties = "first"
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Opens what is a path, a URL or base64 text; transformers would turn and flatten it."""
+        if isinstance(image_url_or_urls, list | tuple):
+            return [self.fetch_images(item) for item in image_url_or_urls]
+        if isinstance(image_url_or_urls, str):
+            return open_image(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: Any = None,
+        apply_orientation: bool | None = None,
+        transparency: str | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """One image as an array [channels, height, width], by the rules of training."""
+        if isinstance(image, Image.Image):
+            rules = ImageRules(
+                self.apply_orientation if apply_orientation is None else apply_orientation,
+                transparency or self.transparency,
+            )
+            if do_convert_rgb:
+                image, do_convert_rgb = to_rgb(image, rules), False
+            elif rules.apply_orientation:
+                image = upright(image, orientation_of(image))
+        return super().process_image(
+            image, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, **kwargs
+        )
 
     def _preprocess(
         self,
@@ -86,48 +133,77 @@ class DattnImageProcessor(PilBackend):
         image_std: Any,
         image_policy: str,
         anyres_grids: list[list[int]],
+        anyres_ties: str,
         return_tensors: Any,
-        do_resize: bool = True,
-        do_center_crop: bool | None = None,
-        do_pad: bool | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Tiles of uint8 images [3, height, width], rescaled and normalised.
 
-        Args that other image processors know and this one does not need (`crop_size`, `pad_size`,
-        `disable_grouping`) are in `kwargs`.
-
         Raises:
-            ValueError: the policy is unknown, or an option asks for what tiles cannot be.
+            ValueError: the policy, or the rule for ties, is unknown, or another option is given
+                that would make other tiles than the model was trained on.
         """
-        if not do_resize or do_center_crop or do_pad:
+        strange = [name for name in UNUSED if kwargs.get(name)]
+        if strange or kwargs.get("do_resize") is False:
             raise ValueError(
-                "AnyRes resizes every image to its tiles: do_resize=False, do_center_crop and "
-                "do_pad are not honoured; leave them out, or choose the canvas by image_policy"
+                f"{(strange or ['do_resize'])[0]} cannot be given: tiles are of the size that the "
+                "model was trained on, as image_policy says"
             )
         if image_policy not in POLICIES:
             raise ValueError(
                 f"image_policy is {image_policy!r}; it must be one of {', '.join(POLICIES)}"
             )
-        height, width = size.height, size.width
+        ties = ImageRules(anyres_ties=anyres_ties).anyres_ties  # refuses what is unknown
+        ties = ties if image_policy == "anyres_stretch" else "first"
+        tile_size = (size.height, size.width)
         pixel_values, grids = [], []
         for image in images:
-            targets = [(rows * height, columns * width) for columns, rows in anyres_grids]
-            canvas_size = best_canvas(image.shape[-2:], targets)
-            canvas = self.on_canvas(image, canvas_size, resample, image_policy)
-            tiles = [self.resized(image, (height, width), resample)]
-            for top in range(0, canvas_size[0], height):
-                for left in range(0, canvas_size[1], width):
-                    tiles.append(canvas[:, top : top + height, left : left + width])
+            if image_policy in SQUARE_POLICIES:
+                tiles = [self.square(image, tile_size, resample, image_policy, image_mean)]
+            else:
+                shape = (image.shape[-1], image.shape[-2])
+                grid = best_grid(shape, tile_size[::-1], anyres_grids, ties)
+                tiles = self.views(image, grid, tile_size, resample, image_policy)
+                grids.append(list(grid))
             for tile in tiles:
                 if do_rescale:
                     tile = self.rescale(image=tile, scale=rescale_factor)
                 if do_normalize:
                     tile = self.normalize(image=tile, mean=image_mean, std=image_std)
                 pixel_values.append(tile)
-            grids.append([canvas_size[1] // width, canvas_size[0] // height])
-        data = {"pixel_values": np.array(pixel_values), "image_grids": np.array(grids)}
+        data = {"pixel_values": np.array(pixel_values)}
+        if image_policy not in SQUARE_POLICIES:
+            data["image_grids"] = np.array(grids)
         return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def square(
+        self, image: np.ndarray, size: tuple[int, int], resample: Any, policy: str, mean: Any
+    ) -> np.ndarray:
+        """The one tile of an image, [3, *size]."""
+        if policy == "crop":
+            edge = SizeDict(shortest_edge=min(size))
+            whole = self.resize(image, edge, resample=resample)
+            return self.center_crop(whole, SizeDict(height=size[0], width=size[1]))
+        if policy == "pad" and image.shape[-1] != image.shape[-2]:
+            image = on_square(image, [int(channel * 255) for channel in mean])
+        return self.resized(image, size, resample)
+
+    def views(
+        self,
+        image: np.ndarray,
+        grid: tuple[int, int],
+        size: tuple[int, int],
+        resample: Any,
+        policy: str,
+    ) -> list[np.ndarray]:
+        """The base view of an image and the tiles of its canvas, each [3, *size]."""
+        canvas_size = (grid[1] * size[0], grid[0] * size[1])
+        canvas = self.on_canvas(image, canvas_size, resample, policy)
+        tiles = [self.resized(image, size, resample)]
+        for top in range(0, canvas_size[0], size[0]):
+            for left in range(0, canvas_size[1], size[1]):
+                tiles.append(canvas[:, top : top + size[0], left : left + size[1]])
+        return tiles
 
     def on_canvas(
         self, image: np.ndarray, size: tuple[int, int], resample: Any, policy: str

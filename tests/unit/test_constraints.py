@@ -36,7 +36,18 @@ OLDER_TORCH = {
 def lists() -> dict[str, list[str]]:
     """Requirements by the name of their list in pyproject.toml (Python 3.10 reads no TOML)."""
     blocks = re.findall(r"^([\w-]+) = \[(.*?)\](?=\n|  #)", PROJECT, re.MULTILINE | re.DOTALL)
-    names = ["requires", "dependencies", "dali", "parquet", "te", "flash", "triton", "eval", "dev"]
+    names = [
+        "requires",
+        "dependencies",
+        "dali",
+        "parquet",
+        "heif",
+        "te",
+        "flash",
+        "triton",
+        "eval",
+        "dev",
+    ]
     found = {name: re.findall(r'"([^"]+)"', block) for name, block in blocks if name in names}
     assert list(found) == names
     return found

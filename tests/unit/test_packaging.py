@@ -29,7 +29,7 @@ def _list(name: str) -> list[str]:
 def test_the_extras_are_these():
     block = PROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0]
     extras = re.findall(r"^(\w+) = \[", block, re.MULTILINE)
-    assert extras == ["dali", "parquet", "te", "flash", "triton", "eval", "dev"]
+    assert extras == ["dali", "parquet", "heif", "te", "flash", "triton", "eval", "dev"]
 
 
 def test_everything_that_is_imported_is_asked_for():

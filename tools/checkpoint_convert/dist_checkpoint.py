@@ -29,7 +29,7 @@ from dattn_mcore.checkpoint.manifest import (
     read_manifest,
 )
 from dattn_mcore.config.checks import check_config
-from dattn_mcore.config.load import from_dict
+from dattn_mcore.config.saved import saved_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError
 from tools.checkpoint_convert.mapping import Shape
@@ -65,7 +65,7 @@ class DistCheckpoint:
         self.tokenizer: dict[str, Any] = fields.get("tokenizer", {})
         self._files: dict[str, Any] = fields["files"]
         try:
-            self.config: Config = from_dict(fields["config"])
+            self.config: Config = saved_config(fields["config"])
             check_config(self.config)
         except ConfigError as error:
             raise CheckpointError(f"{self.path / MANIFEST}: {error}") from None

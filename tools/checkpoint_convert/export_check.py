@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from dattn_mcore.checkpoint.load import load_weights
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
+from dattn_mcore.data.image_rules import rules_of
 from dattn_mcore.data.resize import to_tiles
 from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.data.tiles import ANYRES_POLICIES
@@ -39,6 +40,7 @@ from dattn_mcore.evaluation.self_check import (
     saying_versions,
     spread_difference,
 )
+from dattn_mcore.hf.image_rules_dattn import ORIENTATION, to_rgb
 from dattn_mcore.models.dattn import DattnModel
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.first_layers import (
@@ -145,7 +147,9 @@ def _prompt(folder: Path, config: Config) -> Prompt:
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = dict(processor(text=[text], images=[picture], return_tensors="pt"))
     tiles = _tiles(inputs, config)
-    levels = _compare_pictures(tiles, picture, config)
+    levels = max(
+        _compare_pictures(tiles, picture, config), _compare_file(processor, picture, config)
+    )
     (column,) = (inputs["input_ids"][0] == processor.image_token_id).nonzero()[:, 0].tolist()
     return Prompt(inputs, column, tiles, levels)
 
@@ -165,6 +169,24 @@ def _tiles(inputs: dict[str, Tensor], config: Config) -> Tensor:
     return tiles.to(torch.uint8)
 
 
+def _compare_file(processor: Any, picture: Image.Image, config: Config) -> int:
+    """The same of a file that lies on its side and is half transparent, given by its path.
+
+    Raises:
+        SelfCheckError: as `_compare_pictures`.
+    """
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    lying = picture.transpose(Image.Transpose.ROTATE_90)
+    lying.putalpha(lying.convert("L"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "picture.png"
+        lying.save(path, exif=exif)
+        inputs = dict(processor.image_processor(images=[str(path)], return_tensors="pt"))
+        with Image.open(path) as opened:
+            return _compare_pictures(_tiles(inputs, config), opened, config)
+
+
 def _compare_pictures(tiles: Tensor, picture: Image.Image, config: Config) -> int:
     """The largest difference in grey levels between the processor's tiles and training's.
 
@@ -173,8 +195,10 @@ def _compare_pictures(tiles: Tensor, picture: Image.Image, config: Config) -> in
     """
     data, size = config.data, config.model.vision.image_size
     fill = tuple(int(channel * 255) for channel in data.image_mean)
-    image = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
-    ours = to_tiles(image, size, data.image_policy, fill, data.anyres_grids)
+    rules = rules_of(data)
+    image = torch.from_numpy(np.asarray(to_rgb(picture, rules)).copy()).permute(2, 0, 1)
+    ties = rules.anyres_ties
+    ours = to_tiles(image, size, data.image_policy, fill, data.anyres_grids, ties)
     if ours.shape != tiles.shape:
         raise SelfCheckError(
             f"its processor makes tiles {list(tiles.shape)} of a picture and training "

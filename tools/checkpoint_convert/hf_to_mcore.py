@@ -14,6 +14,7 @@ from dattn_mcore.config.load import from_dict
 from dattn_mcore.config.schema import AttentionConfig, Config, DataConfig, ModelConfig
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.hf import DattnConfig
+from dattn_mcore.hf.image_rules_dattn import OLD_RULES, ImageRules
 from tools.checkpoint_convert import projector
 from tools.checkpoint_convert.atomic_folder import AtomicFolder, check_free
 from tools.checkpoint_convert.configs import from_hf, understanding
@@ -208,7 +209,9 @@ def fresh_projector(config: Config, dtype: torch.dtype) -> list[Planned]:
 
 
 def image_settings(folder: Path) -> DataConfig:
-    """Image policy, AnyRes grids, mean and standard deviation of the folder's processor.
+    """Image policy and rules, AnyRes grids, mean and standard deviation of a folder's processor.
+
+    A processor that names no rules is of before there was a choice.
 
     Raises:
         CheckpointError: there is no processor, or its file is malformed.
@@ -227,9 +230,10 @@ def image_settings(folder: Path) -> DataConfig:
         mean: Any = tuple(float(x) for x in fields["image_mean"])
         std: Any = tuple(float(x) for x in fields["image_std"])
         grids: Any = DataConfig().anyres_grids
+        rules = {name: fields.get(name, old) for name, old in asdict(OLD_RULES).items()}
         if fields.get("image_processor_type") == "DattnImageProcessor":
             policy = str(fields["image_policy"])
             grids = tuple((int(columns), int(rows)) for columns, rows in fields["anyres_grids"])
-    return replace(
-        DataConfig(), image_policy=policy, anyres_grids=grids, image_mean=mean, image_std=std
-    )
+        ImageRules(**rules)  # refuses what is unknown
+        data = {"image_policy": policy, "anyres_grids": grids, "image_mean": mean, "image_std": std}
+        return from_dict({"data": {**data, **rules}}).data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dattn_mcore.config.schema import DataConfig, ModelConfig
+from dattn_mcore.data.image_rules import rules_of
 from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.data.templates import TextRun, encode_conversation, stop_id
-from dattn_mcore.data.tiles import ANYRES_POLICIES, POLICIES
+from dattn_mcore.data.tiles import POLICIES
 from dattn_mcore.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -113,8 +115,7 @@ def save_processor(folder: Path, processor: DattnProcessor) -> None:
     file = folder / PROCESSOR
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings["auto_map"] = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-    if isinstance(processor.image_processor, DattnImageProcessor):
-        settings["image_processor"]["auto_map"] = IMAGE_PROCESSOR_AUTO_MAP
+    settings["image_processor"]["auto_map"] = IMAGE_PROCESSOR_AUTO_MAP
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -198,32 +199,25 @@ def _bpe(pieces: Sequence[Any], trainer: Any) -> Any:
     )
 
 
-def image_processor(model: ModelConfig, data: DataConfig) -> Any:
-    """An image processor (Pillow) that does what training did: transformers' own for a square."""
-    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+def image_processor(model: ModelConfig, data: DataConfig) -> DattnImageProcessor:
+    """An image processor (Pillow) that does what training did.
 
+    Raises:
+        CheckpointError: the image policy is unknown.
+    """
     side = model.vision.image_size
-    square = {"height": side, "width": side}
-    common: dict[str, Any] = {
-        "image_mean": list(data.image_mean),
-        "image_std": list(data.image_std),
-        "resample": 3,  # bicubic
-    }
-    if data.image_policy == "stretch":
-        return SiglipImageProcessorPil(size=square, **common)
-    if data.image_policy == "pad":
-        return LlavaImageProcessorPil(size=square, do_pad=True, do_center_crop=False, **common)
-    if data.image_policy == "crop":
-        shortest = {"shortest_edge": side}
-        return LlavaImageProcessorPil(size=shortest, crop_size=square, do_pad=False, **common)
-    if data.image_policy in ANYRES_POLICIES:
-        grids = [list(grid) for grid in data.anyres_grids]
-        return DattnImageProcessor(
-            size=square, image_policy=data.image_policy, anyres_grids=grids, **common
+    if data.image_policy not in POLICIES:
+        raise CheckpointError(
+            f"data.image_policy is {data.image_policy!r}; it must be one of {', '.join(POLICIES)}"
         )
-    raise CheckpointError(
-        f"data.image_policy is {data.image_policy!r}; it must be one of {', '.join(POLICIES)}"
+    return DattnImageProcessor(
+        size={"height": side, "width": side},
+        image_mean=list(data.image_mean),
+        image_std=list(data.image_std),
+        resample=3,  # bicubic
+        image_policy=data.image_policy,
+        anyres_grids=[list(grid) for grid in data.anyres_grids],
+        **asdict(rules_of(data)),
     )
 
 

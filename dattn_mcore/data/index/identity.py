@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from dattn_mcore.config.load import from_dict
+from dattn_mcore.config.saved import with_old_settings
+from dattn_mcore.config.schema import DataConfig
+from dattn_mcore.data.image_rules import rules_of
 from dattn_mcore.data.index.layout import digest
 from dattn_mcore.data.index.store import Index
+from dattn_mcore.data.tiles import ANYRES_POLICIES
 
 _SETTINGS = {
     "weights": "data.sources[].weight",
@@ -14,7 +21,7 @@ _SETTINGS = {
 }
 
 
-def identity_of(index: Index) -> dict[str, Any]:
+def identity_of(index: Index, data: DataConfig) -> dict[str, Any]:
     """Plain values that tell one data set from another: digests, settings, counts."""
     settings = index.settings
     return {
@@ -25,17 +32,62 @@ def identity_of(index: Index) -> dict[str, Any]:
         "template": settings.template,
         "num_samples": len(index),
         "num_usable": index.num_usable,
+        "images": image_settings_of(data),
     }
 
 
-def fingerprint_of(identity: dict[str, Any]) -> str:
+def image_settings_of(data: DataConfig) -> dict[str, Any]:
+    """What the pixels of an image depend on, by the names of the settings in `data`."""
+    grids = data.anyres_grids if data.image_policy in ANYRES_POLICIES else ()
+    return {
+        "image_policy": data.image_policy,
+        "anyres_grids": [list(grid) for grid in grids],
+        "image_mean": list(data.image_mean),
+        "image_std": list(data.image_std),
+        **asdict(rules_of(data)),
+    }
+
+
+def fingerprint_of(identity: Mapping[str, Any]) -> str:
     """SHA-256 of an identity; the counts follow from the rest."""
     counted = ("num_samples", "num_usable")
     return digest({name: value for name, value in identity.items() if name not in counted})
 
 
-def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """What tells two identities apart, in words; empty where nothing does."""
+def same_samples(manifest: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was trained on these samples, whatever it did with their images.
+
+    Args:
+        manifest: Of the checkpoint.
+        here: Identity of this run.
+    """
+    there = manifest.get("data", {}).get("images")
+    samples = {name: value for name, value in here.items() if name != "images"}
+    # Once, image settings were no part of the fingerprint.
+    kept = samples if there is None else {**samples, "images": there}
+    return bool(manifest["data_fingerprint"] == fingerprint_of(kept))
+
+
+def image_changes(
+    manifest: Mapping[str, Any], here: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Image settings in which a checkpoint differs from this run: (there, here) by name.
+
+    A checkpoint of before image settings were part of its identity has them in the configuration
+    beside it; settings that this does not have either are those of runs back then.
+    """
+    there, new = manifest.get("data", {}).get("images"), here["images"]
+    if there is None:
+        saved = with_old_settings(manifest["config"])["data"]
+        tree = {name: saved[name] for name in new if name in saved}
+        there = image_settings_of(from_dict({"data": tree}).data)
+    names = dict.fromkeys([*new, *there])
+    pairs = {f"data.{name}": (there.get(name), new.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What tells the samples of two identities apart, in words; empty where nothing does."""
     parts = []
     if there["content"] != here["content"]:
         counts = f"{there['num_samples']:,} samples there, {here['num_samples']:,} here"

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.image_rules import rules_of
 from dattn_mcore.data.sources.source import Source, configured_sources
 from dattn_mcore.data.tiles import ANYRES_POLICIES
 from dattn_mcore.data.tokenizer import Tokenizer
+from dattn_mcore.hf.image_rules_dattn import ImageRules
 
 VERSION = 3  # raise it when the same sources would give another index
 NEVER = 2**32 - 1  # first_label of a sample without supervised text
@@ -48,7 +50,7 @@ IMAGE = np.dtype(
         ("offset", "<u8"),  # see sources.source.ImagePlace
         ("name_start", "<u8"),
         ("length", "<u4"),
-        ("width", "<u4"),
+        ("width", "<u4"),  # after its orientation is applied
         ("height", "<u4"),
         ("text_before", "<u4"),  # text rows of the sample that stand before the image
         ("num_tiles", "<u2"),
@@ -56,6 +58,7 @@ IMAGE = np.dtype(
         ("columns", "u1"),  # of the AnyRes grid; 0 where the image is one square
         ("rows", "u1"),
         ("format", "u1"),  # place in FORMATS
+        ("identity", "<u8"),  # see image_identity.ImageIdentity.digest
     ]
 )
 
@@ -91,11 +94,12 @@ class ImageRow(NamedTuple):
     columns: int
     rows: int
     format: int
+    identity: int
 
 
 FORMATS = (
     *("OTHER", "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"),
-    *("JPEG2000", "PPM", "AVIF", "ICO", "MPO"),
+    *("JPEG2000", "PPM", "AVIF", "ICO", "MPO", "HEIF"),
 )
 
 
@@ -112,6 +116,7 @@ class IndexSettings:
         tile_size: Side of a tile in pixels.
         grids: Canvases that AnyRes may choose.
         max_pixels: Larger images are unusable.
+        rules: Orientation, transparency and ties of canvases.
     """
 
     sources: tuple[Source, ...]
@@ -122,6 +127,7 @@ class IndexSettings:
     tile_size: int
     grids: tuple[tuple[int, int], ...]
     max_pixels: int
+    rules: ImageRules
 
     @property
     def files(self) -> list[tuple[int, Source]]:
@@ -159,6 +165,7 @@ def settings_of(config: Config, tokenizer: Tokenizer) -> IndexSettings:
         tile_size=config.model.vision.image_size,
         grids=data.anyres_grids if data.image_policy in ANYRES_POLICIES else (),
         max_pixels=data.max_image_pixels,
+        rules=rules_of(data),
     )
 
 

@@ -16,6 +16,7 @@ from dattn_mcore.data.image_files import (
     probe_image,
     probe_image_file,
 )
+from dattn_mcore.data.index.image_identity import identity_of_image
 from dattn_mcore.data.index.layout import (
     FORMATS,
     IMAGE,
@@ -116,7 +117,7 @@ class RowMaker:
                 rows = []
                 for image, before in zip(found, encoded.text_before, strict=True):
                     path = image.name
-                    rows.append(self._image_row(made, source, place, image, before))
+                    rows.append(self._image_row(made, file, place, image, before))
             except DataError as error:
                 reason = str(error)
                 name = (error.id if isinstance(error, RecordError) else "") or name
@@ -190,12 +191,15 @@ class RowMaker:
         return _Encoded(rows, first, supervised, tuple(before))
 
     def _image_row(
-        self, made: Part, source: SourceFile, place: Place, image: ImagePlace, before: int
+        self, made: Part, file: int, place: Place, image: ImagePlace, before: int
     ) -> ImageRow:
-        settings = self._settings
+        settings, source = self._settings, self._open(file)
+        within, described = settings.files[file]
+        identity = identity_of_image(described, within, place, image)
         who = f"image '{image.name}'"
         if image.length or source.image_folder is None:
-            header = probe_image(who, source.image(place, image), settings.max_pixels)
+            data = source.image(place, image)
+            header = probe_image(who, data, settings.max_pixels, settings.rules)
         else:
             header = self._probe(source.image_folder, image.name)
         plan = self._plan(who, header)
@@ -214,6 +218,7 @@ class RowMaker:
             columns=columns,
             rows=rows,
             format=kind,
+            identity=identity.digest,
         )
 
     def _plan(self, who: str, header: ImageHeader) -> TilePlan:
@@ -224,9 +229,13 @@ class RowMaker:
             tile_size=settings.tile_size,
             grids=settings.grids,
             max_pixels=settings.max_pixels,
+            ties=settings.rules.anyres_ties,
         )
 
     def _probe_file(self, folder: str, path: str, hint: bool = True) -> ImageHeader:
         if folder not in self._folders:
             self._folders[folder] = check_folder(folder)
-        return probe_image_file(self._folders[folder], path, self._settings.max_pixels, hint)
+        settings = self._settings
+        return probe_image_file(
+            self._folders[folder], path, settings.max_pixels, hint, settings.rules
+        )

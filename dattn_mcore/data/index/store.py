@@ -13,6 +13,7 @@ import numpy as np
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.build import build_index, describe_file, locked
+from dattn_mcore.data.index.image_identity import ImageIdentity, identity_of_image
 from dattn_mcore.data.index.layout import IndexSettings, settings_of
 from dattn_mcore.data.index.rows import RowMaker
 from dattn_mcore.data.sources.source import ImagePlace, Place
@@ -30,14 +31,16 @@ class IndexedImage:
 
     Attributes:
         place: Where its bytes are.
-        width: Pixels.
-        height: Pixels.
+        identity: Which image it is; equal for all samples that show it.
+        width: Pixels, after its orientation is applied.
+        height: Pixels, after its orientation is applied.
         num_tiles: Tiles it is cut into.
         grid: AnyRes columns and rows; (0, 0) for one square.
         text_before: Text rows of its sample that stand before it.
     """
 
     place: ImagePlace
+    identity: ImageIdentity
     width: int
     height: int
     num_tiles: int
@@ -84,6 +87,7 @@ class Index:
             DataError: One of them is missing or damaged.
         """
         self.folder, self.settings = folder, settings
+        self._files = settings.files
         try:
             self.content: dict[str, Any] = json.loads((folder / "index.json").read_text("utf-8"))
             self.samples = np.load(folder / "samples.npy", mmap_mode="r")
@@ -122,15 +126,21 @@ class Index:
         row = self.samples[number]
         first, count = int(row["first_image"]), int(row["num_images"])
         name = self.name(row)
-        images = tuple(self._image(image) for image in self.images[first : first + count])
-        inside = tuple(image.place for image in images if image.place.length)
+        rows = self.images[first : first + count]
+        places = [self._place(image) for image in rows]
+        inside = tuple(place for place in places if place.length)
+        file = int(row["file"])
+        place = Place(int(row["offset"]), int(row["length"]), name, inside, bool(row["caption"]))
+        within, source = self._files[file]
+        images = tuple(
+            self._image(image, where, identity_of_image(source, within, place, where))
+            for image, where in zip(rows, places, strict=True)
+        )
         return IndexedSample(
             number=number,
             id=name,
-            file=int(row["file"]),
-            place=Place(
-                *(int(row["offset"]), int(row["length"]), name, inside), bool(row["caption"])
-            ),
+            file=file,
+            place=place,
             text_rows=int(row["text_rows"]),
             images=images,
         )
@@ -150,9 +160,13 @@ class Index:
             start, file = start + count, file + len(source.files)
         return ranges
 
-    def _image(self, row: Any) -> IndexedImage:
+    def _place(self, row: Any) -> ImagePlace:
+        return ImagePlace(self.name(row), int(row["offset"]), int(row["length"]))
+
+    def _image(self, row: Any, place: ImagePlace, identity: ImageIdentity) -> IndexedImage:
         return IndexedImage(
-            place=ImagePlace(self.name(row), int(row["offset"]), int(row["length"])),
+            place=place,
+            identity=identity,
             width=int(row["width"]),
             height=int(row["height"]),
             num_tiles=int(row["num_tiles"]),

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.image_rules import rules_of
 from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.order import SampleOrder
@@ -24,6 +25,7 @@ from dattn_mcore.data.steps import shares_of
 from dattn_mcore.data.templates import NO_LOSS, EncodedSample
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError
+from dattn_mcore.hf.image_rules_dattn import ImageRules, to_rgb
 
 _WIDTH = 280  # pixels of an image on the page
 _TILE = 112
@@ -67,7 +69,7 @@ def write_preview(
     ]
     try:
         for number in numbers:
-            body += _sample(reader, loader, tokenizer, reader.plan(number))
+            body += _sample(reader, loader, tokenizer, reader.plan(number), rules_of(data))
     finally:
         loader.close()
         reader.close()
@@ -91,7 +93,11 @@ def _chosen(index: Index, config: Config, count: int, ids: Sequence[str] | None)
 
 
 def _sample(
-    reader: SampleReader, loader: ImageLoader, tokenizer: Tokenizer, planned: PlannedSample
+    reader: SampleReader,
+    loader: ImageLoader,
+    tokenizer: Tokenizer,
+    planned: PlannedSample,
+    rules: ImageRules,
 ) -> Iterator[str]:
     indexed = planned.indexed
     encoded = reader.encode(planned)
@@ -112,7 +118,7 @@ def _sample(
             f'<p class="note">image {number + 1}: {escape(image.place.name)}, {image.width} x '
             f"{image.height} pixels, {image.num_tiles} tile(s){grid}</p>"
         )
-        shown = "" if number in failed else _original(request.read(), image.place.name)
+        shown = "" if number in failed else _original(request.read(), image.place.name, rules)
         mine = tiles[first : first + image.num_tiles]
         first += image.num_tiles
         cut = "".join(_tile(tile) for tile in mine)
@@ -120,10 +126,11 @@ def _sample(
     yield f'<p class="text">{_text(tokenizer, encoded)}</p></section>'
 
 
-def _original(data: bytes, name: str) -> str:
+def _original(data: bytes, name: str, rules: ImageRules) -> str:
     with Image.open(io.BytesIO(data)) as opened:
-        opened.thumbnail((2 * _WIDTH, 2 * _WIDTH))
-        return picture(opened.convert("RGB"), "JPEG", min(_WIDTH, opened.width), name)
+        shown = to_rgb(opened, rules)
+        shown.thumbnail((2 * _WIDTH, 2 * _WIDTH))
+        return picture(shown, "JPEG", min(_WIDTH, shown.width), name)
 
 
 def _tile(tile: Tensor) -> str:

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import transformers
 import dattn_mcore.hf
 from dattn_mcore.data.tiles import POLICIES
 from dattn_mcore.hf import REMOTE_CODE_FILES, TESTED_TRANSFORMERS
+from dattn_mcore.hf.image_rules_dattn import OLD_RULES
 from tests.matrix.exports import ARCHITECTURES, trainer_config
 from tests.unit.convert.convert_helpers import make_checkpoint, make_tokenizer, small_config
 from tools.checkpoint_convert.__main__ import main
@@ -27,6 +28,8 @@ def sides(tmp_path_factory):
     """A checkpoint, its export, and the same as the code of release 0 wrote it."""
     folder = tmp_path_factory.mktemp("sides")
     config = trainer_config(ARCHITECTURES["gemma2_siglip_anyres"], OLD / "tokenizer.model")
+    # The old export names no image rules, and so means those of before they were named.
+    config = replace(config, data=replace(config.data, **asdict(OLD_RULES)))
     make_checkpoint(folder / "mcore", config)
     assert main(["mcore-to-hf", str(folder / "mcore"), str(folder / "hf")]) == 0
     shutil.copytree(OLD, folder / "old", ignore=shutil.ignore_patterns("README.md", "*.model"))

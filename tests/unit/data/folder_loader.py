@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dattn_mcore.data.image_files import check_folder, probe_image_file, read_bytes
+from dattn_mcore.data.image_rules import DEFAULT_RULES
 from dattn_mcore.data.images import ImageLoader, ImageRequest
 from dattn_mcore.data.tiles import Grid, plan_tiles
 from dattn_mcore.errors import DataError
@@ -51,12 +52,14 @@ class FolderLoader:
         policy = self.options.get("policy", "stretch")
         if not policy.startswith("anyres"):
             return 1, (0, 0)
-        header = probe_image_file(self.folder, path, self.max_pixels)
+        rules = self.options.get("rules", DEFAULT_RULES)
+        header = probe_image_file(self.folder, path, self.max_pixels, rules=rules)
         plan = plan_tiles(
             header.width,
             header.height,
             policy=policy,
             tile_size=self.options["size"],
             grids=self.options["grids"],
+            ties=rules.anyres_ties,
         )
         return plan.num_tiles, plan.grid

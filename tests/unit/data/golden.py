@@ -47,6 +47,39 @@ def deep_png(width: int, height: int) -> bytes:
     )
 
 
+def bitmaps(rgb: Image.Image) -> dict[str, bytes]:
+    """BMPs that Pillow cannot write: 16 bits a pixel, bit fields, 32 bits, top row first."""
+    red, green, blue = np.moveaxis(np.asarray(rgb).astype(np.uint32), -1, 0)
+    five_five_five = ((red >> 3) << 10 | (green >> 3) << 5 | blue >> 3).astype("<u2")
+    five_six_five = ((red >> 3) << 11 | (green >> 2) << 5 | blue >> 3).astype("<u2")
+    whole = (200 << 24 | red << 16 | green << 8 | blue).astype("<u4")
+    plain = np.asarray(rgb)[..., ::-1]
+    masks = struct.pack("<III", 0xF800, 0x7E0, 0x1F), struct.pack("<III", 0xFF0000, 0xFF00, 0xFF)
+    return {
+        "p_555": _bmp(five_five_five, 16),
+        "p_565": _bmp(five_six_five, 16, masks[0]),
+        "p_32": _bmp(whole, 32),
+        "p_32_fields": _bmp(whole, 32, masks[1]),
+        "d_top_down": _bmp(plain, 24, top_down=True),
+        "d_v5": _bmp(plain, 24, header=124),
+    }
+
+
+def _bmp(
+    pixels: np.ndarray, bits: int, masks: bytes = b"", header: int = 40, top_down: bool = False
+) -> bytes:
+    """One BMP; `masks` are the bit fields behind its header."""
+    height, width = pixels.shape[:2]
+    stride = (width * bits + 31) // 32 * 4
+    rows = [row.tobytes().ljust(stride, b"\0") for row in (pixels if top_down else pixels[::-1])]
+    body = b"".join(rows)
+    start = 14 + header + len(masks)
+    sizes = struct.pack("<Iii", header, width, -height if top_down else height)
+    kind = struct.pack("<HHII", 1, bits, 3 if masks else 0, len(body))
+    first = b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start)
+    return first + (sizes + kind).ljust(header, b"\0") + masks + body
+
+
 def write_golden(folder: Path) -> None:
     """Writes the corpus of formats and colour modes. d_: DALI's part by rule, p_: Pillow's."""
     rgb = picture(131, 97)
@@ -64,7 +97,7 @@ def write_golden(folder: Path) -> None:
     save("d_progressive.jpg", rgb, progressive=True)
     save("d_grey.jpg", grey)
     for orientation in range(1, 9):
-        exif[0x0112] = orientation  # a decoder that obeys it would turn the picture
+        exif[0x0112] = orientation
         save(f"d_exif{orientation}.jpg", rgb, exif=exif)
     exif[0x0112] = 6
     save("d_icc.jpg", rgb, icc_profile=profile)
@@ -99,6 +132,8 @@ def write_golden(folder: Path) -> None:
     save("p_alpha.webp", rgba, lossless=True)
     save("p_animated.webp", rgb, save_all=True, append_images=[rgb.rotate(180)], lossless=True)
     save("p_grey.bmp", grey)
+    for name, data in bitmaps(rgb).items():
+        (folder / f"{name}.bmp").write_bytes(data)
     save("p_plain.gif", rgb)
     save("p_animated.gif", rgb, save_all=True, append_images=[rgb.rotate(180)])
     save("p_transparent.gif", rgb.convert("P"), transparency=3)

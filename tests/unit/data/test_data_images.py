@@ -48,7 +48,7 @@ def test_dali_equals_pillow_bit_for_bit_where_the_rule_sends_it(golden: Path) ->
         checked = read_image_file(golden, file.name, "x", LIMIT)
         assert suits_dali(checked) == file.name.startswith("d_"), file.name
         if suits_dali(checked):
-            (there,) = decoder._run([checked.data])
+            (there,) = decoder._run([checked])
             assert torch.equal(there, decode_with_pillow(checked)), file.name
     decoder.close()
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from dattn_mcore.config.load import from_dict, to_dict
-from dattn_mcore.config.schema import Config, SourceConfig
+from dattn_mcore.config.schema import Config, DataConfig, SourceConfig
 from dattn_mcore.data.__main__ import main
 from dattn_mcore.data.failures import check_share
 from dattn_mcore.data.images import ImageLoader, ImageRequest
@@ -50,7 +50,7 @@ class Counting:
 
 
 def fingerprint(index: Index) -> str:
-    return fingerprint_of(identity_of(index))
+    return fingerprint_of(identity_of(index, DataConfig()))
 
 
 def with_sources(config: Config, tmp_path: Path, *sources: SourceConfig) -> Config:
@@ -284,7 +284,8 @@ def test_stale_indexes_are_made_again_or_refused(
         open_index(never, toy_tokenizer)
     again = open_index(config, toy_tokenizer)
     assert again.folder == first.folder and fingerprint(again) != fingerprint(first)
-    found = difference(identity_of(first), identity_of(again))
+    data = config.data
+    found = difference(identity_of(first, data), identity_of(again, data))
     assert found == "the annotations (40 samples there, 40 here)"
     other = open_index(make_config(annotations=str(path), template="gemma"), toy_tokenizer)
     assert other.folder != first.folder  # both stay
@@ -309,8 +310,9 @@ def test_sources_are_mixed_by_weight(
     assert open_index(other, toy_tokenizer).folder == index.folder  # weights change no index
     weighted = open_index(other, toy_tokenizer)
     assert fingerprint(weighted) != fingerprint(index)
-    assert difference(identity_of(weighted), identity_of(index)) == "data.sources[].weight"
-    assert difference(identity_of(index), identity_of(index)) == ""
+    identities = [identity_of(each, config.data) for each in (weighted, index)]
+    assert difference(*identities) == "data.sources[].weight"
+    assert difference(identities[1], identities[1]) == ""
 
 
 def test_weights_that_leave_no_sample_are_told(

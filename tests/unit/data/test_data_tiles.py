@@ -19,8 +19,10 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from dattn_mcore.config.schema import DataConfig
 from dattn_mcore.data import resize
 from dattn_mcore.data.resize import to_tile
-from dattn_mcore.data.tiles import POLICIES, best_grid, plan_image, plan_tiles
+from dattn_mcore.data.tiles import POLICIES, plan_image, plan_tiles
 from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.hf.image_processing_dattn import DattnImageProcessor
+from dattn_mcore.hf.image_rules_dattn import best_grid
 
 GRIDS = DataConfig().anyres_grids
 SIZE = st.integers(1, 3000)
@@ -38,7 +40,7 @@ def resolutions(tile_size: int, grids=GRIDS) -> list[list[int]]:
 @example(384, 384, 384)  # every grid shows the whole image: least waste decides, then the order
 @example(768, 384, 384)
 def test_the_grid_is_transformers_choice(width, height, tile_size):
-    columns, rows = best_grid(width, height, tile_size, GRIDS)
+    columns, rows = best_grid((width, height), (tile_size, tile_size), GRIDS, "first")
     expected = select_best_resolution((height, width), resolutions(tile_size))
     assert (rows * tile_size, columns * tile_size) == tuple(expected)
 
@@ -184,3 +186,63 @@ def test_no_plan_exceeds_the_largest(width, height, policy):
     """The bound that the visual budget is checked against."""
     plan = plan_tiles(width, height, policy=policy, tile_size=56, grids=GRIDS)
     assert 1 <= plan.num_tiles <= DataConfig(image_policy=policy).max_tiles
+
+
+def squeezed(width: int, height: int, grid: tuple[int, int]) -> float:
+    """By how much more one axis is resized than the other when the image fills the canvas."""
+    across, down = grid[0] / width, grid[1] / height
+    return max(across, down) / min(across, down)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((300, 100), (2, 1)),  # a sixfold squeeze on the first of the equals, (1, 2)
+        ((100, 300), (1, 2)),
+        ((110, 100), (2, 1)),
+        ((100, 100), (1, 2)),  # equally near: the first
+        ((2000, 100), (4, 1)),  # no tie: it shows more of the image than (2, 1)
+    ],
+)
+def test_stretching_takes_the_nearest_of_equal_canvases(size, expected):
+    args = {"tile_size": 384, "grids": GRIDS}
+    assert plan_tiles(*size, policy="anyres_stretch", **args).grid == expected
+    by_order = plan_tiles(*size, policy="anyres_stretch", ties="first", **args).grid
+    assert plan_tiles(*size, policy="anyres_letterbox", **args).grid == by_order
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIZE, SIZE, TILE)
+@example(300, 100, 384)
+def test_ties_alone_are_decided_by_the_aspect_ratio(width, height, tile_size):
+    """What a canvas shows and wastes stays the best there is; only equals trade places."""
+    args = {"tile_size": tile_size, "grids": GRIDS}
+    near = plan_tiles(width, height, policy="anyres_stretch", **args)
+    first = plan_tiles(width, height, policy="anyres_stretch", ties="first", **args)
+    both = [(plan.columns, plan.rows) for plan in (near, first)]
+    shown = [
+        min(int(width * scale) * int(height * scale), width * height)
+        for columns, rows in both
+        for scale in [min(columns * tile_size / width, rows * tile_size / height)]
+    ]
+    assert shown[0] == shown[1]
+    assert both[0][0] * both[0][1] == both[1][0] * both[1][1]
+    assert squeezed(width, height, both[0]) <= squeezed(width, height, both[1]) * (1 + 1e-12)
+    letterbox = plan_tiles(width, height, policy="anyres_letterbox", **args)
+    assert (letterbox.columns, letterbox.rows) == both[1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 120), st.integers(1, 120), st.sampled_from(["aspect", "first"]))
+def test_the_exported_processor_takes_the_same_canvas(width, height, ties):
+    image = Image.new("RGB", (width, height))
+    for policy in ("anyres_stretch", "anyres_letterbox"):
+        processor = DattnImageProcessor(
+            size={"height": 8, "width": 8},
+            image_policy=policy,
+            anyres_ties=ties,
+            anyres_grids=[list(grid) for grid in GRIDS],
+        )
+        found = processor([image], return_tensors="np")["image_grids"].tolist()
+        plan = plan_tiles(width, height, policy=policy, tile_size=8, grids=GRIDS, ties=ties)
+        assert found == [list(plan.grid)]

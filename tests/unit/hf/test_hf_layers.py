@@ -7,7 +7,8 @@ from transformers.image_utils import ChannelDimension
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.mistral import modeling_mistral as mistral
 
-from dattn_mcore.hf.image_processing_dattn import best_canvas, inner_size
+from dattn_mcore.hf.image_processing_dattn import inner_size
+from dattn_mcore.hf.image_rules_dattn import best_grid
 from dattn_mcore.hf.layers_dattn import (
     DattnEmbedding,
     DattnMLP,
@@ -132,8 +133,10 @@ def test_other_rotary_positions_are_refused():
 
 @pytest.mark.parametrize("image", [(100, 30), (30, 100), (384, 384), (1, 999), (1000, 667)])
 def test_canvas_is_the_one_of_llava_next(image):
-    canvases = [(384 * rows, 384 * columns) for rows in (1, 2, 3) for columns in (1, 2, 3)]
-    assert best_canvas(image, canvases) == select_best_resolution(image, canvases)
+    grids = [(columns, rows) for rows in (1, 2, 3) for columns in (1, 2, 3)]
+    canvases = [(384 * rows, 384 * columns) for columns, rows in grids]
+    columns, rows = best_grid(image[::-1], (384, 384), grids, "first")
+    assert (384 * rows, 384 * columns) == select_best_resolution(image, canvases)
     pixels = noise(3, *image).numpy()
     for canvas in canvases:
         expected = get_patch_output_size(pixels, canvas, ChannelDimension.FIRST)

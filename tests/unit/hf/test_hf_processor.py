@@ -23,7 +23,7 @@ FOUR = {"height": 4, "width": 4}
 def test_anyres_resizes_to_tiles_and_to_nothing_else(option):
     processor = DattnImageProcessor(size=FOUR)
     assert processor(PICTURE, return_tensors="pt")["pixel_values"].shape[1:] == (3, 4, 4)
-    with pytest.raises(ValueError, match="do_resize=False, do_center_crop and do_pad are not"):
+    with pytest.raises(ValueError, match="cannot be given: tiles are of the size that"):
         processor(PICTURE, return_tensors="pt", **option)
 
 
