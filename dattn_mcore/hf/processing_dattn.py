@@ -56,22 +56,24 @@ class DattnProcessor(ProcessorMixin):
                 kwargs.setdefault(name, value)
         found = super().__call__(images=images, text=text, **kwargs)
         if return_labels:
-            found["labels"] = self._labels(found)
+            found["labels"] = labels_of(found, self.image_token_id)
         return found
-
-    def _labels(self, found: Any) -> Any:
-        ids, mask = found.get("input_ids"), found.get("attention_mask")
-        if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor):
-            raise ValueError(
-                "return_labels needs text with its attention mask as tensors; give text and "
-                "return_tensors='pt'"
-            )
-        live = mask.bool() & (ids != self.image_token_id)
-        return ids.masked_fill(~live | (live.cumsum(1) == 1), -100)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """One placeholder stays one placeholder."""
         return self.image_token
+
+
+def labels_of(found: Any, image_token_id: int) -> torch.Tensor:
+    """The ids of a batch, with -100 where no row predicts a token."""
+    ids, mask = found.get("input_ids"), found.get("attention_mask")
+    if not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            "return_labels needs text with its attention mask as tensors; give text and "
+            "return_tensors='pt'"
+        )
+    live = mask.bool() & (ids != image_token_id)
+    return ids.masked_fill(~live | (live.cumsum(1) == 1), -100)
 
 
 __all__ = ["DattnProcessor"]
