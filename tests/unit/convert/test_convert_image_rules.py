@@ -190,7 +190,7 @@ def test_rules_can_be_given_with_a_call_and_unknown_ones_are_refused(
     assert not torch.equal(turned["pixel_values"], lying["pixel_values"])
     with pytest.raises(ValueError, match="transparency is 'black'; it must be one of white, drop"):
         make([image], transparency="black")
-    for option in ({"do_resize": False}, {"do_center_crop": True}, {"do_pad": True}):
+    for option in ({"do_resize": False}, {"crop_size": {"height": 28, "width": 28}}):
         with pytest.raises(ValueError, match=f"{next(iter(option))} cannot be given"):
             make([image], **option)
     with pytest.raises(ValueError, match="an image must be a path, a URL or base64 text"):
