@@ -133,6 +133,26 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
+def put(temporary: Path, final: Path) -> Path | None:
+    """Gives a whole checkpoint its name.
+
+    Args:
+        temporary: where it is.
+        final: where it goes; what is there makes place only if it can.
+
+    Returns:
+        Where that is now, to be deleted; None if nothing was there.
+    """
+    replaced = set_aside(final) if final.exists() else None
+    try:
+        os.replace(temporary, final)
+    except OSError:
+        if replaced is not None:
+            os.replace(replaced, final)
+        raise
+    return replaced
+
+
 def _is_unfinished(path: Path) -> bool:
     name = path.name.removesuffix(_ASIDE) if path.name.endswith(_ASIDE) else path.stem
     own = path.suffix == ".tmp" and step_of(path.with_name(name)) is not None

@@ -168,9 +168,9 @@ class CheckpointSaver:
                 written, failure = True, reason(error)
             if not written:
                 return None
-            if failure is not None:
-                self._pending = None
+            self._pending = None  # on every rank, where one could not finalize
             _raise_if_any(failure, pending)
+            self._pending = pending
             pending.hashing = threading.Thread(target=self._hash, args=(pending,), daemon=True)
             pending.hashing.start()
         if blocking:
@@ -250,12 +250,11 @@ class CheckpointSaver:
             }
             try:
                 manifest.write_manifest(pending.temporary, pending.manifest, files)
-                old = folders.set_aside(pending.final) if pending.final.exists() else None
-                os.replace(pending.temporary, pending.final)
+                replaced = folders.put(pending.temporary, pending.final)
             except OSError as error:
                 failure = reason(error)
             else:
-                self._remove_old(old, pending.final)
+                self._remove_old(replaced, pending.final)
         _raise_if_any(failure, pending)
         return pending.final
 

@@ -1,5 +1,6 @@
 """Which checkpoints a save deletes: own, whole and older ones only, and never the last."""
 
+import os
 import shutil
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 from dattn_mcore.checkpoint import folders
 from dattn_mcore.checkpoint.folders import list_checkpoints
 from dattn_mcore.checkpoint.load import choose_checkpoint
+from dattn_mcore.errors import CheckpointError
 from dattn_mcore.parallel.groups import single_process
 from tests.unit.checkpoint.runs import small_run
 
@@ -134,6 +136,25 @@ def test_a_checkpoint_is_replaced_when_the_new_one_is_whole(checkpoints, keep, m
     assert names(root) == ["step_00000001", "step_00000002"]
     replaced = next(there for name, there in seen if name == "step_00000002.old.tmp")
     assert "step_00000002" in replaced
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(checkpoints, keep, monkeypatch):
+    """It may be the only whole one."""
+    root, replace_file = checkpoints, os.replace
+
+    def refuses(source, target):
+        if str(source).endswith("step_00000002.tmp"):
+            raise OSError(5, "Input/output error")
+        replace_file(source, target)
+
+    monkeypatch.setattr(folders.os, "replace", refuses)
+    with small_run(root, keep(2)) as run:
+        run.step(2)
+        with pytest.raises(CheckpointError, match="could not be written .*Input/output error"):
+            run.saver.save(2)
+    assert names(root) == ["step_00000001", "step_00000002"]
+    with single_process():
+        assert choose_checkpoint(root)[0] == root / "step_00000002"
 
 
 def test_a_deletion_that_is_interrupted_leaves_no_half_checkpoint(checkpoints, keep, monkeypatch):
