@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -46,9 +47,36 @@ def optimizer_state(
     is_loading: bool,
 ) -> dict[str, Any]:
     """Sharded optimizer state that matches a `model_state`."""
+    if not is_loading:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if not part.is_stub_optimizer and not part.optimizer.state:
+                _begin(part.optimizer)
     return optimizer.sharded_state_dict(
         model, is_loading=is_loading, metadata=metadata(pg_collection)
     )
+
+
+def _begin(adam: torch.optim.Optimizer) -> None:
+    """Gives Adam the state of before its first update: averages of 0, after 0 steps.
+
+    It makes them in its first update, and Megatron-Core saves no optimizer without; a run whose
+    first steps have nothing to learn from is saved before.
+    """
+    rates = [group["lr"] for group in adam.param_groups]
+    for group in adam.param_groups:
+        group["lr"] = 0.0  # weights stay, and so does their decay, which goes by the rate
+        for parameter in group["params"]:
+            if parameter.numel():  # fused ones refuse what is empty
+                parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    adam.zero_grad()
+    for group, rate in zip(adam.param_groups, rates, strict=True):
+        group["lr"] = rate
+        if "step" in group:  # Transformer Engine and Apex count here, PyTorch in each state
+            group["step"] = 0
+    for state in adam.state.values():
+        if "step" in state:
+            state["step"].zero_()
 
 
 def rng_state(

@@ -30,6 +30,9 @@ _EITHER = (b"mif1", b"msf1")  # AVIF or HEIC, by the brands listed behind
 _FEATURES = {"AVIF": "avif", "WebP": "webp", "JPEG 2000": "jpg_2000"}
 
 
+_NO_REASONS = ("", "could not create decoder object")  # what Pillow says of any damage
+
+
 def is_known(start: bytes) -> bool:
     """Whether a file that begins so can be an image."""
     return start.startswith(_SIGNATURES) or _is_webp(start) or bool(_boxed(start))
@@ -60,8 +63,11 @@ def why_no_header(file: BinaryIO, error: Exception) -> str:
     if bits not in (None, 8):
         return f"is a JPEG of {bits} bits a channel, which cannot be read; convert it to 8 bits"
     reason = " ".join(str(error).split())
-    if isinstance(error, UnidentifiedImageError) or not reason:  # what that says names no reason
-        reason = f"it is truncated or damaged ({type(error).__name__})"
+    if isinstance(error, UnidentifiedImageError) or reason in _NO_REASONS:
+        reason = type(error).__name__
+    elif "truncated" not in reason.lower():
+        return f"has a signature but no readable header; {reason}"
+    reason = f"it is truncated or damaged ({reason})"
     return f"has a signature but no readable header; {reason}"
 
 

@@ -11,6 +11,7 @@ from tests.distributed.jobs import (
     run_training_of_rank,
     run_training_with_log,
     small_config,
+    train_until_killed,
     weights_by_step,
 )
 from tests.distributed.pool import WorkerError
@@ -197,6 +198,36 @@ def test_a_step_without_a_supervised_token_moves_nothing(pool, data_dir, tmp_pat
     assert [row["loss"] is None for row in rows] == [False, True, False]
     assert rows[1]["grad_norm"] is None and rows[1]["supervised_tokens"] == 0
     assert rows[2]["grad_norm"] > 0
+
+
+def test_saved_before_the_first_update(pool, data_dir, tmp_path):
+    """All of step 1 is damaged: Adam has no state yet, and what follows is as without the save."""
+    records = json.loads((data_dir / "instruct.json").read_text())
+    records = list({r["image"]: r for r in records if isinstance(r.get("image"), str)}.values())
+    images = {record["id"]: data_dir / "images" / record["image"] for record in records[:24]}
+    (data_dir / "instruct.json").write_text(json.dumps(records[:24]))
+    whole, parts = (
+        small_config(
+            data_dir,
+            tmp_path / name,
+            data={"max_bad_share": 0.5},
+            train={"global_batch_size": 8},
+        )
+        for name in ("whole", "parts")
+    )
+    pool.run(run_training, 2, whole)
+    line, *_ = (tmp_path / "whole/samples.jsonl").read_text().splitlines()
+    for name in json.loads(line)["ids"]:
+        images[name].write_bytes(images[name].read_bytes()[:-200])
+    shutil.rmtree(tmp_path / "whole")
+    pool.run(run_training, 2, whole)
+    assert pool.run(train_until_killed, 2, parts, 1) == [False, False]
+    assert [path.name for path in (tmp_path / "parts/checkpoints").iterdir()] == ["step_00000001"]
+    assert all(pool.run(run_training, 2, parts))
+    rows, expected = read_metrics(tmp_path / "parts"), read_metrics(tmp_path / "whole")
+    assert [row["loss"] is None for row in rows] == [True, False, False]
+    for key in ("loss", "grad_norm", "lr"):
+        assert [row[key] for row in rows] == [row[key] for row in expected]
 
 
 def test_a_run_whose_samples_all_turn_out_bad_ends(pool, data_dir, tmp_path):

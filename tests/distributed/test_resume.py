@@ -297,7 +297,9 @@ def test_other_tiles_are_refused_where_steps_depend_on_them(pool, digits, tmp_pa
     tree = tree_for(digits, tmp_path, data=data)
     pool.run(train_until_killed, 1, tree, 1)
     tree["data"]["anyres_grids"] = [[2, 1]]
-    message = r"trained with data.anyres_grids=\[\[1, 2\], \[2, 1\]\], here it is \[\[2, 1\]\]"
+    message = (
+        r"trained with data.anyres_grids=\[\[1,2\],\[2,1\]\], here it is data.anyres_grids=\[\["
+    )
     with pytest.raises(WorkerError, match=message):
         pool.run(run_training, 1, tree)
 

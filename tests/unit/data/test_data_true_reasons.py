@@ -64,7 +64,7 @@ def reasons(data: bytes) -> list[str]:
         (twelve_bit(), "is a JPEG of 12 bits a channel, which cannot be read; convert it to 8"),
         (odd_fields(), "Unsupported BMP bitfields layout"),
         (encoded("PNG")[:20], "it is truncated or damaged"),
-        (encoded("JPEG")[:20], "Truncated File Read"),
+        (encoded("JPEG")[:20], "it is truncated or damaged"),
     ],
     ids=["12 bits", "bit fields", "cut PNG", "cut JPEG"],
 )
