@@ -63,14 +63,14 @@ def reasons(data: bytes) -> list[str]:
     [
         (twelve_bit(), "is a JPEG of 12 bits a channel, which cannot be read; convert it to 8"),
         (odd_fields(), "Unsupported BMP bitfields layout"),
-        (encoded("PNG")[:20], "it is truncated or damaged"),
-        (encoded("JPEG")[:20], "it is truncated or damaged"),
+        (encoded("PNG")[:20], "truncated"),
+        (encoded("JPEG")[:20], "truncated"),
     ],
     ids=["12 bits", "bit fields", "cut PNG", "cut JPEG"],
 )
 def test_the_reason_is_the_true_one(data: bytes, reason: str) -> None:
     for line in reasons(data):
-        assert reason in line
+        assert reason.lower() in line.lower()
         assert ("truncated" in line.lower()) == ("truncated" in reason.lower())
 
 
