@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -20,21 +21,27 @@ def start_ranks(
     fault: str,
     overrides: dict[int, list[str]] | None = None,
     world_size: int = 2,
+    faulty: int = 1,
 ) -> list[Any]:
-    """Starts `pretrain_dattn.py`'s command on some ranks; rank 1 has the fault.
+    """Starts `pretrain_dattn.py`'s command on some ranks, one of which has the fault.
 
     Args:
         tree: configuration.
         folder: where the configuration and each rank's output go (`rank0.log`, ...).
-        fault: name of a function in this file, called on rank 1 before the command.
+        fault: name of a function in this file, called on the faulty rank before the command.
         overrides: further arguments of a rank.
         world_size: number of ranks.
+        faulty: rank that has the fault.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     common = ["--config", str(folder / "run.yaml"), "--device", "cpu"]
     arguments = [
-        (folder, fault if rank == 1 else "nothing", [*common, *(overrides or {}).get(rank, [])])
+        (
+            folder,
+            fault if rank == faulty else "nothing",
+            [*common, *(overrides or {}).get(rank, [])],
+        )
         for rank in range(world_size)
     ]
     return ranks.start_ranks(_train, arguments, folder)
@@ -50,6 +57,13 @@ def _train(folder: Path, fault: str, arguments: list[str]) -> int:
 
 def nothing(folder: Path) -> None:
     """No fault."""
+
+
+def limited_files(folder: Path) -> None:
+    """No file may grow beyond the bytes in `limit`: a write fails midway, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit = int((folder / "limit").read_text())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def stopped(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""What goes wrong in benchmarks/faults.py, a file a kind."""
