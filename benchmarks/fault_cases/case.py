@@ -56,7 +56,7 @@ class Workshop:
     def tree(self, run_dir: Path, **sections: Any) -> dict[str, Any]:
         """The configuration of that run in another folder, with changes."""
         shared = {
-            "data": {"index_dir": str(self.folder / "index"), "workers": 1},
+            "data": {"index_dir": str(self.folder / "index")},
             "train": {"steps": STEPS, "global_batch_size": 12},
             "checkpoint": {"save_interval": 1, "keep": 2},
         }

@@ -79,7 +79,6 @@ def _annotations(folder: Path, workshop: Workshop, seed: int) -> str | None:
     (folder / "all.json").write_bytes(mutated(raw, random.Random(seed)))
     tree = workshop.tree(folder / "run")
     tree["data"] |= {"annotations": str(folder / "all.json"), "index_dir": str(folder / "index")}
-    tree["data"].pop("workers", None)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     command = ["check", "--config", str(folder / "run.yaml"), "--workers", "1", "--decode"]
     status, said = _said(lambda: main(command))
