@@ -134,9 +134,15 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
-def one_line_of(text: str, beginnings: tuple[str, ...] = ("error: ", "fault: ")) -> str | None:
-    """What is wrong with the words of a command that failed: one line is owed, no traceback."""
+def one_line_of(text: str, several: bool = False) -> str | None:
+    """What is wrong with the words of a command that failed: one line is owed, no traceback.
+
+    Args:
+        text: what it said.
+        several: it may name several mistakes, a line each.
+    """
     if "Traceback" in text:
         return f"a traceback: {last_line(text)}"
-    told = [line for line in text.splitlines() if line.startswith(beginnings)]
-    return None if len(told) == 1 else f"{len(told)} lines of errors instead of one"
+    told = [line for line in text.splitlines() if line.startswith(("error: ", "fault: "))]
+    right = len(told) == 1 or (several and told)
+    return None if right else f"{len(told)} lines of errors instead of one"

@@ -40,6 +40,7 @@ def _damaged(
     """Trainer and tools must both notice it; a start goes on from the older checkpoint."""
     from dattn_mcore.checkpoint.load import choose_checkpoint
     from dattn_mcore.errors import CheckpointError
+    from dattn_mcore.parallel.groups import single_process
     from tools.checkpoint_convert.inspect_path import inspect
 
     for checkpoint in (NEWEST, OLDER):
@@ -56,11 +57,11 @@ def _damaged(
         raw[bit // 8] ^= 1 << bit % 8
     if what != "gone":
         file.write_bytes({"cut": raw[:-1], "empty": b"", "grown": raw + b"\0"}.get(what, raw))
-    _join_alone()
     warnings = _Warnings()
     logging.getLogger("dattn_mcore").addHandler(warnings)
     try:
-        chosen = choose_checkpoint(folder)
+        with single_process():  # choosing a checkpoint is a decision of all ranks
+            chosen = choose_checkpoint(folder)
     finally:
         logging.getLogger("dattn_mcore").removeHandler(warnings)
     if chosen is None or chosen[0].name != OLDER:
@@ -93,14 +94,3 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
-
-
-def _join_alone() -> None:
-    """A world of this process alone, once: choosing a checkpoint is a decision of all ranks."""
-    import torch.distributed as dist
-
-    from dattn_mcore.parallel import groups, platform
-
-    if not dist.is_initialized():
-        platform.install("cpu")
-        groups.initialize_alone("cpu")

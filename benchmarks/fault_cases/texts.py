@@ -68,7 +68,7 @@ def _configuration(folder: Path, workshop: Workshop, name: str) -> str | None:
     status, said = _said(lambda: main(["--config", str(folder / "run.yaml"), "--dry-run"]))
     if name == "an empty file":
         return None if status in (0, 2) and "Traceback" not in said else said[-200:]
-    return f"status {status}" if status != 2 else one_line_of(said)
+    return f"status {status}" if status != 2 else one_line_of(said, several=True)
 
 
 def _annotations(folder: Path, workshop: Workshop, seed: int) -> str | None:
