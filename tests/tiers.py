@@ -41,7 +41,7 @@ BY_PLACE = {
     "tests/unit/convert/test_convert_processes.py": "processes",
     "tests/unit/convert/test_convert_refresh.py::test_a_signal_waits_until_all_files_are_in_place": "processes",
     "tests/unit/convert/test_convert_standalone.py": "processes",
-    "tests/unit/data/test_data_in_flight.py::test_large_images": "processes",
+    "tests/unit/data/test_data_in_flight.py::test_large_images_of_small_files_fit_into_memory": "processes",
     "tests/unit/data/test_data_pages.py::test_preview_in_a_browser": "browser",
     "tests/unit/data/test_data_pages.py::test_stats_in_a_browser": "browser",
     "tests/unit/evaluation/test_evaluation_lmms_eval.py": "processes",

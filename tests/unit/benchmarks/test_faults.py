@@ -52,7 +52,7 @@ def _passes(folder, workshop):
 def test_what_is_not_survived_is_told(tmp_path, monkeypatch, capsys, run, apart, problem):
     monkeypatch.setattr(faults, "make_workshop", lambda folder: None)
     monkeypatch.setattr(faults, "SECONDS_APART", 1.0)
-    monkeypatch.setattr(faults, "SECONDS_TO_START", 60.0 if run is not _hangs else 1.0)
+    monkeypatch.setattr(faults, "SECONDS_TO_START", 60.0 if run is not _hangs else 20.0)
     cases = [Case(kind="flip", name="a", run=run, apart=apart)]
     cases.append(Case(kind="flip", name="b", run=_passes, apart=apart))
     monkeypatch.setattr(faults, "all_cases", lambda workshop, seed: cases)
