@@ -60,6 +60,7 @@ BY_PLACE = {
     "tests/unit/test_orphans.py": "processes",
     "tests/unit/test_tiers.py": "processes",
     "tests/unit/training/test_exit_status.py": "processes",
+    "tests/unit/training/test_signals.py::test_what_is_said_to_a_closed_terminal_ends_nothing": "processes",
 }
 SLOW = (
     "tests/distributed/test_features_by_layout.py::test_bf16_follows_fp32",

@@ -6,6 +6,8 @@ SIGXCPU is a limit of CPU time. torchrun passes on SIGHUP, SIGINT, SIGQUIT and S
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import time
 from types import FrameType
@@ -31,6 +33,8 @@ class StopRequest:
         }
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _say_nothing_to_closed_terminals()
         if self.received is None:
             self.received, self._since = signal.Signals(number), time.monotonic()
         elif number == signal.SIGINT and time.monotonic() > self._since + AGAIN_SECONDS:
@@ -40,3 +44,17 @@ class StopRequest:
         """Puts the handlers back that were there before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def _say_nothing_to_closed_terminals() -> None:
+    """Lets what goes to a terminal that was closed go nowhere.
+
+    A library that prints while a checkpoint is written would raise an error, and end the save.
+    """
+    for number in (1, 2):
+        poll = select.poll()
+        poll.register(number, 0)
+        if any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)

@@ -59,7 +59,7 @@ def test_every_step_takes_what_the_one_before_it_left(digits, tmp_path):
     assert "Held-out questions" in text
 
 
-def test_a_broken_forward_ends_the_whole_command_with_its_line(digits, tmp_path):
+def test_a_broken_forward_ends_the_whole_command_with_its_line(tmp_path):
     """Status 1 and one line from a clone whose generation sees one token and no image."""
     clone = tmp_path / "clone"
     for name in ("dattn_mcore", "tools", "configs"):
@@ -67,7 +67,7 @@ def test_a_broken_forward_ends_the_whole_command_with_its_line(digits, tmp_path)
     shutil.copy(ROOT / "pretrain_dattn.py", clone)
     with (clone / "dattn_mcore/hf/modeling_dattn.py").open("a", encoding="utf-8") as code:
         code.write(NO_CACHE)
-    command = [sys.executable, "-m", "dattn_mcore.quickstart", "--data", str(digits)]
+    command = [sys.executable, "-m", "dattn_mcore.quickstart", "--data", str(tmp_path / "digits")]
     done = subprocess.run(
         [*command, "--run-dir", str(tmp_path / "run"), *SHORT],
         cwd=clone,

@@ -14,7 +14,7 @@ ALLOWED = {
 SUFFIXES = {".py", ".yaml", ".yml", ".sh", ".sbatch", ".cfg", ".toml"}
 NAMES = {"Makefile", "run"}
 FOLDERS = ("dattn_mcore", "tools", "configs", "examples", "tests", "benchmarks", ".ci")
-WORDS = re.compile("cuda|nccl|gloo", re.IGNORECASE)
+WORDS = re.compile(r"cuda|(?<!Asy)nccl|gloo", re.IGNORECASE)  # AsyncClient is a name of httpx
 PACKAGES = re.compile(r"nvidia-dali-cuda\d+")  # a package's name in pyproject.toml
 
 

@@ -76,7 +76,7 @@ def small_run(root: Path, config: Config) -> Iterator[SmallRun]:
         finally:
             saver.close()
             # Megatron-Core's optimizer is part of a circle that the collector cannot see: groups,
-            # and 50 threads of gloo that wake up a hundred times a second, would stay for good.
+            # and 50 of their threads that wake up a hundred times a second, would stay for good.
             for part in getattr(optimizer, "chained_optimizers", [optimizer]):
                 vars(part).clear()
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -37,3 +39,31 @@ def test_what_was_ignored_stays_ignored():
         stop.restore()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+CLOSED = """
+import os, pathlib, signal, sys
+from dattn_mcore.training.signals import StopRequest
+StopRequest()
+sys.stdin.readline()
+os.kill(os.getpid(), signal.SIGHUP)
+print("what a library says while it saves", flush=True)
+pathlib.Path(sys.argv[1]).write_text("saved")
+"""
+
+
+def test_what_is_said_to_a_closed_terminal_ends_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLOSED, str(tmp_path / "saved")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        text=True,
+    )
+    process.stdout.close()
+    process.stderr.close()
+    process.stdin.write("now\n")
+    process.stdin.close()
+    assert process.wait(60) == 0
+    assert (tmp_path / "saved").read_text() == "saved"
