@@ -71,7 +71,7 @@ def test_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
     log_to_stderr()
     logging.getLogger("dattn_mcore.evaluation").warning(EVIL)
     logging.getLogger("tools.checkpoint_convert").warning(EVIL)
-    logging.getLogger("some.library").warning("two\nlines\x1b")
+    logging.getLogger("some.package").warning("two\nlines\x1b")
     assert capsys.readouterr().err == f"{SHOWN}\n{SHOWN}\ntwo\nlines\\x1b\n"
 
 
