@@ -28,8 +28,6 @@ _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs")
 _EITHER = (b"mif1", b"msf1")  # AVIF or HEIC, by the brands listed behind
 # Formats that a build of Pillow may lack.
 _FEATURES = {"AVIF": "avif", "WebP": "webp", "JPEG 2000": "jpg_2000"}
-
-
 _NO_REASONS = ("", "could not create decoder object")  # what Pillow says of any damage
 
 
@@ -64,10 +62,9 @@ def why_no_header(file: BinaryIO, error: Exception) -> str:
         return f"is a JPEG of {bits} bits a channel, which cannot be read; convert it to 8 bits"
     reason = " ".join(str(error).split())
     if isinstance(error, UnidentifiedImageError) or reason in _NO_REASONS:
-        reason = type(error).__name__
-    elif "truncated" not in reason.lower():
-        return f"has a signature but no readable header; {reason}"
-    reason = f"it is truncated or damaged ({reason})"
+        reason = f"it is truncated or damaged ({type(error).__name__})"
+    elif "truncated" in reason.lower():
+        reason = f"it is truncated or damaged ({reason})"
     return f"has a signature but no readable header; {reason}"
 
 
