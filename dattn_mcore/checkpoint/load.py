@@ -21,9 +21,10 @@ from dattn_mcore.checkpoint.manifest import is_of_a_run, read_manifest
 from dattn_mcore.checkpoint.metadata import read_metadata
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.config.load import to_dict
+from dattn_mcore.config.saved import saved_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import difference, image_changes, same_samples
-from dattn_mcore.errors import CheckpointError
+from dattn_mcore.errors import CheckpointError, ConfigError
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import platform
 
@@ -112,7 +113,13 @@ def check_same_model(config: Config, manifest: dict[str, Any], folder: Path) -> 
     Raises:
         CheckpointError: names the first setting that differs.
     """
-    ours, theirs = to_dict(config)["model"], manifest["config"]["model"]
+    try:
+        saved = saved_config(manifest["config"])
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{folder} is of another release: {error}; use the release that wrote it"
+        ) from None
+    ours, theirs = to_dict(config)["model"], to_dict(saved)["model"]
     for section, value in ours.items():
         pairs = value.items() if isinstance(value, dict) else [(None, value)]
         for key, want in pairs:

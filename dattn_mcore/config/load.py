@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from dattn_mcore.config.former import translated
 from dattn_mcore.config.hints import (
     first_leaf,
     is_list_of_sections,
@@ -110,12 +111,12 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
-    """Turns a tree of plain values into a `Config`.
+    """Turns a tree of plain values into a `Config`; settings of before are understood.
 
     Raises:
         ConfigError: all unknown keys (with the nearest known ones) and values of a wrong type.
     """
-    return _build(Config, tree, "")
+    return _build(Config, translated(tree), "")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -27,6 +27,20 @@ def heads(config: Config) -> Iterator[str]:
         )
 
 
+def windows(config: Config) -> Iterator[str]:
+    """Patterns of windows."""
+    llm = config.model.llm
+    unknown = set(llm.layer_pattern) - {"sliding", "full"}
+    if unknown:
+        pattern = ", ".join(llm.layer_pattern)
+        yield f"model.llm.layer_pattern=[{pattern}] must hold sliding and full only"
+    if llm.layer_pattern and llm.sliding_window is None and not unknown:
+        yield (
+            "model.llm.layer_pattern has no effect without model.llm.sliding_window; set the "
+            "window, or leave the pattern out"
+        )
+
+
 def layers(config: Config) -> Iterator[str]:
     """Layers that pipeline stages and chunks can divide; what those need."""
     layers, pp, vpp = config.model.llm.num_layers, config.parallel.pp, config.parallel.vpp

@@ -8,99 +8,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dattn_mcore.architectures.sizes import (
+    AttentionConfig,
+    LlmConfig,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+)
+
+__all__ = [
+    "ANYRES_GRIDS",
+    "AttentionConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "HealthConfig",
+    "LlmConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "ProjectorConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "VisionConfig",
+]
 ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (1, 4), (4, 1))
-
-
-@dataclass(frozen=True)
-class LlmConfig:
-    """The language model (Mistral- or Gemma-2-like)."""
-
-    num_layers: int = 4  # decoder layers
-    hidden_size: int = 128  # width of the residual stream
-    ffn_hidden_size: int = 352  # of the gated MLP
-    num_attention_heads: int = 4  # query heads; a multiple of parallel.tp
-    num_query_groups: int = 4  # key/value heads; a multiple of parallel.tp
-    head_dim: int = 32  # of queries, keys and values; need not be hidden_size / heads
-    vocab_size: int = 384  # rows that carry meaning; padded up to a multiple of vocab_pad_multiple
-    vocab_pad_multiple: int = 128  # independent of tp, so that a checkpoint fits every layout
-    norm_eps: float = 1e-5  # of the RMS norms
-    rotary_base: float = 10000.0  # RoPE theta
-    activation: str = "silu"  # silu (SwiGLU) | gelu_tanh (GeGLU)
-    zero_centered_gamma: bool = False  # Gemma: norms scale by 1 + weight
-    post_norms: bool = False  # Gemma 2: norm each branch again before the residual
-    attention_softcap: float | None = None  # Gemma 2: 50.0
-    final_softcap: float | None = None  # Gemma 2: 30.0
-    query_scale: float | None = None  # softmax scale is query_scale ** -0.5; None: head_dim
-    sliding_window: int | None = None  # keys visible to a query, itself included
-    sliding_window_every: int = 1  # windowed layers: 0, n, 2n, ... (Gemma 2: 2)
-    scale_embeddings: bool = False  # Gemma: embeddings times sqrt(hidden_size)
-    tie_embeddings: bool = False  # the output layer is the embedding (Gemma)
-    init_std: float = 0.12  # for a hidden size of 128; 0.02 suits 4096
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding; independent of the layout."""
-        return -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The vision tower (SigLIP- or CLIP-like)."""
-
-    kind: str = "siglip"  # siglip | clip
-    image_size: int = 56  # side of a tile in pixels
-    patch_size: int = 28  # the digits task: one patch per digit
-    num_layers: int = 4  # encoder layers
-    hidden_size: int = 128  # width of its features
-    ffn_hidden_size: int = 256  # of its MLP
-    num_attention_heads: int = 4  # a multiple of parallel.tp
-    norm_eps: float = 1e-6  # of its layer norms
-    activation: str = "gelu_tanh"  # siglip: gelu_tanh; clip: quick_gelu
-    select_layer: int = -1  # -1: all layers and the final norm; -2: without the last layer, no norm
-    init_std: float = 0.09  # for a hidden size of 128; published weights replace it
-
-    @property
-    def grid_size(self) -> int:
-        """Patches along one side of a tile (a rest of pixels is not used: 384 / 14 is 27)."""
-        return self.image_size // self.patch_size
-
-    @property
-    def rows_per_tile(self) -> int:
-        """Visual rows of one tile."""
-        return self.grid_size**2
-
-
-@dataclass(frozen=True)
-class ProjectorConfig:
-    """Two-layer MLP from tower features to LLM rows, row and column positions, final norm."""
-
-    ffn_hidden_size: int = 128  # between its two linears
-    output_norm_init: float = 1.0  # start of the final norm's weight (Gemma 2: 0.028976)
-    norm_eps: float = 1e-6  # of the final norm
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What is trained."""
-
-    family: str = "mistral"  # mistral | gemma2: which Hugging Face text model it exports to
-    transformer_impl: str = "auto"  # auto | local | transformer_engine: linears and norms
-    visual_positions: bool = True  # False removes the tower's and the projector's positions
-    llm: LlmConfig = field(default_factory=LlmConfig)
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """How the causal self-attention over `[visual; text]` is decomposed (arXiv 2502.01906)."""
-
-    v2v: str = "diagonal"  # diagonal (D-Attn) | causal (baseline)
-    t2v_position: str = "none"  # none (debiased) | rope (baseline)
-    merge: str = "alpha"  # alpha (exact weighting) | sum (weight 1 for each part)
-    backend: str = "auto"  # auto | reference | sdpa | flash | triton
-    fold_visual_projection: bool = True  # visual rows' output projection summed over query heads
-    skip_last_visual_rows: bool = True  # the last layer keeps only keys and values of visual rows
 
 
 @dataclass(frozen=True)
@@ -140,7 +73,7 @@ class DataConfig:
     build_index: bool = True  # false: a run needs `python -m dattn_mcore.data index` before it
     metadata_keys: tuple[str, ...] = ()  # of samples, to leave aside beside the known ones
     max_bad_share: float = 0.01  # of samples that may be unusable; 0: the first ends the run
-    template: str = "plain"  # plain | mistral | gemma
+    template: str = "plain"  # plain, or a chat template of model.family
     tokenizer: str = "data/digits/tokenizer.model"  # SentencePiece file or Hugging Face folder
     prepare: str = "digits"  # digits: make the embedded data set if it is absent | none
     text_budget: int = 512  # text rows of one packed micro-batch

@@ -7,18 +7,18 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from dattn_mcore.architectures import chat_templates, language_models, vision_towers
 from dattn_mcore.config.schema import Config
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "model.family": ("mistral", "gemma2"),
-    "model.vision.kind": ("siglip", "clip"),
-    "model.llm.activation": ("silu", "gelu_tanh"),
+    "model.family": tuple(language_models()),
+    "model.vision.kind": tuple(vision_towers()),
     "model.vision.activation": ("gelu_tanh", "gelu", "quick_gelu"),
     "attention.v2v": ("diagonal", "causal"),
     "attention.t2v_position": ("none", "rope"),
     "attention.merge": ("alpha", "sum"),
     "attention.backend": ("auto", "reference", "sdpa", "flash", "triton"),
-    "data.template": ("plain", "mistral", "gemma"),
+    "data.template": tuple(chat_templates()),
     "data.prepare": ("none", "digits"),
     "data.over_budget": ("skip", "truncate", "error"),
     "data.image_backend": ("auto", "dali", "pillow"),
@@ -37,7 +37,7 @@ _POSITIVE = {
     "model.llm": (
         *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
         *("num_query_groups", "head_dim", "vocab_size", "vocab_pad_multiple", "norm_eps"),
-        *("rotary_base", "sliding_window_every", "init_std"),
+        *("rotary_base", "init_std"),
     ),
     "model.vision": (
         *("image_size", "patch_size", "num_layers", "hidden_size", "ffn_hidden_size"),

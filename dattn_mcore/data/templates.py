@@ -1,24 +1,12 @@
-r"""Conversation templates: a sample becomes runs of ids and image places, segment by segment.
+"""Conversations to ids: a sample becomes runs of ids and image places, segment by segment.
 
-Ids are built from segments and never searched for in a tokenised whole. In what follows, `<x>`
-is a special id and "..." is one call of `tokenizer.encode` (literal: as after a special token);
-turns are stripped of outer white space first, and an image inside a user text `u` cuts the
-segment in two, each half encoded alone. Loss is on what stands in braces.
+What a template is stands in `architectures.chat` and in the families' records. Ids are built from
+its segments and never searched for in a tokenised whole; turns are stripped of outer white space
+first, and an image inside a user's text cuts the segment in two, each half encoded alone.
 
-    mistral   <bos> then, per pair of turns:  <[INST]> " u" <[/INST]> {" a" <eos>}
-    gemma     <bos> then, per pair of turns:  <start_of_turn> "user\nu" <end_of_turn> "\n"
-                  <start_of_turn> "model\n" {"a" <end_of_turn>} "\n"
-    plain     images <bos> {"a" <eos>}        one pair of turns, user text dropped
-
-None has a place of its own for a system turn `s`: the first user text is then "s\n\nu", as in
-Mistral's own chat templates and Gemma 3's (Gemma 2's refuses one). Mistral's of v0.3 puts it into
-the last turn if that is a user's, which no answer but the last could have seen.
-
-This equals the ids of the Hugging Face chat templates `<s>[INST] u[/INST] a</s>` and
-`<bos><start_of_turn>user\nu<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n` tokenised
-as a whole, since those split at special tokens first; for gemma it needs a tokenizer that never
-merges a newline with what follows (Gemma's does not, nor does the digits task's). A caption in
-`plain` starts with a space where the tokenizer puts one in front of a text (Mistral).
+This equals the ids of the Hugging Face chat template tokenised as a whole, since tokenizers split
+at special tokens first. It needs a tokenizer that never merges fixed text between special tokens
+(such as a newline) with what follows.
 """
 
 from __future__ import annotations
@@ -27,12 +15,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dattn_mcore.architectures import chat_templates
+from dattn_mcore.architectures.chat import BOS, EOS, ChatTemplate, Images, Segment, Token
 from dattn_mcore.data.batch import Layout
 from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import ConfigError, DataError
 
-TEMPLATES = ("plain", "mistral", "gemma")
 NO_LOSS = -100
 
 
@@ -88,30 +77,39 @@ class _Writer:
         self._ids: list[int] = []
         self._supervised: list[bool] = []
 
-    def special(self, index: int, supervised: bool = False) -> None:
-        """Appends one special id."""
-        self._ids.append(index)
-        self._supervised.append(supervised)
-
-    def text(self, text: str, supervised: bool = False) -> None:
-        """Appends one segment of text, cut where images stand."""
-        for number, piece in enumerate(text.split(IMAGE_MARK)):
-            if number:
-                self.image()
-            if piece:
-                ids = self._tokenizer.encode(piece)
-                self._ids += ids
-                self._supervised += [supervised] * len(ids)
-
-    def image(self) -> None:
-        """Appends the place of an image."""
-        self._flush()
-        self._runs.append(ImageRun())
+    def write(self, segments: Sequence[Segment], said: str = "") -> None:
+        """Appends the segments of a turn in which `said` is said."""
+        for segment in segments:
+            if isinstance(segment, Token):
+                self._ids.append(token_id(self._tokenizer, segment))
+                self._supervised.append(segment.supervised)
+            elif isinstance(segment, Images):
+                for _ in range(said.count(IMAGE_MARK)):
+                    self._image()
+            else:
+                space = " " if segment.opens and said and self._tokenizer.prefix_space else ""
+                middle = said if segment.holds == "said" else ""
+                text = f"{space}{segment.before}{middle}{segment.after}"
+                self._text(text, segment.supervised)
 
     def runs(self) -> tuple[Run, ...]:
         """Returns everything written."""
         self._flush()
         return tuple(self._runs)
+
+    def _text(self, text: str, supervised: bool) -> None:
+        """Appends one segment of text, cut where images stand."""
+        for number, piece in enumerate(text.split(IMAGE_MARK)):
+            if number:
+                self._image()
+            if piece:
+                ids = self._tokenizer.encode(piece)
+                self._ids += ids
+                self._supervised += [supervised] * len(ids)
+
+    def _image(self) -> None:
+        self._flush()
+        self._runs.append(ImageRun())
 
     def _flush(self) -> None:
         if self._ids:
@@ -126,7 +124,7 @@ def encode_conversation(
 
     Args:
         tokenizer: Gives the ids.
-        template: `plain`, `mistral` or `gemma`.
+        template: Name of a conversation template.
         turns: Human, gpt, human, ...; `<image>` marks stand in human turns. With an odd number
             of turns the runs end where the model has to answer (a prompt for generation).
         system: Text of a system turn; blank: there is none.
@@ -135,24 +133,19 @@ def encode_conversation(
         ConfigError: The template is unknown.
         DataError: The template cannot hold these turns, or the tokenizer lacks a token of it.
     """
-    check_template(template)
+    chat = find_template(template)
     if not turns:
         raise DataError("a conversation needs at least one turn")
-    if template == "plain" and len(turns) > 2:
-        raise DataError(f"template 'plain' holds one image caption pair, got {len(turns)} turns")
+    if chat.one_pair and len(turns) > 2:
+        raise DataError(
+            f"template {template!r} holds one image caption pair, got {len(turns)} turns"
+        )
     if system.strip():
         turns = (f"{system.strip()}\n\n{turns[0].strip()}", *turns[1:])
     out = _Writer(tokenizer)
-    if template == "plain":
-        for _ in range(turns[0].count(IMAGE_MARK)):
-            out.image()
-    out.special(tokenizer.bos_id)
-    for position in range(0, len(turns), 2):
-        user = turns[position].strip()
-        answer = turns[position + 1].strip() if position + 1 < len(turns) else None
-        {"plain": _plain, "mistral": _mistral, "gemma": _gemma}[template](
-            out, tokenizer, user, answer
-        )
+    out.write(chat.begin)
+    for position, said in enumerate(turns):
+        out.write(chat.answer if position % 2 else chat.user, said.strip())
     return out.runs()
 
 
@@ -232,42 +225,23 @@ def check_symbols(tokenizer: Tokenizer, template: str) -> None:
 
 def stop_id(tokenizer: Tokenizer, template: str) -> int:
     """Returns the id that ends an answer in `template`."""
-    check_template(template)
-    return tokenizer.special_id("<end_of_turn>") if template == "gemma" else tokenizer.eos_id
+    return token_id(tokenizer, find_template(template).stop)
 
 
-def check_template(template: str) -> None:
-    """Raises ConfigError for an unknown template."""
-    if template not in TEMPLATES:
-        raise ConfigError(f"data.template: '{template}' is unknown; use {', '.join(TEMPLATES)}")
+def token_id(tokenizer: Tokenizer, token: Token) -> int:
+    """Returns the id of a special token of a template, or raises DataError."""
+    if token.name == BOS:
+        return tokenizer.bos_id
+    return tokenizer.eos_id if token.name == EOS else tokenizer.special_id(token.name)
 
 
-def _plain(out: _Writer, tokenizer: Tokenizer, user: str, answer: str | None) -> None:
-    del user  # its images are placed already, its text is dropped
-    if answer is not None:
-        space = " " if tokenizer.prefix_space and answer else ""
-        out.text(space + answer, supervised=True)
-        out.special(tokenizer.eos_id, supervised=True)
+def find_template(template: str) -> ChatTemplate:
+    """Returns a conversation template by its name.
 
-
-def _mistral(out: _Writer, tokenizer: Tokenizer, user: str, answer: str | None) -> None:
-    out.special(tokenizer.special_id("[INST]"))
-    out.text(" " + user)
-    out.special(tokenizer.special_id("[/INST]"))
-    if answer is not None:
-        out.text(" " + answer, supervised=True)
-        out.special(tokenizer.eos_id, supervised=True)
-
-
-def _gemma(out: _Writer, tokenizer: Tokenizer, user: str, answer: str | None) -> None:
-    start, end = tokenizer.special_id("<start_of_turn>"), tokenizer.special_id("<end_of_turn>")
-    out.special(start)
-    out.text("user\n" + user)
-    out.special(end)
-    out.text("\n")
-    out.special(start)
-    out.text("model\n")
-    if answer is not None:
-        out.text(answer, supervised=True)
-        out.special(end, supervised=True)
-        out.text("\n")
+    Raises:
+        ConfigError: There is none of this name.
+    """
+    known = chat_templates()
+    if template not in known:
+        raise ConfigError(f"data.template: '{template}' is unknown; use {', '.join(known)}")
+    return known[template]

@@ -17,10 +17,16 @@ from typing import Any, Protocol
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from dattn_mcore.architectures import chat_templates
 from dattn_mcore.errors import DataError
 from dattn_mcore.hf import NO_FOREIGN_CODE
 
-CHAT_SYMBOLS = ("[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>")
+# Special tokens of all templates.
+CHAT_SYMBOLS = tuple(
+    dict.fromkeys(name for chat in chat_templates().values() for name in chat.tokens())
+)
+# Those of a new tokenizer, in the order of their ids.
+NEW_SYMBOLS = ("[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>")
 
 
 class Tokenizer(Protocol):
@@ -213,7 +219,12 @@ class HuggingFaceTokenizer:
         )
 
 
-def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 320) -> None:
+def train_tokenizer(
+    texts: Iterable[str],
+    path: str | Path,
+    vocab_size: int = 320,
+    symbols: Sequence[str] = NEW_SYMBOLS,
+) -> None:
     """Trains a tiny SentencePiece model that encodes any text, and writes it to `path`.
 
     Ids 0 to 3 are unk, bos, eos, pad; then the chat symbols, 256 byte pieces and what the texts
@@ -224,6 +235,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 32
         texts: Training text; a text counts as often as it is given.
         path: Where the `.model` file goes.
         vocab_size: Most pieces; fewer if the texts do not yield as many.
+        symbols: Special tokens of templates.
     """
     lines = sorted(line for text in texts for line in text.split("\n") if line.strip())
     written = io.BytesIO()
@@ -239,7 +251,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 32
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
-        control_symbols=list(CHAT_SYMBOLS),
+        control_symbols=list(symbols),
         user_defined_symbols=["\n"],
         unk_id=0,
         bos_id=1,

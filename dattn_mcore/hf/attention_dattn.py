@@ -9,6 +9,7 @@ Source: Kuo et al., "D-Attn: Decomposed Attention for Large Vision-and-Language 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -216,21 +217,23 @@ class DattnAttention(nn.Module):
 
 
 class DattnDecoderLayer(GradientCheckpointingLayer):
-    """A Mistral or Gemma 2 decoder layer whose attention is decomposed."""
+    """A decoder layer whose attention is decomposed."""
 
     def __init__(self, config: DattnConfig, layer: int) -> None:
         super().__init__()
-        text = config.text_config
-        self.gemma2 = text.model_type == "gemma2"
+        text: Any = config.text_config
+        features: Any = config.text_features
+        self.sandwich = features["norms"] == "sandwich"
+        centred = features["zero_centered_gamma"]
 
         def norm() -> DattnRMSNorm:
-            return DattnRMSNorm(text.hidden_size, text.rms_norm_eps, zero_centred=self.gemma2)
+            return DattnRMSNorm(text.hidden_size, text.rms_norm_eps, zero_centred=centred)
 
         self.self_attn = DattnAttention(config, layer)
-        self.mlp = DattnMLP(text)
+        self.mlp = DattnMLP(text, features["activation"])
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
-        if self.gemma2:
+        if self.sandwich:
             self.pre_feedforward_layernorm = norm()
             self.post_feedforward_layernorm = norm()
 
@@ -246,7 +249,7 @@ class DattnDecoderLayer(GradientCheckpointingLayer):
 
     def finish(self, residual: Tensor, branch: Tensor) -> Tensor:
         """Adds the attention's output, and the MLP's of the sum."""
-        if self.gemma2:
+        if self.sandwich:
             hidden = residual + self.post_attention_layernorm(branch)
             branch = self.mlp(self.pre_feedforward_layernorm(hidden))
             return hidden + self.post_feedforward_layernorm(branch)

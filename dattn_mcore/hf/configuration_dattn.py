@@ -11,8 +11,6 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
-TEXT_MODEL_TYPES = ("mistral", "gemma2")
-VISION_MODEL_TYPES = ("siglip_vision_model", "clip_vision_model")
 AUTO_MAP = {
     "AutoConfig": "configuration_dattn.DattnConfig",
     "AutoProcessor": "processing_dattn.DattnProcessor",
@@ -21,6 +19,17 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_dattn.DattnForConditionalGeneration",
 }
 IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_dattn.DattnImageProcessor"}
+# What `text_features` and `vision_features` say, with the values that a name may have.
+TEXT_FEATURES: dict[str, tuple[Any, ...]] = {
+    "activation": ("silu", "gelu_tanh"),
+    "norms": ("pre", "sandwich"),
+    "zero_centered_gamma": (False, True),
+    "scale_embeddings": (False, True),
+}
+VISION_FEATURES: dict[str, tuple[Any, ...]] = {
+    "class_row": (False, True),
+    "final_norm": (False, True),
+}
 # Oldest and newest release of transformers with which this code is tested.
 TESTED_TRANSFORMERS = ("5.6", "5.24.0")
 
@@ -37,8 +46,15 @@ class DattnConfig(PreTrainedConfig):
     """A text model, a vision tower, the projector between them, and how attention is decomposed.
 
     Args:
-        text_config: Mistral or Gemma 2 configuration (object or dictionary).
-        vision_config: SigLIP or CLIP vision configuration (object or dictionary).
+        text_config: sizes of the language model, as its own architecture in transformers has them
+            (object or dictionary); None: there is none, and no model can be built.
+        vision_config: sizes of the vision tower, likewise.
+        text_features: how the language model's layers work: `activation` (`silu`, `gelu_tanh`) of
+            the gated MLP; `norms` (`pre`: before each branch; `sandwich`: after it, too);
+            `zero_centered_gamma` (norms scale by 1 + weight); `scale_embeddings` (rows enter times
+            the root of their width).
+        vision_features: `class_row` (the tower's first row is no patch, and is dropped);
+            `final_norm` (its last norm is for patches).
         v2v: `diagonal` (a visual row's attention output is its own value) or `causal` (baseline).
         t2v_position: `none` (visual keys carry no position) or `rope` (visual and text rows share
             one axis of positions, in reading order).
@@ -47,8 +63,9 @@ class DattnConfig(PreTrainedConfig):
         projector_hidden_size: width of the projector's hidden layer.
         projector_norm_eps: epsilon of the projector's norms.
         projector_output_norm_init: start of the last norm's weight in a fresh model.
-        vision_feature_layer: -1, all layers of the tower (and SigLIP's last norm); -2, all layers
-            but the last, without a norm. Layers that are not run do not exist in the model.
+        vision_feature_layer: -1, all layers of the tower (and its last norm, where that is for
+            patches); -2, all layers but the last, without a norm. Layers that are not run do not
+            exist in the model.
         image_token_id: token that marks the place of one image in `input_ids`.
 
     Raises:
@@ -62,6 +79,8 @@ class DattnConfig(PreTrainedConfig):
         self,
         text_config: Any = None,
         vision_config: Any = None,
+        text_features: dict[str, Any] | None = None,
+        vision_features: dict[str, Any] | None = None,
         v2v: str = "diagonal",
         t2v_position: str = "none",
         merge: str = "alpha",
@@ -73,8 +92,13 @@ class DattnConfig(PreTrainedConfig):
         image_token_id: int = 3,
         **kwargs: Any,
     ) -> None:
-        self.text_config: Any = _sub_config(text_config, "text_config", TEXT_MODEL_TYPES)
-        self.vision_config: Any = _sub_config(vision_config, "vision_config", VISION_MODEL_TYPES)
+        self.text_config: Any = _sub_config(text_config, "text_config")
+        self.vision_config: Any = _sub_config(vision_config, "vision_config")
+        self.text_features = self.vision_features = None
+        if text_config is not None:
+            self.text_features = _features("text_features", text_features, TEXT_FEATURES)
+        if vision_config is not None:
+            self.vision_features = _features("vision_features", vision_features, VISION_FEATURES)
         _one_of("v2v", v2v, ("diagonal", "causal"))
         _one_of("t2v_position", t2v_position, ("none", "rope"))
         _one_of("merge", merge, ("alpha", "sum"))
@@ -83,12 +107,14 @@ class DattnConfig(PreTrainedConfig):
         self.t2v_position = t2v_position
         self.merge = merge
         self.visual_positions = visual_positions
-        self.projector_hidden_size = projector_hidden_size or self.text_config.hidden_size
+        width = getattr(self.text_config, "hidden_size", None)
+        self.projector_hidden_size = projector_hidden_size or width
         self.projector_norm_eps = projector_norm_eps
         self.projector_output_norm_init = projector_output_norm_init
         self.vision_feature_layer = vision_feature_layer
         self.image_token_id = image_token_id
-        kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        tied = getattr(self.text_config, "tie_word_embeddings", False)
+        kwargs.setdefault("tie_word_embeddings", tied)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
         super().__init__(**kwargs)
@@ -105,17 +131,32 @@ class DattnConfig(PreTrainedConfig):
         return self.vision_config.num_hidden_layers + self.vision_feature_layer + 1
 
 
-def _sub_config(value: Any, name: str, allowed: tuple[str, ...]) -> PreTrainedConfig:
+def _sub_config(value: Any, name: str) -> PreTrainedConfig:
     """Returns `value` (configuration, dictionary with `model_type`, or None) as a configuration."""
     if value is None:
-        value = AutoConfig.for_model(allowed[0])
-    elif isinstance(value, dict):
-        fields = dict(value)
-        model_type = fields.pop("model_type", allowed[0])
-        _one_of(f"{name}.model_type", model_type, allowed)
-        value = AutoConfig.for_model(model_type, **fields)
-    _one_of(f"{name}.model_type", value.model_type, allowed)
-    return value
+        return PreTrainedConfig()
+    if not isinstance(value, dict):
+        return value
+    fields = dict(value)
+    if "model_type" not in fields:
+        raise ValueError(f"{name} has no model_type, which says whose sizes it holds")
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _features(
+    name: str, given: dict[str, Any] | None, known: dict[str, tuple[Any, ...]]
+) -> dict[str, Any]:
+    """Returns features, each of them named and of a known value."""
+    if given is None:
+        raise ValueError(
+            f"{name} are missing, as in folders of before they were written; renew the folder "
+            "with: python -m tools.checkpoint_convert refresh FOLDER"
+        )
+    if wrong := given.keys() ^ known.keys():
+        raise ValueError(f"{name} must be {', '.join(known)}; see {', '.join(sorted(wrong))}")
+    for feature, value in given.items():
+        _one_of(f"{name}.{feature}", value, known[feature])
+    return dict(given)
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

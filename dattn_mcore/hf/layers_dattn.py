@@ -1,4 +1,4 @@
-"""Norm, gated MLP, rotary positions and embedding of Mistral and Gemma 2.
+"""Norm, gated MLP, rotary positions and embedding of language models.
 
 They are written out here, since transformers keeps its own inside the modeling files of those
 models and changes them from release to release. Each gives the bits of transformers' own.
@@ -21,7 +21,7 @@ class DattnRMSNorm(nn.Module):
     Args:
         size: width of the last axis.
         eps: added to the mean square.
-        zero_centred: Gemma 2's: scales by 1 + weight, before it rounds to the input's dtype.
+        zero_centred: scales by 1 + weight, before it rounds to the input's dtype.
         start: factor of a fresh model.
     """
 
@@ -43,25 +43,25 @@ class DattnRMSNorm(nn.Module):
 
 
 class DattnMLP(nn.Module):
-    """Gated MLP: SiLU in Mistral, tanh-approximated GELU in Gemma 2.
+    """Gated MLP.
+
+    Args:
+        text: sizes.
+        activation: `silu`, or `gelu_tanh`, the tanh-approximated GELU.
 
     Raises:
-        ValueError: the configuration names another activation.
+        ValueError: the sizes come with another activation.
     """
 
-    def __init__(self, text: Any) -> None:
+    def __init__(self, text: Any, activation: str) -> None:
         super().__init__()
-        field, expected = (
-            ("hidden_activation", "gelu_pytorch_tanh")
-            if text.model_type == "gemma2"
-            else ("hidden_act", "silu")
-        )
+        self.gelu = activation == "gelu_tanh"
+        field = "hidden_activation" if hasattr(text, "hidden_activation") else "hidden_act"
+        expected = "gelu_pytorch_tanh" if self.gelu else "silu"
         if getattr(text, field) != expected:
             raise ValueError(
-                f"text_config.{field} is {getattr(text, field)!r}; it must be {expected!r} for "
-                f"model_type {text.model_type}"
+                f"text_config.{field} is {getattr(text, field)!r}; text_features say {expected!r}"
             )
-        self.gelu = text.model_type == "gemma2"
         self.gate_proj = nn.Linear(text.hidden_size, text.intermediate_size, bias=False)
         self.up_proj = nn.Linear(text.hidden_size, text.intermediate_size, bias=False)
         self.down_proj = nn.Linear(text.intermediate_size, text.hidden_size, bias=False)
@@ -130,7 +130,7 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
 
 
 def scaled(x: Tensor, scale: float) -> Tensor:
-    """Multiplies by a factor that is rounded to the dtype of `x` first, as Gemma 2 does."""
+    """Multiplies by a factor that is rounded to the dtype of `x` first, as transformers does."""
     return x * torch.tensor(scale, dtype=torch.float).to(x.dtype)
 
 

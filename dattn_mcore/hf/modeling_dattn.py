@@ -131,7 +131,8 @@ class DattnModel(DattnPreTrainedModel):
         if image_grids is None:
             image_grids = torch.zeros(len(pixel_values), 2, dtype=torch.long)
         check_tiles(pixel_values, image_grids)
-        features = tower_features(self.vision_tower, pixel_values)
+        class_row = self.config.vision_features["class_row"]
+        features = tower_features(self.vision_tower, pixel_values, class_row)
         return self.multi_modal_projector(features, image_grids.tolist())
 
     def forward(

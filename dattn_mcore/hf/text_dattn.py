@@ -22,12 +22,13 @@ class DattnTextModel(nn.Module):
         super().__init__()
         self.config = config
         text: Any = config.text_config
-        gemma2 = text.model_type == "gemma2"
-        scale = text.hidden_size**0.5 if gemma2 else None
+        features: Any = config.text_features
+        scale = text.hidden_size**0.5 if features["scale_embeddings"] else None
         self.embed_tokens: nn.Module = DattnEmbedding(
             text.vocab_size, text.hidden_size, text.pad_token_id, scale
         )
-        self.norm = DattnRMSNorm(text.hidden_size, text.rms_norm_eps, zero_centred=gemma2)
+        centred = features["zero_centered_gamma"]
+        self.norm = DattnRMSNorm(text.hidden_size, text.rms_norm_eps, zero_centred=centred)
         self.rotary_emb = DattnRotary(text)
         self.layers = nn.ModuleList(
             DattnDecoderLayer(config, layer) for layer in range(text.num_hidden_layers)

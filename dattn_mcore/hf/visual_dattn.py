@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers import AutoModel, PreTrainedModel
 
 from .configuration_dattn import DattnConfig, releases
 from .layers_dattn import DattnRMSNorm, scaled
@@ -23,11 +23,9 @@ def build_vision_tower(config: DattnConfig) -> PreTrainedModel:
     """
     vision = copy.deepcopy(config.vision_config)
     vision.num_hidden_layers = config.num_vision_layers
-    siglip = vision.model_type == "siglip_vision_model"
-    if siglip:
-        vision.vision_use_head = False
-    tower: Any = (SiglipVisionModel if siglip else CLIPVisionModel)(vision)
-    if not siglip or config.vision_feature_layer != -1:  # CLIP's is for the pooled row only
+    features: Any = config.vision_features
+    tower: Any = AutoModel.from_config(vision, dtype=torch.get_default_dtype())
+    if not features["final_norm"] or config.vision_feature_layer != -1:
         if not isinstance(getattr(tower, "post_layernorm", None), nn.LayerNorm):
             raise RuntimeError(
                 f"{type(tower).__name__} has no post_layernorm, which this model leaves out; "
@@ -37,10 +35,10 @@ def build_vision_tower(config: DattnConfig) -> PreTrainedModel:
     return tower
 
 
-def tower_features(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-    """Patch features [images, rows, width]; CLIP's class row is dropped."""
+def tower_features(tower: PreTrainedModel, pixel_values: Tensor, class_row: bool) -> Tensor:
+    """Patch features [images, rows, width]; a class row in front of them is dropped."""
     features = tower(pixel_values, return_dict=True).last_hidden_state
-    return features[:, 1:] if isinstance(tower, CLIPVisionModel) else features
+    return features[:, 1:] if class_row else features
 
 
 class DattnAxisPosition(nn.Module):
@@ -86,7 +84,8 @@ class DattnProjector(nn.Module):
             self.column_position = DattnAxisPosition(hidden, eps)
         self.output_norm = DattnRMSNorm(hidden, eps, start=config.projector_output_norm_init)
         self.visual_positions, self.grid = config.visual_positions, config.grid
-        self.scale = hidden**0.5 if config.text_config.model_type == "gemma2" else None
+        features: Any = config.text_features
+        self.scale = hidden**0.5 if features["scale_embeddings"] else None
 
     def forward(self, features: Tensor, image_grids: list[list[int]]) -> tuple[Tensor, ...]:
         """Projects tower features to the visual rows of each image.

@@ -12,6 +12,7 @@ Source: arXiv 2502.01906, section 3 (V2V diagonalisation, T2V debiasing, alpha w
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,8 +55,9 @@ class DecomposedSelfAttention(MegatronModule):
         config: Megatron-Core's layer configuration.
         submodules: the projections.
         layer_number: 1-based number in the whole model.
-        options: attention mode, scale, soft-cap; `window` is that of windowed layers.
-        window_every: windowed layers are 1, 1 + n, 1 + 2n, ... (Gemma 2: n = 2).
+        options: attention mode, scale, soft-cap; without a window.
+        windows: sliding window of each layer of the whole model, None for none; empty: no layer
+            has one.
         backend: name of the attention backend, or auto.
         fold: project visual rows with folded weights (`layers.linear`); the `linear_proj` of
             `submodules` must be able to. Concerns `v2v=diagonal` only.
@@ -69,7 +71,7 @@ class DecomposedSelfAttention(MegatronModule):
         submodules: DecomposedSelfAttentionSubmodules,
         layer_number: int,
         options: AttentionOptions,
-        window_every: int = 1,
+        windows: Sequence[int | None] = (),
         backend: str = "auto",
         fold: bool = False,
         text_only: bool = False,
@@ -85,9 +87,8 @@ class DecomposedSelfAttention(MegatronModule):
         self.head_dim = config.kv_channels
         self.heads = config.num_attention_heads // tp_size
         self.groups = config.num_query_groups // tp_size
-        self.options = options
-        if (layer_number - 1) % window_every:
-            self.options = replace(options, window=None)
+        window = windows[layer_number - 1] if windows else None
+        self.options = replace(options, window=window)
         self.fold, self.text_only = fold and options.v2v == "diagonal", text_only
         if text_only and self.options.window is None:
             # Nobody reads what visual rows would attend to. (The flash kernels know windows only

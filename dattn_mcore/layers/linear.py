@@ -1,4 +1,4 @@
-"""Row-parallel projections: folded for visual rows, followed by a norm for Gemma 2."""
+"""Row-parallel projections: folded for visual rows, or followed by a norm."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ class Norm(nn.Module):
 
     Args:
         config: `normalization` is RMSNorm or LayerNorm; `layernorm_zero_centered_gamma` scales
-            by 1 + weight, with weights that start at 0 (Gemma); with `sequence_parallel` the
+            by 1 + weight, with weights that start at 0; with `sequence_parallel` the
             gradients are summed over the tensor parallel group by Megatron-Core.
         hidden_size: size of the last dimension.
         eps: added to the variance.

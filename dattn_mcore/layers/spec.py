@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from dattn_mcore.architectures import text_features
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.attention import AttentionOptions
 from dattn_mcore.layers.decomposed_attention import (
@@ -37,12 +38,11 @@ def mlp_spec(
 
 
 def attention_options(config: Config) -> AttentionOptions:
-    """The attention of this model and mode, as a layer needs it."""
+    """The attention of this model and mode; the window is each layer's own."""
     llm, attention = config.model.llm, config.attention
     return AttentionOptions(
         scale=(llm.query_scale or llm.head_dim) ** -0.5,
         softcap=llm.attention_softcap,
-        window=llm.sliding_window,
         v2v=attention.v2v,
         t2v_position=attention.t2v_position,
         merge=attention.merge,
@@ -66,7 +66,7 @@ def text_rows_bias_dropout_add(training: bool, fused: bool) -> Callable[..., tor
 
 
 def decoder_layer_spec(config: Config, last: bool = False) -> ModuleSpec:
-    """The language model's layer: decomposed attention, optional post-norms (Gemma 2).
+    """The language model's layer: decomposed attention, where the family has them post-norms.
 
     Args:
         config: the run's configuration.
@@ -74,6 +74,7 @@ def decoder_layer_spec(config: Config, last: bool = False) -> ModuleSpec:
             `attention.skip_last_visual_rows` is off.
     """
     llm, parts = config.model.llm, parts_of(config)
+    post_norms = text_features(config.model).norms == "sandwich"
     text_only = last and config.attention.skip_last_visual_rows
     return ModuleSpec(
         module=TransformerLayer,
@@ -83,7 +84,7 @@ def decoder_layer_spec(config: Config, last: bool = False) -> ModuleSpec:
                 module=DecomposedSelfAttention,
                 params={
                     "options": attention_options(config),
-                    "window_every": llm.sliding_window_every,
+                    "windows": llm.windows,
                     "backend": config.attention.backend,
                     "fold": config.attention.fold_visual_projection,
                     "text_only": text_only,
@@ -91,14 +92,12 @@ def decoder_layer_spec(config: Config, last: bool = False) -> ModuleSpec:
                 submodules=DecomposedSelfAttentionSubmodules(
                     linear_q=parts.linear_q,
                     linear_kv=parts.linear_kv,
-                    linear_proj=(
-                        parts.linear_proj_post_norm if llm.post_norms else parts.linear_proj
-                    ),
+                    linear_proj=(parts.linear_proj_post_norm if post_norms else parts.linear_proj),
                 ),
             ),
             self_attn_bda=text_rows_bias_dropout_add if text_only else get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm,
-            mlp=_decoder_mlp(parts, llm.post_norms, text_only),
+            mlp=_decoder_mlp(parts, post_norms, text_only),
             mlp_bda=get_bias_dropout_add,
         ),
     )

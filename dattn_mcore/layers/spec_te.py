@@ -62,7 +62,7 @@ class FoldableRowLinear(TERowParallelLinear):
     """Row-parallel projection with the cheaper way for visual rows; see `layers.linear`.
 
     Text rows take Transformer Engine's product (FP8 where it is on). Visual rows take the folded
-    weight in bf16, a quarter (Mistral) or half (Gemma 2) of the work, and a reduction of their own.
+    weight in bf16, groups / heads of the work, and a reduction of their own.
     """
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
@@ -91,7 +91,7 @@ class FoldableRowLinear(TERowParallelLinear):
 
 
 class FoldableRowLinearWithPostNorm(FoldableRowLinear):
-    """A projection whose output is normalised before the residual is added (Gemma 2)."""
+    """A projection whose output is normalised before the residual is added."""
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, **kwargs)
@@ -107,7 +107,7 @@ class FoldableRowLinearWithPostNorm(FoldableRowLinear):
 
 
 class RowLinearWithPostNorm(TERowParallelLinear):
-    """The MLP's second linear, whose output is normalised (Gemma 2)."""
+    """The MLP's second linear, whose output is normalised."""
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, **kwargs)

@@ -52,7 +52,7 @@ def build_model(
             )
         )
     if initialize:
-        initialize_weights(chunks, config, config.train.seed)
+        initialize_weights(chunks, config.model, config.train.seed)
     for chunk in chunks:
         freeze_all_but(chunk, config.train.trains)
         chunk.to(device)

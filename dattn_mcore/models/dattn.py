@@ -20,6 +20,8 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank
 
+from dattn_mcore.architectures import text_features
+from dattn_mcore.architectures.parameters import part_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.layout import DecomposedSeqParams
@@ -203,9 +205,9 @@ class DattnModel(LanguageModule):
         return zero + sum((p.float() * 0).sum() for p in parameters if p.requires_grad)
 
     def _scale(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not self.run_config.model.llm.scale_embeddings:
+        if not text_features(self.run_config.model).scale_embeddings:
             return hidden
-        # Gemma rounds the factor to the dtype first: 59.75 in bf16 for hidden size 3584.
+        # Hugging Face rounds the factor to the dtype first: 59.75 in bf16 for hidden size 3584.
         return hidden * torch.tensor(self.config.hidden_size**0.5, dtype=hidden.dtype).item()
 
     def _text_rows(self, hidden: torch.Tensor, params: DecomposedSeqParams) -> torch.Tensor:
@@ -254,11 +256,5 @@ class DattnModel(LanguageModule):
 
 def freeze_all_but(model: DattnModel, trains: tuple[str, ...]) -> None:
     """Leaves gradients to the named parts only: vision, projector, llm."""
-    parts = {
-        "vision": ("vision.",),
-        "projector": ("projector.",),
-        "llm": ("embedding.", "decoder.", "output_layer."),
-    }
-    learning = tuple(prefix for part in trains for prefix in parts[part])
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(learning))
+        parameter.requires_grad_(part_of(name) in trains)

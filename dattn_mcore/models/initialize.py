@@ -12,52 +12,57 @@ import hashlib
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from dattn_mcore.config.schema import Config
+from dattn_mcore.architectures.parameters import Entry, part_of
+from dattn_mcore.architectures.sizes import ModelConfig
+from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.models.dattn import DattnModel
 
 
-def initialize_weights(chunks: list[DattnModel], config: Config, seed: int) -> None:
+def initialize_weights(chunks: list[DattnModel], model: ModelConfig, seed: int) -> None:
     """Fills all parameters of this rank's model chunks in place."""
+    table = {entry.key: entry for entry in model_table(model)}
     with torch.no_grad():
         for chunk in chunks:
-            for entry in chunk.sharded_state_dict().values():
-                shards = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+            for item in chunk.sharded_state_dict().values():
+                shards = item.build() if isinstance(item, ShardedTensorFactory) else [item]
                 for shard in shards:
                     if isinstance(shard, ShardedTensor):
-                        _fill(shard, config, seed)
+                        _fill(shard, table[shard.key], model, seed)
 
 
-def _fill(shard: ShardedTensor, config: Config, seed: int) -> None:
+def _fill(shard: ShardedTensor, entry: Entry, model: ModelConfig, seed: int) -> None:
     leading = shard.prepend_axis_num
     layer = shard.global_offset[0] if leading else 0
-    shape, offset = shard.global_shape[leading:], shard.global_offset[leading:]
-    value = initial_value(shard.key, layer, tuple(shape), config, seed)
+    value = initial_value(entry, layer=layer, model=model, seed=seed)
     if value is None:
         return
+    offset = shard.global_offset[leading:]
     for axis, (start, length) in enumerate(zip(offset, shard.data.shape, strict=True)):
         value = value.narrow(axis, start, length)
     shard.data.copy_(value)
 
 
 def initial_value(
-    key: str, layer: int, shape: tuple[int, ...], config: Config, seed: int
+    entry: Entry, *, layer: int, model: ModelConfig, seed: int
 ) -> torch.Tensor | None:
-    """The whole initial tensor of a parameter; None if it keeps its constructed value (norms)."""
-    if key == "projector.output_norm.weight":
-        return torch.full(shape, config.model.projector.output_norm_init)
-    if "norm." in key:
+    """The whole initial tensor of one layer; None if it keeps its constructed value (norms)."""
+    shape = entry.layer_shape()
+    if entry.start == "norm":
         return None
-    if key.endswith(".bias"):
+    if entry.start == "constant":
+        return torch.full(shape, entry.constant)
+    if entry.start == "zeros":
         return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}/{key}/{layer}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{entry.key}/{layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return torch.randn(shape, generator=generator) * _std(key, shape, config)
+    return torch.randn(shape, generator=generator) * _std(entry, model)
 
 
-def _std(key: str, shape: tuple[int, ...], config: Config) -> float:
-    if key.startswith(("projector.", "vision.patch_embedding")):
-        return float(torch.Size(shape[1:]).numel()) ** -0.5  # fan-in: activations keep their scale
-    vision = key.startswith("vision.")
-    part = config.model.vision if vision else config.model.llm
-    into_residual = ".linear_proj." in key or ".linear_fc2." in key
-    return part.init_std / (2 * part.num_layers) ** 0.5 if into_residual else part.init_std
+def _std(entry: Entry, model: ModelConfig) -> float:
+    if entry.start == "fan_in":  # activations keep their scale
+        return float(torch.Size(entry.layer_shape()[1:]).numel()) ** -0.5
+    assert entry.key is not None
+    part = model.vision if part_of(entry.key) == "vision" else model.llm
+    return (
+        part.init_std / (2 * part.num_layers) ** 0.5 if entry.start == "residual" else part.init_std
+    )

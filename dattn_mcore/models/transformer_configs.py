@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from dattn_mcore.architectures import text_features
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.layers.implementation import TRANSFORMER_ENGINE, choose_implementation
@@ -95,7 +96,7 @@ def _fp8(config: Config) -> dict[str, Any]:
 
 def llm_transformer_config(config: Config) -> TransformerConfig:
     """The language model; its pipeline settings also drive the schedule."""
-    llm, parallel = config.model.llm, config.parallel
+    llm, parallel, features = config.model.llm, config.parallel, text_features(config.model)
     recompute: dict[str, Any] = {}
     if config.train.recompute == "full":
         few = config.train.recompute_layers
@@ -126,9 +127,9 @@ def llm_transformer_config(config: Config) -> TransformerConfig:
         kv_channels=llm.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=llm.norm_eps,
-        layernorm_zero_centered_gamma=llm.zero_centered_gamma,
+        layernorm_zero_centered_gamma=features.zero_centered_gamma,
         gated_linear_unit=True,
-        activation_func=ACTIVATIONS[llm.activation],
+        activation_func=ACTIVATIONS[features.activation],
         add_bias_linear=False,
         sequence_parallel=parallel.sp,
         pipeline_model_parallel_size=parallel.pp,
@@ -152,9 +153,8 @@ def llm_transformer_config(config: Config) -> TransformerConfig:
 def vision_transformer_config(config: Config) -> TransformerConfig:
     """The vision tower: whole on the first stage, tensor parallel, no sequence parallelism."""
     vision = config.model.vision
-    skipped = -1 - vision.select_layer  # -2 leaves out the last layer
     return TransformerConfig(
-        num_layers=vision.num_layers - skipped,
+        num_layers=vision.layers_run,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.ffn_hidden_size,
         num_attention_heads=vision.num_attention_heads,

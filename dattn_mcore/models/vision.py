@@ -1,4 +1,4 @@
-"""The vision tower (SigLIP or CLIP) on a Megatron-Core TransformerBlock."""
+"""The vision tower on a Megatron-Core TransformerBlock."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import nn
 
+from dattn_mcore.architectures import tower_features
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.norm import Norm
 from dattn_mcore.layers.spec import block_submodules, vision_layer_spec
@@ -21,8 +22,8 @@ class VisionTower(MegatronModule):
         config: the run's configuration.
         pg_collection: process groups; `tp` is used.
 
-    Parameters beside the block's: `patch_embedding` (bias for SigLIP only), `class_embedding` and
-    `pre_layernorm` (CLIP), `position_embedding` (unless `model.visual_positions` is false).
+    Parameters beside the block's: `patch_embedding`, `class_embedding` and `pre_layernorm` (where
+    its kind has them), `position_embedding` (unless `model.visual_positions` is false).
     """
 
     def __init__(self, config: Config, pg_collection: ProcessGroupCollection) -> None:
@@ -30,23 +31,29 @@ class VisionTower(MegatronModule):
         super().__init__(config=transformer_config)
         vision = self.vision = config.model.vision
         self.tp_group = pg_collection.tp
-        clip = vision.kind == "clip"
+        features = tower_features(config.model)
         dtype, hidden = transformer_config.params_dtype, vision.hidden_size
         self.patch_embedding = nn.Conv2d(
-            3, hidden, vision.patch_size, vision.patch_size, bias=not clip, dtype=dtype
+            3, hidden, vision.patch_size, vision.patch_size, bias=features.patch_bias, dtype=dtype
         )
         patches = vision.rows_per_tile
-        self.class_embedding = nn.Parameter(torch.zeros(hidden, dtype=dtype)) if clip else None
+        self.class_embedding = None
+        if features.class_row:
+            self.class_embedding = nn.Parameter(torch.zeros(hidden, dtype=dtype))
         self.position_embedding = None
         if config.model.visual_positions:
-            self.position_embedding = nn.Embedding(patches + clip, hidden, dtype=dtype)
-        self.pre_layernorm = Norm(transformer_config, hidden, vision.norm_eps) if clip else None
+            self.position_embedding = nn.Embedding(
+                patches + features.class_row, hidden, dtype=dtype
+            )
+        self.pre_layernorm = None
+        if features.pre_norm:
+            self.pre_layernorm = Norm(transformer_config, hidden, vision.norm_eps)
         self.decoder = TransformerBlock(
             config=transformer_config,
             spec=block_submodules(
                 config, [vision_layer_spec(config)] * transformer_config.num_layers
             ),
-            post_layer_norm=not clip and vision.select_layer == -1,
+            post_layer_norm=features.final_norm and vision.select_layer == -1,
             pg_collection=pg_collection,
         )
 

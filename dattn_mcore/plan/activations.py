@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from dattn_mcore.architectures import text_features
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.flops import folds
 from dattn_mcore.plan.hardware import LIBRARY_BYTES
@@ -56,7 +57,9 @@ def layer_bytes(config: Config, pack: Rows, fp8: bool) -> float:
     answered = pack.visual * (keys_values / 2 if folds(config) else query) + pack.text * query
     selective = config.train.recompute == "selective"
     again = config.train.recompute_modules if selective else ()
-    kept = (4 if llm.post_norms else 2) * 4 * h * rows / shards  # what norms read, in float32
+    kept = (
+        text_features(config.model).norms_per_layer * 4 * h * rows / shards
+    )  # what norms read, in float32
     kept += gemm_input * answered + e * (asking * query + rows * keys_values)
     if "layernorm" not in again:
         kept += gemm_input * 2 * h * rows / shards
@@ -144,7 +147,7 @@ def _tower_bytes(config: Config, pack: Rows) -> tuple[float, float]:
     rows = pack.tiles * vision.rows_per_tile
     v, f = vision.hidden_size, vision.ffn_hidden_size
     layer = rows * (8 * v + e * (2 * v + (3 * v + v + 2 * f) / tp))
-    layers = vision.num_layers + 1 + vision.select_layer
+    layers = vision.layers_run
     kept = layer * layers if "vision" in config.train.trains else e * rows * v
     return kept, layer
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dattn_mcore.architectures import tower_features
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.parameters import layers_of_stage
 from dattn_mcore.plan.rows import Rows
@@ -124,8 +125,7 @@ def _recomputed_layers(config: Config) -> set[int]:
 
 def has_window(config: Config, layer: int) -> bool:
     """Whether layer 0, 1, ... has a sliding window."""
-    llm = config.model.llm
-    return llm.sliding_window is not None and layer % llm.sliding_window_every == 0
+    return config.model.llm.window_of(layer) is not None
 
 
 def folds(config: Config) -> bool:
@@ -179,8 +179,8 @@ def _tower(config: Config, rows: Rows) -> Work:
     """The vision tower; without gradients where it is frozen."""
     vision = config.model.vision
     v, p = vision.hidden_size, vision.rows_per_tile
-    seen = p + (vision.kind == "clip")
-    layers = vision.num_layers + 1 + vision.select_layer
+    seen = p + (tower_features(config.model).class_row)
+    layers = vision.layers_run
     patches = 2 * 3 * vision.patch_size**2 * v * p
     linears = layers * 2 * (4 * v * v + 2 * v * vision.ffn_hidden_size) * seen
     scores = layers * 4 * seen * seen * v

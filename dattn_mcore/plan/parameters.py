@@ -10,7 +10,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dattn_mcore.config.schema import Config, LlmConfig
+from dattn_mcore.architectures.decoder import EMBEDDING, OUTPUT, output_layer
+from dattn_mcore.architectures.parameters import Entry, in_order_of_modules, part_of
+from dattn_mcore.architectures.projector import projector_table
+from dattn_mcore.architectures.tables import language_table, tower_table
+from dattn_mcore.config.schema import Config
 
 BYTES = {"bf16": 2, "fp32": 4}
 
@@ -41,8 +45,7 @@ class Parameter:
     @property
     def part(self) -> str:
         """vision, projector or llm."""
-        first = self.name.partition(".")[0]
-        return first if first in ("vision", "projector") else "llm"
+        return part_of(self.name)
 
 
 def layers_of_stage(config: Config, stage: int) -> list[list[int]]:
@@ -75,99 +78,29 @@ def stage_parameters(config: Config, stage: int) -> list[list[Parameter]]:
 
 
 def _chunk(config: Config, num_layers: int, first: bool, last: bool) -> Iterator[Parameter]:
-    dtype = "bf16" if config.train.precision == "bf16" else "fp32"
-    trains, llm, tp = config.train.trains, config.model.llm, config.parallel.tp
-    apart = llm.tie_embeddings and config.parallel.pp > 1
-    vocabulary = (llm.padded_vocab_size // tp, llm.hidden_size)
-
-    def parameter(name: str, *shape: int, kind: str = dtype, shared: bool = False) -> Parameter:
-        part = name.partition(".")[0]
-        part = part if part in ("vision", "projector") else "llm"
-        return Parameter(name, shape, kind, part in trains, shared)
-
+    """Parameters of a model chunk with so many of the decoder's layers."""
+    model = config.model
+    apart = model.llm.tie_embeddings and config.parallel.pp > 1
+    language = language_table(model)
+    if apart:
+        language.append(output_layer(model.llm))
     if first:
-        for name, shape in _vision(config):
-            yield parameter(f"vision.{name}", *shape)
-        for name, shape in _projector(config):
-            axis = "_position." in name
-            yield parameter(f"projector.{name}", *shape, kind="fp32" if axis else dtype)
-        yield parameter("embedding.word_embeddings.weight", *vocabulary, shared=apart)
-    for layer in range(num_layers):
-        for name, shape in _layer(llm, tp):
-            yield parameter(f"decoder.layers.{layer}.{name}", *shape)
-    if last:
-        yield parameter("decoder.final_layernorm.weight", llm.hidden_size)
-        if apart or not llm.tie_embeddings:
-            yield parameter("output_layer.weight", *vocabulary, shared=apart)
+        for entry, layer in in_order_of_modules([*tower_table(model), *projector_table(model)]):
+            yield _parameter(config, entry, layer)
+    for entry, layer in in_order_of_modules(language, num_layers):
+        embeds = entry.key == EMBEDDING
+        if entry.layers is not None or (first if embeds else last):
+            copied = apart and (embeds or entry.key == OUTPUT)
+            yield _parameter(config, entry, layer, shared=copied)
 
 
-Shapes = Iterator[tuple[str, tuple[int, ...]]]
-
-
-def _layer(llm: LlmConfig, tp: int) -> Shapes:
-    h = llm.hidden_size
-    query = llm.num_attention_heads * llm.head_dim // tp
-    keys_values = 2 * llm.num_query_groups * llm.head_dim // tp
-    yield "input_layernorm.weight", (h,)
-    yield "self_attention.linear_q.weight", (query, h)
-    yield "self_attention.linear_kv.weight", (keys_values, h)
-    yield "self_attention.linear_proj.weight", (h, query)
-    if llm.post_norms:
-        yield "self_attention.linear_proj.post_norm.weight", (h,)
-    yield "pre_mlp_layernorm.weight", (h,)
-    yield "mlp.linear_fc1.weight", (2 * llm.ffn_hidden_size // tp, h)
-    yield "mlp.linear_fc2.weight", (h, llm.ffn_hidden_size // tp)
-    if llm.post_norms:
-        yield "mlp.linear_fc2.post_norm.weight", (h,)
-
-
-def _vision(config: Config) -> Shapes:
-    vision, tp = config.model.vision, config.parallel.tp
-    v, clip = vision.hidden_size, vision.kind == "clip"
-    if clip:
-        yield "class_embedding", (v,)
-    yield "patch_embedding.weight", (v, 3, vision.patch_size, vision.patch_size)
-    if not clip:
-        yield "patch_embedding.bias", (v,)
-    if config.model.visual_positions:
-        yield "position_embedding.weight", (vision.rows_per_tile + clip, v)
-    if clip:
-        yield "pre_layernorm.weight", (v,)
-        yield "pre_layernorm.bias", (v,)
-    for layer in range(vision.num_layers + 1 + vision.select_layer):
-        for name, shape in _vision_layer(v, vision.ffn_hidden_size, tp):
-            yield f"decoder.layers.{layer}.{name}", shape
-    if not clip and vision.select_layer == -1:
-        yield "decoder.final_layernorm.weight", (v,)
-        yield "decoder.final_layernorm.bias", (v,)
-
-
-def _vision_layer(v: int, ffn: int, tp: int) -> Shapes:
-    yield "input_layernorm.weight", (v,)
-    yield "input_layernorm.bias", (v,)
-    yield "self_attention.linear_proj.weight", (v, v // tp)
-    yield "self_attention.linear_proj.bias", (v,)
-    yield "self_attention.linear_qkv.weight", (3 * v // tp, v)
-    yield "self_attention.linear_qkv.bias", (3 * v // tp,)
-    yield "pre_mlp_layernorm.weight", (v,)
-    yield "pre_mlp_layernorm.bias", (v,)
-    yield "mlp.linear_fc1.weight", (ffn // tp, v)
-    yield "mlp.linear_fc1.bias", (ffn // tp,)
-    yield "mlp.linear_fc2.weight", (v, ffn // tp)
-    yield "mlp.linear_fc2.bias", (v,)
-
-
-def _projector(config: Config) -> Shapes:
-    h, tp = config.model.llm.hidden_size, config.parallel.tp
-    width, v = config.model.projector.ffn_hidden_size, config.model.vision.hidden_size
-    yield "mlp.linear_fc1.weight", (width // tp, v)
-    yield "mlp.linear_fc1.bias", (width // tp,)
-    yield "mlp.linear_fc2.weight", (h, width // tp)
-    yield "mlp.linear_fc2.bias", (h,)
-    yield "norm.weight", (h,)
-    if config.model.visual_positions:
-        for axis in ("row", "column"):
-            for layer in ("fc1", "fc2"):
-                yield f"{axis}_position.{layer}.weight", (h, h)
-                yield f"{axis}_position.{layer}.bias", (h,)
-    yield "output_norm.weight", (h,)
+def _parameter(config: Config, entry: Entry, layer: int | None, shared: bool = False) -> Parameter:
+    assert entry.key is not None
+    dtype = "bf16" if config.train.precision == "bf16" else "fp32"
+    return Parameter(
+        name=entry.key.replace(".layers.", f".layers.{layer}."),
+        shape=entry.shard_shape(config.parallel.tp),
+        dtype="fp32" if entry.dtype == "float32" else dtype,
+        trained=part_of(entry.key) in config.train.trains,
+        shared_embedding=shared,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dattn_mcore.architectures import text_features
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan import hardware
 from dattn_mcore.plan.communication import Exchange, tensor_bytes_per_layer
@@ -93,7 +94,9 @@ def _moved_bytes(config: Config, pack: Rows, fp8: bool) -> float:
     h, f = llm.hidden_size, llm.ffn_hidden_size / tp
     query = llm.num_attention_heads * llm.head_dim / tp
     keys_values = 2 * llm.num_query_groups * llm.head_dim / tp
-    norms = (4 if llm.post_norms else 2) * 5 * h / shards  # in, out; in, gradient, out
+    norms = (
+        text_features(config.model).norms_per_layer * 5 * h / shards
+    )  # in, out; in, gradient, out
     per_row = norms + 10 * h / shards + 8 * f  # two residuals; gated activation
     total = e * ((pack.text + pack.visual) * per_row + pack.text * 4 * (query + keys_values / 2))
     if fp8:
@@ -108,7 +111,7 @@ def _tower_bytes(config: Config, pack: Rows) -> float:
     vision = config.model.vision
     e = 2 if config.train.precision == "bf16" else 4
     rows = pack.tiles * vision.rows_per_tile
-    layers = vision.num_layers + 1 + vision.select_layer
+    layers = vision.layers_run
     per_row = 10 * vision.hidden_size + 3 * vision.ffn_hidden_size / config.parallel.tp
     return e * rows * layers * per_row
 

@@ -68,10 +68,13 @@ def attention_backends(config: Config, device_type: str) -> list[tuple[str, Back
     Raises:
         ConfigError: the backend asked for cannot run there or compute this model.
     """
-    options, every = attention_options(config), config.model.llm.sliding_window_every
-    kinds = [("all layers", options)]
-    if options.window is not None and every > 1:
-        kinds = [("windowed layers", options), ("other layers", replace(options, window=None))]
+    options = attention_options(config)
+    windows = sorted(set(config.model.llm.windows), key=lambda window: window or 0, reverse=True)
+    names = {None: "other layers"} if len(windows) > 1 else dict.fromkeys(windows, "all layers")
+    kinds = [
+        (names.get(window, "windowed layers"), replace(options, window=window))
+        for window in windows
+    ]
     head_dim, dtype = config.model.llm.head_dim, params_dtype(config)
     chosen = [
         (name, choose_backend(config.attention.backend, kind, device_type, dtype, head_dim))

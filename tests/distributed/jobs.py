@@ -41,15 +41,11 @@ SMALL_MODEL: dict[str, Any] = {
 GEMMA: dict[str, Any] = {
     "family": "gemma2",
     "llm": {
-        "activation": "gelu_tanh",
-        "zero_centered_gamma": True,
-        "post_norms": True,
         "attention_softcap": 5.0,
         "final_softcap": 3.0,
         "query_scale": 24.0,
         "sliding_window": 6,
-        "sliding_window_every": 2,
-        "scale_embeddings": True,
+        "layer_pattern": ["sliding", "full"],
         "tie_embeddings": True,
     },
 }

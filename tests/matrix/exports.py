@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers.processors import TemplateProcessing
 
+from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.tokenizer import load_tokenizer
 from tests.matrix.trainer_answers import save_answers
@@ -16,7 +17,6 @@ from tools.checkpoint_convert import mcore_to_hf
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
 from tools.checkpoint_convert.mcore_to_hf import EMBEDDING, ExportOptions
 from tools.checkpoint_convert.streaming import Planned
-from tools.checkpoint_convert.tables import model_table
 from tools.checkpoint_convert.tokenizers_out import from_sentencepiece
 
 

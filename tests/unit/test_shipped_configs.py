@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.config.checks import check_config, data_parallel_size, processes_per_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.tiles import ANYRES_POLICIES
 from dattn_mcore.training.plan import describe, stage_summary
-from tools.checkpoint_convert.tables import mcore_shapes, model_table
+from tools.checkpoint_convert.tables import mcore_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", help="checkpoint folder, or a run folder (its newest one)")
     export.add_argument("output", help="folder to make; must not exist")
     export.add_argument("--tokenizer", help="instead of data.tokenizer of the run")
-    export.add_argument("--template", help="plain, mistral or gemma; instead of data.template")
+    export.add_argument("--template", help="chat template; instead of data.template")
     _add_processes(export)
     export.add_argument("--max-shard-size", type=_size, default=_size("5GB"), metavar="SIZE")
     export.add_argument(
@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of an exported folder (default 128); with --config its own counts",
     )
-    load.add_argument("--llm", metavar="DIR", help="Hugging Face folder of Mistral or Gemma 2")
-    load.add_argument("--vision", metavar="DIR", help="Hugging Face folder of SigLIP or CLIP")
+    load.add_argument("--llm", metavar="DIR", help="Hugging Face folder of a language model")
+    load.add_argument("--vision", metavar="DIR", help="Hugging Face folder of a vision tower")
     load.add_argument("--config", metavar="FILE", help="of the run that starts from the output")
     load.set_defaults(run=_hf_to_mcore)
 

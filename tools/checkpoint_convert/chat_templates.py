@@ -8,7 +8,10 @@ in front of the first user's, as in training.
 
 from __future__ import annotations
 
-from dattn_mcore.data.templates import check_template
+from collections.abc import Sequence
+
+from dattn_mcore.architectures.chat import BOS, EOS, Images, Segment, Token
+from dattn_mcore.data.templates import find_template
 
 _CONTENT = """\
 {%- macro content(message) -%}
@@ -53,63 +56,53 @@ message may come first') }}
 {%- set said = ((prefix if loop.first else '') + content(message)) | trim -%}
 """
 
-_MISTRAL = (
-    _CONTENT
-    + _SYSTEM
-    + "{{ bos_token }}"
-    + _TURNS
-    + """\
-{%- if message['role'] == 'user' -%}
-{{ '[INST] ' + said + '[/INST]' }}
-{%- else -%}
-{{ ' ' + said + eos_token }}
-{%- endif -%}
-{%- endfor -%}
-"""
-)
-
-_GEMMA = (
-    _CONTENT
-    + _SYSTEM
-    + "{{ bos_token }}"
-    + _TURNS
-    + """\
-{%- if message['role'] == 'user' -%}
-{{ '<start_of_turn>user\\n' + said + '<end_of_turn>\\n<start_of_turn>model\\n' }}
-{%- else -%}
-{{ said + '<end_of_turn>\\n' }}
-{%- endif -%}
-{%- endfor -%}
-"""
-)
-
-# Images, then <bos>, then the caption; the user's text is dropped.
-_PLAIN = (
-    _CONTENT
-    + _SYSTEM
-    + _TURNS
-    + """\
-{%- if loop.index0 > 1 -%}
-{{ raise_exception('the plain template holds one image caption pair') }}
-{%- endif -%}
-{%- if message['role'] == 'user' -%}
-{{ '<image>' * (said.split('<image>') | length - 1) + bos_token }}
-{%- else -%}
-{{ (SPACE if said else '') + said + eos_token }}
-{%- endif -%}
-{%- endfor -%}
-"""
-)
-
 
 def chat_template(template: str, prefix_space: bool) -> str:
-    """Returns the Jinja text of a template.
+    """Returns the Jinja text of a template, written from its segments.
 
     Args:
-        template: `plain`, `mistral` or `gemma`.
-        prefix_space: whether the tokenizer normally puts a space in front of a text; a caption
-            in `plain` then starts with one.
+        template: name of a conversation template.
+        prefix_space: whether the tokenizer normally puts a space in front of a text; a segment
+            that opens with it then does.
     """
-    check_template(template)
-    plain = _PLAIN.replace("SPACE", "' '" if prefix_space else "''")
-    return {"plain": plain, "mistral": _MISTRAL, "gemma": _GEMMA}[template]
+    chat = find_template(template)
+    one_pair = f"""\
+{{%- if loop.index0 > 1 -%}}
+{{{{ raise_exception('the {chat.name} template holds one image caption pair') }}}}
+{{%- endif -%}}
+"""
+    return (
+        _CONTENT
+        + _SYSTEM
+        + _written(chat.begin, prefix_space)
+        + _TURNS
+        + (one_pair if chat.one_pair else "")
+        + "{%- if message['role'] == 'user' -%}\n"
+        + _written(chat.user, prefix_space)
+        + "{%- else -%}\n"
+        + _written(chat.answer, prefix_space)
+        + "{%- endif -%}\n{%- endfor -%}\n"
+    )
+
+
+def _written(segments: Sequence[Segment], prefix_space: bool) -> str:
+    """A line of Jinja that writes segments; empty for none."""
+    terms: list[str] = []
+    for segment in segments:
+        if isinstance(segment, Token):
+            names = {BOS: "bos_token", EOS: "eos_token"}
+            terms.append(names.get(segment.name, _quoted(segment.name)))
+        elif isinstance(segment, Images):
+            terms.append("'<image>' * (said.split('<image>') | length - 1)")
+        else:
+            if segment.opens and prefix_space:
+                terms.append("(' ' if said else '')")
+            terms += [_quoted(segment.before)] if segment.before else []
+            terms += ["said"] if segment.holds == "said" else []
+            terms += [_quoted(segment.after)] if segment.after else []
+    return f"{{{{ {' + '.join(terms)} }}}}\n" if terms else ""
+
+
+def _quoted(text: str) -> str:
+    """A text as Jinja's string."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

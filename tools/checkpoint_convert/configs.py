@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, Gemma2Config, MistralConfig, SiglipVisionConfig
+from transformers import AutoConfig
 
 import dattn_mcore
-from dattn_mcore.config.export_rules import FIXED, not_exportable
+from dattn_mcore.architectures import (
+    language_model,
+    language_models,
+    text_features,
+    tower_features,
+    vision_tower,
+    vision_towers,
+)
+from dattn_mcore.architectures.records import Unsupported, shared_from_hf, shared_to_hf
+from dattn_mcore.config.export_rules import not_exportable
 from dattn_mcore.config.schema import (
     AttentionConfig,
     LlmConfig,
@@ -22,8 +31,8 @@ from dattn_mcore.config.schema import (
 )
 from dattn_mcore.errors import CheckpointError, DattnError
 from dattn_mcore.hf import AUTO_MAP, TESTED_TRANSFORMERS, DattnConfig
+from dattn_mcore.hf.configuration_dattn import TEXT_FEATURES, VISION_FEATURES
 
-MAX_POSITIONS = {"mistral": 32768, "gemma2": 8192}  # of the original models; informative only
 # Of towers.
 ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
 
@@ -67,8 +76,9 @@ def to_hf(
     """
     _check_exportable(model)
     config = DattnConfig(
-        text_config=_text_to_hf(model.family, model.llm, ids, dtype),
-        vision_config=_vision_to_hf(model.vision, dtype),
+        text_config=text_to_hf(model, ids, dtype),
+        vision_config=vision_to_hf(model.vision, dtype),
+        **features_of(model),
         v2v=attention.v2v,
         t2v_position=attention.t2v_position,
         merge=attention.merge,
@@ -83,6 +93,28 @@ def to_hf(
     for name, value in records().items():
         setattr(config, name, value)
     return config
+
+
+def features_of(model: ModelConfig) -> dict[str, dict[str, Any]]:
+    """What config.json says of the architectures, for code that knows none by name."""
+    text, tower = asdict(text_features(model)), asdict(tower_features(model))
+    return {
+        "text_features": {name: text[name] for name in TEXT_FEATURES},
+        "vision_features": {name: tower[name] for name in VISION_FEATURES},
+    }
+
+
+def with_features(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an export's config.json, with the features that older ones do not name."""
+    if "text_features" in fields:
+        return fields
+    family = {record.model_type: name for name, record in language_models().items()}
+    kind = {record.model_type: name for name, record in vision_towers().items()}
+    text, tower = fields["text_config"]["model_type"], fields["vision_config"]["model_type"]
+    if text not in family or tower not in kind:
+        raise CheckpointError(f"config.json: model types {text!r} and {tower!r} are unknown")
+    model = ModelConfig(family=family[text], vision=VisionConfig(kind=kind[tower]))
+    return {**fields, **features_of(model)}
 
 
 def records() -> dict[str, Any]:
@@ -105,10 +137,11 @@ def from_hf(config: DattnConfig, vocab_pad_multiple: int) -> tuple[ModelConfig, 
         output_norm_init=config.projector_output_norm_init,
         norm_eps=config.projector_norm_eps,
     )
+    family, llm = text_from_hf(config.text_config, vocab_pad_multiple)
     model = ModelConfig(
-        family=config.text_config.model_type,
+        family=family,
         visual_positions=config.visual_positions,
-        llm=text_from_hf(config.text_config, vocab_pad_multiple),
+        llm=llm,
         vision=vision_from_hf(config.vision_config, config.vision_feature_layer),
         projector=projector,
     )
@@ -119,151 +152,87 @@ def from_hf(config: DattnConfig, vocab_pad_multiple: int) -> tuple[ModelConfig, 
 
 
 def _check_exportable(model: ModelConfig) -> None:
-    if model.family not in FIXED:
-        raise CheckpointError(
-            f"model.family is {model.family!r}; it must be one of {', '.join(FIXED)}"
-        )
+    for setting, known, value in (
+        ("model.family", language_models(), model.family),
+        ("model.vision.kind", vision_towers(), model.vision.kind),
+        ("model.vision.activation", ACTIVATIONS, model.vision.activation),
+    ):
+        if value not in known:
+            raise CheckpointError(f"{setting} is {value!r}; it must be one of {', '.join(known)}")
     problems = list(not_exportable(model))
     if problems:
         raise CheckpointError("; ".join(problems))
-    allowed = {"siglip": SiglipVisionConfig, "clip": CLIPVisionConfig}
-    if model.vision.kind not in allowed or model.vision.activation not in ACTIVATIONS:
-        raise CheckpointError(
-            f"model.vision: kind={model.vision.kind!r}, activation={model.vision.activation!r}; "
-            f"kind must be one of {', '.join(allowed)}, activation of {', '.join(ACTIVATIONS)}"
-        )
 
 
-def _text_to_hf(family: str, llm: LlmConfig, ids: TokenIds, dtype: torch.dtype) -> Any:
-    common: dict[str, Any] = {
-        "vocab_size": llm.vocab_size,
-        "hidden_size": llm.hidden_size,
-        "intermediate_size": llm.ffn_hidden_size,
-        "num_hidden_layers": llm.num_layers,
-        "num_attention_heads": llm.num_attention_heads,
-        "num_key_value_heads": llm.num_query_groups,
-        "head_dim": llm.head_dim,
-        "rms_norm_eps": llm.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": llm.rotary_base},
-        "max_position_embeddings": MAX_POSITIONS[family],
-        "sliding_window": llm.sliding_window,
-        "tie_word_embeddings": llm.tie_embeddings,
-        "initializer_range": llm.init_std,
-        "bos_token_id": ids.bos,
-        "eos_token_id": ids.eos,
-        "pad_token_id": ids.pad if ids.pad < llm.vocab_size else None,
-        "dtype": dtype,
-    }
-    if family == "mistral":
-        return MistralConfig(**common)
-    windowed = [
-        llm.sliding_window is not None and layer % llm.sliding_window_every == 0
-        for layer in range(llm.num_layers)
-    ]
-    return Gemma2Config(
-        **common,
-        query_pre_attn_scalar=int(llm.query_scale or llm.head_dim),
-        attn_logit_softcapping=llm.attention_softcap,
-        final_logit_softcapping=llm.final_softcap,
-        layer_types=["sliding_attention" if w else "full_attention" for w in windowed],
+def text_to_hf(model: ModelConfig, ids: TokenIds, dtype: torch.dtype) -> Any:
+    """The configuration of the language model in transformers."""
+    record = language_model(model.family)
+    return AutoConfig.for_model(
+        record.model_type,
+        **shared_to_hf(model.llm),
+        **record.to_hf(model.llm),
+        max_position_embeddings=record.max_positions,
+        bos_token_id=ids.bos,
+        eos_token_id=ids.eos,
+        pad_token_id=ids.pad if ids.pad < model.llm.vocab_size else None,
+        dtype=dtype,
     )
 
 
-def text_from_hf(text: Any, vocab_pad_multiple: int) -> LlmConfig:
-    """Sizes of a Mistral or Gemma 2 configuration.
+def text_from_hf(text: Any, vocab_pad_multiple: int) -> tuple[str, LlmConfig]:
+    """Family and sizes of a text configuration.
 
     Raises:
-        CheckpointError: it has a setting that cannot be trained.
+        CheckpointError: it has a setting that cannot be trained, or is of an unknown family.
     """
-    gemma = text.model_type == "gemma2"
-    activation = text.hidden_activation if gemma else text.hidden_act
-    expected = "gelu_pytorch_tanh" if gemma else "silu"
-    if activation != expected:
+    records = {record.model_type: record for record in language_models().values()}
+    if text.model_type not in records:
         raise CheckpointError(
-            f"config.json: the activation of {text.model_type} is {activation!r}; it must be "
-            f"{expected!r}"
+            f"config.json: model_type is {text.model_type!r}; a language model must be one of "
+            f"{', '.join(records)}"
         )
-    if text.rope_parameters["rope_type"] != "default" or getattr(text, "attention_bias", False):
-        raise CheckpointError(
-            f"config.json: text_config has rope_type {text.rope_parameters['rope_type']!r} and "
-            f"attention_bias {getattr(text, 'attention_bias', False)}; only 'default' and False "
-            "can be trained"
-        )
-    every = _window_every(text) if gemma else 1
-    return LlmConfig(
-        num_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        ffn_hidden_size=text.intermediate_size,
-        num_attention_heads=text.num_attention_heads,
-        num_query_groups=text.num_key_value_heads,
-        head_dim=text.head_dim,
-        vocab_size=text.vocab_size,
-        vocab_pad_multiple=vocab_pad_multiple,
-        norm_eps=text.rms_norm_eps,
-        rotary_base=float(text.rope_parameters["rope_theta"]),
-        activation="gelu_tanh" if gemma else "silu",
-        zero_centered_gamma=gemma,
-        post_norms=gemma,
-        attention_softcap=text.attn_logit_softcapping if gemma else None,
-        final_softcap=text.final_logit_softcapping if gemma else None,
-        query_scale=float(text.query_pre_attn_scalar) if gemma else None,
-        sliding_window=text.sliding_window if every else None,
-        sliding_window_every=every or 1,
-        scale_embeddings=gemma,
-        tie_embeddings=text.tie_word_embeddings,
-        init_std=text.initializer_range,
+    record = records[text.model_type]
+    try:
+        sizes = {**shared_from_hf(text), **record.from_hf(text)}
+    except Unsupported as error:
+        raise CheckpointError(f"config.json: {text.model_type}: {error}") from None
+    return record.name, LlmConfig(**sizes, vocab_pad_multiple=vocab_pad_multiple)
+
+
+def vision_to_hf(vision: VisionConfig, dtype: torch.dtype) -> Any:
+    """The configuration of the vision tower in transformers."""
+    record = vision_tower(vision.kind)
+    return AutoConfig.for_model(
+        record.model_type,
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.ffn_hidden_size,
+        num_hidden_layers=vision.num_layers,
+        num_attention_heads=vision.num_attention_heads,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        layer_norm_eps=vision.norm_eps,
+        hidden_act=ACTIVATIONS[vision.activation],
+        dtype=dtype,
+        **record.to_hf,
     )
-
-
-def _window_every(text: Any) -> int:
-    """The n of "layers 0, n, 2n, ... have the window"; 0: none has.
-
-    Raises:
-        CheckpointError: the windowed layers follow another rule.
-    """
-    windowed = [i for i, kind in enumerate(text.layer_types) if kind == "sliding_attention"]
-    if not windowed or text.sliding_window is None:
-        return 0
-    every = windowed[1] if len(windowed) > 1 else text.num_hidden_layers
-    if windowed != list(range(0, text.num_hidden_layers, every)):
-        raise CheckpointError(
-            f"config.json: layer_types has its window on layers {windowed}; only every n-th layer "
-            "from the first on can be trained"
-        )
-    return every
-
-
-def _vision_to_hf(vision: VisionConfig, dtype: torch.dtype) -> Any:
-    common: dict[str, Any] = {
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.ffn_hidden_size,
-        "num_hidden_layers": vision.num_layers,
-        "num_attention_heads": vision.num_attention_heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "layer_norm_eps": vision.norm_eps,
-        "hidden_act": ACTIVATIONS[vision.activation],
-        "dtype": dtype,
-    }
-    if vision.kind == "siglip":
-        return SiglipVisionConfig(**common, vision_use_head=False)
-    return CLIPVisionConfig(**common)
 
 
 def vision_from_hf(vision: Any, select_layer: int) -> VisionConfig:
-    """Sizes of a SigLIP or CLIP vision configuration.
+    """Sizes of a tower's configuration.
 
     Raises:
-        CheckpointError: it has a setting that cannot be trained.
+        CheckpointError: it has a setting that cannot be trained, or is of an unknown kind.
     """
+    kinds = {record.model_type: record.name for record in vision_towers().values()}
     names = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-    if vision.hidden_act not in names:
-        raise CheckpointError(
-            f"config.json: vision_config.hidden_act is {vision.hidden_act!r}; it must be one of "
-            f"{', '.join(names)}"
-        )
+    for field, known in (("model_type", kinds), ("hidden_act", names)):
+        if (value := getattr(vision, field)) not in known:
+            raise CheckpointError(
+                f"config.json: vision_config.{field} is {value!r}; it must be one of "
+                f"{', '.join(known)}"
+            )
     return VisionConfig(
-        kind="siglip" if vision.model_type == "siglip_vision_model" else "clip",
+        kind=kinds[vision.model_type],
         image_size=vision.image_size,
         patch_size=vision.patch_size,
         num_layers=vision.num_hidden_layers,

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import TensorStorageMetadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from dattn_mcore.architectures.parameters import Shape
 from dattn_mcore.checkpoint import manifest
 from dattn_mcore.checkpoint.content import RNG, SMALL, check_content
 from dattn_mcore.checkpoint.folders import damage, data_files, digest, find_checkpoints
@@ -32,7 +33,6 @@ from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.saved import saved_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError
-from tools.checkpoint_convert.mapping import Shape
 from tools.checkpoint_convert.safetensors_folder import PICKLES
 from tools.checkpoint_convert.streaming import Planned, write_tensors
 from tools.checkpoint_convert.workers import Progress

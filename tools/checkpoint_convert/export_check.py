@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
+from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.checkpoint.load import load_weights
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
@@ -52,7 +53,7 @@ from tools.checkpoint_convert.first_layers import (
     write_first_layers,
 )
 from tools.checkpoint_convert.logits import trainer_logits
-from tools.checkpoint_convert.tables import hf_shapes, model_table
+from tools.checkpoint_convert.tables import hf_shapes
 
 QUESTION = f"{IMAGE_MARK}\nWhich digit is in the top-left cell?"
 WHOLE = 50_000_000  # parameters up to which the whole model is compared

@@ -16,12 +16,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.checkpoint.state import model_state
 from dattn_mcore.config.schema import Config
 from dattn_mcore.models.dattn import DattnModel
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder, SafetensorsWriter
-from tools.checkpoint_convert.tables import hf_shapes, model_table
+from tools.checkpoint_convert.tables import hf_shapes
 
 LAYERS, VOCABULARY = 2, 4096  # layers of tower and language model each, rows of the vocabulary
 VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")

@@ -10,16 +10,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dattn_mcore.architectures import language_model
+from dattn_mcore.architectures.parameters import Entry, in_order_of_layers
+from dattn_mcore.architectures.projector import projector_table
+from dattn_mcore.architectures.tables import language_table, model_table, tower_table
 from dattn_mcore.config.load import from_dict
 from dattn_mcore.config.schema import AttentionConfig, Config, DataConfig, ModelConfig
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.hf import DattnConfig
 from dattn_mcore.hf.image_rules_dattn import OLD_RULES, ImageRules
-from tools.checkpoint_convert import projector
 from tools.checkpoint_convert.atomic_folder import AtomicFolder, check_free
-from tools.checkpoint_convert.configs import from_hf, understanding
+from tools.checkpoint_convert.configs import from_hf, understanding, with_features
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
-from tools.checkpoint_convert.mapping import Entry, Shape, in_order_of_layers
+from tools.checkpoint_convert.mixing import join
 from tools.checkpoint_convert.raw_folders import (
     check_fits,
     open_language_model,
@@ -28,17 +31,8 @@ from tools.checkpoint_convert.raw_folders import (
 )
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
 from tools.checkpoint_convert.streaming import Planned
-from tools.checkpoint_convert.tables import (
-    LLM_TABLES,
-    VISION_TABLES,
-    check_keys,
-    hf_shapes,
-    model_table,
-    part_of,
-)
+from tools.checkpoint_convert.tables import check_keys, hf_shapes
 from tools.checkpoint_convert.workers import Progress
-
-TEMPLATES = {"mistral": "mistral", "gemma2": "gemma"}
 
 
 class Source(Protocol):
@@ -62,7 +56,7 @@ def read_hf_config(folder: Path) -> DattnConfig:
     if kind != "dattn":
         raise CheckpointError(f"{file}: model_type is {kind!r}; only 'dattn' folders are converted")
     with understanding(file):
-        return DattnConfig.from_dict(fields)
+        return DattnConfig.from_dict(with_features(fields))
 
 
 def read_model(folder: Path, vocab_pad_multiple: int) -> tuple[ModelConfig, AttentionConfig]:
@@ -106,7 +100,7 @@ def convert(
         attention=attention,
         data=replace(
             image_settings(folder),
-            template=TEMPLATES[model.family],
+            template=language_model(model.family).chat.name,
             tokenizer=str(folder.resolve()),
             prepare="none",
         ),
@@ -127,8 +121,8 @@ def convert_parts(
     """Writes a checkpoint from a language model and a tower; the projector starts afresh.
 
     Args:
-        llm: Hugging Face folder of a Mistral or Gemma 2.
-        vision: Hugging Face folder of a SigLIP or CLIP, or of its tower.
+        llm: Hugging Face folder of a language model.
+        vision: Hugging Face folder of a vision tower, or of a model that has it.
         config: of the run that will start from it; its seed makes the projector. Where it leaves
             `data.tokenizer` at the embedded task's, the language model's own is meant.
         output: checkpoint folder to make.
@@ -146,11 +140,11 @@ def convert_parts(
     check_fits(llm, vision, model, config.data)
     plan: list[Planned] = []
     tower = open_vision_tower(vision, model.vision)
-    table = VISION_TABLES[model.vision.kind](model.vision, model.visual_positions)
+    table = tower_table(model)
     check_keys(str(vision), hf_shapes(table), tower.shapes, tower.dtypes)
     plan += planned(table, tower, str(vision))
     language = open_language_model(llm, model.llm.tie_embeddings)
-    table = LLM_TABLES[model.family](model.llm)
+    table = language_table(model)
     check_keys(str(llm), hf_shapes(table), language.shapes, language.dtypes)
     plan += planned(table, language, str(llm))
     plan += fresh_projector(config, next(iter(language.dtypes.values())))
@@ -174,7 +168,7 @@ def planned(table: list[Entry], source: Source, where: str) -> list[Planned]:
                     "model.visual_positions is false"
                 )
             continue
-        shape = entry.mcore_shape()[0 if entry.layers is None else 1 :]
+        shape = entry.layer_shape()
         make = functools.partial(_make, entry, source, names)
         dtype = source.dtypes[names[0]]
         plan.append(Planned(entry.key, layer, entry.layers, shape, dtype, make))
@@ -182,7 +176,7 @@ def planned(table: list[Entry], source: Source, where: str) -> list[Planned]:
 
 
 def _make(entry: Entry, source: Source, names: list[str]) -> Tensor:
-    return entry.mix.join([source.read(name) for name in names])
+    return join(entry, [source.read(name) for name in names])
 
 
 def fresh_projector(config: Config, dtype: torch.dtype) -> list[Planned]:
@@ -194,17 +188,16 @@ def fresh_projector(config: Config, dtype: torch.dtype) -> list[Planned]:
     """
     from dattn_mcore.models.initialize import initial_value
 
-    def make(key: str, shape: Shape, dtype: torch.dtype) -> Tensor:
-        value = initial_value(key, 0, shape, config, config.train.seed)
-        return (torch.ones(shape) if value is None else value).to(dtype)
+    def make(entry: Entry, dtype: torch.dtype) -> Tensor:
+        value = initial_value(entry, layer=0, model=config.model, seed=config.train.seed)
+        return (torch.ones(entry.mcore_shape()) if value is None else value).to(dtype)
 
     plan = []
-    for entry in projector.table(config.model):
+    for entry in projector_table(config.model):
         assert entry.key is not None
-        kind = torch.float32 if part_of(entry.key) == "positions" else dtype
-        shape = entry.mcore_shape()
-        lazily = functools.partial(make, entry.key, shape, kind)
-        plan.append(Planned(entry.key, None, None, shape, kind, lazily))
+        kind = torch.float32 if entry.dtype == "float32" else dtype
+        lazily = functools.partial(make, entry, kind)
+        plan.append(Planned(entry.key, None, None, entry.mcore_shape(), kind, lazily))
     return plan
 
 

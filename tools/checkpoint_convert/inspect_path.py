@@ -7,20 +7,14 @@ from pathlib import Path
 
 import torch
 
+from dattn_mcore.architectures.parameters import Shape
+from dattn_mcore.architectures.tables import language_table, model_table, tower_table
 from dattn_mcore.config.schema import AttentionConfig, ModelConfig
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import read_model
-from tools.checkpoint_convert.mapping import Shape
 from tools.checkpoint_convert.raw_folders import TEXT_TYPES, VISION_TYPES, read_json
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
-from tools.checkpoint_convert.tables import (
-    LLM_TABLES,
-    VISION_TABLES,
-    check_keys,
-    hf_shapes,
-    mcore_shapes,
-    model_table,
-)
+from tools.checkpoint_convert.tables import check_keys, hf_shapes, mcore_shapes
 from tools.checkpoint_convert.verify import open_weights
 
 
@@ -86,10 +80,7 @@ def inspect(path: str | Path) -> Contents:
 def _inspect_part(path: Path) -> Contents:
     side = open_weights(path, select_layer=-1)
     model = side.model
-    if "llm" in side.parts:
-        table = LLM_TABLES[model.family](model.llm)
-    else:
-        table = VISION_TABLES[model.vision.kind](model.vision, True)
+    table = language_table(model) if "llm" in side.parts else tower_table(model)
     check_keys(str(path), hf_shapes(table), side.shapes, side.dtypes)
     tensors = {name: (shape, side.dtypes[name]) for name, shape in side.shapes.items()}
     return Contents(side.kind, path, None, model, None, tensors, side.ignored)

@@ -11,6 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 import dattn_mcore.hf
+from dattn_mcore.architectures.parameters import Entry, Shape, in_order_of_layers
+from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import CheckpointError, DataError
 from dattn_mcore.hf import REMOTE_CODE_FILES
@@ -18,9 +20,9 @@ from tools.checkpoint_convert.atomic_folder import AtomicFolder
 from tools.checkpoint_convert.configs import TokenIds, to_hf
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.following_digest import FollowingDigest
-from tools.checkpoint_convert.mapping import Entry, Shape, in_order_of_layers
+from tools.checkpoint_convert.mixing import split
 from tools.checkpoint_convert.safetensors_folder import SafetensorsWriter
-from tools.checkpoint_convert.tables import check_keys, mcore_shapes, model_table
+from tools.checkpoint_convert.tables import check_keys, mcore_shapes
 from tools.checkpoint_convert.tokenizers_out import export_processor
 from tools.checkpoint_convert.workers import Progress, Report, in_shares, run_shares
 
@@ -189,7 +191,7 @@ def _write_weights(
             if entry.key is None:
                 parts = [torch.zeros(shape, dtype=dtype) for shape in entry.parts.values()]
             else:
-                parts = entry.mix.split(source.read(entry.key, layer))
+                parts = split(entry, source.read(entry.key, layer))
             for name, part in zip(entry.names(layer), parts, strict=True):
                 writer.add(name, part)
             return step

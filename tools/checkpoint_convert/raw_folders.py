@@ -1,8 +1,8 @@
 """A language model's and a vision tower's own folders, read under the names of an export.
 
 Older transformers wrote towers as `vision_model.*`, newer ones without it; a folder may also hold
-the whole SigLIP or CLIP. What the tower does not use is left out by rule, by name, never silently
-because it did not fit.
+the whole model of images and text. What the tower does not use is left out by rule, by name, never
+silently because it did not fit.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, CLIPVisionConfig, SiglipVisionConfig
+from transformers import AutoConfig
 
+from dattn_mcore.architectures import language_models, vision_tower, vision_towers
+from dattn_mcore.architectures.decoder import PREFIX
+from dattn_mcore.architectures.parameters import TOWER, Shape
 from dattn_mcore.config.schema import DataConfig, LlmConfig, ModelConfig, VisionConfig
 from dattn_mcore.errors import CheckpointError
-from tools.checkpoint_convert import mistral, siglip
 from tools.checkpoint_convert.configs import text_from_hf, understanding, vision_from_hf
-from tools.checkpoint_convert.mapping import Shape
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
 
-TEXT_TYPES = ("mistral", "gemma2")
-VISION_TYPES: dict[str, Any] = {
-    "siglip": SiglipVisionConfig,
-    "siglip_vision_model": SiglipVisionConfig,
-    "clip": CLIPVisionConfig,
-    "clip_vision_model": CLIPVisionConfig,
+TEXT_TYPES = tuple(record.model_type for record in language_models().values())
+# Model types of folders that hold a tower, with that of the tower itself.
+VISION_TYPES = {
+    kind: record.model_type for record in vision_towers().values() for kind in record.folder_types
 }
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# Of a whole SigLIP or CLIP: what is no part of its tower.
+# Of a model of images and text: what is no part of its tower.
 NOT_THE_TOWER = (
     "text_model.",
     "logit_scale",
@@ -96,7 +95,7 @@ def text_config(folder: Path) -> tuple[str, LlmConfig]:
             f"{', '.join(TEXT_TYPES)}"
         )
     with understanding(folder / "config.json"):
-        return kind, text_from_hf(AutoConfig.for_model(kind, **fields), 1)
+        return text_from_hf(AutoConfig.for_model(kind, **fields), 1)
 
 
 def vision_config(folder: Path, select_layer: int) -> VisionConfig:
@@ -115,11 +114,11 @@ def vision_config(folder: Path, select_layer: int) -> VisionConfig:
     with understanding(folder / "config.json"):
         fields = dict(fields.get("vision_config", fields))
         fields.pop("model_type", None)
-        return vision_from_hf(VISION_TYPES[kind](**fields), select_layer)
+        return vision_from_hf(AutoConfig.for_model(VISION_TYPES[kind], **fields), select_layer)
 
 
 def open_language_model(folder: Path, tied: bool) -> RawFolder:
-    """Opens a Mistral or Gemma 2 folder.
+    """Opens a language model's folder.
 
     Raises:
         CheckpointError: a file is missing or damaged, or `tied` and the head differs from the
@@ -140,12 +139,12 @@ def open_language_model(folder: Path, tied: bool) -> RawFolder:
                 )
             continue
         inner = raw.removeprefix("model.")
-        names[raw if inner == raw else mistral.PREFIX + inner] = raw
+        names[raw if inner == raw else PREFIX + inner] = raw
     return RawFolder(folder, source, names)
 
 
 def open_vision_tower(folder: Path, vision: VisionConfig) -> RawFolder:
-    """Opens a SigLIP or CLIP folder, the whole model or its tower, up to the selected layer.
+    """Opens a tower's folder, or that of a model with its tower in it, up to the selected layer.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -160,19 +159,18 @@ def open_vision_tower(folder: Path, vision: VisionConfig) -> RawFolder:
             continue
         inner = raw.removeprefix(prefix)
         strange = prefix and inner == raw
-        names[raw if strange else siglip.PREFIX + inner] = raw
+        names[raw if strange else TOWER + inner] = raw
     return RawFolder(folder, source, names)
 
 
 def _unread(name: str, vision: VisionConfig) -> bool:
     """Whether the model never reads this tensor of a tower."""
-    if name == "embeddings.position_ids" or name.startswith("head."):  # SigLIP's pooling head
+    if name == "embeddings.position_ids" or name.startswith("head."):  # a pooling head
         return True
-    if name.startswith("post_layernorm."):  # CLIP's is for the pooled row only
-        return vision.kind == "clip" or vision.select_layer != -1
+    if name.startswith("post_layernorm."):  # without a final norm it is for the pooled row only
+        return not vision_tower(vision.kind).features.final_norm or vision.select_layer != -1
     layer = _LAYER.match(name)
-    kept = vision.num_layers + vision.select_layer + 1
-    return layer is not None and kept <= int(layer[1]) < vision.num_layers
+    return layer is not None and vision.layers_run <= int(layer[1]) < vision.num_layers
 
 
 def check_fits(llm: Path, vision: Path, model: ModelConfig, data: DataConfig) -> None:
@@ -185,7 +183,8 @@ def check_fits(llm: Path, vision: Path, model: ModelConfig, data: DataConfig) ->
     problems = []
     if family != model.family:
         problems.append(f"model.family is {family!r} in {llm} and {model.family!r}")
-    problems += _differences("model.llm", llm, text, model.llm, ("init_std", "vocab_pad_multiple"))
+    unread = ("init_std", "vocab_pad_multiple")
+    problems += _differences("model.llm", llm, text, model.llm, unread)
     tower = vision_config(vision, model.vision.select_layer)
     problems += _differences("model.vision", vision, tower, model.vision, ("init_std",))
     pixels = vision / "preprocessor_config.json"
@@ -209,6 +208,8 @@ def _differences(
         found, expected = getattr(theirs, name), getattr(ours, name)
         if name == "query_scale":
             found, expected = found or theirs.head_dim, expected or ours.head_dim
+        if name == "layer_pattern":  # several patterns may mean the same
+            found, expected = theirs.windows, ours.windows
         if found != expected and name not in free:
             problems.append(f"{section}.{name} is {found} in {where} and {expected}")
     return problems

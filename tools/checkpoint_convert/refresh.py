@@ -19,7 +19,7 @@ import dattn_mcore.hf
 from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.hf import NO_FOREIGN_CODE, REMOTE_CODE_FILES, DattnProcessor
-from tools.checkpoint_convert.configs import records, understanding
+from tools.checkpoint_convert.configs import records, understanding, with_features
 from tools.checkpoint_convert.hf_to_mcore import image_settings
 from tools.checkpoint_convert.inspect_path import inspect
 from tools.checkpoint_convert.raw_folders import read_json
@@ -60,7 +60,7 @@ def refresh(folder: str | Path) -> list[str]:
     new[PROCESSOR] = _processor(folder, model)
     # The last one to change: a folder whose config names a release has all files of it.
     version = {"transformers_version": transformers.__version__}
-    new[CONFIG] = _json(old | records() | version)
+    new[CONFIG] = _json(with_features(old) | records() | version)
     lines = {}
     for name, data in new.items():
         line = _difference(folder / name, data)

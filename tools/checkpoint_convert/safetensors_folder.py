@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dattn_mcore.architectures.parameters import Shape
 from dattn_mcore.errors import CheckpointError
-from tools.checkpoint_convert.mapping import Shape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MADV_POPULATE_READ = 22  # of Linux 5.14; Python has no name for it

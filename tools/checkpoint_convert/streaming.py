@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from tools.checkpoint_convert.mapping import Shape
+from dattn_mcore.architectures.parameters import Shape
 from tools.checkpoint_convert.workers import Progress, Report, in_shares, run_shares
 
 

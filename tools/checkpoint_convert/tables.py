@@ -1,35 +1,16 @@
-"""The table of a whole model, and the check that every key is accounted for."""
+"""The check that every tensor of a table is accounted for."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
-from dattn_mcore.config.schema import LlmConfig, ModelConfig, VisionConfig
+from dattn_mcore.architectures.parameters import Entry, Shape, part_of
 from dattn_mcore.errors import CheckpointError
-from tools.checkpoint_convert import clip, gemma2, mistral, projector, siglip
-from tools.checkpoint_convert.mapping import Entry, Shape
 
-LLM_TABLES: dict[str, Callable[[LlmConfig], list[Entry]]] = {
-    "mistral": mistral.table,
-    "gemma2": gemma2.table,
-}
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)  # of weights
-VISION_TABLES: dict[str, Callable[[VisionConfig, bool], list[Entry]]] = {
-    "siglip": siglip.table,
-    "clip": clip.table,
-}
-
-
-def model_table(model: ModelConfig) -> list[Entry]:
-    """Every tensor of a model, in the order they are written."""
-    return [
-        *VISION_TABLES[model.vision.kind](model.vision, model.visual_positions),
-        *projector.table(model),
-        *LLM_TABLES[model.family](model.llm),
-    ]
 
 
 def mcore_shapes(table: list[Entry]) -> dict[str, Shape]:
@@ -67,11 +48,11 @@ def check_keys(
     ]
     known = {key: dtypes[key] for key in expected if key in found}
     usual = {
-        part: Counter(dtype for key, dtype in known.items() if part_of(key) == part)
-        for part in {part_of(key) for key in known}
+        group: Counter(dtype for key, dtype in known.items() if dtype_group(key) == group)
+        for group in {dtype_group(key) for key in known}
     }
     for key, dtype in known.items():
-        wanted = next((d for d, _ in usual[part_of(key)].most_common() if d in DTYPES), None)
+        wanted = next((d for d, _ in usual[dtype_group(key)].most_common() if d in DTYPES), None)
         if dtype != wanted:
             names = [str(d or DTYPES[0]).removeprefix("torch.") for d in (dtype, wanted)]
             problems.append(f"{key} is {names[0]} instead of {names[1]}")
@@ -82,13 +63,6 @@ def check_keys(
         )
 
 
-def part_of(name: str) -> str:
-    """The part of the model that a tensor (by either side's name) belongs to.
-
-    Parts may differ in dtype; row and column positions are float32 in every model.
-    """
-    if "_position.fc" in name:
-        return "positions"
-    if name.startswith(("vision.", siglip.PREFIX)):
-        return "vision"
-    return "projector" if name.startswith(("projector.", projector.PREFIX)) else "llm"
+def dtype_group(name: str) -> str:
+    """Which tensors have one dtype: `vision`, `projector`, `llm`, or the float32 `positions`."""
+    return "positions" if "_position.fc" in name else part_of(name)

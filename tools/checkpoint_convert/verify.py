@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dattn_mcore.architectures.parameters import Entry, Shape
+from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.config.schema import AttentionConfig, ModelConfig
 from dattn_mcore.errors import CheckpointError
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import read_hf_config, read_model
-from tools.checkpoint_convert.mapping import Entry, Shape
+from tools.checkpoint_convert.mixing import split
 from tools.checkpoint_convert.raw_folders import (
     TEXT_TYPES,
     VISION_TYPES,
@@ -26,7 +28,7 @@ from tools.checkpoint_convert.raw_folders import (
     vision_config,
 )
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
-from tools.checkpoint_convert.tables import check_keys, mcore_shapes, model_table, part_of
+from tools.checkpoint_convert.tables import check_keys, dtype_group, mcore_shapes
 from tools.checkpoint_convert.workers import Progress
 
 ALL = frozenset({"vision", "projector", "positions", "llm"})
@@ -96,8 +98,8 @@ def verify(
             f"{first} is a {a.kind} and {second} a {b.kind}; they have nothing to compare"
         )
     differences = _settings(a, b, parts)
-    names = [name for name in a.shapes if part_of(name) in parts]
-    others = [name for name in b.shapes if part_of(name) in parts]
+    names = [name for name in a.shapes if dtype_group(name) in parts]
+    others = [name for name in b.shapes if dtype_group(name) in parts]
     differences += [f"{name} is missing in {b.path}" for name in names if name not in b.shapes]
     differences += [f"{name} is missing in {a.path}" for name in others if name not in a.shapes]
     common = [n for n in (others if b.kind == "checkpoint" else names) if n in a.shapes]
@@ -183,7 +185,7 @@ def _open_checkpoint(path: Path) -> Weights:
             return torch.zeros(shapes[name], dtype=dtypes[name])
         if (entry.key, layer) not in last:
             last.clear()
-            last[entry.key, layer] = entry.mix.split(source.read(entry.key, layer))
+            last[entry.key, layer] = split(entry, source.read(entry.key, layer))
         return last[entry.key, layer][part]
 
     attention = source.config.attention
@@ -210,6 +212,8 @@ def _settings(a: Weights, b: Weights, parts: frozenset[str]) -> list[str]:
             left, right = getattr(ours, name), getattr(theirs, name)
             if name == "query_scale":
                 left, right = left or ours.head_dim, right or theirs.head_dim
+            if name == "layer_pattern":  # several patterns may mean the same
+                left, right = ours.windows, theirs.windows
             if left != right and name not in free:
                 differences.append(f"{section}.{name}: {left} and {right}")
     return differences

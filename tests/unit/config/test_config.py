@@ -203,10 +203,7 @@ def test_no_number_in_any_setting_is_a_traceback(value, others):
             assert all("\n" not in mistake for mistake in error.mistakes)
 
 
-GEMMA = [
-    *("model.family=gemma2", "model.llm.activation=gelu_tanh", "model.llm.post_norms=true"),
-    *("model.llm.zero_centered_gamma=true", "model.llm.scale_embeddings=true"),
-]
+GEMMA = ["model.family=gemma2"]
 
 
 @pytest.mark.parametrize(
@@ -217,10 +214,12 @@ GEMMA = [
         (["model.llm.attention_softcap=50"], "model.family=mistral has attention_softcap=null"),
         (["model.llm.query_scale=24"], "has query_scale=null or head_dim .32.; use that, or"),
         (
-            ["model.llm.sliding_window=8", "model.llm.sliding_window_every=2"],
-            "model.llm.sliding_window_every=2 cannot be exported: model.family=mistral has",
+            ["model.llm.sliding_window=8", "model.llm.layer_pattern=[sliding, full]"],
+            r"model.llm.layer_pattern=\[sliding, full\] cannot be exported: model.family=mistral has",
         ),
-        (["model.family=gemma2"], "model.llm.activation=silu cannot be exported: .*=gelu_tanh"),
+        ([*GEMMA, "model.llm.activation=silu"], "model.family=gemma2 has activation=gelu_tanh"),
+        (["model.llm.layer_pattern=[half]"], "layer_pattern=.half. must hold sliding and full"),
+        (["model.llm.layer_pattern=[full]"], "no effect without model.llm.sliding_window"),
         ([*GEMMA, "model.llm.query_scale=24.5"], "has a whole number as query_scale"),
         (
             [*GEMMA, "model.llm.num_attention_heads=12"],
@@ -236,7 +235,9 @@ def test_a_model_that_cannot_be_exported_is_refused(overrides, message):
 def test_what_a_family_has_passes():
     checked("model.llm.query_scale=32", "model.llm.sliding_window=8")
     checked("model.llm.sliding_window_every=2")  # without a window it means nothing
-    checked(*GEMMA, "model.llm.query_scale=24", "model.llm.sliding_window_every=2")
+    checked(*GEMMA, "model.llm.query_scale=24", "model.llm.post_norms=true")
+    of_before = checked(*GEMMA, "model.llm.sliding_window=8", "model.llm.sliding_window_every=3")
+    assert of_before.model.llm.windows == (8, None, None, 8)
 
 
 def test_epochs_count_where_steps_do_not():

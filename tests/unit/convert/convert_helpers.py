@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tools.checkpoint_convert.mapping import Entry
 
+from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.config.schema import (
     AttentionConfig,
     Config,
@@ -18,9 +20,7 @@ from dattn_mcore.config.schema import (
 )
 from dattn_mcore.data.tokenizer import train_tokenizer
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
-from tools.checkpoint_convert.mapping import Entry
 from tools.checkpoint_convert.streaming import Planned
-from tools.checkpoint_convert.tables import model_table
 
 TEXTS = (
     "Which digit is in the top-left cell?",
@@ -52,15 +52,11 @@ def small_config(
     if gemma:
         llm = replace(
             llm,
-            activation="gelu_tanh",
-            zero_centered_gamma=True,
-            post_norms=True,
             attention_softcap=50.0,
             final_softcap=30.0,
             query_scale=16.0,
             sliding_window=6,
-            sliding_window_every=2,
-            scale_embeddings=True,
+            layer_pattern=("sliding", "full"),
         )
     vision = VisionConfig(
         kind=kind,

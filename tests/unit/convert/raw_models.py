@@ -21,7 +21,7 @@ from transformers import (
 
 from dattn_mcore.config.schema import Config
 from tests.unit.convert.convert_helpers import small_config
-from tools.checkpoint_convert.configs import TokenIds, _text_to_hf, _vision_to_hf
+from tools.checkpoint_convert.configs import TokenIds, text_to_hf, vision_to_hf
 
 LLMS = {"mistral": MistralForCausalLM, "gemma2": Gemma2ForCausalLM}
 TOWERS = {"siglip": SiglipVisionModel, "clip": CLIPVisionModel}
@@ -55,7 +55,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
 def make_llm(folder: Path, config: Config, dtype=torch.float32, shard: str = "5GB") -> Any:
     """Writes a language model's folder and returns the model."""
     family = config.model.family
-    hf = _text_to_hf(family, config.model.llm, IDS, dtype)
+    hf = text_to_hf(config.model, IDS, dtype)
     hf._attn_implementation = "eager"
     model = LLMS[family](hf).eval()
     randomize(model)
@@ -67,7 +67,7 @@ def make_llm(folder: Path, config: Config, dtype=torch.float32, shard: str = "5G
 def make_tower(folder: Path, config: Config, whole: bool = False, dtype=torch.float32) -> Any:
     """Writes a tower's folder, or that of the whole SigLIP or CLIP; returns the tower."""
     vision = config.model.vision
-    hf = _vision_to_hf(vision, dtype)
+    hf = vision_to_hf(vision, dtype)
     if vision.kind == "siglip":
         hf.vision_use_head = True
     if whole:

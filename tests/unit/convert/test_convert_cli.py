@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.data.tokenizer import load_tokenizer, train_tokenizer
 from tests.unit.checkpoint.runs import seal
 from tests.unit.convert.convert_helpers import (
@@ -19,7 +20,6 @@ from tests.unit.convert.convert_helpers import (
 )
 from tools.checkpoint_convert.__main__ import main
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
-from tools.checkpoint_convert.tables import model_table
 
 
 @pytest.fixture(scope="module")

@@ -22,14 +22,12 @@ from tools.checkpoint_convert.configs import TokenIds, from_hf, to_hf
 
 IDS = TokenIds(bos=1, eos=2, pad=0, image=330, stop=(2,))
 LLM = {
-    "activation": st.sampled_from(["silu", "gelu_tanh"]),
     "num_attention_heads": st.sampled_from([2, 4, 6]),
     "head_dim": st.sampled_from([8, 10]),
     "query_scale": st.sampled_from([None, 8.0, 16.0, 16.5]),
     "sliding_window": st.sampled_from([None, 6]),
-    "sliding_window_every": st.sampled_from([1, 2, 5]),
+    "layer_pattern": st.sampled_from([(), ("sliding", "full"), ("full", "full", "sliding")]),
     "attention_softcap": st.sampled_from([None, 50.0]),
-    "post_norms": st.booleans(),
     "tie_embeddings": st.booleans(),
 }
 VISION = {

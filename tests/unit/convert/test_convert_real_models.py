@@ -12,6 +12,7 @@ import torch
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
+from dattn_mcore.architectures import language_models
 from dattn_mcore.checkpoint.load import load_weights
 from dattn_mcore.checkpoint.state import model_state
 from dattn_mcore.config.load import to_yaml
@@ -98,12 +99,15 @@ def test_a_windowed_mistral(tmp_path):
 GEMMA_OFF = {
     "soft-cap": {"attention_softcap": None},
     "final cap": {"final_softcap": None},
-    "window": {"sliding_window": None},
-    "window on every layer": {"sliding_window_every": 1},
+    "window": {"sliding_window": None, "layer_pattern": ()},
+    "window on every layer": {"layer_pattern": ()},
     "query scale": {"query_scale": None},
-    "post-norms": {"post_norms": False},
+}
+FEATURES_OFF = {
+    "post-norms": {"norms": "pre"},
     "zero-centred gamma": {"zero_centered_gamma": False},
     "embedding scale": {"scale_embeddings": False},
+    "activation": {"activation": "silu"},
 }
 
 
@@ -119,9 +123,12 @@ def gemma(tmp_path_factory):
         return folder / "out", config, llm(text_ids(config)[None]).logits[0]
 
 
-@pytest.mark.parametrize("off", [None, *GEMMA_OFF])
-def test_the_comparison_sees_every_trait_of_gemma2(gemma, off):
+@pytest.mark.parametrize("off", [None, *GEMMA_OFF, *FEATURES_OFF])
+def test_the_comparison_sees_every_trait_of_gemma2(gemma, off, monkeypatch):
     path, config, expected = gemma
+    record = language_models()["gemma2"]
+    features = replace(record.features, **FEATURES_OFF.get(off, {}))
+    monkeypatch.setitem(language_models(), "gemma2", replace(record, features=features))
     changed = replace(config.model.llm, **GEMMA_OFF.get(off, {}))
     config = replace(config, model=replace(config.model, llm=changed))
     with single_process() as groups:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.hf import DattnForConditionalGeneration
 from tests.unit.convert.convert_helpers import make_checkpoint, make_tokenizer, small_config
 from tools.checkpoint_convert import hf_to_mcore, mcore_to_hf
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.mcore_to_hf import ExportOptions
-from tools.checkpoint_convert.tables import hf_shapes, model_table
+from tools.checkpoint_convert.tables import hf_shapes
 
 CASES = [
     ("mistral", "siglip", {}),

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.hf import REMOTE_CODE_FILES
 from tests.unit.convert.convert_helpers import make_tokenizer, plan, random_tensors, small_config
 from tools.checkpoint_convert import mcore_to_hf
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
 from tools.checkpoint_convert.mcore_to_hf import EMBEDDING, ExportOptions
-from tools.checkpoint_convert.tables import model_table
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.config.load import to_yaml
 from tests.unit.convert.convert_helpers import (
     make_tokenizer,
@@ -17,7 +18,6 @@ from tests.unit.convert.raw_models import make_llm, make_tower, raw_config
 from tools.checkpoint_convert import logits as logits_module
 from tools.checkpoint_convert.__main__ import main
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
-from tools.checkpoint_convert.tables import model_table
 
 
 def run(capsys, *arguments):

@@ -16,6 +16,26 @@ VOCAB = 50
 IMAGE = 49  # placeholder token
 
 
+TEXT_FEATURES = {
+    "mistral": {
+        "activation": "silu",
+        "norms": "pre",
+        "zero_centered_gamma": False,
+        "scale_embeddings": False,
+    },
+    "gemma2": {
+        "activation": "gelu_tanh",
+        "norms": "sandwich",
+        "zero_centered_gamma": True,
+        "scale_embeddings": True,
+    },
+}
+VISION_FEATURES = {
+    "siglip": {"class_row": False, "final_norm": True},
+    "clip": {"class_row": True, "final_norm": False},
+}
+
+
 def text_config(family: str, **changes):
     """Three layers, 4 heads in 2 groups, head_dim 8."""
     common = dict(
@@ -69,6 +89,8 @@ def make_model(
     config = DattnConfig(
         text_config=text_config(family, **(text or {})),
         vision_config=vision_config(kind, **(vision or {})),
+        text_features=TEXT_FEATURES[family],
+        vision_features=VISION_FEATURES[kind],
         image_token_id=IMAGE,
         **{"projector_hidden_size": 40, **changes},
     )

@@ -35,7 +35,7 @@ def test_modes_equal_reference(v2v, t2v_position, merge, family):
         for implementation in ("eager", "sdpa"):
             model.set_attn_implementation(implementation)
             logits[implementation] = model(input_ids, images, mask).logits
-        features = tower_features(model.model.vision_tower, images)
+        features = tower_features(model.model.vision_tower, images, False)
     first = 0
     for i, (name, sample) in enumerate(SAMPLES.items()):
         last = first + sample.count(IMAGE)
@@ -56,7 +56,7 @@ def test_towers_and_positions(kind, visual_positions):
     images = pixels(2)
     with torch.no_grad():
         logits = model(torch.tensor([SAMPLES["interleaved"]]), images).logits[0]
-        features = tower_features(model.model.vision_tower, images)
+        features = tower_features(model.model.vision_tower, images, kind == "clip")
     expected = reference_logits(model.state_dict(), model.config, SAMPLES["interleaved"], features)
     live = torch.tensor(SAMPLES["interleaved"]) != IMAGE
     torch.testing.assert_close(logits[live].double(), expected, atol=2e-5, rtol=0)

@@ -21,15 +21,14 @@ FOLDER = Path(dattn_mcore.hf.__path__[0])
 IMPORTS = {
     "transformers": {
         "AutoConfig",
+        "AutoModel",
         "BatchFeature",
-        "CLIPVisionModel",
         "Cache",
         "DynamicCache",
         "GenerationMixin",
         "PreTrainedConfig",
         "PreTrainedModel",
         "ProcessorMixin",
-        "SiglipVisionModel",
         "initialization",  # what `_init_weights` must use
     },
     "transformers.image_processing_backends": {"PilBackend"},

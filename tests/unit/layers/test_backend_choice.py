@@ -144,7 +144,11 @@ def test_windowed_and_other_layers_may_differ(installed):
     installed()
     config = load_config(
         None,
-        ["model.llm.sliding_window=8", "model.llm.sliding_window_every=2", "train.precision=bf16"],
+        [
+            "model.llm.sliding_window=8",
+            "model.llm.layer_pattern=[sliding,full]",
+            "train.precision=bf16",
+        ],
     )
     chosen = {layers: choice.name for layers, choice in attention_backends(config, "gpu")}
     assert chosen == {"windowed layers": "reference", "other layers": "sdpa"}

@@ -140,7 +140,9 @@ def test_pairs_one_by_one(v2v, position, window):
 
 
 def test_windows_alternate():
-    config = config_of({"model": {"llm": {"sliding_window": 8, "sliding_window_every": 2}}})
+    config = config_of(
+        {"model": {"llm": {"sliding_window": 8, "layer_pattern": ["sliding", "full"]}}}
+    )
     rows = rows_of(config, LAYOUTS, LABELLED)
     assert layer_pairs(config, rows, 0) < layer_pairs(config, rows, 1)
     assert layer_pairs(config, rows, 1) == 32 * 64 + 32 * 33 // 2

@@ -1,0 +1,91 @@
+"""Chat templates as segments: one description for training (ids) and for export (Jinja).
+
+Ids are built from segments and never searched for in a tokenised whole: a `Token` is one id, a
+`Text` one call of the tokenizer. Jinja text is written from the same segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+BOS, EOS = "bos", "eos"  # roles of tokens, whose spelling the tokenizer knows
+
+
+@dataclass(frozen=True)
+class Token:
+    """One special token.
+
+    Attributes:
+        name: its spelling, or `BOS` or `EOS`.
+        supervised: whether the model learns to predict it.
+    """
+
+    name: str
+    supervised: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """One piece of text.
+
+    Attributes:
+        before, after: fixed text around what is said.
+        holds: `said` (the turn's text stands between them) or `nothing`.
+        supervised: whether the model learns to predict it.
+        opens: the tokenizer's own space in front of a text is put there, if it has one and
+            something is said.
+    """
+
+    before: str = ""
+    holds: Literal["said", "nothing"] = "nothing"
+    after: str = ""
+    supervised: bool = False
+    opens: bool = False
+
+
+@dataclass(frozen=True)
+class Images:
+    """The places of the turn's images, without its text."""
+
+
+Segment = Token | Text | Images
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a conversation becomes ids.
+
+    A system message stands in front of the first user's text, with an empty line between.
+
+    Attributes:
+        name: `data.template`.
+        begin: once, in front of everything.
+        user, answer: a turn; outer white space of what is said is dropped.
+        stop: the token that ends an answer.
+        one_pair: whether a conversation has one user turn and one answer at most.
+    """
+
+    name: str
+    begin: tuple[Segment, ...]
+    user: tuple[Segment, ...]
+    answer: tuple[Segment, ...]
+    stop: Token
+    one_pair: bool = False
+
+    def tokens(self) -> list[str]:
+        """Spellings of the special tokens that a tokenizer must have, in order."""
+        segments = (*self.begin, *self.user, *self.answer)
+        names = [item.name for item in segments if isinstance(item, Token)]
+        return [name for name in dict.fromkeys(names) if name not in (BOS, EOS)]
+
+
+# Images, then <bos>, then the caption; the user's text is dropped.
+PLAIN = ChatTemplate(
+    name="plain",
+    begin=(),
+    user=(Images(), Token(BOS)),
+    answer=(Text(holds="said", supervised=True, opens=True), Token(EOS, supervised=True)),
+    stop=Token(EOS),
+    one_pair=True,
+)

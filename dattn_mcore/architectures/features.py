@@ -1,0 +1,45 @@
+"""What all models of a family have in common, as the layers ask for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """How the layers of a language model differ from those of other families.
+
+    Attributes:
+        activation: of the gated MLP: `silu` (SwiGLU) or `gelu_tanh` (GeGLU).
+        norms: `pre`: a norm before each branch; `sandwich`: and one after it, before the residual.
+        zero_centered_gamma: norms scale by 1 + weight.
+        scale_embeddings: rows enter the stack times sqrt(hidden_size).
+    """
+
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norms: Literal["pre", "sandwich"] = "pre"
+    zero_centered_gamma: bool = False
+    scale_embeddings: bool = False
+
+    @property
+    def norms_per_layer(self) -> int:
+        """Norms over the residual's width in one layer."""
+        return 4 if self.norms == "sandwich" else 2
+
+
+@dataclass(frozen=True)
+class TowerFeatures:
+    """How vision towers differ.
+
+    Attributes:
+        class_row: a learned row stands in front of the patches; its features are dropped.
+        patch_bias: the patch embedding has a bias.
+        pre_norm: rows are normed before the first layer.
+        final_norm: rows are normed after the last layer, where all layers are run.
+    """
+
+    class_row: bool = False
+    patch_bias: bool = True
+    pre_norm: bool = False
+    final_norm: bool = True

@@ -1,0 +1,1 @@
+"""Families of language models: one module each, with its record as `ARCHITECTURE`."""

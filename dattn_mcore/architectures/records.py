@@ -1,0 +1,129 @@
+"""What the rest of the program asks of an architecture: one record a family, one a tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from dattn_mcore.architectures.chat import ChatTemplate
+from dattn_mcore.architectures.decoder import decoder_table
+from dattn_mcore.architectures.encoder import encoder_table
+from dattn_mcore.architectures.features import TextFeatures, TowerFeatures
+from dattn_mcore.architectures.parameters import Entry
+from dattn_mcore.architectures.sizes import LlmConfig, VisionConfig
+
+HfConfig = Any  # a configuration of transformers: an object with attributes
+
+
+class Unsupported(ValueError):
+    """A Hugging Face configuration has a setting that cannot be trained; the text says which."""
+
+
+@dataclass(frozen=True)
+class Breach:
+    """A size that no Hugging Face model of the family has.
+
+    Attributes:
+        field: of `LlmConfig` or `VisionConfig`.
+        rule: what the family has instead, as `field=value` or words.
+    """
+
+    field: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A family of language models.
+
+    Attributes:
+        name: `model.family`.
+        title: as people write it.
+        model_type: of its text configuration in transformers.
+        features: what all its models have in common.
+        chat: its chat template.
+        breaches: sizes that its Hugging Face configuration cannot hold.
+        to_hf: fields of its Hugging Face configuration beside those that all families share.
+        from_hf: values of `LlmConfig` beside those that all families share; raises `Unsupported`.
+        max_positions: of the original models; informative only.
+        table: its parameters, from sizes and features.
+    """
+
+    name: str
+    title: str
+    model_type: str
+    features: TextFeatures
+    chat: ChatTemplate
+    breaches: Callable[[LlmConfig], Iterator[Breach]]
+    to_hf: Callable[[LlmConfig], dict[str, Any]]
+    from_hf: Callable[[HfConfig], dict[str, Any]]
+    max_positions: int
+    table: Callable[[LlmConfig, TextFeatures], list[Entry]] = decoder_table
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A kind of vision tower.
+
+    Attributes:
+        name: `model.vision.kind`.
+        title: as people write it.
+        model_type: of its configuration in transformers.
+        folder_types: model types of folders that hold it, itself included.
+        features: what all its models have in common.
+        to_hf: fields of its Hugging Face configuration beside those that all towers share.
+        table: its parameters, from sizes, features and whether it has positions.
+    """
+
+    name: str
+    title: str
+    model_type: str
+    folder_types: tuple[str, ...]
+    features: TowerFeatures
+    to_hf: dict[str, Any] = field(default_factory=dict)
+    table: Callable[[VisionConfig, TowerFeatures, bool], list[Entry]] = encoder_table
+
+
+def shared_to_hf(llm: LlmConfig) -> dict[str, Any]:
+    """Fields of a text configuration that all families have."""
+    return {
+        "vocab_size": llm.vocab_size,
+        "hidden_size": llm.hidden_size,
+        "intermediate_size": llm.ffn_hidden_size,
+        "num_hidden_layers": llm.num_layers,
+        "num_attention_heads": llm.num_attention_heads,
+        "num_key_value_heads": llm.num_query_groups,
+        "head_dim": llm.head_dim,
+        "rms_norm_eps": llm.norm_eps,
+        "tie_word_embeddings": llm.tie_embeddings,
+        "initializer_range": llm.init_std,
+    }
+
+
+def shared_from_hf(config: HfConfig) -> dict[str, Any]:
+    """Values of `LlmConfig` that all families have under the same names."""
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.rms_norm_eps,
+        "tie_embeddings": config.tie_word_embeddings,
+        "init_std": config.initializer_range,
+    }
+
+
+def default_rope(config: HfConfig) -> float:
+    """The rope base of a configuration whose rotary positions are the plain ones.
+
+    Raises:
+        Unsupported: they are of another kind.
+    """
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":
+        raise Unsupported(f"rope_type is {rope['rope_type']!r}; only 'default' can be trained")
+    return float(rope["rope_theta"])

@@ -1,0 +1,113 @@
+"""What a model is, without a run: sizes of its parts, and how its attention is decomposed.
+
+The defaults are the embedded task's (reading handwritten digits). What all models of a family have
+in common is no setting: it stands in the family's record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LlmConfig:
+    """The language model's sizes; what `model.family` says of all its models is not among them."""
+
+    num_layers: int = 4  # decoder layers
+    hidden_size: int = 128  # width of the residual stream
+    ffn_hidden_size: int = 352  # of the gated MLP
+    num_attention_heads: int = 4  # query heads; a multiple of parallel.tp
+    num_query_groups: int = 4  # key/value heads; a multiple of parallel.tp
+    head_dim: int = 32  # of queries, keys and values; need not be hidden_size / heads
+    vocab_size: int = 384  # rows that carry meaning; padded up to a multiple of vocab_pad_multiple
+    vocab_pad_multiple: int = 128  # independent of tp, so that a checkpoint fits every layout
+    norm_eps: float = 1e-5  # of the RMS norms
+    rotary_base: float = 10000.0  # RoPE theta
+    attention_softcap: float | None = None  # Gemma 2: 50.0
+    final_softcap: float | None = None  # Gemma 2: 30.0
+    query_scale: float | None = None  # softmax scale is query_scale ** -0.5; None: head_dim
+    sliding_window: int | None = None  # keys visible to a query, itself included
+    layer_pattern: tuple[str, ...] = ()  # sliding | full, repeated over the layers; []: all alike
+    tie_embeddings: bool = False  # the output layer is the embedding (Gemma)
+    init_std: float = 0.12  # for a hidden size of 128; 0.02 suits 4096
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding; independent of the layout."""
+        return -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
+
+    def window_of(self, layer: int) -> int | None:
+        """Sliding window of layer 0, 1, ...; None: it sees all keys before it."""
+        pattern = self.layer_pattern
+        kind = pattern[layer % len(pattern)] if pattern else "sliding"
+        return self.sliding_window if kind == "sliding" else None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Sliding window of each layer."""
+        return tuple(self.window_of(layer) for layer in range(self.num_layers))
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower's sizes."""
+
+    kind: str = "siglip"  # a name from the list of towers
+    image_size: int = 56  # side of a tile in pixels
+    patch_size: int = 28  # the digits task: one patch per digit
+    num_layers: int = 4  # encoder layers
+    hidden_size: int = 128  # width of its features
+    ffn_hidden_size: int = 256  # of its MLP
+    num_attention_heads: int = 4  # a multiple of parallel.tp
+    norm_eps: float = 1e-6  # of its layer norms
+    activation: str = "gelu_tanh"  # siglip: gelu_tanh; clip: quick_gelu
+    select_layer: int = -1  # -1: all layers and the final norm; -2: without the last layer, no norm
+    init_std: float = 0.09  # for a hidden size of 128; published weights replace it
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a tile (a rest of pixels is not used: 384 / 14 is 27)."""
+        return self.image_size // self.patch_size
+
+    @property
+    def rows_per_tile(self) -> int:
+        """Visual rows of one tile."""
+        return self.grid_size**2
+
+    @property
+    def layers_run(self) -> int:
+        """Encoder layers that are run; those behind the selected one do not exist in the model."""
+        return self.num_layers + self.select_layer + 1
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Two-layer MLP from tower features to LLM rows, row and column positions, final norm."""
+
+    ffn_hidden_size: int = 128  # between its two linears
+    output_norm_init: float = 1.0  # start of the final norm's weight (Gemma 2: 0.028976)
+    norm_eps: float = 1e-6  # of the final norm
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    family: str = "mistral"  # of the language model: a name from the list of families
+    transformer_impl: str = "auto"  # auto | local | transformer_engine: linears and norms
+    visual_positions: bool = True  # False removes the tower's and the projector's positions
+    llm: LlmConfig = field(default_factory=LlmConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How the causal self-attention over `[visual; text]` is decomposed (arXiv 2502.01906)."""
+
+    v2v: str = "diagonal"  # diagonal (D-Attn) | causal (baseline)
+    t2v_position: str = "none"  # none (debiased) | rope (baseline)
+    merge: str = "alpha"  # alpha (exact weighting) | sum (weight 1 for each part)
+    backend: str = "auto"  # auto | reference | sdpa | flash | triton
+    fold_visual_projection: bool = True  # visual rows' output projection summed over query heads
+    skip_last_visual_rows: bool = True  # the last layer keeps only keys and values of visual rows

@@ -1,0 +1,1 @@
+"""Vision towers: one module each, with its record as `ARCHITECTURE`."""

@@ -1,0 +1,63 @@
+"""Settings of before that have another form now; a file that has them still means what it said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dattn_mcore.architectures import language_models
+from dattn_mcore.architectures.features import TextFeatures
+from dattn_mcore.architectures.sizes import ModelConfig
+from dattn_mcore.errors import ConfigError
+
+
+def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of settings in today's form.
+
+    What a family's models have in common was once set one by one; it must be what they have.
+
+    Raises:
+        ConfigError: a setting of before says what no model of the family has.
+    """
+    model = tree.get("model")
+    llm = model.get("llm") if isinstance(model, Mapping) else None
+    if not isinstance(model, Mapping) or not isinstance(llm, Mapping):
+        return dict(tree)
+    family = model.get("family", ModelConfig.family)
+    llm = dict(llm)
+    if isinstance(family, str) and family in language_models():
+        _check_features(llm, family, language_models()[family].features)
+    _to_pattern(llm)
+    return {**tree, "model": {**model, "llm": llm}}
+
+
+def _check_features(llm: dict[str, Any], family: str, features: TextFeatures) -> None:
+    """Takes the settings of before that say what the family has away."""
+    of_family = {
+        "activation": features.activation,
+        "zero_centered_gamma": features.zero_centered_gamma,
+        "post_norms": features.norms == "sandwich",
+        "scale_embeddings": features.scale_embeddings,
+    }
+    wrong = []
+    for name, value in of_family.items():
+        if name in llm and llm.pop(name) != value:
+            shown = str(value).lower()
+            wrong.append(
+                f"model.llm.{name} is no setting any more: model.family={family} has "
+                f"{name}={shown}; leave it out, or use another model.family"
+            )
+    if wrong:
+        raise ConfigError(*wrong)
+
+
+def _to_pattern(llm: dict[str, Any]) -> None:
+    """Windows on layers 0, n, 2n, ... (`sliding_window_every`) as a pattern."""
+    every = llm.pop("sliding_window_every", 1)
+    if type(every) is not int or every < 1:
+        raise ConfigError(
+            f"model.llm.sliding_window_every={every!r} is no setting any more; write "
+            "model.llm.layer_pattern, for example [sliding, full]"
+        )
+    if every > 1 and llm.get("sliding_window") is not None:
+        llm.setdefault("layer_pattern", ["sliding", *["full"] * (every - 1)])
