@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-BOS, EOS = "bos", "eos"  # roles of tokens, whose spelling the tokenizer knows
+# Roles of tokens, whose spelling the tokenizer knows. Where it has no BOS, its EOS stands there.
+BOS, EOS = "bos", "eos"
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,15 @@ Segment = Token | Text | Images
 class ChatTemplate:
     """How a conversation becomes ids.
 
-    A system message stands in front of the first user's text, with an empty line between.
-
     Attributes:
         name: `data.template`.
         begin: once, in front of everything.
         user, answer: a turn; outer white space of what is said is dropped.
         stop: the token that ends an answer.
+        system: a system message, in front of the turns; None: it has no place of its own, and
+            stands in front of the first user's text, with an empty line between.
+        default_system: what stands there where a conversation has no system message; None: nothing.
+        before_last_answer: after the last user's turn, whether its answer is there or asked for.
         one_pair: whether a conversation has one user turn and one answer at most.
     """
 
@@ -71,11 +74,15 @@ class ChatTemplate:
     user: tuple[Segment, ...]
     answer: tuple[Segment, ...]
     stop: Token
+    system: tuple[Segment, ...] | None = None
+    default_system: str | None = None
+    before_last_answer: tuple[Segment, ...] = ()
     one_pair: bool = False
 
     def tokens(self) -> list[str]:
         """Spellings of the special tokens that a tokenizer must have, in order."""
-        segments = (*self.begin, *self.user, *self.answer)
+        segments = (*self.begin, *(self.system or ()), *self.user, *self.before_last_answer)
+        segments += self.answer
         names = [item.name for item in segments if isinstance(item, Token)]
         return [name for name in dict.fromkeys(names) if name not in (BOS, EOS)]
 
@@ -89,3 +96,25 @@ PLAIN = ChatTemplate(
     stop=Token(EOS),
     one_pair=True,
 )
+
+
+def chatml(
+    name: str,
+    default_system: str | None = None,
+    before_last_answer: tuple[Segment, ...] = (),
+) -> ChatTemplate:
+    """ChatML: `<|im_start|>`, the role, what is said, `<|im_end|>`; no token begins it."""
+    start, end, line = Token("<|im_start|>"), Token("<|im_end|>"), Text("\n")
+    return ChatTemplate(
+        name=name,
+        begin=(),
+        system=(start, Text(before="system\n", holds="said"), end, line),
+        user=(
+            *(start, Text(before="user\n", holds="said"), end, line),
+            *(start, Text("assistant\n")),
+        ),
+        answer=(Text(holds="said", supervised=True), Token(end.name, supervised=True), line),
+        stop=end,
+        default_system=default_system,
+        before_last_answer=before_last_answer,
+    )

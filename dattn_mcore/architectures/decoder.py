@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dattn_mcore.architectures.features import TextFeatures
-from dattn_mcore.architectures.parameters import STACKED, Entry, Mix, Shape, norm
+from dattn_mcore.architectures.parameters import COPY, STACKED, Entry, Mix, Shape, norm
 from dattn_mcore.architectures.sizes import LlmConfig
 
 PREFIX = "model.language_model."
-LAYER = "decoder.layers."
+LAYER, IN_LAYER = "decoder.layers.", f"{PREFIX}layers.{{layer}}."
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 # Norms of a layer: Megatron-Core key to Hugging Face name. Before each branch, or also after it.
 PRE_NORMS = {
@@ -60,41 +60,79 @@ def output_layer(llm: LlmConfig) -> Entry:
 def _layer(llm: LlmConfig, features: TextFeatures) -> list[Entry]:
     norms = SANDWICH_NORMS if features.norms == "sandwich" else PRE_NORMS
     hidden, ffn = llm.hidden_size, llm.ffn_hidden_size
-    query, key = (n * llm.head_dim for n in (llm.num_attention_heads, llm.num_query_groups))
-    by_group = Mix("interleaved", groups=llm.num_query_groups)
-
-    def weight(key: str, names: Mapping[str, Shape], axis: int, mix: Mix = Mix()) -> Entry:  # noqa: B008 (frozen)
-        parts = {f"{PREFIX}layers.{{layer}}.{name}.weight": shape for name, shape in names.items()}
-        start = "residual" if axis == 1 else "normal"  # row parallel: into the residual stream
-        return Entry(
-            f"{LAYER}{key}.weight", parts, mix, layers=llm.num_layers, tp_axis=axis, start=start
-        )
 
     def normed(place: str) -> list[Entry]:
         if place not in norms:
             return []
-        name = f"{PREFIX}layers.{{layer}}.{norms[place]}"
-        return norm(f"{LAYER}{place}", name, hidden, layers=llm.num_layers)
+        return norm(f"{LAYER}{place}", f"{IN_LAYER}{norms[place]}", hidden, layers=llm.num_layers)
 
-    attention = "self_attn."
     return [
         *normed("input_layernorm"),
-        weight("self_attention.linear_q", {f"{attention}q_proj": (query, hidden)}, 0),
-        weight(
-            "self_attention.linear_kv",
-            {f"{attention}k_proj": (key, hidden), f"{attention}v_proj": (key, hidden)},
-            0,
-            by_group,
-        ),
-        weight("self_attention.linear_proj", {f"{attention}o_proj": (hidden, query)}, 1),
+        *_attention(llm, features),
         *normed("self_attention.linear_proj.post_norm"),
         *normed("pre_mlp_layernorm"),
-        weight(
+        _weight(
+            llm,
             "mlp.linear_fc1",
             {"mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden)},
-            0,
-            STACKED,
+            mix=STACKED,
         ),
-        weight("mlp.linear_fc2", {"mlp.down_proj": (hidden, ffn)}, 1),
+        _weight(llm, "mlp.linear_fc2", {"mlp.down_proj": (hidden, ffn)}, row_parallel=True),
         *normed("mlp.linear_fc2.post_norm"),
     ]
+
+
+def _attention(llm: LlmConfig, features: TextFeatures) -> list[Entry]:
+    hidden, layers = llm.hidden_size, llm.num_layers
+    query, key = (n * llm.head_dim for n in (llm.num_attention_heads, llm.num_query_groups))
+    by_group = Mix("interleaved", groups=llm.num_query_groups)
+    q, k, v, o = (f"self_attn.{name}_proj" for name in "qkvo")
+    entries = []
+    for ours, names, mix in (
+        ("linear_q", {q: query}, COPY),
+        ("linear_kv", {k: key, v: key}, by_group),
+    ):
+        parts = {name: (rows, hidden) for name, rows in names.items()}
+        entries.append(_weight(llm, f"self_attention.{ours}", parts, mix=mix))
+        if features.qkv_bias:
+            entries.append(
+                Entry(
+                    f"{LAYER}self_attention.{ours}.bias",
+                    {f"{IN_LAYER}{name}.bias": (rows,) for name, rows in names.items()},
+                    mix,
+                    layers=layers,
+                    tp_axis=0,
+                    start="zeros",
+                )
+            )
+    entries.append(
+        _weight(llm, "self_attention.linear_proj", {o: (hidden, query)}, row_parallel=True)
+    )
+    if features.qk_norm:
+        for ours, theirs in (("q_layernorm", "q_norm"), ("k_layernorm", "k_norm")):
+            entries += norm(
+                f"{LAYER}self_attention.{ours}",
+                f"{IN_LAYER}self_attn.{theirs}",
+                llm.head_dim,
+                layers=layers,
+            )
+    return entries
+
+
+def _weight(
+    llm: LlmConfig,
+    key: str,
+    parts: Mapping[str, Shape],
+    *,
+    mix: Mix = COPY,
+    row_parallel: bool = False,
+) -> Entry:
+    """A linear's weight. A row-parallel one feeds the residual stream."""
+    return Entry(
+        f"{LAYER}{key}.weight",
+        {f"{IN_LAYER}{name}.weight": shape for name, shape in parts.items()},
+        mix,
+        layers=llm.num_layers,
+        tp_axis=1 if row_parallel else 0,
+        start="residual" if row_parallel else "normal",
+    )

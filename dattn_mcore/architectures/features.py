@@ -15,12 +15,17 @@ class TextFeatures:
         norms: `pre`: a norm before each branch; `sandwich`: and one after it, before the residual.
         zero_centered_gamma: norms scale by 1 + weight.
         scale_embeddings: rows enter the stack times sqrt(hidden_size).
+        qkv_bias: queries, keys and values have a bias; the output projection has none.
+        qk_norm: each head's queries and keys are normed before they are rotated, by one weight of
+            the head's size; those of text that looks at visual rows, and of these, as well.
     """
 
     activation: Literal["silu", "gelu_tanh"] = "silu"
     norms: Literal["pre", "sandwich"] = "pre"
     zero_centered_gamma: bool = False
     scale_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     @property
     def norms_per_layer(self) -> int:

@@ -109,21 +109,10 @@ def shared_from_hf(config: HfConfig) -> dict[str, Any]:
         "ffn_hidden_size": config.intermediate_size,
         "num_attention_heads": config.num_attention_heads,
         "num_query_groups": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+        "head_dim": getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
         "vocab_size": config.vocab_size,
         "norm_eps": config.rms_norm_eps,
         "tie_embeddings": config.tie_word_embeddings,
         "init_std": config.initializer_range,
     }
-
-
-def default_rope(config: HfConfig) -> float:
-    """The rope base of a configuration whose rotary positions are the plain ones.
-
-    Raises:
-        Unsupported: they are of another kind.
-    """
-    rope = config.rope_parameters
-    if rope["rope_type"] != "default":
-        raise Unsupported(f"rope_type is {rope['rope_type']!r}; only 'default' can be trained")
-    return float(rope["rope_theta"])

@@ -10,6 +10,17 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class RopeConfig:
+    """How rotary frequencies are stretched for sequences longer than those first trained on."""
+
+    kind: str = "default"  # default (not at all) | linear | llama3
+    factor: float = 1.0  # by which low frequencies are divided (linear: all)
+    original_length: int = 8192  # llama3: positions of the model before it was stretched
+    low_frequency_factor: float = 1.0  # llama3: original_length over this wave length: divided
+    high_frequency_factor: float = 4.0  # llama3: original_length over this one: as they were
+
+
+@dataclass(frozen=True)
 class LlmConfig:
     """The language model's sizes; what `model.family` says of all its models is not among them."""
 
@@ -17,12 +28,14 @@ class LlmConfig:
     hidden_size: int = 128  # width of the residual stream
     ffn_hidden_size: int = 352  # of the gated MLP
     num_attention_heads: int = 4  # query heads; a multiple of parallel.tp
-    num_query_groups: int = 4  # key/value heads; a multiple of parallel.tp
+    num_query_groups: int = 4  # key/value heads; a multiple of parallel.tp, or it of them
     head_dim: int = 32  # of queries, keys and values; need not be hidden_size / heads
     vocab_size: int = 384  # rows that carry meaning; padded up to a multiple of vocab_pad_multiple
     vocab_pad_multiple: int = 128  # independent of tp, so that a checkpoint fits every layout
     norm_eps: float = 1e-5  # of the RMS norms
     rotary_base: float = 10000.0  # RoPE theta
+    sliding_rotary_base: float | None = None  # of sliding layers, not stretched; null: as others
+    rope: RopeConfig = field(default_factory=RopeConfig)
     attention_softcap: float | None = None  # Gemma 2: 50.0
     final_softcap: float | None = None  # Gemma 2: 30.0
     query_scale: float | None = None  # softmax scale is query_scale ** -0.5; None: head_dim
@@ -36,11 +49,26 @@ class LlmConfig:
         """Rows of the embedding; independent of the layout."""
         return -(-self.vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
 
+    def groups_per_rank(self, tp_size: int) -> int:
+        """Key/value heads on a tensor parallel rank; ranks share one where they are more."""
+        return max(1, self.num_query_groups // tp_size)
+
     def window_of(self, layer: int) -> int | None:
         """Sliding window of layer 0, 1, ...; None: it sees all keys before it."""
         pattern = self.layer_pattern
         kind = pattern[layer % len(pattern)] if pattern else "sliding"
         return self.sliding_window if kind == "sliding" else None
+
+    def rope_of(self, layer: int) -> tuple[float, RopeConfig]:
+        """Rotary base of layer 0, 1, ..., and how its frequencies are stretched."""
+        if self.sliding_rotary_base is not None and self.window_of(layer) is not None:
+            return self.sliding_rotary_base, RopeConfig()
+        return self.rotary_base, self.rope
+
+    @property
+    def ropes(self) -> tuple[tuple[float, RopeConfig], ...]:
+        """The different ones of `rope_of`, in the order in which layers first have them."""
+        return tuple(dict.fromkeys(self.rope_of(layer) for layer in range(self.num_layers)))
 
     @property
     def windows(self) -> tuple[int | None, ...]:

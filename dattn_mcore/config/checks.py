@@ -14,7 +14,13 @@ from dattn_mcore.errors import ConfigError
 
 _OF_VALUES = (value_rules.choices, value_rules.readable, value_rules.ranges)
 _ACROSS = (
-    *(model_rules.sources, model_rules.heads, model_rules.windows, model_rules.layers),
+    *(
+        model_rules.sources,
+        model_rules.heads,
+        model_rules.windows,
+        model_rules.rope,
+        model_rules.layers,
+    ),
     model_rules.parallel_sizes,
     *(model_rules.vision, export_rules.export, training_rules.visual_chunk),
     *(training_rules.training, training_rules.overlap, training_rules.recompute),

@@ -41,6 +41,18 @@ def windows(config: Config) -> Iterator[str]:
         )
 
 
+def rope(config: Config) -> Iterator[str]:
+    """Stretched rotary positions."""
+    rope = config.model.llm.rope
+    if rope.kind == "default" and rope.factor != 1:
+        yield f"model.llm.rope.factor={rope.factor} has no effect with rope.kind=default"
+    if rope.low_frequency_factor >= rope.high_frequency_factor:
+        yield (
+            f"model.llm.rope.low_frequency_factor={rope.low_frequency_factor} must be less than "
+            f"high_frequency_factor={rope.high_frequency_factor}"
+        )
+
+
 def layers(config: Config) -> Iterator[str]:
     """Layers that pipeline stages and chunks can divide; what those need."""
     layers, pp, vpp = config.model.llm.num_layers, config.parallel.pp, config.parallel.vpp
@@ -73,7 +85,6 @@ def parallel_sizes(config: Config) -> Iterator[str]:
     """Sizes that tensor parallel ranks can divide; one line, since `--tp` is one mistake."""
     llm, vision, tp = config.model.llm, config.model.vision, config.parallel.tp
     sizes = {
-        "model.llm.num_query_groups": llm.num_query_groups,
         "model.llm.num_attention_heads": llm.num_attention_heads,
         "model.llm.ffn_hidden_size": llm.ffn_hidden_size,
         "model.llm.vocab_pad_multiple": llm.vocab_pad_multiple,
@@ -81,6 +92,8 @@ def parallel_sizes(config: Config) -> Iterator[str]:
         "model.vision.ffn_hidden_size": vision.ffn_hidden_size,
         "model.projector.ffn_hidden_size": config.model.projector.ffn_hidden_size,
     }
+    if tp % llm.num_query_groups:  # where the groups divide tp, several ranks share each
+        sizes = {"model.llm.num_query_groups": llm.num_query_groups, **sizes}
     uneven = [f"{name}={value}" for name, value in sizes.items() if value % tp]
     if uneven:
         number = "a multiple" if len(uneven) == 1 else "multiples"

@@ -14,6 +14,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.family": tuple(language_models()),
     "model.vision.kind": tuple(vision_towers()),
     "model.vision.activation": ("gelu_tanh", "gelu", "quick_gelu"),
+    "model.llm.rope.kind": ("default", "linear", "llama3"),
     "attention.v2v": ("diagonal", "causal"),
     "attention.t2v_position": ("none", "rope"),
     "attention.merge": ("alpha", "sum"),
@@ -39,6 +40,9 @@ _POSITIVE = {
         *("num_query_groups", "head_dim", "vocab_size", "vocab_pad_multiple", "norm_eps"),
         *("rotary_base", "init_std"),
     ),
+    "model.llm.rope": (
+        *("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
+    ),
     "model.vision": (
         *("image_size", "patch_size", "num_layers", "hidden_size", "ffn_hidden_size"),
         *("num_attention_heads", "norm_eps", "init_std"),
@@ -60,6 +64,7 @@ _POSITIVE_OR_NULL = {
     "model.llm.final_softcap": "null for none",
     "model.llm.query_scale": "null for model.llm.head_dim",
     "model.llm.sliding_window": "null for none",
+    "model.llm.sliding_rotary_base": "null for model.llm.rotary_base",
     "data.step_packs_multiple": "null",
     "optim.lr_projector": "null for optim.lr",
     "optim.lr_vision": "null for optim.lr",

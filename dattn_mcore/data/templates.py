@@ -140,12 +140,18 @@ def encode_conversation(
         raise DataError(
             f"template {template!r} holds one image caption pair, got {len(turns)} turns"
         )
-    if system.strip():
-        turns = (f"{system.strip()}\n\n{turns[0].strip()}", *turns[1:])
+    system = system.strip() or chat.default_system or ""
     out = _Writer(tokenizer)
     out.write(chat.begin)
+    if system and chat.system is None:
+        turns = (f"{system}\n\n{turns[0].strip()}", *turns[1:])
+    elif system and chat.system is not None:
+        out.write(chat.system, system)
+    last_user = (len(turns) - 1) // 2 * 2
     for position, said in enumerate(turns):
         out.write(chat.answer if position % 2 else chat.user, said.strip())
+        if position == last_user:
+            out.write(chat.before_last_answer)
     return out.runs()
 
 

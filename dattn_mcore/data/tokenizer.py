@@ -34,7 +34,9 @@ class Tokenizer(Protocol):
 
     Attributes:
         path: File or folder that it was read from.
-        bos_id: Id of the token that starts a sample.
+        bos_id: Id of the token that starts a sample; where there is none (`has_bos`), the one that
+            ends an answer, since a caption's first token can only be predicted by a token.
+        has_bos: Whether the tokenizer has a token that starts a sample.
         eos_id: Id of the token that ends an answer.
         vocab_size: Number of ids, added tokens included.
         prefix_space: Whether the tokenizer normally puts a space in front of a text (Mistral and
@@ -44,6 +46,7 @@ class Tokenizer(Protocol):
 
     path: Path
     bos_id: int
+    has_bos: bool
     eos_id: int
     vocab_size: int
     prefix_space: bool
@@ -114,7 +117,7 @@ class SentencePieceTokenizer:
         spec.normalizer_spec.remove_extra_whitespaces = False
         self._model = sentencepiece.SentencePieceProcessor(model_proto=spec.SerializeToString())
         self.vocab_size = self._model.vocab_size()
-        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
+        self.bos_id, self.eos_id, self.has_bos = self._model.bos_id(), self._model.eos_id(), True
         if self.bos_id < 0 or self.eos_id < 0:
             raise DataError(
                 f"{setting}: '{path}' has no beginning or end token; train it with both"
@@ -160,7 +163,7 @@ class HuggingFaceTokenizer:
 
         Raises:
             DataError: transformers cannot read it without code that the folder brings, or it has
-                no beginning or end token.
+                no end token.
         """
         # Slow to import, and not every run needs it.
         from transformers import AutoTokenizer
@@ -179,16 +182,18 @@ class HuggingFaceTokenizer:
             raise DataError(
                 f"{setting}: '{path}' is not a Hugging Face tokenizer folder ({reason})"
             ) from error
-        if self._model.bos_token_id is None or self._model.eos_token_id is None:
-            raise DataError(f"{setting}: '{path}' has no beginning or end token")
-        self.bos_id, self.eos_id = self._model.bos_token_id, self._model.eos_token_id
+        if self._model.eos_token_id is None:
+            raise DataError(f"{setting}: '{path}' has no end token")
+        self.eos_id, self.has_bos = self._model.eos_token_id, self._model.bos_token_id is not None
+        self._first = self._model.bos_token if self.has_bos else self._model.eos_token
+        self.bos_id = self._model.bos_token_id if self.has_bos else self.eos_id
         self.vocab_size = len(self._model)
         self._special = {
             str(token): index
             for index, token in self._model.added_tokens_decoder.items()
             if token.special or str(token) in CHAT_SYMBOLS
         }
-        self._special.setdefault(self._model.bos_token, self.bos_id)
+        self._special.setdefault(self._first, self.bos_id)
         self._special.setdefault(self._model.eos_token, self.eos_id)
         self._splitter = _special_splitter(list(self._special))
         plain = self._model.encode("a", add_special_tokens=False)
@@ -199,7 +204,7 @@ class HuggingFaceTokenizer:
         """Returns the ids of `text`, literally: encoded after a special token, which is dropped."""
         ids: list[int] = []
         for piece in self._splitter(text):
-            found = self._model.encode(self._model.bos_token + piece, add_special_tokens=False)
+            found = self._model.encode(self._first + piece, add_special_tokens=False)
             ids += found[1:]
         return ids
 

@@ -128,7 +128,8 @@ class DattnAttention(nn.Module):
 
     def __init__(self, config: DattnConfig, layer: int) -> None:
         super().__init__()
-        text = config.text_config
+        text: Any = config.text_config
+        features: Any = config.text_features
         self.config, self.layer = config, layer
         self.num_heads, self.num_kv_heads = (
             text.num_attention_heads,
@@ -137,14 +138,21 @@ class DattnAttention(nn.Module):
         self.head_dim = text.head_dim
         self.scale = (getattr(text, "query_pre_attn_scalar", None) or self.head_dim) ** -0.5
         self.softcap = getattr(text, "attn_logit_softcapping", None)
-        bias = getattr(text, "attention_bias", False)
+        bias = features["qkv_bias"]
         self.q_proj = nn.Linear(text.hidden_size, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(text.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(text.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, text.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, text.hidden_size, bias=False)
+        self.q_norm = self.k_norm = None
+        if features["qk_norm"]:
+            centred = features["zero_centered_gamma"]
+            self.q_norm = DattnRMSNorm(self.head_dim, text.rms_norm_eps, zero_centred=centred)
+            self.k_norm = DattnRMSNorm(self.head_dim, text.rms_norm_eps, zero_centred=centred)
 
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _heads(self, projected: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """[batch, heads, rows, head_dim], each head normed where its kind is."""
+        heads = projected.unflatten(-1, (-1, self.head_dim))
+        return (heads if norm is None else norm(heads)).transpose(1, 2)
 
     def forward(
         self,
@@ -173,12 +181,10 @@ class DattnAttention(nn.Module):
         rope = self.config.t2v_position == "rope"
         causal = self.config.v2v == "causal"
         new_visual = layout.new_visual
-        query = self._heads(self.q_proj(text))
-        text_key, text_value = (
-            self._heads(self.k_proj(text)),
-            self._heads(self.v_proj(text)),
-        )
-        visual_key = self._heads(self.k_proj(visual))
+        query = self._heads(self.q_proj(text), self.q_norm)
+        text_key = self._heads(self.k_proj(text), self.k_norm)
+        text_value = self._heads(self.v_proj(text))
+        visual_key = self._heads(self.k_proj(visual), self.k_norm)
         new_value = visual_value = self._heads(self.v_proj(visual))
 
         rotated, text_key = rotate(query, text_rotation), rotate(text_key, text_rotation)
@@ -205,7 +211,7 @@ class DattnAttention(nn.Module):
             repeated = repeat_heads(new_value, self.num_heads // self.num_kv_heads)
             return text_out, self.o_proj(repeated.transpose(1, 2).flatten(2))
         assert layout.v2v is not None
-        reader = rotate(self._heads(self.q_proj(visual)), visual_rotation)
+        reader = rotate(self._heads(self.q_proj(visual), self.q_norm), visual_rotation)
         if not rope:
             visual_key = rotate(visual_key, visual_rotation)
         parts = [Part(reader, visual_key, visual_value, layout.v2v)]

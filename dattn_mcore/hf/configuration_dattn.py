@@ -25,6 +25,8 @@ TEXT_FEATURES: dict[str, tuple[Any, ...]] = {
     "norms": ("pre", "sandwich"),
     "zero_centered_gamma": (False, True),
     "scale_embeddings": (False, True),
+    "qkv_bias": (False, True),
+    "qk_norm": (False, True),
 }
 VISION_FEATURES: dict[str, tuple[Any, ...]] = {
     "class_row": (False, True),
@@ -52,7 +54,8 @@ class DattnConfig(PreTrainedConfig):
         text_features: how the language model's layers work: `activation` (`silu`, `gelu_tanh`) of
             the gated MLP; `norms` (`pre`: before each branch; `sandwich`: after it, too);
             `zero_centered_gamma` (norms scale by 1 + weight); `scale_embeddings` (rows enter times
-            the root of their width).
+            the root of their width); `qkv_bias` (of queries, keys and values alone); `qk_norm`
+            (each head's queries and keys are normed before they are rotated).
         vision_features: `class_row` (the tower's first row is no patch, and is dropped);
             `final_norm` (its last norm is for patches).
         v2v: `diagonal` (a visual row's attention output is its own value) or `causal` (baseline).

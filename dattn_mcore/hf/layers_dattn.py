@@ -6,6 +6,7 @@ models and changes them from release to release. Each gives the bits of transfor
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -89,6 +90,11 @@ class DattnEmbedding(nn.Embedding):
 class DattnRotary(nn.Module):
     """Cosines and sines of rotary positions.
 
+    Args:
+        head_dim: size of a head, all of it rotated.
+        rope: one entry of transformers' `rope_parameters`: `default`, `linear` (all frequencies
+            divided) or `llama3` (long waves divided, short ones not, those between blended).
+
     The frequencies are no buffer: they are no weights, and a loader that builds models without
     memory and then fills in what a file holds must find nothing else to fill in.
 
@@ -96,16 +102,17 @@ class DattnRotary(nn.Module):
         ValueError: the configuration asks for another kind of rotary positions.
     """
 
-    def __init__(self, text: Any) -> None:
+    def __init__(self, head_dim: int, rope: dict[str, Any]) -> None:
         super().__init__()
-        rope = text.rope_parameters
-        if rope["rope_type"] != "default" or rope.get("partial_rotary_factor") not in (None, 1.0):
+        kinds = {"default": _as_they_are, "linear": _linear, "llama3": _llama3}
+        kind, share = rope["rope_type"], rope.get("partial_rotary_factor")
+        if kind not in kinds or share not in (None, 1.0):
             raise ValueError(
-                f"text_config.rope_parameters are {rope}; rope_type must be default, and all of a "
-                "head rotated"
+                f"text_config.rope_parameters are {rope}; rope_type must be one of "
+                f"{', '.join(kinds)}, and all of a head rotated"
             )
-        exponent = torch.arange(0, text.head_dim, 2, dtype=torch.float, device="cpu")
-        self.frequencies = 1.0 / (rope["rope_theta"] ** (exponent / text.head_dim))
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float, device="cpu")
+        self.frequencies = kinds[kind](1.0 / (rope["rope_theta"] ** (exponent / head_dim)), rope)
 
     def forward(self, position: Tensor, dtype: torch.dtype) -> Rotation:
         """Factors [batch, rows, head_dim] of int64 positions [batch, rows]."""
@@ -114,6 +121,24 @@ class DattnRotary(nn.Module):
         angle = position[..., None].float() * self.frequencies
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _as_they_are(frequencies: Tensor, rope: dict[str, Any]) -> Tensor:
+    return frequencies
+
+
+def _linear(frequencies: Tensor, rope: dict[str, Any]) -> Tensor:
+    return frequencies / rope["factor"]
+
+
+def _llama3(frequencies: Tensor, rope: dict[str, Any]) -> Tensor:
+    factor, length = rope["factor"], rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    wave = 2 * math.pi / frequencies
+    share = (length / wave - low) / (high - low)
+    blended = (1 - share) * frequencies / factor + share * frequencies
+    divided = torch.where(wave > length / low, frequencies / factor, frequencies)
+    return torch.where((wave < length / high) | (wave > length / low), divided, blended)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

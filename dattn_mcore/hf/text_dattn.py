@@ -29,7 +29,14 @@ class DattnTextModel(nn.Module):
         )
         centred = features["zero_centered_gamma"]
         self.norm = DattnRMSNorm(text.hidden_size, text.rms_norm_eps, zero_centred=centred)
-        self.rotary_emb = DattnRotary(text)
+        ropes = text.rope_parameters
+        if "rope_type" in ropes:  # one kind for all layers
+            ropes = dict.fromkeys(
+                {self.layer_type(n) for n in range(text.num_hidden_layers)}, ropes
+            )
+        self.rotary_emb = nn.ModuleDict(
+            {kind: DattnRotary(text.head_dim, rope) for kind, rope in ropes.items()}
+        )
         self.layers = nn.ModuleList(
             DattnDecoderLayer(config, layer) for layer in range(text.num_hidden_layers)
         )
@@ -39,13 +46,19 @@ class DattnTextModel(nn.Module):
         """Whether the layers keep no activations for the backward pass."""
         return any(layer.gradient_checkpointing for layer in self.layers)
 
-    def window(self, layer: int) -> int | None:
-        """Sliding window of a layer, in positions, the query included; None: no window."""
+    def layer_type(self, layer: int) -> str:
+        """`sliding_attention` or `full_attention`."""
         text = self.config.text_config
         types = getattr(text, "layer_types", None)
-        if types is not None and types[layer] != "sliding_attention":
-            return None
-        return text.sliding_window
+        if types is not None:
+            return types[layer]
+        window = getattr(text, "sliding_window", None)
+        return "full_attention" if window is None else "sliding_attention"
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer, in positions, the query included; None: no window."""
+        sliding = self.layer_type(layer) == "sliding_attention"
+        return self.config.text_config.sliding_window if sliding else None
 
     def forward(
         self,
@@ -91,13 +104,19 @@ class DattnTextModel(nn.Module):
             shared_axis=shared_axis,
         )
         check_positions(position_ids, layout.text_position[:, -columns:], rows[0])
-        text_rotation = self.rotary_emb(layout.text_position[:, -columns:], text.dtype)
-        visual_rotation = self.rotary_emb(layout.visual_position, text.dtype)
+        rotations = {
+            kind: (
+                rotary(layout.text_position[:, -columns:], text.dtype),
+                rotary(layout.visual_position, text.dtype),
+            )
+            for kind, rotary in self.rotary_emb.items()
+        }
         layouts: dict[int | None, Layout] = {None: layout}
         states = [text]
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             window = self.window(number)
+            text_rotation, visual_rotation = rotations[self.layer_type(number)]
             if window is not None and window not in layouts:
                 layouts[window] = layout.windowed(window, shared_axis)
             text, visual = layer(

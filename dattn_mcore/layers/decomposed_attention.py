@@ -22,7 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_pg_size
+from megatron.core.utils import get_pg_rank, get_pg_size
 
 from dattn_mcore.layers.attention import BACKENDS, AttentionOptions, Rotary, choose_backend
 from dattn_mcore.layers.layout import (
@@ -37,11 +37,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class DecomposedSelfAttentionSubmodules:
-    """The projections; column, column and row parallel."""
+    """The projections (column, column, row parallel) and, where there are any, norms of a head."""
 
     linear_q: ModuleSpec | type
     linear_kv: ModuleSpec | type
     linear_proj: ModuleSpec | type
+    q_layernorm: ModuleSpec | type | None = None
+    k_layernorm: ModuleSpec | type | None = None
 
 
 class DecomposedSelfAttention(MegatronModule):
@@ -49,7 +51,11 @@ class DecomposedSelfAttention(MegatronModule):
 
     Parameters, per tensor parallel rank: `linear_q` [heads/tp * head_dim, hidden]; `linear_kv`
     [groups/tp * 2 * head_dim, hidden], each group's key rows before its value rows; `linear_proj`
-    [hidden, heads/tp * head_dim].
+    [hidden, heads/tp * head_dim]. `q_layernorm` and `k_layernorm` [head_dim], on every rank.
+
+    Where there are more ranks than groups, several ranks share a group: the rows of `linear_kv` are
+    shared over all of them as ever, no rank holds a weight that another holds, and keys and values
+    are gathered before a rank takes its group's.
 
     Args:
         config: Megatron-Core's layer configuration.
@@ -58,6 +64,8 @@ class DecomposedSelfAttention(MegatronModule):
         options: attention mode, scale, soft-cap; without a window.
         windows: sliding window of each layer of the whole model, None for none; empty: no layer
             has one.
+        rotary_kinds: which of the kinds in `rotary_pos_emb` each layer of the whole model takes;
+            empty: there is one.
         backend: name of the attention backend, or auto.
         fold: project visual rows with folded weights (`layers.linear`); the `linear_proj` of
             `submodules` must be able to. Concerns `v2v=diagonal` only.
@@ -72,6 +80,7 @@ class DecomposedSelfAttention(MegatronModule):
         layer_number: int,
         options: AttentionOptions,
         windows: Sequence[int | None] = (),
+        rotary_kinds: Sequence[int] = (),
         backend: str = "auto",
         fold: bool = False,
         text_only: bool = False,
@@ -86,9 +95,11 @@ class DecomposedSelfAttention(MegatronModule):
         tp_size = get_pg_size(self.tp_group)
         self.head_dim = config.kv_channels
         self.heads = config.num_attention_heads // tp_size
-        self.groups = config.num_query_groups // tp_size
+        self.ranks_per_group = max(1, tp_size // config.num_query_groups)
+        self.groups = max(1, config.num_query_groups // tp_size)
         window = windows[layer_number - 1] if windows else None
         self.options = replace(options, window=window)
+        self.rotary_kind = rotary_kinds[layer_number - 1] if rotary_kinds else 0
         self.fold, self.text_only = fold and options.v2v == "diagonal", text_only
         if text_only and self.options.window is None:
             # Nobody reads what visual rows would attend to. (The flash kernels know windows only
@@ -103,7 +114,7 @@ class DecomposedSelfAttention(MegatronModule):
             config=config,
             init_method=config.init_method,
             gather_output=False,
-            bias=False,
+            bias=config.add_qkv_bias,
             skip_bias_add=False,
             is_expert=False,
             tp_group=self.tp_group,
@@ -124,6 +135,17 @@ class DecomposedSelfAttention(MegatronModule):
             is_expert=False,
             tp_group=self.tp_group,
         )
+        # The names are those by which Megatron-Core knows that these gradients are summed over
+        # tensor parallel ranks, which have different heads.
+        self.q_layernorm = self._head_norm(submodules.q_layernorm)
+        self.k_layernorm = self._head_norm(submodules.k_layernorm)
+
+    def _head_norm(self, spec: ModuleSpec | type | None) -> torch.nn.Module | None:
+        if spec is None:
+            return None
+        return build_module(
+            spec, config=self.config, hidden_size=self.head_dim, eps=self.config.layernorm_epsilon
+        )
 
     def forward(
         self,
@@ -139,7 +161,8 @@ class DecomposedSelfAttention(MegatronModule):
         Args:
             hidden_states: [(V + T) / sequence shards, 1, hidden], `[V; T]` on every shard.
             attention_mask: unused; visibility is in `packed_seq_params`.
-            rotary_pos_emb: angles [V + T, 1, 1, head_dim] of all rows of the pack.
+            rotary_pos_emb: angles [V + T, 1, 1, kinds * head_dim] of all rows of the pack, for
+                each kind of rotary positions that the model's layers have.
             packed_seq_params: rows of the pack and what they see. A `VisualChunk`:
                 `hidden_states` are visual rows alone. One with `visual` set: they are text rows
                 alone, and the visual rows' keys and values are those.
@@ -157,7 +180,7 @@ class DecomposedSelfAttention(MegatronModule):
         # Visual rows never pay for a query, unless the baseline wants one.
         causal_visual = self.options.v2v == "causal"
         q, _ = self.linear_q(hidden_states if causal_visual else hidden_states[visual_here:])
-        kv, _ = self.linear_kv(hidden_states)
+        kv = self.keys_values(hidden_states)
         if params.visual is None:
             kv_visual, kv_text = split_shards(kv, params.num_visual, self.sequence_shards)
         else:
@@ -191,7 +214,15 @@ class DecomposedSelfAttention(MegatronModule):
 
     def keys_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Keys and values [rows, 1, groups / tp * 2 * head_dim] of normed rows (of this shard)."""
-        return self.linear_kv(hidden_states)[0]
+        kv, _ = self.linear_kv(hidden_states)
+        if self.ranks_per_group == 1:
+            return kv
+        # Backward sums what the ranks of a group found, and leaves each its own rows of the weight.
+        kv = tensor_parallel.all_gather_last_dim_from_tensor_parallel_region(
+            kv, group=self.tp_group
+        )
+        group = get_pg_rank(self.tp_group) // self.ranks_per_group
+        return kv.unflatten(-1, (-1, 2 * self.head_dim))[..., group, :]
 
     def _visual_chunk(
         self, hidden_states: torch.Tensor, chunk: VisualChunk
@@ -222,10 +253,16 @@ class DecomposedSelfAttention(MegatronModule):
         angles: torch.Tensor,
         params: DecomposedSeqParams,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        n = params.num_visual
+        n, first = params.num_visual, self.rotary_kind * self.head_dim
+        angles = angles[..., first : first + self.head_dim]
         attend = BACKENDS[self._choose_backend(q)]
         k_t, v_t = self._by_group(kv_text).unbind(2)
         k_v, v_v = self._by_group(kv_visual).unbind(2)
+        if self.q_layernorm is not None:
+            q = self.q_layernorm(q)
+            q_visual = None if q_visual is None else self.q_layernorm(q_visual)
+        if self.k_layernorm is not None:
+            k_t, k_v = self.k_layernorm(k_t), self.k_layernorm(k_v)
 
         def core(q, k_t, v_t, k_v, v_v, q_visual, angles):
             rotary = Rotary(text=angles[n:], visual=angles[:n])

@@ -74,7 +74,8 @@ def decoder_layer_spec(config: Config, last: bool = False) -> ModuleSpec:
             `attention.skip_last_visual_rows` is off.
     """
     llm, parts = config.model.llm, parts_of(config)
-    post_norms = text_features(config.model).norms == "sandwich"
+    features = text_features(config.model)
+    post_norms = features.norms == "sandwich"
     text_only = last and config.attention.skip_last_visual_rows
     return ModuleSpec(
         module=TransformerLayer,
@@ -85,6 +86,9 @@ def decoder_layer_spec(config: Config, last: bool = False) -> ModuleSpec:
                 params={
                     "options": attention_options(config),
                     "windows": llm.windows,
+                    "rotary_kinds": [
+                        llm.ropes.index(llm.rope_of(n)) for n in range(llm.num_layers)
+                    ],
                     "backend": config.attention.backend,
                     "fold": config.attention.fold_visual_projection,
                     "text_only": text_only,
@@ -92,7 +96,9 @@ def decoder_layer_spec(config: Config, last: bool = False) -> ModuleSpec:
                 submodules=DecomposedSelfAttentionSubmodules(
                     linear_q=parts.linear_q,
                     linear_kv=parts.linear_kv,
-                    linear_proj=(parts.linear_proj_post_norm if post_norms else parts.linear_proj),
+                    linear_proj=parts.linear_proj_post_norm if post_norms else parts.linear_proj,
+                    q_layernorm=parts.norm if features.qk_norm else None,
+                    k_layernorm=parts.norm if features.qk_norm else None,
                 ),
             ),
             self_attn_bda=text_rows_bias_dropout_add if text_only else get_bias_dropout_add,

@@ -23,6 +23,7 @@ from megatron.core.utils import get_pg_rank
 from dattn_mcore.architectures import text_features
 from dattn_mcore.architectures.parameters import part_of
 from dattn_mcore.config.schema import Config
+from dattn_mcore.layers.attention.frequencies import rotary_frequencies
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.layout import DecomposedSeqParams
 from dattn_mcore.layers.spec import block_submodules, decoder_layer_spec
@@ -125,8 +126,8 @@ class DattnModel(LanguageModule):
                 skip_weight_param_allocation=pre_process and llm.tie_embeddings,
                 tp_group=self.tp_group,
             )
-        exponent = torch.arange(0, llm.head_dim, 2, dtype=torch.float32) / llm.head_dim
-        self.register_buffer("inv_freq", llm.rotary_base**-exponent, persistent=False)
+        frequencies = [rotary_frequencies(llm.head_dim, *rope) for rope in llm.ropes]
+        self.register_buffer("inv_freq", torch.stack(frequencies), persistent=False)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -150,10 +151,12 @@ class DattnModel(LanguageModule):
         """
         params = inputs.params
         positions = torch.cat([params.visual_positions, params.text_positions])
+        # One tensor, since Megatron-Core passes only such on; each layer takes its slice.
+        angles = torch.cat([rotary_angles(positions, row) for row in self.inv_freq], dim=-1)
         hidden = self.decoder(
             hidden_states=self._embed(inputs) if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=rotary_angles(positions, self.inv_freq),
+            rotary_pos_emb=angles,
             packed_seq_params=params,
         )
         if not self.post_process:

@@ -131,6 +131,8 @@ def llm_transformer_config(config: Config) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[features.activation],
         add_bias_linear=False,
+        add_qkv_bias=features.qkv_bias,
+        qk_layernorm=features.qk_norm,
         sequence_parallel=parallel.sp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,

@@ -52,7 +52,7 @@ def layer_bytes(config: Config, pack: Rows, fp8: bool) -> float:
     shards = tp if config.parallel.sp else 1
     rows, h = pack.text + pack.visual, llm.hidden_size
     query = llm.num_attention_heads * llm.head_dim / tp
-    keys_values = 2 * llm.num_query_groups * llm.head_dim / tp
+    keys_values = 2 * llm.groups_per_rank(tp) * llm.head_dim
     asking = rows if config.attention.v2v == "causal" else pack.text
     answered = pack.visual * (keys_values / 2 if folds(config) else query) + pack.text * query
     selective = config.train.recompute == "selective"
@@ -83,7 +83,7 @@ def attention_bytes(config: Config, pack: Rows) -> float:
     llm, tp = config.model.llm, config.parallel.tp
     e = 2 if config.train.precision == "bf16" else 4
     query = llm.num_attention_heads * llm.head_dim / tp
-    keys_values = 2 * llm.num_query_groups * llm.head_dim / tp
+    keys_values = 2 * llm.groups_per_rank(tp) * llm.head_dim
     asking = pack.text + (pack.visual if config.attention.v2v == "causal" else 0)
     if config.attention.backend == "triton":
         return e * keys_values * pack.visual + (8 + 3 * e) * query * asking
@@ -112,7 +112,7 @@ def stage_bytes(config: Config, num_layers: int, pack: Rows, fp8: bool) -> tuple
     entered = e * llm.hidden_size / (tp if config.parallel.sp else 1)  # of a row, into a layer
     if train.recompute_visual_chunk is not None:
         # Visual rows go alone: kept are those that entered the stage, and keys and values.
-        keys_values = e * 2 * llm.num_query_groups * llm.head_dim / tp
+        keys_values = e * 2 * llm.groups_per_rank(tp) * llm.head_dim
         visual_kept = pack.visual * (entered + num_layers * keys_values)
         chunk = dataclasses.replace(
             pack, text=0, visual=min(train.recompute_visual_chunk, pack.visual)

@@ -93,7 +93,7 @@ def _moved_bytes(config: Config, pack: Rows, fp8: bool) -> float:
     shards = tp if config.parallel.sp else 1
     h, f = llm.hidden_size, llm.ffn_hidden_size / tp
     query = llm.num_attention_heads * llm.head_dim / tp
-    keys_values = 2 * llm.num_query_groups * llm.head_dim / tp
+    keys_values = 2 * llm.groups_per_rank(tp) * llm.head_dim
     norms = (
         text_features(config.model).norms_per_layer * 5 * h / shards
     )  # in, out; in, gradient, out

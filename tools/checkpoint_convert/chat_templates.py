@@ -2,8 +2,7 @@
 
 A message's content is a string, in which `<image>` stands where an image is, or a list of
 `{"type": "image"}` and `{"type": "text", "text": ...}`; in a list, an image is followed by a
-newline if anything follows it, as in LLaVA's data. A system message may come first: its text is put
-in front of the first user's, as in training.
+newline if anything follows it, as in LLaVA's data. A system message may come first.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ _CONTENT = """\
 {%- endmacro -%}
 """
 
-# A system message, which may come first, becomes `prefix`; the others are `turns`.
+# A system message, which may come first, becomes `system`; the others are `turns`.
 _SYSTEM = """\
-{%- set prefix = '' -%}
+{%- set system = '' -%}
 {%- set turns = messages -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
 {%- set turns = messages[1:] -%}
@@ -43,7 +42,6 @@ _SYSTEM = """\
 {%- if '<image>' in system -%}
 {{ raise_exception('<image> stands in the system message; only user messages may show images') }}
 {%- endif -%}
-{%- set prefix = system + '\\n\\n' if system else '' -%}
 {%- endif -%}
 """
 
@@ -53,7 +51,15 @@ _TURNS = """\
 {{ raise_exception('conversation roles must alternate user, assistant, user, ...; one system \
 message may come first') }}
 {%- endif -%}
-{%- set said = ((prefix if loop.first else '') + content(message)) | trim -%}
+{%- set said = content(message) | trim -%}
+"""
+
+
+# Where the system message has no place of its own.
+IN_FRONT = """\
+{%- if loop.first and system -%}
+{%- set said = (system + '\\n\\n' + content(message)) | trim -%}
+{%- endif -%}
 """
 
 
@@ -71,34 +77,52 @@ def chat_template(template: str, prefix_space: bool) -> str:
 {{{{ raise_exception('the {chat.name} template holds one image caption pair') }}}}
 {{%- endif -%}}
 """
+    default = f"{{%- set system = system or {_quoted(chat.default_system or '')} -%}}\n"
+    own_place, in_front = "", IN_FRONT
+    if chat.system is not None:
+        written = _written(chat.system, prefix_space, said="system")
+        own_place, in_front = f"{{%- if system -%}}\n{written}{{%- endif -%}}\n", ""
+    last = _written(chat.before_last_answer, prefix_space)
+    if last:
+        last = f"{{%- if loop.index0 >= turns | length - 2 -%}}\n{last}{{%- endif -%}}\n"
     return (
         _CONTENT
         + _SYSTEM
+        + (default if chat.default_system else "")
         + _written(chat.begin, prefix_space)
+        + own_place
         + _TURNS
+        + in_front
         + (one_pair if chat.one_pair else "")
         + "{%- if message['role'] == 'user' -%}\n"
         + _written(chat.user, prefix_space)
+        + last
         + "{%- else -%}\n"
         + _written(chat.answer, prefix_space)
         + "{%- endif -%}\n{%- endfor -%}\n"
     )
 
 
-def _written(segments: Sequence[Segment], prefix_space: bool) -> str:
-    """A line of Jinja that writes segments; empty for none."""
+def _written(segments: Sequence[Segment], prefix_space: bool, said: str = "said") -> str:
+    """A line of Jinja that writes segments; empty for none.
+
+    Args:
+        segments: of a template.
+        prefix_space: see `chat_template`.
+        said: the variable that holds what is said.
+    """
     terms: list[str] = []
     for segment in segments:
         if isinstance(segment, Token):
-            names = {BOS: "bos_token", EOS: "eos_token"}
+            names = {BOS: "(bos_token or eos_token)", EOS: "eos_token"}
             terms.append(names.get(segment.name, _quoted(segment.name)))
         elif isinstance(segment, Images):
-            terms.append("'<image>' * (said.split('<image>') | length - 1)")
+            terms.append(f"'<image>' * ({said}.split('<image>') | length - 1)")
         else:
             if segment.opens and prefix_space:
-                terms.append("(' ' if said else '')")
+                terms.append(f"(' ' if {said} else '')")
             terms += [_quoted(segment.before)] if segment.before else []
-            terms += ["said"] if segment.holds == "said" else []
+            terms += [said] if segment.holds == "said" else []
             terms += [_quoted(segment.after)] if segment.after else []
     return f"{{{{ {' + '.join(terms)} }}}}\n" if terms else ""
 

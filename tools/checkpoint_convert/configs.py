@@ -59,7 +59,7 @@ def understanding(file: Path) -> Iterator[None]:
 class TokenIds:
     """Ids that an exported configuration names."""
 
-    bos: int
+    bos: int | None
     eos: int
     pad: int
     image: int

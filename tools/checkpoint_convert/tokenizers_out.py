@@ -101,7 +101,7 @@ def export_processor(
         raise CheckpointError(str(error)) from None
     save_processor(folder, processor)
     return TokenIds(
-        bos=ours.bos_id,
+        bos=ours.bos_id if ours.has_bos else None,
         eos=ours.eos_id,
         pad=theirs.pad_token_id,
         image=theirs.convert_tokens_to_ids(IMAGE_MARK),
@@ -238,7 +238,8 @@ def check_tokenizer(ours: Tokenizer, theirs: Any, processor: Any, template: str)
     image, path = theirs.convert_tokens_to_ids(IMAGE_MARK), ours.path
     for text in PROBES:
         expected = ours.encode(text)
-        prefixed = theirs.encode(theirs.bos_token + text, add_special_tokens=False)
+        first = theirs.bos_token or theirs.eos_token
+        prefixed = theirs.encode(first + text, add_special_tokens=False)
         if prefixed != [ours.bos_id, *expected]:
             raise CheckpointError(
                 f"{path}: the exported tokenizer encodes {text!r} as {prefixed[1:]} instead of "

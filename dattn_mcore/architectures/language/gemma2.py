@@ -12,13 +12,9 @@ from typing import Any
 from dattn_mcore.architectures.chat import BOS, ChatTemplate, Text, Token
 from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.layer_types import layer_types, windows_from
-from dattn_mcore.architectures.records import (
-    Breach,
-    HfConfig,
-    LanguageModel,
-    Unsupported,
-    default_rope,
-)
+from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
+from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
+from dattn_mcore.architectures.shared_rules import check_stated, one_rope
 from dattn_mcore.architectures.sizes import LlmConfig
 
 FEATURES = TextFeatures(
@@ -48,6 +44,7 @@ CHAT = ChatTemplate(
 
 def breaches(llm: LlmConfig) -> Iterator[Breach]:
     """Sizes that `Gemma2Config` cannot hold."""
+    yield from one_rope(llm)
     if llm.query_scale is not None and not float(llm.query_scale).is_integer():
         yield Breach("query_scale", "a whole number as query_scale")
     if llm.num_attention_heads > 0 and llm.hidden_size % llm.num_attention_heads:
@@ -58,7 +55,7 @@ def breaches(llm: LlmConfig) -> Iterator[Breach]:
 def to_hf(llm: LlmConfig) -> dict[str, Any]:
     """Fields of `Gemma2Config`."""
     return {
-        "rope_parameters": {"rope_type": "default", "rope_theta": llm.rotary_base},
+        "rope_parameters": rope_to_hf(llm.rotary_base, llm.rope),
         "sliding_window": llm.sliding_window,
         "layer_types": layer_types(llm),
         "query_pre_attn_scalar": int(llm.query_scale or llm.head_dim),
@@ -69,13 +66,11 @@ def to_hf(llm: LlmConfig) -> dict[str, Any]:
 
 def from_hf(config: HfConfig) -> dict[str, Any]:
     """Values of `LlmConfig`."""
-    activation = config.hidden_activation
-    if activation != "gelu_pytorch_tanh":
-        raise Unsupported(f"hidden_activation is {activation!r}; it must be 'gelu_pytorch_tanh'")
-    if config.attention_bias:
-        raise Unsupported("attention_bias is true; only false can be trained")
+    check_stated(config, hidden_activation="gelu_pytorch_tanh", attention_bias=False)
+    base, rope = rope_from_hf(config.rope_parameters)
     return {
-        "rotary_base": default_rope(config),
+        "rotary_base": base,
+        "rope": rope,
         **windows_from(config.layer_types, config.sliding_window),
         "query_scale": float(config.query_pre_attn_scalar),
         "attention_softcap": config.attn_logit_softcapping,

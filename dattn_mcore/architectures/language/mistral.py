@@ -10,17 +10,19 @@ from typing import Any
 
 from dattn_mcore.architectures.chat import BOS, EOS, ChatTemplate, Text, Token
 from dattn_mcore.architectures.features import TextFeatures
-from dattn_mcore.architectures.records import (
-    Breach,
-    HfConfig,
-    LanguageModel,
-    Unsupported,
-    default_rope,
+from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
+from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
+from dattn_mcore.architectures.shared_rules import (
+    check_stated,
+    one_rope,
+    one_window,
+    without_caps,
 )
 from dattn_mcore.architectures.sizes import LlmConfig
 
-FEATURES = TextFeatures()
 # <bos> then, per pair of turns:  <[INST]> " u" <[/INST]> {" a" <eos>}
+# Mistral's own template of v0.3 puts a system message into the last turn if that is a user's, which
+# no answer but the last could have seen.
 CHAT = ChatTemplate(
     name="mistral",
     begin=(Token(BOS),),
@@ -35,41 +37,31 @@ CHAT = ChatTemplate(
 
 def breaches(llm: LlmConfig) -> Iterator[Breach]:
     """Sizes that `MistralConfig` cannot hold."""
-    if llm.attention_softcap is not None:
-        yield Breach("attention_softcap", "attention_softcap=null")
-    if llm.final_softcap is not None:
-        yield Breach("final_softcap", "final_softcap=null")
-    if llm.query_scale not in (None, llm.head_dim):
-        yield Breach("query_scale", f"query_scale=null or head_dim ({llm.head_dim})")
-    if len(set(llm.windows)) > 1:
-        yield Breach("layer_pattern", "the same window in all layers (layer_pattern=[])")
+    yield from without_caps(llm)
+    yield from one_window(llm)
+    yield from one_rope(llm)
 
 
 def to_hf(llm: LlmConfig) -> dict[str, Any]:
     """Fields of `MistralConfig`."""
     return {
-        "rope_parameters": {"rope_type": "default", "rope_theta": llm.rotary_base},
+        "rope_parameters": rope_to_hf(llm.rotary_base, llm.rope),
         "sliding_window": llm.window_of(0),
     }
 
 
 def from_hf(config: HfConfig) -> dict[str, Any]:
     """Values of `LlmConfig`."""
-    if config.hidden_act != "silu":
-        raise Unsupported(f"hidden_act is {config.hidden_act!r}; it must be 'silu'")
-    if getattr(config, "attention_bias", False):
-        raise Unsupported("attention_bias is true; only false can be trained")
-    return {
-        "rotary_base": default_rope(config),
-        "sliding_window": config.sliding_window,
-    }
+    check_stated(config, hidden_act="silu", attention_bias=False)
+    base, rope = rope_from_hf(config.rope_parameters)
+    return {"rotary_base": base, "rope": rope, "sliding_window": config.sliding_window}
 
 
 ARCHITECTURE = LanguageModel(
     name="mistral",
     title="Mistral",
     model_type="mistral",
-    features=FEATURES,
+    features=TextFeatures(),
     chat=CHAT,
     breaches=breaches,
     to_hf=to_hf,

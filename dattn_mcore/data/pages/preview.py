@@ -155,7 +155,9 @@ def _text(tokenizer: Tokenizer, encoded: EncodedSample) -> str:
 
 def _run(tokenizer: Tokenizer, encoded: EncodedSample, start: int, end: int) -> str:
     """Text rows of one colour are decoded together, so that pieces of a character meet."""
-    special = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
+    special = {tokenizer.eos_id: "<eos>"}
+    if tokenizer.has_bos:
+        special[tokenizer.bos_id] = "<bos>"
     for name in ("[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>"):
         try:
             special[tokenizer.special_id(name)] = name

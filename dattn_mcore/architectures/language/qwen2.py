@@ -1,0 +1,61 @@
+"""Qwen2.5, and Qwen2 (dense models of text).
+
+Sources: `Qwen2Config` and `modeling_qwen2` of transformers; the chat template of the published
+models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dattn_mcore.architectures.chat import chatml
+from dattn_mcore.architectures.features import TextFeatures
+from dattn_mcore.architectures.layer_types import layer_types, windows_from
+from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
+from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
+from dattn_mcore.architectures.shared_rules import check_stated, one_rope, without_caps
+from dattn_mcore.architectures.sizes import LlmConfig
+
+# The template of Qwen2.5's instruct models, without tools. A conversation without a system message
+# gets theirs.
+CHAT = chatml(
+    "chatml", default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+)
+
+
+def breaches(llm: LlmConfig) -> Iterator[Breach]:
+    """Sizes that `Qwen2Config` cannot hold."""
+    yield from without_caps(llm)
+    yield from one_rope(llm)
+
+
+def to_hf(llm: LlmConfig) -> dict[str, Any]:
+    """Fields of `Qwen2Config`."""
+    return {
+        "rope_parameters": rope_to_hf(llm.rotary_base, llm.rope),
+        "use_sliding_window": llm.sliding_window is not None,
+        "sliding_window": llm.sliding_window,
+        "layer_types": layer_types(llm),
+    }
+
+
+def from_hf(config: HfConfig) -> dict[str, Any]:
+    """Values of `LlmConfig`."""
+    check_stated(config, hidden_act="silu")
+    base, rope = rope_from_hf(config.rope_parameters)
+    windows = windows_from(config.layer_types, config.sliding_window)
+    return {"rotary_base": base, "rope": rope, **windows}
+
+
+ARCHITECTURE = LanguageModel(
+    name="qwen2",
+    title="Qwen2.5",
+    model_type="qwen2",
+    features=TextFeatures(qkv_bias=True),
+    chat=CHAT,
+    breaches=breaches,
+    to_hf=to_hf,
+    from_hf=from_hf,
+    max_positions=32768,
+)

@@ -1,0 +1,63 @@
+"""Qwen3 (dense models of text).
+
+Sources: `Qwen3Config` and `modeling_qwen3` of transformers; the chat template of the published
+models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dattn_mcore.architectures.chat import Text, Token, chatml
+from dattn_mcore.architectures.features import TextFeatures
+from dattn_mcore.architectures.layer_types import layer_types, windows_from
+from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
+from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
+from dattn_mcore.architectures.shared_rules import check_stated, one_rope, without_caps
+from dattn_mcore.architectures.sizes import LlmConfig
+
+# The template of Qwen3's models, without tools, thinking switched off: the last answer, or where it
+# is asked for, stands behind an empty thought. Earlier answers have lost theirs, as in Qwen's own
+# template.
+CHAT = chatml(
+    "qwen3",
+    before_last_answer=(Token("<think>"), Text("\n\n"), Token("</think>"), Text("\n\n")),
+)
+
+
+def breaches(llm: LlmConfig) -> Iterator[Breach]:
+    """Sizes that `Qwen3Config` cannot hold."""
+    yield from without_caps(llm)
+    yield from one_rope(llm)
+
+
+def to_hf(llm: LlmConfig) -> dict[str, Any]:
+    """Fields of `Qwen3Config`."""
+    return {
+        "rope_parameters": rope_to_hf(llm.rotary_base, llm.rope),
+        "use_sliding_window": llm.sliding_window is not None,
+        "sliding_window": llm.sliding_window,
+        "layer_types": layer_types(llm),
+    }
+
+
+def from_hf(config: HfConfig) -> dict[str, Any]:
+    """Values of `LlmConfig`."""
+    check_stated(config, hidden_act="silu", attention_bias=False)
+    base, rope = rope_from_hf(config.rope_parameters)
+    windows = windows_from(config.layer_types, config.sliding_window)
+    return {"rotary_base": base, "rope": rope, **windows}
+
+
+ARCHITECTURE = LanguageModel(
+    name="qwen3",
+    title="Qwen3",
+    model_type="qwen3",
+    features=TextFeatures(qk_norm=True),
+    chat=CHAT,
+    breaches=breaches,
+    to_hf=to_hf,
+    from_hf=from_hf,
+    max_positions=40960,
+)

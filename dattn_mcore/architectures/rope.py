@@ -1,0 +1,57 @@
+"""Rotary positions as Hugging Face writes them (`rope_parameters`), and as sizes have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dattn_mcore.architectures.records import Unsupported
+from dattn_mcore.architectures.sizes import RopeConfig
+
+
+def rope_to_hf(base: float, rope: RopeConfig) -> dict[str, Any]:
+    """`rope_parameters` of one kind of layer."""
+    fields: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": base}
+    if rope.kind != "default":
+        fields["factor"] = rope.factor
+    if rope.kind == "llama3":
+        fields |= {
+            "original_max_position_embeddings": rope.original_length,
+            "low_freq_factor": rope.low_frequency_factor,
+            "high_freq_factor": rope.high_frequency_factor,
+        }
+    return fields
+
+
+def rope_from_hf(
+    fields: Mapping[str, Any], kinds: Sequence[str] = ("default",)
+) -> tuple[float, RopeConfig]:
+    """Rotary base, and how frequencies are stretched.
+
+    Args:
+        fields: `rope_parameters` of one kind of layer.
+        kinds: those that the family has.
+
+    Raises:
+        Unsupported: they are of another kind.
+    """
+    kind = fields["rope_type"]
+    if kind not in kinds:
+        raise Unsupported(
+            f"rope_type is {kind!r}; only {' and '.join(map(repr, kinds))} can be trained"
+        )
+    share = fields.get("partial_rotary_factor")
+    if share not in (None, 1.0):
+        raise Unsupported(f"partial_rotary_factor is {share}; only 1.0 can be trained")
+    rope = RopeConfig()
+    if kind == "linear":
+        rope = RopeConfig(kind=kind, factor=float(fields["factor"]))
+    elif kind == "llama3":
+        rope = RopeConfig(
+            kind=kind,
+            factor=float(fields["factor"]),
+            original_length=int(fields["original_max_position_embeddings"]),
+            low_frequency_factor=float(fields["low_freq_factor"]),
+            high_frequency_factor=float(fields["high_freq_factor"]),
+        )
+    return float(fields["rope_theta"]), rope

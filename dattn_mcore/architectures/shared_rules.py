@@ -1,0 +1,50 @@
+"""What several families have in common: what their configurations cannot hold, or must say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dattn_mcore.architectures.records import Breach, HfConfig, Unsupported
+from dattn_mcore.architectures.sizes import LlmConfig
+
+
+def without_caps(llm: LlmConfig) -> Iterator[Breach]:
+    """Logits are not capped, and the softmax scale follows from the size of a head."""
+    if llm.attention_softcap is not None:
+        yield Breach("attention_softcap", "attention_softcap=null")
+    if llm.final_softcap is not None:
+        yield Breach("final_softcap", "final_softcap=null")
+    if llm.query_scale not in (None, llm.head_dim):
+        yield Breach("query_scale", f"query_scale=null or head_dim ({llm.head_dim})")
+
+
+def one_window(llm: LlmConfig) -> Iterator[Breach]:
+    """All layers have the same window."""
+    if len(set(llm.windows)) > 1:
+        yield Breach("layer_pattern", "the same window in all layers (layer_pattern=[])")
+
+
+def no_window(llm: LlmConfig) -> Iterator[Breach]:
+    """No layer has a window."""
+    if any(window is not None for window in llm.windows):
+        yield Breach("sliding_window", "sliding_window=null")
+
+
+def one_rope(llm: LlmConfig, kinds: tuple[str, ...] = ("default",)) -> Iterator[Breach]:
+    """All layers have the same rotary positions, of one of the given kinds."""
+    if llm.sliding_rotary_base is not None:
+        yield Breach("sliding_rotary_base", "sliding_rotary_base=null")
+    if llm.rope.kind not in kinds:
+        yield Breach("rope", f"rope.kind={' or '.join(kinds)}")
+
+
+def check_stated(config: HfConfig, **expected: object) -> None:
+    """Checks settings of a Hugging Face configuration that cannot be trained otherwise.
+
+    Raises:
+        Unsupported: one is another; one that the configuration lacks is as expected.
+    """
+    for name, value in expected.items():
+        found = getattr(config, name, value)
+        if found != value:
+            raise Unsupported(f"{name} is {found!r}; it must be {value!r}")
