@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tools.checkpoint_convert.mapping import Entry
 
+from dattn_mcore.architectures import language_model
+from dattn_mcore.architectures.sizes import RopeConfig
 from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.config.schema import (
     AttentionConfig,
@@ -18,7 +21,7 @@ from dattn_mcore.config.schema import (
     ProjectorConfig,
     VisionConfig,
 )
-from dattn_mcore.data.tokenizer import train_tokenizer
+from dattn_mcore.data.tokenizer import CHAT_SYMBOLS, train_tokenizer
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
 from tools.checkpoint_convert.streaming import Planned
 
@@ -27,6 +30,33 @@ TEXTS = (
     "The top row reads 4 and 0, the bottom row reads 9 and 7.",
     "Where is the 5? In the bottom-right cell.",
 )
+
+
+# What sizes of a family say beside widths and depths, so small that three layers show it.
+_GEMMA = {
+    "query_scale": 16.0,
+    "sliding_window": 6,
+    "tie_embeddings": True,
+}
+TRAITS: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "gemma2": {
+        **_GEMMA,
+        "attention_softcap": 50.0,
+        "final_softcap": 30.0,
+        "layer_pattern": ("sliding", "full"),
+    },
+    "gemma3": {
+        **_GEMMA,
+        "layer_pattern": ("sliding", "sliding", "full"),
+        "rotary_base": 1000.0,
+        "sliding_rotary_base": 100.0,
+        "rope": RopeConfig(kind="linear", factor=8.0),
+    },
+    "llama": {"rope": RopeConfig(kind="llama3", factor=8.0, original_length=64)},
+    "qwen2": {"tie_embeddings": True},
+    "qwen3": {},
+}
 
 
 def small_config(
@@ -38,7 +68,6 @@ def small_config(
     **model,
 ) -> Config:
     """Two layers, 4 heads in 2 groups, vocabulary padded from 330 to 384."""
-    gemma = family == "gemma2"
     llm = LlmConfig(
         num_layers=3,
         hidden_size=32,
@@ -47,17 +76,8 @@ def small_config(
         num_query_groups=2,
         head_dim=8,
         vocab_size=vocab_size,
-        tie_embeddings=gemma,
+        **TRAITS[family],
     )
-    if gemma:
-        llm = replace(
-            llm,
-            attention_softcap=50.0,
-            final_softcap=30.0,
-            query_scale=16.0,
-            sliding_window=6,
-            layer_pattern=("sliding", "full"),
-        )
     vision = VisionConfig(
         kind=kind,
         image_size=28,
@@ -79,7 +99,7 @@ def small_config(
         ),
         attention=AttentionConfig(),
         data=DataConfig(
-            tokenizer=str(tokenizer), template=template or ("gemma" if gemma else "mistral")
+            tokenizer=str(tokenizer), template=template or language_model(family).chat.name
         ),
     )
 
@@ -119,7 +139,7 @@ def plan(table: list[Entry], tensors: dict[tuple[str, int | None], torch.Tensor]
 
 
 def make_tokenizer(folder: Path) -> Path:
-    """A tiny SentencePiece model, as the digits task trains it."""
+    """A tiny SentencePiece model, as the digits task trains it, with the tokens of all templates."""
     path = folder / "tokenizer.model"
-    train_tokenizer(TEXTS, path)
+    train_tokenizer(TEXTS, path, symbols=CHAT_SYMBOLS)
     return path

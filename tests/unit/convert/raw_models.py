@@ -1,4 +1,4 @@
-"""Small random Mistral, Gemma 2, SigLIP and CLIP folders, as transformers itself writes them."""
+"""Small random language models and towers, as transformers itself writes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from transformers import (
     CLIPModel,
     CLIPVisionModel,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    LlamaForCausalLM,
     MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
     SiglipConfig,
     SiglipModel,
     SiglipVisionModel,
@@ -23,7 +27,14 @@ from dattn_mcore.config.schema import Config
 from tests.unit.convert.convert_helpers import small_config
 from tools.checkpoint_convert.configs import TokenIds, text_to_hf, vision_to_hf
 
-LLMS = {"mistral": MistralForCausalLM, "gemma2": Gemma2ForCausalLM}
+LLMS = {
+    "mistral": MistralForCausalLM,
+    "gemma2": Gemma2ForCausalLM,
+    "gemma3": Gemma3ForCausalLM,
+    "llama": LlamaForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+}
 TOWERS = {"siglip": SiglipVisionModel, "clip": CLIPVisionModel}
 WHOLE = {"siglip": (SiglipConfig, SiglipModel), "clip": (CLIPConfig, CLIPModel)}
 IDS = TokenIds(bos=1, eos=2, pad=0, image=3, stop=(2,))
@@ -32,7 +43,9 @@ IDS = TokenIds(bos=1, eos=2, pad=0, image=3, stop=(2,))
 def raw_config(family: str, kind: str, select_layer: int = -2, **changes: Any) -> Config:
     """A small run whose caps, window and query scale all matter."""
     config = small_config(Path("none"), family, kind)
-    llm = replace(config.model.llm, rotary_base=100.0)
+    llm = config.model.llm
+    if family != "gemma3":
+        llm = replace(llm, rotary_base=100.0)
     if family == "gemma2":
         llm = replace(llm, attention_softcap=2.0, final_softcap=3.0, query_scale=24.0)
     llm = replace(llm, **changes)

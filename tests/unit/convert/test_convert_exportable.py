@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 
+from dattn_mcore.architectures import language_models
 from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError
@@ -39,7 +40,7 @@ VISION = {
 
 
 @settings(deadline=None, max_examples=150)
-@given(data=st.data(), family=st.sampled_from(["mistral", "gemma2"]))
+@given(data=st.data(), family=st.sampled_from(sorted(language_models())))
 def test_what_the_trainer_accepts_becomes_a_model_and_comes_back(data: st.DataObject, family: str):
     """A few settings differ from a model that is known to be good."""
     config = small_config("", family, "siglip")

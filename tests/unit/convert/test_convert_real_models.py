@@ -1,10 +1,11 @@
 """Hugging Face's own models against the Megatron-Core model that starts from their weights.
 
-Small random Mistral, Gemma 2, SigLIP and CLIP are written by transformers, converted, loaded the
+Small random models of every family and tower are written by transformers, converted, loaded the
 way a run loads `checkpoint.init_from`, and compared: logits and features within 1e-4 in float32,
 weights to the last bit.
 """
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from dattn_mcore.architectures import language_models
+from dattn_mcore.architectures.sizes import RopeConfig
 from dattn_mcore.checkpoint.load import load_weights
 from dattn_mcore.checkpoint.state import model_state
 from dattn_mcore.config.load import to_yaml
@@ -69,7 +71,15 @@ def load(path, config):
 
 @pytest.mark.parametrize(
     ("family", "kind", "select"),
-    [("mistral", "siglip", -1), ("gemma2", "siglip", -2), ("gemma2", "clip", -1)],
+    [
+        ("mistral", "siglip", -1),
+        ("gemma2", "siglip", -2),
+        ("gemma2", "clip", -1),
+        ("gemma3", "siglip", -1),
+        ("llama", "clip", -2),
+        ("qwen2", "siglip", -2),
+        ("qwen3", "siglip", -1),
+    ],
 )
 def test_logits_and_features_equal_hugging_faces(tmp_path, family, kind, select):
     config = raw_config(family, kind, select)
@@ -95,41 +105,59 @@ def test_a_windowed_mistral(tmp_path):
     torch.testing.assert_close(load(tmp_path / "out", config)[0], expected, atol=1e-4, rtol=0)
 
 
-# What makes Gemma 2 itself, and the setting that turns it off.
-GEMMA_OFF = {
-    "soft-cap": {"attention_softcap": None},
-    "final cap": {"final_softcap": None},
-    "window": {"sliding_window": None, "layer_pattern": ()},
-    "window on every layer": {"layer_pattern": ()},
-    "query scale": {"query_scale": None},
+# What makes each family itself, and what turns it off: a size, or a feature.
+OFF = {
+    "gemma2": {
+        "soft-cap": {"attention_softcap": None},
+        "final cap": {"final_softcap": None},
+        "window": {"sliding_window": None, "layer_pattern": ()},
+        "window on every layer": {"layer_pattern": ()},
+        "query scale": {"query_scale": None},
+        "post-norms": {"norms": "pre"},
+        "zero-centred gamma": {"zero_centered_gamma": False},
+        "embedding scale": {"scale_embeddings": False},
+        "activation": {"activation": "silu"},
+    },
+    "gemma3": {
+        "window": {"sliding_window": None, "layer_pattern": ()},
+        "rotary base of sliding layers": {"sliding_rotary_base": None},
+        "linear rope": {"rope": RopeConfig()},
+        "norms of heads": {"qk_norm": False},
+    },
+    "llama": {"llama3 rope": {"rope": RopeConfig()}},
+    "qwen2": {"biases": {"qkv_bias": False}},
+    "qwen3": {"norms of heads": {"qk_norm": False}},
 }
-FEATURES_OFF = {
-    "post-norms": {"norms": "pre"},
-    "zero-centred gamma": {"zero_centered_gamma": False},
-    "embedding scale": {"scale_embeddings": False},
-    "activation": {"activation": "silu"},
-}
+TRAITS = [(family, off) for family, traits in OFF.items() for off in (None, *traits)]
 
 
 @pytest.fixture(scope="module")
-def gemma(tmp_path_factory):
-    """A converted Gemma 2 and Hugging Face's logits."""
-    folder = tmp_path_factory.mktemp("gemma")
-    config = raw_config("gemma2", "siglip")
-    llm = make_llm(folder / "llm", config)
-    make_tower(folder / "vision", config)
-    convert_parts(folder / "llm", folder / "vision", config, folder / "out")
-    with torch.no_grad():
-        return folder / "out", config, llm(text_ids(config)[None]).logits[0]
+def converted(tmp_path_factory):
+    """Gives a family's converted model, its configuration and Hugging Face's logits."""
+
+    @functools.cache
+    def make(family):
+        folder = tmp_path_factory.mktemp(family)
+        config = raw_config(family, "siglip")
+        llm = make_llm(folder / "llm", config)
+        make_tower(folder / "vision", config)
+        convert_parts(folder / "llm", folder / "vision", config, folder / "out")
+        with torch.no_grad():
+            return folder / "out", config, llm(text_ids(config)[None]).logits[0]
+
+    return make
 
 
-@pytest.mark.parametrize("off", [None, *GEMMA_OFF, *FEATURES_OFF])
-def test_the_comparison_sees_every_trait_of_gemma2(gemma, off, monkeypatch):
-    path, config, expected = gemma
-    record = language_models()["gemma2"]
-    features = replace(record.features, **FEATURES_OFF.get(off, {}))
-    monkeypatch.setitem(language_models(), "gemma2", replace(record, features=features))
-    changed = replace(config.model.llm, **GEMMA_OFF.get(off, {}))
+@pytest.mark.parametrize(("family", "off"), TRAITS)
+def test_the_comparison_sees_every_trait(converted, family, off, monkeypatch):
+    path, config, expected = converted(family)
+    changes = OFF[family].get(off, {})
+    sizes = {name: value for name, value in changes.items() if hasattr(config.model.llm, name)}
+    record = language_models()[family]
+    others = {name: value for name, value in changes.items() if name not in sizes}
+    features = replace(record.features, **others)
+    monkeypatch.setitem(language_models(), family, replace(record, features=features))
+    changed = replace(config.model.llm, **sizes)
     config = replace(config, model=replace(config.model, llm=changed))
     with single_process() as groups:
         (model,) = build_model(config, groups, CPU)
@@ -151,7 +179,10 @@ def read_folder(folder):
 
 
 @pytest.mark.parametrize("names", ["as written", "older", "newer", "whole"])
-@pytest.mark.parametrize(("family", "kind"), [("mistral", "clip"), ("gemma2", "siglip")])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("mistral", "clip"), ("gemma2", "siglip"), ("qwen2", "siglip"), ("gemma3", "clip")],
+)
 def test_there_and_back_is_bitwise(tmp_path, family, kind, names):
     """bf16 language model in shards, float32 tower; then the export holds the same bits."""
     config = raw_config(family, kind)

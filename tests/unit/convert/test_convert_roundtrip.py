@@ -20,6 +20,10 @@ CASES = [
     ("gemma2", "clip", {}),
     ("mistral", "clip", {"visual_positions": False}),
     ("gemma2", "siglip", {"visual_positions": False}),
+    ("gemma3", "siglip", {}),
+    ("llama", "siglip", {}),
+    ("qwen2", "clip", {}),
+    ("qwen3", "siglip", {}),
 ]
 
 

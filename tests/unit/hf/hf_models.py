@@ -6,7 +6,11 @@ import torch
 from transformers import (
     CLIPVisionConfig,
     Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
     MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 
@@ -16,19 +20,32 @@ VOCAB = 50
 IMAGE = 49  # placeholder token
 
 
-TEXT_FEATURES = {
-    "mistral": {
+def features(**others):
+    """Features of a plain language model, but for what is given."""
+    plain = {
         "activation": "silu",
         "norms": "pre",
         "zero_centered_gamma": False,
         "scale_embeddings": False,
-    },
-    "gemma2": {
-        "activation": "gelu_tanh",
-        "norms": "sandwich",
-        "zero_centered_gamma": True,
-        "scale_embeddings": True,
-    },
+        "qkv_bias": False,
+        "qk_norm": False,
+    }
+    return plain | others
+
+
+_GEMMA = {
+    "activation": "gelu_tanh",
+    "norms": "sandwich",
+    "zero_centered_gamma": True,
+    "scale_embeddings": True,
+}
+TEXT_FEATURES = {
+    "mistral": features(),
+    "llama": features(),
+    "qwen2": features(qkv_bias=True),
+    "qwen3": features(qk_norm=True),
+    "gemma2": features(**_GEMMA),
+    "gemma3": features(**_GEMMA, qk_norm=True),
 }
 VISION_FEATURES = {
     "siglip": {"class_row": False, "final_norm": True},
@@ -53,6 +70,26 @@ def text_config(family: str, **changes):
     )
     if family == "mistral":
         return MistralConfig(**{**common, "sliding_window": None, **changes})
+    if family == "llama":
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": 100.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+        return LlamaConfig(**{**common, "rope_parameters": rope, **changes})
+    if family in ("qwen2", "qwen3"):
+        return (Qwen2Config if family == "qwen2" else Qwen3Config)(**{**common, **changes})
+    if family == "gemma3":
+        rope = {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        }
+        types = ["sliding_attention", "sliding_attention", "full_attention"]
+        gemma3 = {"query_pre_attn_scalar": 16, "sliding_window": 6, "layer_types": types}
+        return Gemma3TextConfig(**{**common, **gemma3, "rope_parameters": rope, **changes})
     gemma = dict(
         query_pre_attn_scalar=16,
         sliding_window=6,

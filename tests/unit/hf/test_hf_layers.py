@@ -5,6 +5,7 @@ import torch
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
+from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 
 from dattn_mcore.hf.image_processing_dattn import inner_size
@@ -34,6 +35,11 @@ def same_weights(ours, theirs, dtype):
         parameter.data = noise(*parameter.shape, seed=i) * 0.3
     theirs.load_state_dict(ours.state_dict())
     return ours.to(dtype), theirs.to(dtype)
+
+
+def rotary_of(text):
+    """Rotary positions of a model whose layers have one kind."""
+    return DattnRotary(text.head_dim, text.rope_parameters)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,7 +76,7 @@ def test_rotary(family, theta, dtype):
     position = torch.randint(0, 30000, (2, 9), generator=torch.Generator().manual_seed(1))
     query, key = noise(2, 4, 9, 128, dtype=dtype), noise(2, 2, 9, 128, seed=1, dtype=dtype)
     expected = stock(text)(query, position)
-    found = DattnRotary(text)(position, dtype)
+    found = rotary_of(text)(position, dtype)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(
@@ -79,9 +85,32 @@ def test_rotary(family, theta, dtype):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 8.0},
+        {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ],
+)
+def test_stretched_rotary(rope):
+    rope = {"rope_theta": 500000.0, **rope}
+    text = text_config("llama", head_dim=128, rope_parameters=rope)
+    position = torch.tensor([[0, 1, 77, 8191, 100000]])
+    expected = llama.LlamaRotaryEmbedding(text)(noise(1, 5, 8), position)
+    found = rotary_of(text)(position, torch.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_rotary_takes_the_last_rows():
     """A step rotates its own rows by the last factors, and no rows by none."""
-    rotation = DattnRotary(text_config("mistral"))(torch.arange(6)[None], torch.float32)
+    rotation = rotary_of(text_config("mistral"))(torch.arange(6)[None], torch.float32)
     x = noise(1, 2, 6, 8)
     whole = rotate(x, rotation)
     assert torch.equal(rotate(x[:, :, 4:], rotation), whole[:, :, 4:])
@@ -90,7 +119,7 @@ def test_rotary_takes_the_last_rows():
 
 def test_a_model_in_bf16_keeps_its_positions():
     """Frequencies that are rounded to bf16 would move a row at 3000 by many positions."""
-    rotary = DattnRotary(text_config("mistral"))
+    rotary = rotary_of(text_config("mistral"))
     position = torch.tensor([[3000]])
     expected = rotary(position, torch.float32)
     found = rotary.to(torch.bfloat16)(position, torch.float32)
@@ -127,9 +156,9 @@ def test_another_activation_is_refused(family, changes, message):
 
 
 def test_other_rotary_positions_are_refused():
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}
-    with pytest.raises(ValueError, match="rope_type must be default"):
-        DattnRotary(text_config("mistral", rope_parameters=rope))
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
+    with pytest.raises(ValueError, match="rope_type must be one of default, linear, llama3"):
+        rotary_of(text_config("mistral", rope_parameters=rope))
 
 
 @pytest.mark.parametrize("image", [(100, 30), (30, 100), (384, 384), (1, 999), (1000, 667)])

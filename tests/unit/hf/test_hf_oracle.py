@@ -1,8 +1,8 @@
-"""Baseline mode and text-only input against transformers' own Mistral and Gemma 2."""
+"""Baseline mode and text-only input against transformers' own language models."""
 
 import pytest
 import torch
-from transformers import Gemma2ForCausalLM, MistralForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tests.unit.hf.hf_models import IMAGE, make_model, pixels
 
@@ -14,8 +14,7 @@ INTERLEAVED = [1, 5, 6, IMAGE, 7, 8, 9, IMAGE, 10, 11]
 def stock_model(model):
     """transformers' own language model with the same weights."""
     text = model.config.text_config
-    kind = Gemma2ForCausalLM if text.model_type == "gemma2" else MistralForCausalLM
-    stock = kind._from_config(text, attn_implementation="eager").eval()
+    stock = AutoModelForCausalLM.from_config(text, attn_implementation="eager").eval()
     prefix = "model.language_model."
     weights = {
         name.replace(prefix, "model."): tensor
@@ -33,6 +32,11 @@ def families():
     yield "mistral", {"sliding_window": 5}
     yield "gemma2", {}
     yield "gemma2", {"tie_word_embeddings": False, "attn_logit_softcapping": None}
+    yield "gemma3", {}
+    yield "llama", {}
+    yield "qwen2", {}
+    yield "qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    yield "qwen3", {}
 
 
 @pytest.mark.parametrize(("family", "text"), list(families()))
