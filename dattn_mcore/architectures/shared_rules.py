@@ -18,6 +18,19 @@ def without_caps(llm: LlmConfig) -> Iterator[Breach]:
         yield Breach("query_scale", f"query_scale=null or head_dim ({llm.head_dim})")
 
 
+def whole_heads(llm: LlmConfig) -> Iterator[Breach]:
+    """The width is a multiple of the heads, although a head may be of another size."""
+    if llm.num_attention_heads > 0 and llm.hidden_size % llm.num_attention_heads:
+        heads = f"a multiple of num_attention_heads={llm.num_attention_heads} as hidden_size"
+        yield Breach("hidden_size", heads)
+
+
+def whole_scale(llm: LlmConfig) -> Iterator[Breach]:
+    """The query scale is a whole number."""
+    if llm.query_scale is not None and not float(llm.query_scale).is_integer():
+        yield Breach("query_scale", "a whole number as query_scale")
+
+
 def one_window(llm: LlmConfig) -> Iterator[Breach]:
     """All layers have the same window."""
     if len(set(llm.windows)) > 1:

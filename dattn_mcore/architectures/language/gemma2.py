@@ -14,7 +14,7 @@ from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.layer_types import layer_types, windows_from
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
 from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
-from dattn_mcore.architectures.shared_rules import check_stated, one_rope
+from dattn_mcore.architectures.shared_rules import check_stated, one_rope, whole_heads, whole_scale
 from dattn_mcore.architectures.sizes import LlmConfig
 
 FEATURES = TextFeatures(
@@ -45,11 +45,8 @@ CHAT = ChatTemplate(
 def breaches(llm: LlmConfig) -> Iterator[Breach]:
     """Sizes that `Gemma2Config` cannot hold."""
     yield from one_rope(llm)
-    if llm.query_scale is not None and not float(llm.query_scale).is_integer():
-        yield Breach("query_scale", "a whole number as query_scale")
-    if llm.num_attention_heads > 0 and llm.hidden_size % llm.num_attention_heads:
-        heads = f"a multiple of num_attention_heads={llm.num_attention_heads} as hidden_size"
-        yield Breach("hidden_size", heads)
+    yield from whole_scale(llm)
+    yield from whole_heads(llm)
 
 
 def to_hf(llm: LlmConfig) -> dict[str, Any]:

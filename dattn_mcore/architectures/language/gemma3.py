@@ -14,7 +14,7 @@ from dattn_mcore.architectures.language.gemma2 import CHAT
 from dattn_mcore.architectures.layer_types import layer_types, windows_from
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
 from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
-from dattn_mcore.architectures.shared_rules import check_stated
+from dattn_mcore.architectures.shared_rules import check_stated, whole_heads, whole_scale
 from dattn_mcore.architectures.sizes import LlmConfig, RopeConfig
 
 KINDS = ("default", "linear")
@@ -22,11 +22,8 @@ KINDS = ("default", "linear")
 
 def breaches(llm: LlmConfig) -> Iterator[Breach]:
     """Sizes that `Gemma3TextConfig` cannot hold."""
-    if llm.query_scale is not None and not float(llm.query_scale).is_integer():
-        yield Breach("query_scale", "a whole number as query_scale")
-    if llm.num_attention_heads > 0 and llm.hidden_size % llm.num_attention_heads:
-        heads = f"a multiple of num_attention_heads={llm.num_attention_heads} as hidden_size"
-        yield Breach("hidden_size", heads)
+    yield from whole_scale(llm)
+    yield from whole_heads(llm)
     if llm.rope.kind not in KINDS:
         yield Breach("rope", f"rope.kind={' or '.join(KINDS)}")
 

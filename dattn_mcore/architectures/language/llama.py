@@ -13,7 +13,13 @@ from dattn_mcore.architectures.chat import BOS, ChatTemplate, Text, Token
 from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
 from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
-from dattn_mcore.architectures.shared_rules import check_stated, no_window, one_rope, without_caps
+from dattn_mcore.architectures.shared_rules import (
+    check_stated,
+    no_window,
+    one_rope,
+    whole_heads,
+    without_caps,
+)
 from dattn_mcore.architectures.sizes import LlmConfig
 
 KINDS = ("default", "llama3")
@@ -38,6 +44,7 @@ def breaches(llm: LlmConfig) -> Iterator[Breach]:
     """Sizes that `LlamaConfig` cannot hold."""
     yield from without_caps(llm)
     yield from no_window(llm)
+    yield from whole_heads(llm)
     yield from one_rope(llm, KINDS)
 
 

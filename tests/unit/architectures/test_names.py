@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[3]
 FOLDERS = ("dattn_mcore", "tools")
 # Of transformers' modules and people's words, beside `name` and `model_type` of the records.
 OTHERS = {"llama", "gemma", "qwen", "clip_vision_model", "siglip2"}
+# The optimizer's clipping, columns of image sets, a kind of rotary positions.
+OTHER_MEANINGS = ("clip_grad", "clip_b32_", "clip_l14_", "llama3")
 
 
 def names():
@@ -32,7 +34,7 @@ def mentions(text: str) -> list[str]:
         and isinstance(node.body[0], ast.Expr)
     }
     words = "|".join(sorted(names(), key=len, reverse=True))
-    pattern = re.compile(rf"(?<![a-z])(?:{words})(?![a-z])", re.IGNORECASE)
+    pattern = re.compile(rf"(?<![a-z])(?i:{words})(?![a-z])")
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -45,10 +47,12 @@ def mentions(text: str) -> list[str]:
             said = node.name
         else:
             continue
-        # `clip` is a word of its own: of a tower only as a text or a part of a name with it.
-        if isinstance(node, ast.Name | ast.Attribute) and said in ("clip", "clip_grad"):
+        # `clip` is a verb, too: as a name of its own it is not a tower's.
+        if isinstance(node, ast.Name | ast.Attribute) and said == "clip":
             continue
-        if pattern.search(said.replace("clip_grad", "")):
+        for other in OTHER_MEANINGS:
+            said = said.replace(other, "")
+        if pattern.search(said):
             found.append(said)
     return found
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tools.checkpoint_convert.mapping import Entry
 
 from dattn_mcore.architectures import language_model
+from dattn_mcore.architectures.parameters import Entry
 from dattn_mcore.architectures.sizes import RopeConfig
 from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.config.schema import (

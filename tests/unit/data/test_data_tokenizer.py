@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from dattn_mcore.data.templates import encode_conversation, encode_sample
 from dattn_mcore.data.tokenizer import (
     CHAT_SYMBOLS,
+    NEW_SYMBOLS,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     load_tokenizer,
@@ -25,7 +26,7 @@ from dattn_mcore.errors import DataError
 
 def test_trained_tokenizer_has_the_fixed_ids(toy_tokenizer: SentencePieceTokenizer) -> None:
     assert (toy_tokenizer.bos_id, toy_tokenizer.eos_id) == (1, 2)
-    assert [toy_tokenizer.special_id(name) for name in CHAT_SYMBOLS] == [4, 5, 6, 7]
+    assert [toy_tokenizer.special_id(name) for name in NEW_SYMBOLS] == [4, 5, 6, 7]
     assert toy_tokenizer.vocab_size <= 320
     assert toy_tokenizer.prefix_space is False
     assert len(toy_tokenizer.encode("0123456789")) == 10
