@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from dattn_mcore.config.load import merge
-from tests.distributed.jobs import GEMMA
+from tests.distributed.jobs import GEMMA, GEMMA3, QWEN2
 from tests.pairwise import Pair, pairs_of, pairwise
 
 Settings = dict[str, dict[str, Any]]
@@ -45,7 +45,12 @@ LAYOUT: dict[str, dict[str, Settings]] = {
 }
 # What one process without any of it must give as well: the settings below change the result.
 MEANING: dict[str, dict[str, Settings]] = {
-    "family": {"mistral": {}, "gemma2": {"model": GEMMA}},
+    "family": {
+        "mistral": {},
+        "gemma2": {"model": GEMMA},
+        "gemma3": {"model": GEMMA3},  # norms of heads, two kinds of rotary positions
+        "qwen2": {"model": QWEN2},  # biases
+    },
     "tower": {
         "siglip": {},
         "clip": {

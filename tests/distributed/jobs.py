@@ -50,6 +50,25 @@ GEMMA: dict[str, Any] = {
     },
 }
 
+GEMMA3: dict[str, Any] = {
+    "family": "gemma3",
+    "llm": {
+        "query_scale": 24.0,
+        "sliding_window": 6,
+        "layer_pattern": ["sliding", "sliding", "full"],
+        "rotary_base": 1000.0,
+        "sliding_rotary_base": 100.0,
+        "rope": {"kind": "linear", "factor": 8.0},
+        "tie_embeddings": True,
+    },
+}
+LLAMA: dict[str, Any] = {
+    "family": "llama",
+    "llm": {"rope": {"kind": "llama3", "factor": 8.0, "original_length": 32}},
+}
+QWEN2: dict[str, Any] = {"family": "qwen2"}
+QWEN3: dict[str, Any] = {"family": "qwen3"}
+
 
 def small_config(data_dir: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:
     """A configuration tree for a tiny model on the digits data."""

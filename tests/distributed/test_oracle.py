@@ -1,4 +1,4 @@
-"""The whole Megatron-Core model against Hugging Face's own Mistral and Gemma 2.
+"""The whole Megatron-Core model against Hugging Face's own language models.
 
 Baseline mode must be a stock causal language model over `[visual; text]` embeddings; text-only
 input must give the language model's logits in every mode. Random weights, written across by hand
@@ -7,10 +7,18 @@ here, so that neither the converter nor the attention code is shared. Bound: 1e-
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from dattn_mcore.config.load import merge
-from tests.distributed.jobs import GEMMA, SMALL_MODEL, model_outputs
+from tests.distributed.jobs import GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3, SMALL_MODEL, model_outputs
 
 MISTRAL = {"llm": {"sliding_window": None}}
 WINDOWED_MISTRAL = {"llm": {"sliding_window": 7}}
@@ -33,11 +41,13 @@ def hugging_face_model(model, weights):
         num_key_value_heads=llm["num_query_groups"],
         head_dim=llm["head_dim"],
         rms_norm_eps=1e-5,
-        attn_implementation="eager",
         max_position_embeddings=512,
     )
-    gemma = model.get("family") == "gemma2"
-    if gemma:
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    family = model.get("family", "mistral")
+    if family == "mistral":
+        config = MistralConfig(**common, sliding_window=llm["sliding_window"], rope_parameters=rope)
+    elif family == "gemma2":
         config = Gemma2Config(
             **common,
             attn_logit_softcapping=llm["attention_softcap"],
@@ -45,12 +55,37 @@ def hugging_face_model(model, weights):
             query_pre_attn_scalar=int(llm["query_scale"]),
             sliding_window=llm["sliding_window"],
         )
-        hf = Gemma2ForCausalLM(config)
-    else:
-        hf = MistralForCausalLM(
-            MistralConfig(**common, sliding_window=llm["sliding_window"], rope_theta=10000.0)
+    elif family == "gemma3":
+        config = Gemma3TextConfig(
+            **common,
+            query_pre_attn_scalar=int(llm["query_scale"]),
+            sliding_window=llm["sliding_window"],
+            layer_types=[
+                "sliding_attention",
+                "sliding_attention",
+                "full_attention",
+                "sliding_attention",
+            ],
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
         )
-    hf.load_state_dict(translate(weights, llm, gemma), strict=True)
+    elif family == "llama":
+        stretched = {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+        config = LlamaConfig(**common, rope_parameters=stretched)
+    else:
+        qwen = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
+        config = qwen(**common, rope_parameters=rope)
+    hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    hf.load_state_dict(translate(weights, llm, family.startswith("gemma")), strict=True)
     return hf.eval()
 
 
@@ -67,6 +102,18 @@ def translate(weights, llm, gemma):
         kv = kv.view(llm["num_query_groups"], 2, llm["head_dim"], -1)
         out[theirs + "self_attn.k_proj.weight"] = kv[:, 0].flatten(0, 1)
         out[theirs + "self_attn.v_proj.weight"] = kv[:, 1].flatten(0, 1)
+        for name, part in (("k", 0), ("v", 1)):
+            if ours + "self_attention.linear_kv.bias" in weights:
+                bias = weights[ours + "self_attention.linear_kv.bias"]
+                bias = bias.view(llm["num_query_groups"], 2, llm["head_dim"])[:, part].flatten()
+                out[theirs + f"self_attn.{name}_proj.bias"] = bias
+        for name, key in (
+            ("q_proj.bias", "linear_q.bias"),
+            ("q_norm.weight", "q_layernorm.weight"),
+            ("k_norm.weight", "k_layernorm.weight"),
+        ):
+            if ours + f"self_attention.{key}" in weights:
+                out[theirs + f"self_attn.{name}"] = weights[ours + f"self_attention.{key}"]
         out[theirs + "self_attn.o_proj.weight"] = weights[
             ours + "self_attention.linear_proj.weight"
         ]
@@ -138,7 +185,9 @@ TEXT_ONLY = (((False, 12),), ((False, 5),))
 
 @pytest.mark.parametrize("layouts", [IMAGE_FIRST, INTERLEAVED], ids=["first", "interleaved"])
 @pytest.mark.parametrize(
-    "model", [MISTRAL, WINDOWED_MISTRAL, GEMMA], ids=["mistral", "windowed", "gemma2"]
+    "model",
+    [MISTRAL, WINDOWED_MISTRAL, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3],
+    ids=["mistral", "windowed", "gemma2", "gemma3", "llama", "qwen2", "qwen3"],
 )
 def test_baseline_equals_hugging_face(pool, model, layouts):
     compare(pool, model, BASELINE, layouts)
@@ -147,12 +196,18 @@ def test_baseline_equals_hugging_face(pool, model, layouts):
 @pytest.mark.parametrize(
     "attention", [{}, {"merge": "sum"}, BASELINE], ids=["dattn", "sum", "baseline"]
 )
-@pytest.mark.parametrize("model", [MISTRAL, GEMMA], ids=["mistral", "gemma2"])
+@pytest.mark.parametrize(
+    "model", [MISTRAL, GEMMA, GEMMA3, QWEN2], ids=["mistral", "gemma2", "gemma3", "qwen2"]
+)
 def test_text_only_equals_hugging_face(pool, model, attention):
     compare(pool, model, attention, TEXT_ONLY)
 
 
-@pytest.mark.parametrize("model", [WINDOWED_MISTRAL, GEMMA], ids=["windowed", "gemma2"])
+@pytest.mark.parametrize(
+    "model",
+    [WINDOWED_MISTRAL, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3],
+    ids=["windowed", "gemma2", "gemma3", "llama", "qwen2", "qwen3"],
+)
 def test_baseline_in_parallel_equals_hugging_face(pool, model):
     compare(pool, model, BASELINE, IMAGE_FIRST, 4, {"tp": 2, "pp": 2, "sp": True})
 

@@ -73,6 +73,27 @@ def trained_gradients(tree: dict[str, Any], layouts: Any) -> dict[str, torch.Ten
     return {name: p.main_grad / 2 for name, p in model.named_parameters() if p.requires_grad}
 
 
+def attention_gradients(tree: dict[str, Any], layouts: Any) -> tuple[list[Any], float]:
+    """This rank's shards of the attention's gradients after a schedule, and the gradient norm.
+
+    Each shard: key, global shape, offset, gradient; summed over ranks as a training step does.
+    """
+    config, groups, model = _model(tree)
+    inputs = random_inputs(config, layouts)
+    wrapped = wrap_ddp([model], config, groups)
+    optimizer = build_optimizer(config, wrapped)
+    run_schedule(wrapped, [inputs, inputs], groups, forward_only=False)
+    entries = model.sharded_state_dict()
+    shards = []
+    for name, parameter in model.named_parameters():
+        if ".self_attention." in name and name.startswith("decoder."):
+            entry = entries[name]
+            gradient = parameter.main_grad.detach().float().clone()
+            shards.append((entry.key, entry.global_shape, entry.global_offset, gradient))
+    optimizer.prepare_grads()
+    return shards, float(optimizer.get_grad_norm())
+
+
 def step_memory(tree: dict[str, Any], layouts: Any) -> int:
     """Peak bytes of a whole training step, the optimizer's new state included."""
     config, groups, model = _model(tree)
