@@ -1,16 +1,20 @@
 """Every shipped YAML loads, passes the checks, and fits one process and its own layout."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from dattn_mcore.architectures.tables import model_table
+from dattn_mcore.architectures.tables import language_table, model_table
 from dattn_mcore.config.checks import check_config, data_parallel_size, processes_per_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.tiles import ANYRES_POLICIES
 from dattn_mcore.training.plan import describe, stage_summary
+from tools.checkpoint_convert.configs import TokenIds, text_from_hf, text_to_hf
 from tools.checkpoint_convert.tables import mcore_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +89,7 @@ def test_the_stages_of_a_real_model_follow_each_other(llm):
     assert {c.data.prepare for c in (align, pretrain, instruct)} == {"none"}
 
 
+IDS = TokenIds(bos=1, eos=2, pad=0, image=3, stop=(2,))
 # The published totals; the tables of the converter and the dry run must both reach them.
 TOTALS = {"mistral": 7_248_023_552, "gemma": 9_241_705_984}
 
@@ -100,6 +105,28 @@ def test_the_real_models_have_their_true_number_of_parameters(llm):
     everything, language_model, _ = stage_summary(config, 0)
     assert language_model == TOTALS[llm]
     assert everything == sum(math.prod(shape) for shape in shapes.values())
+
+
+MODELS = [path for path in PARTS if "family:" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_a_language_model_is_the_one_of_transformers(path):
+    """As many parameters, which the file also states, and sizes that go there and come back."""
+    model = load_config(path).model
+    theirs = text_to_hf(model, IDS, torch.bfloat16)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(theirs)
+    count = sum(parameter.numel() for parameter in built.parameters())
+    unpadded = replace(model, llm=replace(model.llm, vocab_pad_multiple=1))
+    assert sum(math.prod(entry.mcore_shape()) for entry in language_table(unpadded)) == count
+    text = path.read_text(encoding="utf-8")
+    if "parameters without tower" in text:
+        assert f"{count:,} parameters without tower and projector" in text
+    family, llm = text_from_hf(theirs, model.llm.vocab_pad_multiple)
+    scale = {"query_scale": model.llm.query_scale, "layer_pattern": model.llm.layer_pattern}
+    assert llm.windows == model.llm.windows
+    assert (family, replace(llm, **scale)) == (model.family, model.llm)
 
 
 @pytest.mark.parametrize(
