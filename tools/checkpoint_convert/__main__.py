@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich.progress
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     load = commands.add_parser(
         "hf-to-mcore",
         help="exported folder, or language model and tower, to a checkpoint",
-        usage="%(prog)s FOLDER OUTPUT | --llm DIR --vision DIR --config FILE OUTPUT",
+        usage="%(prog)s FOLDER OUTPUT | --llm DIR --vision DIR [--config FILE] OUTPUT",
     )
     load.add_argument("folder", nargs="?", help="exported folder")
     load.add_argument("output", help="checkpoint folder to make; must not exist")
@@ -84,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--llm", metavar="DIR", help="Hugging Face folder of a language model")
     load.add_argument("--vision", metavar="DIR", help="Hugging Face folder of a vision tower")
     load.add_argument("--config", metavar="FILE", help="of the run that starts from the output")
+    load.add_argument(
+        "--select-layer",
+        type=int,
+        choices=(-1, -2),
+        default=-2,
+        help="of the tower, without --config: all layers, or all but the last (default, as LLaVA)",
+    )
     load.set_defaults(run=_hf_to_mcore)
 
     same = commands.add_parser("verify", help="compares two folders or checkpoints, bit by bit")
@@ -198,12 +206,19 @@ def _mcore_to_hf(options: argparse.Namespace) -> None:
 def _hf_to_mcore(options: argparse.Namespace) -> None:
     from dattn_mcore.config.checks import check_config
     from dattn_mcore.config.load import load_config
-    from tools.checkpoint_convert.hf_to_mcore import convert, convert_parts
+    from tools.checkpoint_convert.hf_to_mcore import (
+        config_of_parts,
+        convert,
+        convert_parts,
+        model_yaml,
+        with_own_tokenizer,
+    )
 
-    parts = (options.llm, options.vision, options.config)
-    if any(parts) == (options.folder is not None) or (any(parts) and not all(parts)):
+    parts = (options.llm, options.vision)
+    named = any(parts) or options.config is not None
+    if named == (options.folder is not None) or (named and not all(parts)):
         raise CheckpointError(
-            "hf-to-mcore takes an exported folder, or --llm, --vision and --config together"
+            "hf-to-mcore takes an exported folder, or --llm and --vision together (and --config)"
         )
     if options.folder is not None:
         with _progress("hf-to-mcore") as progress:
@@ -213,14 +228,23 @@ def _hf_to_mcore(options: argparse.Namespace) -> None:
             )
         say(f"{options.folder} -> {options.output}")
         return
-    config = load_config(options.config)
-    check_config(config)
+    settings = Path(f"{options.output}.yaml")
+    if options.config is None:
+        if settings.exists():
+            raise CheckpointError(f"{settings} exists; name another output, or remove it")
+        config = config_of_parts(options.llm, options.vision, options.select_layer)
+        config = with_own_tokenizer(config, options.llm)
+    else:
+        config = load_config(options.config)
+        check_config(config)
     with _progress("hf-to-mcore") as progress:
         convert_parts(
-            *(options.llm, options.vision, config, options.output),
-            *(progress, options.processes),
+            options.llm, options.vision, config, options.output, progress, options.processes
         )
     say(f"{options.llm} + {options.vision} -> {options.output}")
+    if options.config is None:
+        settings.write_text(model_yaml(config), encoding="utf-8")
+        say(f"{settings}: the model's settings, for base: of a run")
 
 
 def _refresh(options: argparse.Namespace) -> None:

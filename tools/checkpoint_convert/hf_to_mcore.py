@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import yaml
 from torch import Tensor
 
 from dattn_mcore.architectures import language_model
 from dattn_mcore.architectures.parameters import Entry, in_order_of_layers
 from dattn_mcore.architectures.projector import projector_table
 from dattn_mcore.architectures.tables import language_table, model_table, tower_table
-from dattn_mcore.config.load import from_dict
-from dattn_mcore.config.schema import AttentionConfig, Config, DataConfig, ModelConfig
+from dattn_mcore.config.load import from_dict, to_dict
+from dattn_mcore.config.schema import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    LlmConfig,
+    ModelConfig,
+    ProjectorConfig,
+)
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.hf import DattnConfig
 from dattn_mcore.hf.image_rules_dattn import OLD_RULES, ImageRules
@@ -28,6 +36,8 @@ from tools.checkpoint_convert.raw_folders import (
     open_language_model,
     open_vision_tower,
     read_json,
+    text_config,
+    vision_config,
 )
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
 from tools.checkpoint_convert.streaming import Planned
@@ -134,9 +144,7 @@ def convert_parts(
     """
     llm, vision, model = Path(llm), Path(vision), config.model
     check_free(output)
-    if config.data.tokenizer == DataConfig().tokenizer:
-        own = replace(config.data, tokenizer=str(llm.resolve()), prepare="none")
-        config = replace(config, data=own)
+    config = with_own_tokenizer(config, llm)
     check_fits(llm, vision, model, config.data)
     plan: list[Planned] = []
     tower = open_vision_tower(vision, model.vision)
@@ -150,6 +158,53 @@ def convert_parts(
     plan += fresh_projector(config, next(iter(language.dtypes.values())))
     with AtomicFolder(output) as temporary:
         write_checkpoint(temporary, plan, config, progress, processes)
+
+
+def with_own_tokenizer(config: Config, llm: str | Path) -> Config:
+    """The configuration with the language model's tokenizer, where it names the embedded task's."""
+    if config.data.tokenizer != DataConfig().tokenizer:
+        return config
+    own = replace(config.data, tokenizer=str(Path(llm).resolve()), prepare="none")
+    return replace(config, data=own)
+
+
+def config_of_parts(llm: str | Path, vision: str | Path, select_layer: int) -> Config:
+    """The model that a language model and a tower make, with sizes as their folders say.
+
+    Args:
+        llm: Hugging Face folder of a language model.
+        vision: Hugging Face folder of a vision tower, or of a model that has it.
+        select_layer: of the tower: -1, all layers; -2, without the last.
+
+    Raises:
+        CheckpointError: a folder is damaged, or of a model that cannot be trained.
+    """
+    llm, vision = Path(llm), Path(vision)
+    family, text = text_config(llm)
+    model = ModelConfig(
+        family=family,
+        llm=replace(text, vocab_pad_multiple=LlmConfig.vocab_pad_multiple),
+        vision=vision_config(vision, select_layer),
+        projector=ProjectorConfig(ffn_hidden_size=text.hidden_size),  # as wide, as in LLaVA-1.5
+    )
+    data: dict[str, Any] = {"template": language_model(family).chat.name, "prepare": "none"}
+    pixels = vision / "preprocessor_config.json"
+    if pixels.is_file():
+        fields = read_json(pixels)
+        data |= {name: fields[name] for name in ("image_mean", "image_std") if name in fields}
+    return replace(from_dict({"data": data}), model=model)
+
+
+def model_yaml(config: Config) -> str:
+    """The settings of a model as a YAML file that a run's own names under `base:`."""
+    tree = to_dict(config)
+    sections = ("family", "visual_positions", "llm", "vision", "projector")
+    names = ("image_mean", "image_std", "tokenizer", "prepare")
+    kept = {
+        "model": {name: tree["model"][name] for name in sections},
+        "data": {name: tree["data"][name] for name in names},
+    }
+    return yaml.safe_dump(kept, sort_keys=False)
 
 
 def planned(table: list[Entry], source: Source, where: str) -> list[Planned]:

@@ -90,7 +90,7 @@ def test_bad_folders(tmp_path, capsys, parts):
     for place, message in (("../x.safetensors", "own folder"), ("x.safetensors", "is missing")):
         index.write_text(json.dumps({"weight_map": {"lm_head.weight": place}}))
         assert message in fails(capsys, "hf-to-mcore", *parts, out)
-    assert "together" in fails(capsys, "hf-to-mcore", *parts[:4], out)
+    assert "together" in fails(capsys, "hf-to-mcore", *parts[:2], out)
     assert "together" in fails(capsys, "hf-to-mcore", *parts, "folder", out)
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".out*"))
 

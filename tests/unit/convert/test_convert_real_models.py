@@ -17,7 +17,7 @@ from dattn_mcore.architectures import language_models
 from dattn_mcore.architectures.sizes import RopeConfig
 from dattn_mcore.checkpoint.load import load_weights
 from dattn_mcore.checkpoint.state import model_state
-from dattn_mcore.config.load import to_yaml
+from dattn_mcore.config.load import load_config, to_yaml
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import ModelInputs
@@ -256,3 +256,25 @@ def test_a_bf16_run_starts_from_a_float32_tower(tmp_path):
     for name, parameter in parameters.items():
         wide = "_position.fc" in name
         assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
+
+
+@pytest.mark.parametrize(("family", "kind"), [("gemma3", "siglip"), ("qwen3", "clip")])
+def test_sizes_are_read_from_the_folders(tmp_path, capsys, family, kind):
+    """Without --config: the model's settings are written, and a run of them finds the weights."""
+    config = raw_config(family, kind)
+    llm = make_llm(tmp_path / "llm", config)
+    make_tower(tmp_path / "vision", config)
+    (tmp_path / "vision/preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
+    parts = ["--llm", str(tmp_path / "llm"), "--vision", str(tmp_path / "vision")]
+    assert main(["hf-to-mcore", *parts, str(tmp_path / "out")]) == 0
+    assert "out.yaml: the model's settings" in capsys.readouterr().out
+    written = load_config(tmp_path / "out.yaml", ["data.image_policy=stretch"])
+    assert written.model.family == family and written.model.vision.kind == kind
+    assert written.model.llm.windows == config.model.llm.windows
+    assert written.data.image_mean == (0.1, 0.2, 0.3)
+    assert written.data.tokenizer == str(tmp_path / "llm")
+    with torch.no_grad():
+        expected = llm(text_ids(config)[None]).logits[0]
+    torch.testing.assert_close(load(tmp_path / "out", written)[0], expected, atol=1e-4, rtol=0)
+    assert main(["hf-to-mcore", *parts, str(tmp_path / "other"), "--select-layer", "-1"]) == 0
+    assert load_config(tmp_path / "other.yaml").model.vision.select_layer == -1
