@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dattn_mcore.config.schema import (
     ProjectorConfig,
     VisionConfig,
 )
-from dattn_mcore.data.tokenizer import CHAT_SYMBOLS, train_tokenizer
+from dattn_mcore.data.tokenizer import NEW_SYMBOLS, train_tokenizer
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
 from tools.checkpoint_convert.streaming import Planned
 
@@ -137,8 +138,8 @@ def plan(table: list[Entry], tensors: dict[tuple[str, int | None], torch.Tensor]
     ]
 
 
-def make_tokenizer(folder: Path) -> Path:
-    """A tiny SentencePiece model, as the digits task trains it, with the tokens of all templates."""
+def make_tokenizer(folder: Path, symbols: Sequence[str] = NEW_SYMBOLS) -> Path:
+    """A tiny SentencePiece model, as the digits task trains it."""
     path = folder / "tokenizer.model"
-    train_tokenizer(TEXTS, path, symbols=CHAT_SYMBOLS)
+    train_tokenizer(TEXTS, path, symbols=symbols)
     return path

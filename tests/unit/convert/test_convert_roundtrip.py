@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dattn_mcore.architectures.tables import model_table
+from dattn_mcore.data.tokenizer import CHAT_SYMBOLS
 from dattn_mcore.hf import DattnForConditionalGeneration
 from tests.unit.convert.convert_helpers import make_checkpoint, make_tokenizer, small_config
 from tools.checkpoint_convert import hf_to_mcore, mcore_to_hf
@@ -29,7 +30,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), CHAT_SYMBOLS)
 
 
 def read_folder(folder):
