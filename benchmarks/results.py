@@ -47,9 +47,9 @@ def provenance(device: str) -> str:
     return f"{where}; Python {machine.python_version()}, {packages}; commit {commit()}"
 
 
-def commit() -> str:
+def commit(clone: Path = ROOT) -> str:
     """The commit that runs, and whether files of it were changed."""
-    git = ["git", "-C", str(ROOT)]
+    git = ["git", "-C", str(clone)]
     found = _output([*git, "rev-parse", "--short", "HEAD"]) or "unknown"
     if _output([*git, "status", "--porcelain", "--untracked-files=no", "--", ":!docs"]):
         found += " and changes"

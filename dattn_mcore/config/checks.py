@@ -47,8 +47,13 @@ def check_config(config: Config) -> None:
         raise ConfigError(*dict.fromkeys(mistakes))
 
 
-def data_parallel_size(config: Config, world_size: int) -> int:
+def data_parallel_size(config: Config, world_size: int, command: str = "pretrain_dattn.py") -> int:
     """Data parallel replicas of a world; the rest of the processes share one model.
+
+    Args:
+        config: Of the run.
+        world_size: Processes.
+        command: What torchrun starts, for the message.
 
     Raises:
         ConfigError: the world is no multiple of tp x pp x cp.
@@ -61,7 +66,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
             product += f" x cp ({parallel.cp})"
         raise ConfigError(
             f"{product} needs a multiple of {one_model} processes, got {world_size}; "
-            f"run torchrun --nproc-per-node {one_model} pretrain_dattn.py ..."
+            f"run torchrun --nproc-per-node {one_model} {command} ..."
         )
     return world_size // one_model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dattn_mcore.config.checks import check_config
@@ -15,10 +16,12 @@ from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import DattnError, told
 from dattn_mcore.log import log_to_stdout
 
+PROGRAM = "python -m dattn_mcore.data"
 
-def main(arguments: list[str] | None = None) -> int:
+
+def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Runs the command; returns the exit status (2: a mistake, 1: `check` found something)."""
-    chosen = _parse(arguments)
+    chosen = _parse(arguments, prog)
     log_to_stdout()
     try:
         return int(chosen.run(chosen))
@@ -27,9 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """Settings may stand between flags, which argparse's commands do not know by themselves."""
-    parser = _parser()
+    parser = _parser(prog)
     chosen, rest = parser.parse_known_args(arguments)
     if "overrides" not in chosen or not all("=" in item and item[0] != "-" for item in rest):
         parser.parse_args(arguments)  # says what is unknown
@@ -38,8 +41,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return chosen
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dattn_mcore.data", description=__doc__)
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Makes, indexes, checks and shows data sets."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare-digits", help="write the embedded digits data set")
     prepare.add_argument("--output", default="data/digits", help="folder to make")

@@ -18,12 +18,13 @@ from dattn_mcore.evaluation import commands
 from dattn_mcore.evaluation.benchmarks import BY_NAME
 from dattn_mcore.log import log_to_stderr
 
+PROGRAM = "dattn_mcore.evaluation"
 SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake and end
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Runs one command; returns the exit status (1: a benchmark failed, 2: a user's mistake)."""
-    options = _parser().parse_args(arguments)
+    options = _parser(prog).parse_args(arguments)
     log_to_stderr()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -39,8 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dattn_mcore.evaluation", description=__doc__)
+def _parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Answers benchmarks with an exported model, and scores the answers."
+    )
     added = parser.add_subparsers(dest="command", required=True)
     many = f"comma-separated, of {', '.join(BY_NAME)}; all if absent"
 

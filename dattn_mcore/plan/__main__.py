@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,23 @@ from dattn_mcore.plan.report import layout_name, notes, print_plans, print_ranki
 from dattn_mcore.plan.warnings import warnings_of
 from dattn_mcore.plan.workload import DataSize, Sample, full_budget_sample
 
+PROGRAM = "python -m dattn_mcore.plan"
 LAYOUT_FLAGS = ("tp", "pp", "vpp")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Runs the command; returns the exit status (2 for a user's mistake)."""
     try:
-        _run(_parse(arguments))
+        _run(_parse(arguments, prog))
         return 0
     except DattnError as error:
         sys.stderr.write(told(error))
         return 2
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dattn_mcore.plan",
+        prog=prog,
         description="Memory, operations, communication and time of a run, from its configuration.",
         epilog="With --tp, --pp or a parallel.* setting only that layout is planned; without, the "
         "configuration's own is followed by a ranking of all. Any setting can follow as "

@@ -15,8 +15,10 @@ from dattn_mcore.quickstart.expectation import ExpectationError, expectation
 from dattn_mcore.quickstart.run import StepError, make_run_dir, run_steps
 from dattn_mcore.quickstart.steps import DATA, ROOT, make_plan
 
+PROGRAM = "python -m dattn_mcore.quickstart"
 
-def main(arguments: Sequence[str] | None = None) -> int:
+
+def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Runs the command.
 
     Returns:
@@ -24,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         user's mistake; 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m dattn_mcore.quickstart",
+        prog=prog,
         description="Train a D-Attn model to read handwriting, convert it, and evaluate it.",
     )
     parser.add_argument(

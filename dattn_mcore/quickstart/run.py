@@ -29,9 +29,9 @@ def make_run_dir(folder: Path, made_by: Mapping[str, object]) -> None:
     Raises:
         DattnError: it holds something that no quickstart made, or cannot be written.
     """
-    if folder.exists() and not (folder / _MARKER).is_file() and any(folder.iterdir()):
-        raise DattnError(f"{folder} is no folder of an earlier quickstart; use another --run-dir")
     try:
+        if folder.exists() and not (folder / _MARKER).is_file() and any(folder.iterdir()):
+            raise DattnError(f"{folder} is no folder of an earlier quickstart; name another")
         if folder.exists():
             shutil.rmtree(folder)
         (folder / "logs").mkdir(parents=True)
@@ -60,8 +60,14 @@ def run_steps(plan: Plan, console: Console) -> dict[str, float]:
     return seconds
 
 
-def run_step(step: Step, logs: Path, console: Console) -> None:
+def run_step(step: Step, logs: Path, console: Console, clone: Path = ROOT) -> None:
     """Runs one command; its output is shown, its warnings go to its log file.
+
+    Args:
+        step: the command.
+        logs: folder of its log file.
+        console: where its output is shown.
+        clone: of the repository, whose code runs.
 
     Raises:
         StepError: it failed; the message holds its own last error line.
@@ -72,7 +78,7 @@ def run_step(step: Step, logs: Path, console: Console) -> None:
         open(log, "w", encoding="utf-8") as errors,
         subprocess.Popen(
             step.command,
-            cwd=ROOT,
+            cwd=clone,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=errors,

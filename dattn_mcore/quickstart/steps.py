@@ -56,13 +56,16 @@ class Plan:
         return self.run_dir / stage / "metrics.jsonl"
 
 
-def make_plan(run_dir: Path, data: Path, overrides: Sequence[str] = ()) -> Plan:
+def make_plan(
+    run_dir: Path, data: Path, overrides: Sequence[str] = (), processes: int = PROCESSES
+) -> Plan:
     """Turns the settings of the three stages into commands.
 
     Args:
         run_dir: where everything goes; absolute, or relative to `ROOT`.
         data: folder of the digits data set, likewise.
         overrides: `section.key=value`, for every stage.
+        processes: that train; more where one model needs more.
 
     Raises:
         ConfigError: a setting that is unknown, cannot run, or is not the user's here.
@@ -88,7 +91,7 @@ def make_plan(run_dir: Path, data: Path, overrides: Sequence[str] = ()) -> Plan:
             ]
         config = load_config(ROOT / "configs" / f"digits_{stage}.yaml", own)
         check_config(config)
-        steps.append(_train(stage, config, own))
+        steps.append(_train(stage, config, own, processes_of(config, processes)))
         before = run_dir / stage
     questions, exported = data / "heldout_questions.jsonl", run_dir / "hf"
     answers, score = run_dir / "answers.jsonl", run_dir / "score.json"
@@ -125,14 +128,13 @@ def make_plan(run_dir: Path, data: Path, overrides: Sequence[str] = ()) -> Plan:
     )
 
 
-def processes_of(config: Config) -> int:
-    """Processes to start: `PROCESSES`, or as many as one model needs."""
+def processes_of(config: Config, processes: int = PROCESSES) -> int:
+    """Processes to start: those that are there, or as many as one model needs."""
     replica = processes_per_replica(config)
-    return replica * max(1, PROCESSES // replica)
+    return replica * max(1, processes // replica)
 
 
-def _train(stage: str, config: Config, overrides: Sequence[str]) -> Step:
-    processes = processes_of(config)
+def _train(stage: str, config: Config, overrides: Sequence[str], processes: int) -> Step:
     parallel = config.parallel
     data_parallel = processes // processes_per_replica(config)
     splits = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 from dattn_mcore.console import say
 from dattn_mcore.errors import ConfigError
@@ -17,13 +18,16 @@ _TORCHRUN_VARIABLES = (
 )
 
 
-def restart_under_torchrun(processes: int, device: str, arguments: list[str]) -> int:
+def restart_under_torchrun(
+    processes: int, device: str, arguments: Sequence[str], program: Sequence[str] = ()
+) -> int:
     """Replaces this process by torchrun with the given number of local processes.
 
     Args:
         processes: how many the layout needs.
         device: `train.device`; on GPUs each process needs one of its own.
-        arguments: command line after the script's name.
+        arguments: command line after the program's name.
+        program: what torchrun starts; the running script if absent.
 
     Raises:
         ConfigError: the machine has too few GPUs.
@@ -36,15 +40,16 @@ def restart_under_torchrun(processes: int, device: str, arguments: list[str]) ->
             f"{platform.gpu_count()} GPUs; start torchrun on more nodes, choose a smaller --tp or "
             "--pp, or use --device cpu"
         )
+    started = [*(program or sys.argv[:1]), *arguments]
     say(
         f"one process started and {processes} needed: restarting as "
-        f"torchrun --nproc-per-node {processes} {sys.argv[0]} {' '.join(arguments)}"
+        f"torchrun --nproc-per-node {processes} {' '.join(started)}"
     )
     sys.stdout.flush()
     environment = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES}
     environment["OMP_NUM_THREADS"] = "1"  # torchrun's own default, which it would announce
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(processes), sys.argv[0], *arguments),
+        *("--nproc-per-node", str(processes), *started),
     ]
     os.execve(sys.executable, command, environment)

@@ -1,4 +1,4 @@
-"""The command line of `pretrain_dattn.py`: settings, processes, errors in one line."""
+"""The command line of `pretrain_dattn.py` and `dattn train`: settings, processes, errors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from dattn_mcore.config.checks import check_config, data_parallel_size, processes_per_replica
@@ -20,17 +21,22 @@ from dattn_mcore.log import log_to_stdout
 from dattn_mcore.orphans import signal_when_parent_ends
 from dattn_mcore.training.launch import restart_under_torchrun
 
+PROGRAM = "pretrain_dattn.py"
 FAULT_STATUS = 4  # of a rank that a machine or the network ended; a user's mistake is 2
 SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake and end
 logger = logging.getLogger("dattn_mcore")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, bool]:
+def parse_arguments(
+    arguments: Sequence[str] | None = None, prog: str = PROGRAM
+) -> tuple[Config, bool]:
     """Reads the command line into a checked configuration and the dry-run flag."""
     parser = argparse.ArgumentParser(
-        prog="pretrain_dattn.py",
+        prog=prog,
         description="Train a D-Attn vision-language model with Megatron-Core.",
-        epilog="Any setting can follow as section.key=value, for example optim.lr=1e-4.",
+        epilog="Any setting can follow as section.key=value, for example optim.lr=1e-4. Alone "
+        "it starts as many processes as one model needs; for data parallel replicas, start "
+        f"torchrun --nproc-per-node 8 {_under_torchrun(prog)} ...",
     )
     parser.add_argument("--config", help="YAML file (default: the embedded digits task)")
     parser.add_argument("--tp", help="tensor parallel size")
@@ -54,12 +60,12 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Config, bool]:
     return config, chosen.dry_run
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Runs the command; returns the exit status (2 for a user's mistake, 4 for a fault)."""
     rank = int(os.environ.get("RANK", "0"))
     _set_up_logging(rank)
     try:
-        config, dry_run = parse_arguments(arguments)
+        config, dry_run = parse_arguments(arguments, prog)
         if dry_run:
             from dattn_mcore.parallel import platform
 
@@ -71,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             if rank == 0:
                 sys.stdout.write(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
             return 0
-        return _run(config, sys.argv[1:] if arguments is None else arguments)
+        return _run(config, sys.argv[1:] if arguments is None else arguments, prog)
     except DattnError as error:
         fault = isinstance(error, FaultError)
         if rank == 0 if error.shared else error.speaks:
@@ -87,12 +93,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _run(config: Config, arguments: list[str]) -> int:
+def _under_torchrun(prog: str) -> str:
+    return prog if prog == PROGRAM else f"--no-python {prog}"
+
+
+def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     needed = processes_per_replica(config)
     if world_size == 1 and needed > 1:
-        return restart_under_torchrun(needed, config.train.device, arguments)
-    data_parallel_size(config, world_size)
+        # The module, since the console command need not be on PATH.
+        program = () if prog == PROGRAM else ("-m", "dattn_mcore.cli", "train")
+        return restart_under_torchrun(needed, config.train.device, arguments, program)
+    data_parallel_size(config, world_size, _under_torchrun(prog))
     # Importing PyTorch and Megatron-Core takes seconds; mistakes above are told at once.
     import torch.distributed as dist
 

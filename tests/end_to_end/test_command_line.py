@@ -39,14 +39,6 @@ def run(*arguments, launcher=(sys.executable,), cwd=None, timeout=300):
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
-@pytest.fixture
-def workspace(digits, tmp_path):
-    """A folder whose data/digits is the prepared data set."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/digits").symlink_to(digits)
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,6 +11,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from setuptools import find_namespace_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -133,6 +134,19 @@ def test_a_wrong_python_is_one_line(clone):
             "run make PYTHON=python3.11 ..."
         )
         assert not (clone.folder / ".venv").exists()
+
+
+def test_the_converter_is_installed_and_other_tools_are_not():
+    (listed,) = re.findall(
+        r"^\[tool\.setuptools\.packages\.find\]\n(?:#.*\n)*include = (.*)$", PROJECT, re.M
+    )
+    found = find_namespace_packages(str(ROOT), include=ast.literal_eval(listed))
+    outside = {name for name in found if name.split(".")[0] != "dattn_mcore"}
+    assert outside == {"tools.checkpoint_convert"}
+    # What it imports is installed as well.
+    for path in (ROOT / "tools/checkpoint_convert").glob("*.py"):
+        for name in re.findall(r"(?:from|import) (tools[\w.]*)", path.read_text(encoding="utf-8")):
+            assert name.startswith("tools.checkpoint_convert"), f"{path}: {name}"
 
 
 def test_setup_py_builds_on_the_metadata():

@@ -32,9 +32,12 @@ if TYPE_CHECKING:
     from tools.checkpoint_convert.workers import Progress
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+PROGRAM = "checkpoint_convert"
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Runs one command; returns the exit status (1: `verify` found a difference; 2: an error)."""
-    options = _parser().parse_args(arguments)
+    options = _parser(prog).parse_args(arguments)
     log_to_stderr()
     # What Megatron-Core says about packages that a conversion does not need.
     warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -49,8 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="checkpoint_convert", description=__doc__)
+def _parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Weights between checkpoints of the trainer and Hugging Face folders.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     export = commands.add_parser("mcore-to-hf", help="checkpoint or run folder to Hugging Face")
@@ -307,13 +313,14 @@ def _inspect(options: argparse.Namespace) -> None:
         console.print(listing)
 
 
-def _interruptible() -> int:
+def interruptible(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """`main`, ended by Ctrl-C, SIGTERM or SIGHUP with one line; what it had written is removed.
 
     Only `refresh` changes a folder that was there before, all of its files or none.
 
     What a library makes of the exception on its way (PyTorch's writer wraps it) does not matter.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     stopped: list[int] = []
 
     def stop(number: int, _: object) -> None:
@@ -328,12 +335,12 @@ def _interruptible() -> int:
     for number in numbers:
         signal.signal(number, stop)
     try:
-        return main()
+        return main(arguments, prog)
     except BaseException:
         if not stopped:
             raise
         left = "nothing is left of it"
-        if "refresh" in sys.argv[1:2]:
+        if "refresh" in arguments[:1]:
             left = "the folder is whole, with all of its files renewed or none"
         with suppress(OSError):  # a closed terminal
             complain(f"stopped by {signal.Signals(stopped[0]).name}; {left}")
@@ -341,4 +348,4 @@ def _interruptible() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_interruptible())
+    sys.exit(interruptible())

@@ -212,7 +212,7 @@ def write(*arguments):
         os.kill(os.getpid(), signal.NAME)
     return original(*arguments)
 streaming._HashingStream.write = write
-sys.exit(__main__._interruptible())
+sys.exit(__main__.interruptible())
 """
 
 

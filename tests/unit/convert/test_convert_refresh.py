@@ -176,7 +176,7 @@ def replace(self, target):
         os.kill(os.getpid(), signal.SIGTERM)
     return whole(self, target)
 pathlib.Path.replace = replace
-sys.exit(__main__._interruptible())
+sys.exit(__main__.interruptible())
 """
 
 

@@ -44,6 +44,14 @@ def test_restarts_with_the_same_arguments_and_a_clean_environment(monkeypatch, s
     assert "one process started and 8 needed" in capsys.readouterr().out
 
 
+def test_restarts_as_another_program(monkeypatch, started, capsys):
+    gpus(monkeypatch, 0)
+    launch.restart_under_torchrun(2, "cpu", ["--tp", "2"], ["-m", "dattn_mcore.cli", "train"])
+    words = ["--nproc-per-node", "2", "-m", "dattn_mcore.cli", "train", "--tp", "2"]
+    assert started["command"][-7:] == words
+    assert f"restarting as torchrun {' '.join(words)}\n" in capsys.readouterr().out
+
+
 def test_too_few_gpus_is_an_error(monkeypatch, started):
     gpus(monkeypatch, 2)
     with pytest.raises(ConfigError, match="needs 8 processes with a GPU each.* has 2 GPUs") as e:
