@@ -37,10 +37,10 @@ PACKS = {
 }  # fmt: skip
 
 
-def params_of(blocks, text=TEXT, visual=VISUAL):
+def params_of(blocks, text=TEXT, visual=VISUAL, device="cpu"):
     """A pack whose visual rows are one image of a sample without text."""
     layouts = (((True, visual),), *(((False, rows),) for rows in text))
-    params = build_seq_params(layouts, t2v_position="none", multiple=4)
+    params = build_seq_params(layouts, t2v_position="none", multiple=4, device=device)
     blocks = tuple(block if isinstance(block, Block) else Block(*block) for block in blocks)
     check_blocks(blocks)
     return dataclasses.replace(params, blocks=blocks)
@@ -105,9 +105,10 @@ def inv_freq():
 
 
 def results(backend, inputs, params, options):
+    frequencies = inv_freq().to(inputs[0].device)
     rotary = Rotary(
-        text=rotary_angles(params.text_positions, inv_freq()),
-        visual=rotary_angles(params.visual_positions, inv_freq()),
+        text=rotary_angles(params.text_positions, frequencies),
+        visual=rotary_angles(params.visual_positions, frequencies),
     )
     rows = dict(zip(NAMES, inputs, strict=True))
     of_pack = AttentionInputs(**rows, q_visual=None, rotary=rotary, params=params)
@@ -116,20 +117,21 @@ def results(backend, inputs, params, options):
     return text
 
 
-def compare(backend, params, options, dtype, tolerance):
+def compare(backend, blocks, options, dtype, tolerance, text=TEXT, device="cpu"):
+    params, there = params_of(blocks, text), params_of(blocks, text, device=device)
     exact = make_inputs(params)
-    inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
-    want, out = dense(exact, params, options), results(backend, inputs, params, options)
+    inputs = [x.detach().to(device, dtype).requires_grad_() for x in exact]
+    want, out = dense(exact, params, options), results(backend, inputs, there, options)
     weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).double()
     weight[sum(params.text_lengths) :] = 0  # nobody reads padding rows
-    torch.testing.assert_close(out.double(), want, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(out.cpu().double(), want, atol=tolerance, rtol=tolerance)
     expected = torch.autograd.grad((want * weight).sum(), exact)
-    actual = torch.autograd.grad((out * weight.to(dtype)).sum(), inputs, allow_unused=True)
+    actual = torch.autograd.grad((out * weight.to(device, dtype)).sum(), inputs, allow_unused=True)
     unseen = torch.ones(params.num_visual, dtype=torch.bool)
     for block in params.blocks:
         unseen[block.visual_start : block.visual_stop] = False
-    for name, grad, like, x in zip(NAMES, actual, expected, inputs, strict=True):
-        grad = torch.zeros_like(x) if grad is None else grad
+    for name, grad, like in zip(NAMES, actual, expected, strict=True):
+        grad = torch.zeros_like(like) if grad is None else grad.cpu()
         if "visual" in name:
             assert not grad[unseen].any(), f"{name}: of a row that nobody sees"
         torch.testing.assert_close(
@@ -153,7 +155,7 @@ def test_equals_a_dense_softmax(backend, name, pack):
     if backend == "sdpa" and name == "softcap":
         assert BACKENDS[backend].refuses(OPTIONS[name], "cpu", torch.float64, DIM)
         return
-    compare(BACKENDS[backend], params_of(PACKS[pack]), OPTIONS[name], torch.float64, 1e-11)
+    compare(BACKENDS[backend], PACKS[pack], OPTIONS[name], torch.float64, 1e-11)
 
 
 @pytest.fixture(params=[2, 3])
@@ -169,7 +171,7 @@ def flash_attn(request, monkeypatch):
 @pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_flash_attn_equals_a_dense_softmax(flash_attn, name, pack):
-    compare(BACKENDS["flash"], params_of(PACKS[pack]), OPTIONS[name], torch.float64, 1e-5)
+    compare(BACKENDS["flash"], PACKS[pack], OPTIONS[name], torch.float64, 1e-5)
 
 
 def interpreted(visual_splits, key_splits):
@@ -188,23 +190,21 @@ def interpreted(visual_splits, key_splits):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_triton_equals_a_dense_softmax(name, pack, splits):
     backend = interpreted(*splits)
-    compare(backend, params_of(PACKS[pack]), OPTIONS[name], torch.float32, 2e-5)
+    compare(backend, PACKS[pack], OPTIONS[name], torch.float32, 2e-5)
 
 
 @settings(max_examples=40, deadline=None)
 @given(drawn=runs, backend=st.sampled_from(["reference", "sdpa"]))
 def test_drawn_blocks_equal_a_dense_softmax(drawn, backend):
     blocks, text = blocks_of(drawn)
-    params = params_of(blocks, text=(text, 3))
-    compare(BACKENDS[backend], params, OPTIONS["plain"], torch.float64, 1e-11)
+    compare(BACKENDS[backend], blocks, OPTIONS["plain"], torch.float64, 1e-11, text=(text, 3))
 
 
 @settings(max_examples=10, deadline=None)
 @given(drawn=runs)
 def test_drawn_blocks_on_triton_equal_a_dense_softmax(drawn):
     blocks, text = blocks_of(drawn)
-    backend, params = interpreted(2, 2), params_of(blocks, text=(text, 3))
-    compare(backend, params, OPTIONS["plain"], torch.float32, 2e-5)
+    compare(interpreted(2, 2), blocks, OPTIONS["plain"], torch.float32, 2e-5, text=(text, 3))
 
 
 @pytest.mark.parametrize(
