@@ -25,8 +25,16 @@ from benchmarks.attention_peers import random_rows
 from benchmarks.measure import seconds_in_turn
 from benchmarks.results import add_arguments, hand_over, markdown_table, number_ticks
 from dattn_mcore.errors import ConfigError
-from dattn_mcore.layers.attention import BACKENDS, AttentionOptions, Rotary, choose_backend
+from dattn_mcore.layers.attention import (
+    BACKENDS,
+    AttentionInputs,
+    AttentionOptions,
+    Backend,
+    Rotary,
+    choose_backend,
+)
 from dattn_mcore.layers.attention.rotary import rotary_angles
+from dattn_mcore.layers.attention.triton_backend import TritonBackend
 from dattn_mcore.layers.attention.triton_tuning import Tuning, candidates
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.parallel import platform
@@ -72,12 +80,18 @@ class Case:
             visual=torch.zeros(visual, 1, 1, dim, device=device),
         )
 
-    def backend(self, name: str, **extra: Any) -> tuple[Step, Step]:
+    def backend(self, backend: Backend) -> tuple[Step, Step]:
         """Forward, and forward with backward, of a backend."""
+        names = ("q", "k_text", "v_text", "k_visual", "v_visual")
+        inputs = AttentionInputs(
+            **dict(zip(names, self.rows, strict=True)),
+            q_visual=None,
+            rotary=self.rotary,
+            params=self.params,
+        )
 
         def forward() -> torch.Tensor:
-            inputs = (*self.rows, None, self.rotary, self.params, self.options)
-            return BACKENDS[name](*inputs, **extra)[0]
+            return backend.attend(inputs, self.options)[0]
 
         return self._steps(forward, self.rows, self.d_out)
 
@@ -85,8 +99,13 @@ class Case:
         """The baseline's attention over all rows."""
         layer, rows = self.layer, self.visual + self.text
         forward, inputs = attention_peers.causal(
-            *(layer.heads, layer.groups, rows, self.options, layer.head_dim),
-            *(self.device, self.dtype),
+            heads=layer.heads,
+            groups=layer.groups,
+            rows=rows,
+            options=self.options,
+            head_dim=layer.head_dim,
+            device=self.device,
+            dtype=self.dtype,
         )
         return self._steps(forward, inputs, torch.randn_like(inputs[0]))
 
@@ -94,8 +113,15 @@ class Case:
         """flex_attention of text rows over the rows that they see."""
         layer = self.layer
         forward, inputs = attention_peers.flex(
-            *(layer.heads, layer.groups, self.visual, self.text, self.options, layer.head_dim),
-            *(self.device, self.dtype, autotune),
+            heads=layer.heads,
+            groups=layer.groups,
+            visual=self.visual,
+            text=self.text,
+            options=self.options,
+            head_dim=layer.head_dim,
+            device=self.device,
+            dtype=self.dtype,
+            autotune=autotune,
         )
         return self._steps(forward, inputs, torch.randn_like(inputs[0]))
 
@@ -114,7 +140,7 @@ def backends_for(case: Case) -> list[str]:
     able = []
     for name in ("flash", "triton", "sdpa"):
         try:
-            choose_backend(*(name, case.options, case.device.type, case.dtype, case.layer.head_dim))
+            choose_backend(name, case.options, case.device.type, case.dtype, case.layer.head_dim)
         except ConfigError:
             continue
         # Interpreted kernels take seconds by nature; their time says nothing.
@@ -127,7 +153,7 @@ def measure(layer: str, visual: int, text: int, args: argparse.Namespace) -> lis
     """Rows of the table for one size, one per backend and direction."""
     device = platform.current_device()
     case = Case(LAYERS[args.device][layer], visual, text, device)
-    steps = {name: case.backend(name) for name in backends_for(case)}
+    steps = {name: case.backend(BACKENDS[name]) for name in backends_for(case)}
     steps |= {"causal": case.causal(), "flex": case.flex(args.autotune_flex)}
     rows = []
     for index, direction in enumerate(("forward", "forward and backward")):
@@ -139,8 +165,12 @@ def measure(layer: str, visual: int, text: int, args: argparse.Namespace) -> lis
             if name not in PEERS and name in seconds:
                 rows.append(
                     {
-                        **{"layer": layer, "visual": visual, "text": text, "backend": name},
-                        **{"direction": direction, "seconds": seconds[name]},
+                        "layer": layer,
+                        "visual": visual,
+                        "text": text,
+                        "backend": name,
+                        "direction": direction,
+                        "seconds": seconds[name],
                         **{peer: seconds.get(peer) for peer in PEERS},
                     }
                 )
@@ -156,7 +186,7 @@ def tune(layer: str, visual: int, text: int, args: argparse.Namespace) -> list[d
     rows = []
     for kernel in ("forward", "query", "key"):
         for blocks in candidates(kernel, case.layer.head_dim, case.dtype, device):
-            pair = case.backend("triton", tuning=Tuning(**{kernel: blocks}))
+            pair = case.backend(TritonBackend(tuning=Tuning(**{kernel: blocks})))
             try:
                 seconds = seconds_in_turn({"step": pair[kernel != "forward"]}, args.repeats, device)
             except OutOfResources:
@@ -178,7 +208,11 @@ def _table(rows: list[dict[str, Any]]) -> str:
     header = ("layer", "V", "T", "direction", "backend", "ms", *(f"{p}, ms" for p in PEERS))
     cells = (
         [
-            *(row["layer"], row["visual"], row["text"], row["direction"], row["backend"]),
+            row["layer"],
+            row["visual"],
+            row["text"],
+            row["direction"],
+            row["backend"],
             *(_milliseconds(row[key]) for key in ("seconds", *PEERS)),
             *(ratio(row, peer) for peer in PEERS),
         ]

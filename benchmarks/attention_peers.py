@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import seconds_in_turn
-from dattn_mcore.layers.attention.flash import flash_refuses, flash_version
-from dattn_mcore.layers.attention.options import AttentionOptions
+from dattn_mcore.layers.attention import BACKENDS, AttentionOptions
+from dattn_mcore.layers.attention.flash import flash_version
 
 Forward = Callable[[], torch.Tensor]
 # What the fastest of is taken on a GPU.
@@ -33,6 +33,7 @@ def random_rows(device: torch.device, dtype: torch.dtype, *shape: int) -> torch.
 
 
 def causal(
+    *,
     heads: int,
     groups: int,
     rows: int,
@@ -43,7 +44,7 @@ def causal(
 ) -> tuple[Forward, list[torch.Tensor]]:
     """Forward pass of causal self-attention, and its inputs."""
     counts = (heads, groups, groups)
-    if flash_refuses(options, device.type, dtype, head_dim) is None:
+    if BACKENDS["flash"].refuses(options, device.type, dtype, head_dim) is None:
         q, k, v = (random_rows(device, dtype, 1, rows, n, head_dim) for n in counts)
         return _flash(q, k, v, options.softcap or 0.0), [q, k, v]
     q, k, v = (random_rows(device, dtype, 1, n, rows, head_dim) for n in counts)
@@ -91,6 +92,7 @@ def _fastest(forward: Forward, inputs: list[torch.Tensor]) -> Forward:
 
 
 def flex(
+    *,
     heads: int,
     groups: int,
     visual: int,

@@ -14,9 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from dattn_mcore.layers.attention import AttentionOptions
-from dattn_mcore.layers.attention.flash import flash_refuses
-from dattn_mcore.layers.attention.triton_backend import triton_refuses
+from dattn_mcore.layers.attention import BACKENDS, AttentionOptions
 from dattn_mcore.layers.implementation import transformer_engine_missing
 
 INSTALL = "install it with .venv/bin/pip install "
@@ -45,13 +43,13 @@ def parts() -> list[Part]:
         Part(
             "flash-attn",
             "its kernels' tests and times",
-            flash_refuses(*PLAIN),
+            BACKENDS["flash"].refuses(*PLAIN),
             INSTALL + "--no-build-isolation '.[flash]'",
         ),
         Part(
             "Triton",
             "the joint kernel's tests and times",
-            triton_refuses(*PLAIN),
+            BACKENDS["triton"].refuses(*PLAIN),
             INSTALL + "'.[triton]'",
         ),
         Part("DALI", "decoding on the GPU", _dali_problem(), INSTALL + "'.[dali]'"),

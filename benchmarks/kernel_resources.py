@@ -33,7 +33,7 @@ from dattn_mcore.parallel import platform
 KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMALL = Blocks(16, 16)
-_INTEGERS = ("tiles", "bounds", "low_rows", "high_rows")
+_INTEGERS = ("tiles", "intervals", "bounds")
 _FLOATS = ("tables", "lse_rows", "delta_rows", "d_visual", "d_text", "lse_lines", "lse_parts")
 _TENSORS = (
     *("q_rows", "text_keys", "text_values", "visual_keys", "visual_values", "keys", "values"),
@@ -100,7 +100,14 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], blocks: B
 
 
 def compile_main(
-    kernel: str, head_dim: int, dtype: str, blocks: Blocks, *, softcap: bool, split: bool = False
+    kernel: str,
+    head_dim: int,
+    dtype: str,
+    blocks: Blocks,
+    *,
+    softcap: bool,
+    split: bool = False,
+    several: bool = False,
 ) -> Compiled:
     """One of KERNELS, with four query heads a group."""
     constants = dict(
@@ -110,6 +117,7 @@ def compile_main(
         BLOCK_M=blocks.queries,
         BLOCK_N=blocks.keys,
         SPLIT=split,
+        SEVERAL=several,
         HAS_CAP=softcap,
         PRECISION="ieee",
     )

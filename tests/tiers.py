@@ -48,6 +48,8 @@ BY_PLACE = {
     "tests/unit/evaluation/test_evaluation_lmms_eval.py": "processes",
     "tests/unit/evaluation/test_evaluation_processes.py": "processes",
     "tests/unit/evaluation/test_evaluation_report.py::test_in_a_browser": "browser",
+    "tests/unit/layers/test_shared_visual_rows.py::test_drawn_blocks_on_triton": "interpreter",
+    "tests/unit/layers/test_shared_visual_rows.py::test_triton": "interpreter",
     "tests/unit/layers/test_te_spec.py": "processes",
     "tests/unit/layers/test_triton_attention.py": "interpreter",
     "tests/unit/layers/test_triton_compiles.py": "interpreter",

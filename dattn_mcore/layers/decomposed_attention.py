@@ -24,7 +24,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 
-from dattn_mcore.layers.attention import BACKENDS, AttentionOptions, Rotary, choose_backend
+from dattn_mcore.layers.attention import (
+    BACKENDS,
+    AttentionInputs,
+    AttentionOptions,
+    Backend,
+    Rotary,
+    choose_backend,
+)
 from dattn_mcore.layers.layout import (
     DecomposedSeqParams,
     VisualChunk,
@@ -109,7 +116,8 @@ class DecomposedSelfAttention(MegatronModule):
         self.recompute_core = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
-        self._requested_backend, self._backend = backend, ""
+        self._requested_backend = backend
+        self._backend: Backend | None = None
         column = dict(
             config=config,
             init_method=config.init_method,
@@ -255,7 +263,7 @@ class DecomposedSelfAttention(MegatronModule):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         n, first = params.num_visual, self.rotary_kind * self.head_dim
         angles = angles[..., first : first + self.head_dim]
-        attend = BACKENDS[self._choose_backend(q)]
+        backend = self._choose_backend(q)
         k_t, v_t = self._by_group(kv_text).unbind(2)
         k_v, v_v = self._by_group(kv_visual).unbind(2)
         if self.q_layernorm is not None:
@@ -265,19 +273,28 @@ class DecomposedSelfAttention(MegatronModule):
             k_t, k_v = self.k_layernorm(k_t), self.k_layernorm(k_v)
 
         def core(q, k_t, v_t, k_v, v_v, q_visual, angles):
-            rotary = Rotary(text=angles[n:], visual=angles[:n])
-            return attend(q, k_t, v_t, k_v, v_v, q_visual, rotary, params, self.options)
+            inputs = AttentionInputs(
+                q=q,
+                k_text=k_t,
+                v_text=v_t,
+                k_visual=k_v,
+                v_visual=v_v,
+                q_visual=q_visual,
+                rotary=Rotary(text=angles[n:], visual=angles[:n]),
+                params=params,
+            )
+            return backend.attend(inputs, self.options)
 
         if self.recompute_core and self.training:
             return tensor_parallel.checkpoint(core, False, q, k_t, v_t, k_v, v_v, q_visual, angles)
         return core(q, k_t, v_t, k_v, v_v, q_visual, angles)
 
-    def _choose_backend(self, q: torch.Tensor) -> str:
-        if not self._backend:
+    def _choose_backend(self, q: torch.Tensor) -> Backend:
+        if self._backend is None:
             choice = choose_backend(
-                *(self._requested_backend, self.options, q.device.type, q.dtype, self.head_dim)
+                self._requested_backend, self.options, q.device.type, q.dtype, self.head_dim
             )
-            self._backend = choice.name
+            self._backend = BACKENDS[choice.name]
             if self.layer_number == 1:
                 logger.info("attention backend: %s (%s)", choice.name, choice.reason)
         return self._backend

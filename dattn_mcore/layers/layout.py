@@ -22,7 +22,10 @@ Layout = tuple[tuple[bool, int], ...]  # ((is_visual, rows), ...) of one sample,
 
 @dataclass(frozen=True)
 class Block:
-    """Text rows [text_start, text_stop) that see visual rows [visual_start, visual_stop)."""
+    """Text rows [text_start, text_stop) that see visual rows [visual_start, visual_stop).
+
+    The text rows are of one sample; the visual rows may be of any, and of several blocks.
+    """
 
     text_start: int
     text_stop: int
@@ -62,13 +65,15 @@ class DecomposedSeqParams(PackedSeqParams):
         num_visual: visual rows V, padding included.
         num_text: text rows T, padding included.
         text_lengths, visual_lengths: rows per sample, without padding.
-        blocks: what each run of text rows sees of the visual rows; runs that see none are absent.
+        blocks: what each run of text rows sees of the visual rows, and the only statement of it: a
+            row sees the visual rows of all blocks that hold it. Runs that see none are absent.
+            See `check_blocks`.
         reading_order: int64 [real rows]; row indices into `[visual; text]` (text rows offset by
             num_visual), sample after sample in reading order.
         text_positions, visual_positions: int64 [T], [V]; RoPE positions in the mode for which
             this was built, zero on padding.
-        sample_of_row: int64 [V + T], sample index of a row, -1 on padding.
-        reading_positions: int64 [V + T]: index of a row in its sample's reading order.
+        cache: what a backend derives once per pack.
+        visual: set where the hidden state holds text rows only.
     """
 
     num_visual: int = 0
@@ -79,20 +84,25 @@ class DecomposedSeqParams(PackedSeqParams):
     reading_order: torch.Tensor = field(default=None)  # type: ignore[assignment]
     text_positions: torch.Tensor = field(default=None)  # type: ignore[assignment]
     visual_positions: torch.Tensor = field(default=None)  # type: ignore[assignment]
-    sample_of_row: torch.Tensor = field(default=None)  # type: ignore[assignment]
-    reading_positions: torch.Tensor = field(default=None)  # type: ignore[assignment]
-    cache: dict = field(default_factory=dict)  # index tensors a backend derives once per pack
-    visual: VisualKeysValues | None = None  # set: the hidden state holds text rows only
+    cache: dict = field(default_factory=dict)
+    visual: VisualKeysValues | None = None
 
-    @property
-    def text_offsets(self) -> list[int]:
-        """Start of each sample's text rows, and the end of the last."""
-        return [0, *itertools.accumulate(self.text_lengths)]
 
-    @property
-    def visual_offsets(self) -> list[int]:
-        """Start of each sample's visual rows, and the end of the last."""
-        return [0, *itertools.accumulate(self.visual_lengths)]
+def check_blocks(blocks: Sequence[Block]) -> None:
+    """Checks that no text row sees a visual row twice.
+
+    Runs of text rows must be the same or have no row in common; visual rows of the blocks of one
+    run must not overlap, or they would count twice in its softmax.
+
+    Raises:
+        ValueError: names the two blocks.
+    """
+    rows = [(b.text_start, b.text_stop, b.visual_start, b.visual_stop) for b in blocks]
+    for first, second in itertools.pairwise(sorted(rows)):
+        apart = first[1] <= second[0]
+        one_run = first[:2] == second[:2]
+        if not apart and not (one_run and first[3] <= second[2]):
+            raise ValueError(f"{Block(*first)} and {Block(*second)} overlap")
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -160,19 +170,17 @@ def build_seq_params(
         The metadata that travels in Megatron-Core's `packed_seq_params`.
     """
     num_visual, num_text = map(max, padded_rows(layouts, multiple), at_least)
-    sample_of_row = np.full(num_visual + num_text, -1, dtype=np.int64)
     reading = np.zeros(num_visual + num_text, dtype=np.int64)
     own_kind = np.zeros(num_visual + num_text, dtype=np.int64)
     order: list[np.ndarray] = []
     blocks: list[Block] = []
     text_lengths, visual_lengths = [], []
     v = t = 0
-    for index, layout in enumerate(layouts):
+    for layout in layouts:
         v_first, t_first, position = v, t, 0
         for is_visual, rows in layout:
             start = v if is_visual else num_visual + t
             span = np.arange(start, start + rows)
-            sample_of_row[span] = index
             reading[span] = np.arange(position, position + rows)
             first = v - v_first if is_visual else t - t_first
             own_kind[span] = np.arange(first, first + rows)
@@ -181,11 +189,12 @@ def build_seq_params(
             if is_visual:
                 v += rows
             else:
-                if v > v_first:
+                if rows and v > v_first:
                     blocks.append(Block(t, t + rows, v_first, v))
                 t += rows
         text_lengths.append(t - t_first)
         visual_lengths.append(v - v_first)
+    check_blocks(blocks)
     positions = reading if t2v_position == "rope" else own_kind
 
     def tensor(array: np.ndarray) -> torch.Tensor:
@@ -201,6 +210,4 @@ def build_seq_params(
         reading_order=tensor(np.concatenate(order) if order else np.zeros(0, dtype=np.int64)),
         text_positions=tensor(positions[num_visual:]),
         visual_positions=tensor(positions[:num_visual]),
-        sample_of_row=tensor(sample_of_row),
-        reading_positions=tensor(reading),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -19,7 +20,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from dattn_mcore.architectures import text_features
 from dattn_mcore.config.schema import Config
-from dattn_mcore.layers.attention import AttentionOptions
+from dattn_mcore.layers.attention.options import V2V, AttentionOptions, Merge, T2VPosition
 from dattn_mcore.layers.decomposed_attention import (
     DecomposedSelfAttention,
     DecomposedSelfAttentionSubmodules,
@@ -43,9 +44,9 @@ def attention_options(config: Config) -> AttentionOptions:
     return AttentionOptions(
         scale=(llm.query_scale or llm.head_dim) ** -0.5,
         softcap=llm.attention_softcap,
-        v2v=attention.v2v,
-        t2v_position=attention.t2v_position,
-        merge=attention.merge,
+        v2v=cast(V2V, attention.v2v),
+        t2v_position=cast(T2VPosition, attention.t2v_position),
+        merge=cast(Merge, attention.merge),
     )
 
 

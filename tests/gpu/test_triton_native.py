@@ -7,8 +7,10 @@ that fill several blocks. `pytest tests/gpu` alone: in a run of all tests kernel
 import pytest
 import torch
 
+from dattn_mcore.layers.attention.triton_backend import TritonBackend
 from dattn_mcore.layers.attention.triton_tuning import Tuning
 from dattn_mcore.parallel import platform
+from tests.unit.layers import test_shared_visual_rows as shared
 from tests.unit.layers.test_triton_attention import DTYPES, check_joint, results_of_a_call
 
 PACKS = {
@@ -33,6 +35,20 @@ def test_equals_reference(pack, dtype, dim, softcap, window):
         softcap=softcap,
         window=window,
         multiple=8,
+        device=platform.current_device(),
+    )
+
+
+@pytest.mark.parametrize("tuned", [Tuning(), Tuning(visual_splits=3, key_splits=2)])
+@pytest.mark.parametrize("pack", shared.PACKS)
+@pytest.mark.parametrize("name", shared.OPTIONS)
+def test_images_of_several_samples(name, pack, tuned):
+    shared.compare(
+        TritonBackend(tuned),
+        shared.PACKS[pack],
+        shared.OPTIONS[name],
+        torch.float32,
+        2e-5,
         device=platform.current_device(),
     )
 

@@ -1,50 +1,31 @@
-"""Attention backends behind one signature.
+"""Attention backends behind one object each (`backend.Backend`).
 
-Every backend is a function
+`inputs` has what goes in, `options` and `modes` what is computed. A new backend is one file and one
+line in `_ALL`.
 
-    attend(q, k_text, v_text, k_visual, v_visual, q_visual, rotary, params, options)
-        -> (text_output, visual_output)
-
-Args:
-    q: [T, heads, head_dim] queries of the text rows, not rotated.
-    k_text, v_text: [T, groups, head_dim], not rotated.
-    k_visual, v_visual: [V, groups, head_dim], not rotated.
-    q_visual: [V, heads, head_dim] with `v2v=causal`, else None.
-    rotary: angles of the text rows, and of the visual rows where the mode has them.
-    params: the pack (`layers.layout.DecomposedSeqParams`).
-    options: scale, soft-cap, window and mode.
-
-Returns:
-    text_output [T, heads, head_dim]; visual_output [V, heads, head_dim] with `v2v=causal`, else
-    None. Padding rows are zero.
-
-Heads are those of this tensor parallel rank; no backend communicates.
 Source: arXiv 2502.01906, section 3; the merge is its equation for alpha.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from dattn_mcore.errors import ConfigError
-from dattn_mcore.layers.attention.flash import flash_attention, flash_chosen, flash_refuses
+from dattn_mcore.layers.attention import flash, reference, sdpa, triton_backend
+from dattn_mcore.layers.attention.backend import Backend
+from dattn_mcore.layers.attention.inputs import AttentionInputs
 from dattn_mcore.layers.attention.options import AttentionOptions
-from dattn_mcore.layers.attention.reference import reference_attention
 from dattn_mcore.layers.attention.rotary import Rotary
-from dattn_mcore.layers.attention.sdpa import sdpa_attention, sdpa_refuses
-from dattn_mcore.layers.attention.triton_backend import triton_attention, triton_refuses
 
-Backend = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-
-BACKENDS: dict[str, Backend] = {
-    "reference": reference_attention,
-    "sdpa": sdpa_attention,
-    "flash": flash_attention,
-    "triton": triton_attention,
-}
+_ALL: tuple[Backend, ...] = (  # the fastest first; the last can compute everything
+    flash.BACKEND,
+    triton_backend.BACKEND,
+    sdpa.BACKEND,
+    reference.BACKEND,
+)
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ALL}
 
 
 @dataclass(frozen=True)
@@ -77,35 +58,34 @@ def choose_backend(
     Raises:
         ConfigError: the requested backend is unknown, or cannot run here or compute this.
     """
-    refusals = {
-        "flash": flash_refuses(options, device_type, dtype, head_dim),
-        "triton": triton_refuses(options, device_type, dtype, head_dim),
-        "sdpa": sdpa_refuses(options, device_type, dtype),
-    }
     if requested != "auto":
         if requested not in BACKENDS:
             known = ", ".join(["auto", *BACKENDS])
             raise ConfigError(f"attention.backend={requested!r} is unknown; use one of {known}")
-        if refusal := refusals.get(requested):
+        if refusal := BACKENDS[requested].refuses(options, device_type, dtype, head_dim):
             raise ConfigError(
                 f"attention.backend={requested} cannot be used: {refusal}; "
                 "use attention.backend=auto"
             )
         return BackendChoice(requested, "as configured")
-    order = ("sdpa",) if device_type == "cpu" else ("flash", "triton", "sdpa")
-    passed: list[str] = []
-    for name in order:
-        if refusals[name] is None:
-            return BackendChoice(name, "; ".join([*passed, _WHY[name](head_dim)]))
-        passed.append(f"not {name}: {refusals[name]}")
-    return BackendChoice("reference", "; ".join(passed))
+    reasons: list[str] = []
+    for backend in BACKENDS.values():
+        if backend.needs_gpu and device_type == "cpu":
+            continue
+        refusal = backend.refuses(options, device_type, dtype, head_dim)
+        if refusal is None:
+            reasons.append(backend.describe(head_dim))
+            return BackendChoice(backend.name, "; ".join(filter(None, reasons)))
+        reasons.append(f"not {backend.name}: {refusal}")
+    raise AssertionError("the last backend computes everything")
 
 
-_WHY: dict[str, Callable[[int], str]] = {
-    "flash": flash_chosen,
-    "triton": lambda head_dim: "the joint Triton kernel computes this model",
-    "sdpa": lambda head_dim: "PyTorch's flash kernels compute this model",
-}
-
-
-__all__ = ["BACKENDS", "AttentionOptions", "BackendChoice", "Rotary", "choose_backend"]
+__all__ = [
+    "BACKENDS",
+    "AttentionInputs",
+    "AttentionOptions",
+    "Backend",
+    "BackendChoice",
+    "Rotary",
+    "choose_backend",
+]

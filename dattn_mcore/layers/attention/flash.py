@@ -14,19 +14,19 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dattn_mcore.layers.attention.calls import attend_by_calls
 from dattn_mcore.layers.attention.flash_sequences import Sequences, make_sequences
+from dattn_mcore.layers.attention.inputs import AttentionInputs
 from dattn_mcore.layers.attention.merge import Passes
+from dattn_mcore.layers.attention.modes import Causal, KeySet
 from dattn_mcore.layers.attention.options import AttentionOptions
-from dattn_mcore.layers.attention.parts import attend_in_parts
-from dattn_mcore.layers.attention.rotary import Rotary
-from dattn_mcore.layers.attention.rows import passes_over_images
-from dattn_mcore.layers.layout import DecomposedSeqParams
+from dattn_mcore.layers.attention.rows import passes_over_images, sample_rectangles
 from dattn_mcore.parallel.platform import is_hopper
 
 _MODULES = {2: "flash_attn.flash_attn_interface", 3: "flash_attn_interface"}
@@ -36,21 +36,60 @@ _ABSENT = "is not installed"
 _ORDERED_3 = 192
 
 
-def flash_refuses(
-    options: AttentionOptions, device_type: str, dtype: torch.dtype, head_dim: int
-) -> str | None:
-    """Why flash-attn cannot run here or compute this; None if it can."""
-    if device_type == "cpu":
-        return "it needs a GPU"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"it computes bf16 and fp16, not {dtype} (train.precision)"
-    if head_dim > 256 or head_dim % 8:
-        return f"head size {head_dim} is no multiple of 8 up to 256"
-    if options.window is not None and not options.debiased and not options.is_baseline:
-        return "it has no sliding window between text and visual rows in this mixed mode"
-    if flash_version(head_dim) is None:
-        return _why_no_version(head_dim)
-    return None
+@dataclass(frozen=True)
+class FlashBackend:
+    """See the module."""
+
+    name: str = "flash"
+    needs_gpu: bool = True
+
+    def refuses(
+        self, options: AttentionOptions, device_type: str, dtype: torch.dtype, head_dim: int
+    ) -> str | None:
+        """See `Backend`."""
+        if device_type == "cpu":
+            return "it needs a GPU"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"it computes bf16 and fp16, not {dtype} (train.precision)"
+        if head_dim > 256 or head_dim % 8:
+            return f"head size {head_dim} is no multiple of 8 up to 256"
+        if options.window_skips_positions:
+            return "it has no sliding window between text and visual rows in this mixed mode"
+        if flash_version(head_dim) is None:
+            return _why_no_version(head_dim)
+        return None
+
+    def describe(self, head_dim: int) -> str:
+        """Which flash-attn computes, and why not 3 where that is installed but not used."""
+        chosen = f"flash-attn {flash_version(head_dim)} computes this model"
+        why = _why_not_3(head_dim)
+        return f"{chosen}; not flash-attn 3: it {why}" if why else chosen
+
+    def attend(
+        self, inputs: AttentionInputs, options: AttentionOptions
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend`."""
+        return attend_by_calls(inputs, options, _passes)
+
+
+BACKEND = FlashBackend()
+
+
+def _passes(key_set: KeySet, inputs: AttentionInputs, options: AttentionOptions) -> Passes:
+    """One varlen call for each pass; see `calls.MakePasses`."""
+    params, device, sees = inputs.params, inputs.q.device, key_set.sees
+    key = ("flash", *key_set.key)
+    if key not in params.cache:
+        if isinstance(sees, Causal):
+            samples = sample_rectangles(sees.lengths)
+            made = [make_sequences(samples, causal=True, device=device)] if samples else []
+        else:
+            made = [
+                make_sequences(rectangles, causal=False, device=device)
+                for rectangles in passes_over_images(sees.blocks)
+            ]
+        params.cache[key] = made
+    return [[_VarlenCall(sequences, options, sees.window)] for sequences in params.cache[key]]
 
 
 def flash_version(head_dim: int) -> int | None:
@@ -58,30 +97,6 @@ def flash_version(head_dim: int) -> int | None:
     if is_hopper() and _problem(3) is None and not _only_unordered(head_dim):
         return 3
     return 2 if _problem(2) is None else None
-
-
-def flash_chosen(head_dim: int) -> str:
-    """Which flash-attn computes, and why not 3 where that is installed but not used."""
-    chosen = f"flash-attn {flash_version(head_dim)} computes this model"
-    why = _why_not_3(head_dim)
-    return f"{chosen}; not flash-attn 3: it {why}" if why else chosen
-
-
-def flash_attention(
-    q: torch.Tensor,
-    k_text: torch.Tensor,
-    v_text: torch.Tensor,
-    k_visual: torch.Tensor,
-    v_visual: torch.Tensor,
-    q_visual: torch.Tensor | None,
-    rotary: Rotary,
-    params: DecomposedSeqParams,
-    options: AttentionOptions,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See `layers.attention` for shapes."""
-    return attend_in_parts(
-        *(q, k_text, v_text, k_visual, v_visual, q_visual, rotary, params, options, _Parts)
-    )
 
 
 def _why_no_version(head_dim: int) -> str:
@@ -127,45 +142,8 @@ def _kernels(head_dim: int) -> tuple[Any, Callable[..., tuple], Callable[..., No
     return importlib.import_module(_MODULES[version]), *calls
 
 
-class _Parts:
-    """The parts of a pack on flash-attn, one for each pass; see `parts.Parts`."""
-
-    @staticmethod
-    def causal(
-        params: DecomposedSeqParams,
-        name: str,
-        lengths: tuple[int, ...],
-        options: AttentionOptions,
-        device: torch.device,
-    ) -> Passes:
-        key = ("flash", name)
-        if key not in params.cache:
-            ends = list(itertools.accumulate(lengths))
-            spans = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-            spans = [span for span in spans if span[0] < span[1]]
-            params.cache[key] = [make_sequences(spans, spans, True, device)] if spans else []
-        return [[_Part(sequences, options, options.window)] for sequences in params.cache[key]]
-
-    @staticmethod
-    def blocks(
-        params: DecomposedSeqParams, options: AttentionOptions, device: torch.device
-    ) -> Passes:
-        key = ("flash", "blocks")
-        if key not in params.cache:
-            params.cache[key] = [
-                make_sequences(
-                    [(block.text_start, block.text_stop) for block in blocks],
-                    [(block.visual_start, block.visual_stop) for block in blocks],
-                    False,
-                    device,
-                )
-                for blocks in passes_over_images(params.blocks)
-            ]
-        return [[_Part(sequences, options, None)] for sequences in params.cache[key]]
-
-
-class _Part:
-    """One varlen call; see `merge.Part`."""
+class _VarlenCall:
+    """One varlen call; see `merge.KernelCall`."""
 
     def __init__(self, sequences: Sequences, options: AttentionOptions, window: int | None):
         self.sequences, self.options = sequences, options
@@ -177,13 +155,14 @@ class _Part:
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        module, call, _ = _kernels(q.shape[-1])
-        out, lse = call(module, self, q, k, v)
+        module, forward, _ = _kernels(q.shape[-1])
+        out, lse = forward(module, self, q, k, v)
         return out, lse.transpose(0, 1), None
 
     def backward(
         self,
         grad: torch.Tensor,
+        *,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -191,70 +170,94 @@ class _Part:
         lse: torch.Tensor,
         state: None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        module, _, call = _kernels(q.shape[-1])
+        module, _, backward = _kernels(q.shape[-1])
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         by_head = lse.transpose(0, 1).to(torch.float32).contiguous()
-        call(module, self, grad, q, k, v, out, by_head, dq, dk, dv)
+        rows, grads = (grad, q, k, v, out, by_head), (dq, dk, dv)
+        backward(module, self, rows, grads)
         return dq, dk, dv
+
+    def logits(self) -> dict[str, Any]:
+        """Keyword arguments that both versions of flash-attn name alike."""
+        return {
+            "softmax_scale": self.options.scale,
+            "causal": self.sequences.causal,
+            "window_size_left": self.left,
+            "window_size_right": self.right,
+            "softcap": self.options.softcap or 0.0,
+        }
 
 
 def _forward_2(
-    module: Any, part: _Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple:
-    s, options = part.sequences, part.options
+    module: Any, call: _VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    s = call.sequences
     out, lse, _, _ = module._flash_attn_varlen_forward(
-        *(q, k, v, s.cu_q, s.cu_k, s.max_q, s.max_k),
-        dropout_p=0.0,
-        softmax_scale=options.scale,
-        causal=s.causal,
-        window_size_left=part.left,
-        window_size_right=part.right,
-        softcap=options.softcap or 0.0,
+        q, k, v, s.cu_q, s.cu_k, s.max_q, s.max_k, dropout_p=0.0, **call.logits()
     )
     return out, lse
 
 
 def _forward_3(
-    module: Any, part: _Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple:
-    s, options = part.sequences, part.options
+    module: Any, call: _VarlenCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    s = call.sequences
     out, lse, *_ = module._flash_attn_forward(
-        *(q, k, v),
+        q,
+        k,
+        v,
         cu_seqlens_q=s.cu_q,
         cu_seqlens_k=s.cu_k,
         max_seqlen_q=s.max_q,
         max_seqlen_k=s.max_k,
-        softmax_scale=options.scale,
-        causal=s.causal,
-        window_size_left=part.left,
-        window_size_right=part.right,
-        softcap=options.softcap or 0.0,
+        **call.logits(),
     )
     return out, lse
 
 
-def _backward_2(module: Any, part: _Part, *tensors: torch.Tensor) -> None:
-    """tensors: d_out, q, k, v, out, lse [heads, rows]; d_q, d_k, d_v are filled."""
-    s, options = part.sequences, part.options
+def _backward_2(
+    module: Any,
+    call: _VarlenCall,
+    rows: tuple[torch.Tensor, ...],
+    grads: tuple[torch.Tensor, ...],
+) -> None:
+    """rows: d_out, q, k, v, out and lse [heads, rows]; grads: d_q, d_k, d_v are filled."""
+    s = call.sequences
     module._flash_attn_varlen_backward(
-        *(*tensors, s.cu_q, s.cu_k, s.max_q, s.max_k),
+        *rows,
+        *grads,
+        s.cu_q,
+        s.cu_k,
+        s.max_q,
+        s.max_k,
         dropout_p=0.0,
-        softmax_scale=options.scale,
-        causal=s.causal,
-        window_size_left=part.left,
-        window_size_right=part.right,
-        softcap=options.softcap or 0.0,
         alibi_slopes=None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        **call.logits(),
     )
 
 
-def _backward_3(module: Any, part: _Part, *tensors: torch.Tensor) -> None:
+def _backward_3(
+    module: Any,
+    call: _VarlenCall,
+    rows: tuple[torch.Tensor, ...],
+    grads: tuple[torch.Tensor, ...],
+) -> None:
     """As `_backward_2`. Positional: the name of the argument `causal` has changed over time."""
-    s, options = part.sequences, part.options
-    rows, grads = tensors[:6], tensors[6:]
+    s = call.sequences
     module._flash_attn_backward(
-        *(*rows, s.cu_q, s.cu_k, None, None, s.max_q, s.max_k, *grads),
-        *(options.scale, s.causal, part.left, part.right, options.softcap or 0.0),
+        *rows,
+        s.cu_q,
+        s.cu_k,
+        None,  # sequences' lengths, where they end early
+        None,
+        s.max_q,
+        s.max_k,
+        *grads,
+        call.options.scale,
+        s.causal,
+        call.left,
+        call.right,
+        call.options.softcap or 0.0,
         torch.are_deterministic_algorithms_enabled(),
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dattn_mcore.layers.attention.rows import Rows, rows_of
+from dattn_mcore.layers.attention.rows import Rectangle, Rows, k_rows_of, q_rows_of
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,21 @@ class Sequences:
 
 
 def make_sequences(
-    q_spans: Sequence[tuple[int, int]],
-    k_spans: Sequence[tuple[int, int]],
-    causal: bool,
-    device: torch.device,
+    rectangles: Sequence[Rectangle], *, causal: bool, device: torch.device
 ) -> Sequences:
-    """Sequences from (start, stop) spans of queries and of the keys that they see."""
+    """One sequence for each rectangle."""
+    queries, keys = [one.queries for one in rectangles], [one.keys for one in rectangles]
 
-    def lengths(spans: Sequence[tuple[int, int]]) -> list[int]:
-        return [stop - start for start, stop in spans]
-
-    def starts(spans: Sequence[tuple[int, int]]) -> torch.Tensor:
-        ends = [0, *itertools.accumulate(lengths(spans))]
+    def starts(lengths: Sequence[int]) -> torch.Tensor:
+        ends = [0, *itertools.accumulate(lengths)]
         return torch.tensor(ends, dtype=torch.int32, device=device)
 
     return Sequences(
-        q_rows=rows_of(q_spans, device),
-        k_rows=rows_of(k_spans, device),
-        cu_q=starts(q_spans),
-        cu_k=starts(k_spans),
-        max_q=max(lengths(q_spans), default=0),
-        max_k=max(lengths(k_spans), default=0),
+        q_rows=q_rows_of(rectangles, device),
+        k_rows=k_rows_of(rectangles, device),
+        cu_q=starts(queries),
+        cu_k=starts(keys),
+        max_q=max(queries, default=0),
+        max_k=max(keys, default=0),
         causal=causal,
     )

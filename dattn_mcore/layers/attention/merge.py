@@ -1,9 +1,13 @@
 """One softmax over keys that come in several sets: outputs merged by their log-sum-exps.
 
-Forward, every part gives its rows' output and log-sum-exp, which are merged as they come. Backward,
-every part is handed the *merged* output and the *merged* log-sum-exp, as in ring attention; the
-kernels then produce the exact joint gradients, and no gradient through a log-sum-exp is ever needed
-(flash kernels drop it silently).
+Forward, every call gives its rows' output and log-sum-exp, which are merged as they come. Backward,
+every call gets the *merged* output and the *merged* log-sum-exp, as in ring attention; the kernels
+then produce the exact joint gradients, and no gradient through a log-sum-exp is ever needed (flash
+kernels drop it silently).
+
+Visual keys that are divided over a context-parallel group fit in here: `Merged.result` is the one
+place where output and log-sum-exp of the keys at hand are complete, and a merge over the group goes
+between it and its caller; `gradients` takes whatever it is given as merged. Nothing does so yet.
 """
 
 from __future__ import annotations
@@ -16,8 +20,8 @@ import torch
 from dattn_mcore.layers.attention.rows import Rows, add_rows, put_rows
 
 
-class Part(Protocol):
-    """Attention of some rows of a pack over some keys: one kernel call. No row stands twice.
+class KernelCall(Protocol):
+    """Attention of some rows of a pack over some keys, in one call. No row stands twice.
 
     Attributes:
         q_rows, k_rows: the rows that ask, each of which sees a key, and those that answer.
@@ -34,6 +38,7 @@ class Part(Protocol):
     def backward(
         self,
         grad: torch.Tensor,
+        *,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -44,8 +49,8 @@ class Part(Protocol):
         """Gradients of q, k, v for a given (merged) output and log-sum-exp."""
 
 
-# Passes of parts; the parts of a pass have no rows in common, those of several passes may.
-Passes = list[list[Part]]
+# The calls of a pass have no rows in common, those of several passes may.
+Passes = list[list[KernelCall]]
 
 
 class Merged:
@@ -65,23 +70,25 @@ class Merged:
         self.lse = torch.full(q.shape[:2], -torch.inf, dtype=wide, device=q.device)
         self.empty = True
 
-    def add(self, passes: Passes, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Any]:
-        """Computes all parts and merges them; returns their states, for `gradients`."""
+    def add(
+        self, passes: Passes, *, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> list[Any]:
+        """Computes all calls and merges them; returns their states, for `gradients`."""
         states = []
-        for parts in passes:
-            states += [self._add_part(part, q, k, v) for part in parts]
+        for calls in passes:
+            states += [self._add_call(call, q, k, v) for call in calls]
             self.empty = False
         return states
 
-    def _add_part(self, part: Part, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-        rows = part.q_rows
-        out, lse, state = part.forward(q[rows], k[part.k_rows], v[part.k_rows])
+    def _add_call(self, call: KernelCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        rows = call.q_rows
+        out, lse, state = call.forward(q[rows], k[call.k_rows], v[call.k_rows])
         if self.empty:
             put_rows(self.out, rows, out)
             put_rows(self.lse, rows, lse)
             return state
         before, lse = self.lse[rows], lse.to(self.lse.dtype)
-        total = torch.logaddexp(before, lse)  # finite: every row of a part sees a key
+        total = torch.logaddexp(before, lse)  # finite: every row of a call sees a key
         merged = self.out[rows]  # a view, where rows are a slice
         merged.mul_((before - total).exp_()[..., None])
         merged.add_(out * (lse - total).exp_()[..., None])
@@ -99,13 +106,14 @@ def gradients(
     passes: Passes,
     states: list[Any],
     grad: torch.Tensor,
+    *,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v through all parts, for the merged output and log-sum-exp."""
+    """Gradients of q, k, v through all calls, for the merged output and log-sum-exp."""
 
     def zeros(like: torch.Tensor) -> torch.Tensor:
         # The rows of a single pass are written once each: nothing is summed.
@@ -116,13 +124,21 @@ def gradients(
     totals = zeros(q), zeros(k), zeros(v)
     put = add_rows if len(passes) > 1 else put_rows
 
-    def add_part(part: Part, state: Any) -> None:  # its copies are gone before the next part's
-        rows, keys = part.q_rows, part.k_rows
-        found = part.backward(grad[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], state)
+    def add_call(call: KernelCall, state: Any) -> None:  # its copies are gone before the next's
+        rows, keys = call.q_rows, call.k_rows
+        found = call.backward(
+            grad[rows],
+            q=q[rows],
+            k=k[keys],
+            v=v[keys],
+            out=out[rows],
+            lse=lse[rows],
+            state=state,
+        )
         for total, at, values in zip(totals, (rows, keys, keys), found, strict=True):
             put(total, at, values)
 
-    for part, state in zip(itertools.chain(*passes), states, strict=True):
-        add_part(part, state)
+    for call, state in zip(itertools.chain(*passes), states, strict=True):
+        add_call(call, state)
     dq, dk, dv = (total.to(like.dtype) for total, like in zip(totals, (q, k, v), strict=True))
     return dq, dk, dv

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+V2V = Literal["diagonal", "causal"]
+T2VPosition = Literal["none", "rope"]
+Merge = Literal["alpha", "sum"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,9 @@ class AttentionOptions:
     scale: float
     softcap: float | None = None
     window: int | None = None
-    v2v: str = "diagonal"
-    t2v_position: str = "none"
-    merge: str = "alpha"
+    v2v: V2V = "diagonal"
+    t2v_position: T2VPosition = "none"
+    merge: Merge = "alpha"
 
     @property
     def debiased(self) -> bool:
@@ -34,3 +39,12 @@ class AttentionOptions:
     def is_baseline(self) -> bool:
         """Whether this is stock causal self-attention over the rows in reading order."""
         return (self.v2v, self.t2v_position, self.merge) == ("causal", "rope", "alpha")
+
+    @property
+    def window_skips_positions(self) -> bool:
+        """Whether the window counts positions that the rows of a softmax do not all have.
+
+        Then it is no number of rows, and only `reference`, which compares positions, can compute
+        it: text rows on one axis with visual rows, in a softmax of their own.
+        """
+        return self.window is not None and not self.debiased and not self.is_baseline

@@ -6,86 +6,106 @@ alpha = sigmoid(lse_V - lse_T). It keeps whole score matrices and is differentia
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
+
 import torch
 
+from dattn_mcore.layers.attention.inputs import AttentionInputs
+from dattn_mcore.layers.attention.modes import Causal, InBlocks, KeySet, Softmax, attend
 from dattn_mcore.layers.attention.options import AttentionOptions
-from dattn_mcore.layers.attention.rotary import Rotary, rotate
-from dattn_mcore.layers.layout import DecomposedSeqParams
+
+Part = tuple[torch.Tensor, torch.Tensor]
 
 
-def reference_attention(
-    q: torch.Tensor,
-    k_text: torch.Tensor,
-    v_text: torch.Tensor,
-    k_visual: torch.Tensor,
-    v_visual: torch.Tensor,
-    q_visual: torch.Tensor | None,
-    rotary: Rotary,
-    params: DecomposedSeqParams,
-    options: AttentionOptions,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See `layers.attention` for shapes."""
-    q_rotated, k_text_rotated = rotate(q, rotary.text), rotate(k_text, rotary.text)
-    q_to_visual, k_for_text = q, k_visual
-    if not options.debiased:
-        q_to_visual, k_for_text = q_rotated, rotate(k_visual, rotary.visual)
-    text_parts, visual_parts = [], []
-    reading_visual = params.reading_positions[: params.num_visual]
-    reading_text = params.reading_positions[params.num_visual :]
-    text_offsets, visual_offsets = params.text_offsets, params.visual_offsets
-    for i in range(len(params.text_lengths)):
-        t = slice(text_offsets[i], text_offsets[i + 1])
-        v = slice(visual_offsets[i], visual_offsets[i + 1])
-        read_t, read_v = reading_text[t], reading_visual[v]
-        distance_v = read_t[:, None] - read_v[None, :]
-        distance_t = params.text_positions[t][:, None] - params.text_positions[t][None, :]
-        sees_v, sees_t = distance_v > 0, distance_t >= 0
-        if options.window is not None:
-            sees_t = sees_t & (distance_t < options.window)
-            if not options.debiased:
-                sees_v = sees_v & (distance_v < options.window)
-        part_v = _softmax_part(q_to_visual[t], k_for_text[v], v_visual[v], sees_v, options)
-        part_t = _softmax_part(q_rotated[t], k_text_rotated[t], v_text[t], sees_t, options)
-        text_parts.append(_merge(part_v, part_t, options.merge))
-        if q_visual is not None:
-            visual_parts.append(
-                _causal_visual(
-                    rotate(q_visual[v], rotary.visual[v]),
-                    rotate(k_visual[v], rotary.visual[v]),
-                    v_visual[v],
-                    k_text_rotated[t],
-                    v_text[t],
-                    params.visual_positions[v],
-                    params.text_positions[t],
-                    options,
-                )
-            )
-    text = _pad_rows(text_parts, q)
-    return text, None if q_visual is None else _pad_rows(visual_parts, q_visual)
+@dataclass(frozen=True)
+class ReferenceBackend:
+    """See the module."""
+
+    name: str = "reference"
+    needs_gpu: bool = False
+
+    def refuses(
+        self, options: AttentionOptions, device_type: str, dtype: torch.dtype, head_dim: int
+    ) -> str | None:
+        """See `Backend`."""
+        return None
+
+    def describe(self, head_dim: int) -> str:
+        """See `Backend`: why no other one computes the model says enough."""
+        return ""
+
+    def attend(
+        self, inputs: AttentionInputs, options: AttentionOptions
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend`."""
+        return attend(inputs, options, lambda softmax: _compute(softmax, inputs, options))
 
 
-def _causal_visual(
-    q: torch.Tensor,
-    k_visual: torch.Tensor,
-    v_visual: torch.Tensor,
-    k_text: torch.Tensor,
-    v_text: torch.Tensor,
-    visual_positions: torch.Tensor,
-    text_positions: torch.Tensor,
-    options: AttentionOptions,
-) -> torch.Tensor:
-    """Visual rows of one sample as causal queries; text keys only on a common position axis."""
-    to_visual = visual_positions[:, None] - visual_positions[None, :]
-    to_text = visual_positions[:, None] - text_positions[None, :]
-    sees_v = to_visual >= 0
-    sees_t = to_text > 0 if not options.debiased else torch.zeros_like(to_text, dtype=torch.bool)
-    if options.window is not None:
-        sees_v, sees_t = sees_v & (to_visual < options.window), sees_t & (to_text < options.window)
-    return _merge(
-        _softmax_part(q, k_visual, v_visual, sees_v, options),
-        _softmax_part(q, k_text, v_text, sees_t, options),
-        "alpha",
-    )
+BACKEND = ReferenceBackend()
+
+
+def _compute(softmax: Softmax, inputs: AttentionInputs, options: AttentionOptions) -> torch.Tensor:
+    """Output [rows, heads, head_dim] of a softmax, zero on padding rows."""
+    sets = [(key_set, *_rows_of(key_set, softmax, inputs)) for key_set in softmax.key_sets]
+    like = inputs.queries(softmax.queries)
+    outputs = []
+    for stop, length in zip(itertools.accumulate(softmax.lengths), softmax.lengths, strict=True):
+        rows = slice(stop - length, stop)
+        parts = []
+        for key_set, q, k, v in sets:
+            keys, visible = _seen(key_set, rows, softmax, inputs)
+            parts.append(_softmax_part(q[rows], k[keys], v[keys], visible, options))
+        outputs.append(_merge(*parts) if len(parts) == 2 else parts[0][0])
+    return _pad_rows(outputs, like)
+
+
+def _rows_of(
+    key_set: KeySet, softmax: Softmax, inputs: AttentionInputs
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of a set."""
+    values = inputs.values(key_set.rows)
+    if key_set.rotated:
+        queries = inputs.rotated_queries(softmax.queries)
+        return queries, inputs.rotated_keys(key_set.rows), values
+    return inputs.queries(softmax.queries), inputs.keys(key_set.rows), values
+
+
+def _seen(
+    key_set: KeySet, rows: slice, softmax: Softmax, inputs: AttentionInputs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys that any of a sample's query rows sees, int64 [keys], and who sees them.
+
+    The latter is bool [query rows, keys].
+    """
+    device = inputs.q.device
+    row = torch.arange(rows.start, rows.stop, device=device)
+    if isinstance(key_set.sees, Causal):
+        keys, visible = row, row[:, None] >= row[None, :]
+    else:
+        keys, visible = _seen_in_blocks(key_set.sees, row, rows)
+    if key_set.sees.window is not None:
+        asking = inputs.positions(softmax.queries)[row]
+        answering = inputs.positions(key_set.rows)[keys]
+        visible = visible & (asking[:, None] - answering[None, :] < key_set.sees.window)
+    return keys, visible
+
+
+def _seen_in_blocks(
+    sees: InBlocks, row: torch.Tensor, rows: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_seen` of the blocks alone."""
+    blocks = [b for b in sees.blocks if b.text_start < rows.stop and rows.start < b.text_stop]
+    first = min((block.visual_start for block in blocks), default=0)
+    last = max((block.visual_stop for block in blocks), default=0)
+    keys = torch.arange(first, last, device=row.device)
+    visible = torch.zeros(len(row), len(keys), dtype=torch.bool, device=row.device)
+    for block in blocks:
+        asks = (row >= block.text_start) & (row < block.text_stop)
+        answers = (keys >= block.visual_start) & (keys < block.visual_stop)
+        visible |= asks[:, None] & answers[None, :]
+    seen = visible.any(0)
+    return keys[seen], visible[:, seen]
 
 
 def _softmax_part(
@@ -94,7 +114,7 @@ def _softmax_part(
     v: torch.Tensor,
     visible: torch.Tensor,
     options: AttentionOptions,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Part:
     """Softmax attention over one set of keys, and its log-sum-exp.
 
     q is [rows, heads, head_dim]; k and v [keys, groups, head_dim]; visible bool [rows, keys].
@@ -123,13 +143,9 @@ def _softmax_part(
     return output, lse
 
 
-def _merge(
-    visual: tuple[torch.Tensor, torch.Tensor], text: tuple[torch.Tensor, torch.Tensor], rule: str
-) -> torch.Tensor:
-    """Joins the parts over visual and over text keys: alpha weights, or their plain sum."""
+def _merge(visual: Part, text: Part) -> torch.Tensor:
+    """Joins the parts over visual and over text keys by their alpha weights."""
     (out_v, lse_v), (out_t, lse_t) = visual, text
-    if rule == "sum":
-        return out_v + out_t
     has_v, has_t = lse_v > -torch.inf, lse_t > -torch.inf
     # Where one side sees nothing its weight is 0; no infinity may enter the sigmoid's gradient.
     difference = lse_v.masked_fill(~has_v, 0.0) - lse_t.masked_fill(~has_t, 0.0)

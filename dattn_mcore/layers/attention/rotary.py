@@ -1,11 +1,10 @@
-"""Rotary position embedding of packed rows, by Megatron-Core's own functions."""
+"""Rotary position embedding of packed rows (GPT-NeoX style, as Megatron-Core's)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,16 @@ class Rotary:
 
 
 def rotate(rows: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotates rows [n, heads, head_dim] by angles [n, 1, 1, head_dim]."""
-    return _apply_rotary_pos_emb_bshd(rows.unsqueeze(1), angles).squeeze(1)
+    """Rotates rows [n, heads, head_dim] by angles [n, 1, 1, head_dim].
+
+    The bits are those of Megatron-Core's `apply_rotary_pos_emb` without fusion, which asks for a
+    `TransformerConfig` and for initialised process groups (a test compares the two).
+    """
+    cosine, sine = angles.cos().to(rows.dtype), angles.sin().to(rows.dtype)
+    # One edge of the graph leads back to `rows`: both terms' gradients meet before any other's.
+    rows = rows.unsqueeze(1)
+    first, second = rows.chunk(2, dim=-1)
+    return (rows * cosine + torch.cat([-second, first], dim=-1) * sine).squeeze(1)
 
 
 def rotary_angles(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:

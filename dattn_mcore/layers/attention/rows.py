@@ -8,7 +8,9 @@ call after the other reads no row twice.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,65 +18,154 @@ import torch
 from dattn_mcore.layers.layout import Block
 
 Rows = slice | torch.Tensor  # consecutive rows, or int64 indices, none twice
+Span = tuple[int, int]  # rows [start, stop)
 
 
-def passes_over_images(blocks: Sequence[Block]) -> list[list[Block]]:
+@dataclass(frozen=True)
+class Rectangle:
+    """Query rows that all see the same key rows.
+
+    Attributes:
+        q_spans: spans of query rows, in their order, none adjacent to another.
+        k_span: consecutive key rows.
+    """
+
+    q_spans: tuple[Span, ...]
+    k_span: Span
+
+    @property
+    def queries(self) -> int:
+        """Number of query rows."""
+        return sum(stop - start for start, stop in self.q_spans)
+
+    @property
+    def keys(self) -> int:
+        """Number of key rows."""
+        return self.k_span[1] - self.k_span[0]
+
+
+@dataclass
+class _Step:
+    """Text rows that see visual rows up to the same one."""
+
+    q_spans: list[Span]
+    stop: int
+
+
+@dataclass
+class _Layer:
+    """Staircases that have no text row and no visual row in common.
+
+    Attributes:
+        taken: bool [text rows], those of its staircases.
+        visual_stop: end of its staircases' visual rows.
+        passes: newest visual rows first, then the halves.
+    """
+
+    taken: np.ndarray
+    visual_stop: int = 0
+    newest: list[Rectangle] = field(default_factory=list)
+    halves: list[list[Rectangle]] = field(default_factory=list)
+
+
+def passes_over_images(blocks: Sequence[Block]) -> list[list[Rectangle]]:
     """Rectangles of text by visual rows that together are what the blocks see.
 
-    A sample's runs of text are halved again and again. The later half sees all images of the
-    earlier half: one rectangle. At the end each run has its own newest images left. The rectangles
-    of one depth have no text row and no visual row in common, so a pass over all of them copies
-    each row at most once, and n runs take 1 + ceil(log2(n)) passes. Taking the runs as they are
-    would copy an image's keys for every run after it; taking the images, each text row for every
-    image it sees.
+    Blocks that begin at the same visual row are a staircase, whichever samples they belong to: a
+    text row that sees up to one of its steps sees all steps before. Text rows that see the same
+    visual rows are one step. The steps are halved again and again. The later half sees all images
+    of the earlier half: one rectangle. At the end each step has its own newest images left. The
+    rectangles of one depth have no text row and no visual row in common, so a pass over all of them
+    copies each row at most once, and n steps take 1 + ceil(log2(n)) passes. Taking the steps as
+    they are would copy an image's keys for every step after it; taking the images, each text row
+    for every image it sees.
+
+    Staircases of different samples are usually apart and share their passes. One that has a row in
+    common with another (images that several samples see, text in several blocks) goes into passes
+    of its own: there are as many such layers at most as staircases that meet.
 
     Args:
         blocks: `DecomposedSeqParams.blocks`.
 
     Returns:
-        Passes of rectangles, each in the order of the rows: first every run with its newest images,
-        which are mostly consecutive rows, then the halves, each at most half of all rows.
+        Passes of rectangles, each in the order of the rows: first every step with its newest
+        images, which are mostly consecutive rows, then the halves, each at most half of all rows.
     """
-    newest: list[Block] = []
-    halves: list[list[Block]] = []
-    for first, group in itertools.groupby(blocks, key=lambda block: block.visual_start):
-        runs = [block for block in group if block.text_start < block.text_stop]
-        if runs:
-            _halve(_without_repeats(runs), first, halves, 0, newest)
-    return [newest, *halves] if newest else []
+    staircases: dict[int, dict[int, list[Span]]] = defaultdict(lambda: defaultdict(list))
+    for block in blocks:
+        if block.text_start < block.text_stop and block.visual_start < block.visual_stop:
+            same_rows = staircases[block.visual_start][block.visual_stop]
+            same_rows.append((block.text_start, block.text_stop))
+    text_rows = max((block.text_stop for block in blocks), default=0)
+    layers: list[_Layer] = []
+    for start, by_stop in sorted(staircases.items()):
+        steps = [_Step(spans, stop) for stop, spans in sorted(by_stop.items())]
+        layer = _layer_for(start, steps, layers, text_rows)
+        _halve(steps, start, layer, 0)
+    return [rectangles for layer in layers for rectangles in (layer.newest, *layer.halves)]
 
 
-def _without_repeats(runs: Sequence[Block]) -> list[Block]:
-    """Joins neighbouring runs of a sample that see the same rows."""
-    joined: list[Block] = []
-    for _, group in itertools.groupby(runs, key=lambda block: block.visual_stop):
-        same = list(group)
-        first, last = same[0], same[-1]
-        joined.append(
-            Block(first.text_start, last.text_stop, first.visual_start, first.visual_stop)
-        )
-    return joined
+def _layer_for(start: int, steps: list[_Step], layers: list[_Layer], text_rows: int) -> _Layer:
+    """The first layer that has no row of a staircase, which is now in it."""
+    spans = [span for step in steps for span in step.q_spans]
+
+    def is_free(layer: _Layer) -> bool:
+        return layer.visual_stop <= start and not any(layer.taken[a:b].any() for a, b in spans)
+
+    found = next(filter(is_free, layers), None)
+    if found is None:
+        found = _Layer(np.zeros(text_rows, dtype=bool))
+        layers.append(found)
+    for a, b in spans:
+        found.taken[a:b] = True
+    found.visual_stop = steps[-1].stop
+    return found
 
 
-def _halve(
-    runs: list[Block], start: int, halves: list[list[Block]], depth: int, newest: list[Block]
-) -> None:
-    """Adds what a sample's runs see from visual row `start` on."""
-    if len(runs) == 1:
-        (run,) = runs
-        newest.append(Block(run.text_start, run.text_stop, start, run.visual_stop))
+def _halve(steps: list[_Step], start: int, layer: _Layer, depth: int) -> None:
+    """Adds what the steps see from visual row `start` on."""
+    if len(steps) == 1:
+        layer.newest.append(_rectangle(steps, start, steps[0].stop))
         return
-    if depth == len(halves):
-        halves.append([])
-    half = len(runs) // 2
-    early, late = runs[:half], runs[half:]
-    middle = early[-1].visual_stop
-    halves[depth].append(Block(late[0].text_start, late[-1].text_stop, start, middle))
-    _halve(early, start, halves, depth + 1, newest)
-    _halve(late, middle, halves, depth + 1, newest)
+    if depth == len(layer.halves):
+        layer.halves.append([])
+    half = len(steps) // 2
+    early, late = steps[:half], steps[half:]
+    middle = early[-1].stop
+    layer.halves[depth].append(_rectangle(late, start, middle))
+    _halve(early, start, layer, depth + 1)
+    _halve(late, middle, layer, depth + 1)
 
 
-def rows_of(spans: Sequence[tuple[int, int]], device: torch.device) -> Rows:
+def _rectangle(steps: list[_Step], start: int, stop: int) -> Rectangle:
+    spans = sorted(span for step in steps for span in step.q_spans)
+    joined = spans[:1]
+    for a, b in spans[1:]:
+        if joined[-1][1] == a:
+            joined[-1] = joined[-1][0], b
+        else:
+            joined.append((a, b))
+    return Rectangle(tuple(joined), (start, stop))
+
+
+def q_rows_of(rectangles: Iterable[Rectangle], device: torch.device) -> Rows:
+    """Query rows of rectangles, one after the other."""
+    return rows_of([span for one in rectangles for span in one.q_spans], device)
+
+
+def k_rows_of(rectangles: Iterable[Rectangle], device: torch.device) -> Rows:
+    """Key rows of rectangles, one after the other."""
+    return rows_of([one.k_span for one in rectangles], device)
+
+
+def sample_rectangles(lengths: Sequence[int]) -> list[Rectangle]:
+    """Each sample's rows by themselves; samples without rows are absent."""
+    ends = list(itertools.accumulate(lengths))
+    spans = [(end - length, end) for end, length in zip(ends, lengths, strict=True) if length]
+    return [Rectangle((span,), span) for span in spans]
+
+
+def rows_of(spans: Sequence[Span], device: torch.device) -> Rows:
     """Rows of (start, stop) spans, one after the other: a slice where they are consecutive."""
     if all(before[1] == after[0] for before, after in itertools.pairwise(spans)):
         return slice(spans[0][0], spans[-1][1]) if spans else slice(0, 0)

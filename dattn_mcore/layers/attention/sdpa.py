@@ -9,56 +9,80 @@ matrix of text by visual rows exists.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dattn_mcore.layers.attention.calls import attend_by_calls
+from dattn_mcore.layers.attention.inputs import AttentionInputs
 from dattn_mcore.layers.attention.merge import Passes
+from dattn_mcore.layers.attention.modes import Causal, KeySet
 from dattn_mcore.layers.attention.options import AttentionOptions
-from dattn_mcore.layers.attention.parts import attend_in_parts
-from dattn_mcore.layers.attention.rotary import Rotary
 from dattn_mcore.layers.attention.sdpa_batches import Batch, block_batches, causal_batches
-from dattn_mcore.layers.layout import DecomposedSeqParams
 
 _NEVER = 1e30  # log-sum-exp of padding queries: exp(logit - _NEVER) is zero, without infinities
 _aten = torch.ops.aten
 
 
-def sdpa_refuses(options: AttentionOptions, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why the flash kernels cannot compute this; None if they can."""
-    if options.softcap is not None:
-        return "it computes no attention soft-caps (model.llm.attention_softcap)"
-    if options.window is not None and not options.debiased and not options.is_baseline:
-        return "it has no sliding window between text and visual rows in this mixed mode"
-    if device_type != "cpu":
-        if options.window is not None:
-            return "it has no sliding windows on a GPU"
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"it computes bf16 and fp16 on a GPU, not {dtype} (train.precision)"
-    return None
+@dataclass(frozen=True)
+class SdpaBackend:
+    """See the module."""
+
+    name: str = "sdpa"
+    needs_gpu: bool = False
+
+    def refuses(
+        self, options: AttentionOptions, device_type: str, dtype: torch.dtype, head_dim: int
+    ) -> str | None:
+        """See `Backend`."""
+        if options.softcap is not None:
+            return "it computes no attention soft-caps (model.llm.attention_softcap)"
+        if options.window_skips_positions:
+            return "it has no sliding window between text and visual rows in this mixed mode"
+        if device_type != "cpu":
+            if options.window is not None:
+                return "it has no sliding windows on a GPU"
+            if dtype not in (torch.float16, torch.bfloat16):
+                return f"it computes bf16 and fp16 on a GPU, not {dtype} (train.precision)"
+        return None
+
+    def describe(self, head_dim: int) -> str:
+        """See `Backend`."""
+        return "PyTorch's flash kernels compute this model"
+
+    def attend(
+        self, inputs: AttentionInputs, options: AttentionOptions
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Backend`."""
+        return attend_by_calls(inputs, options, _passes)
 
 
-def sdpa_attention(
-    q: torch.Tensor,
-    k_text: torch.Tensor,
-    v_text: torch.Tensor,
-    k_visual: torch.Tensor,
-    v_visual: torch.Tensor,
-    q_visual: torch.Tensor | None,
-    rotary: Rotary,
-    params: DecomposedSeqParams,
-    options: AttentionOptions,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See `layers.attention` for shapes."""
-    return attend_in_parts(
-        *(q, k_text, v_text, k_visual, v_visual, q_visual, rotary, params, options, _Parts)
-    )
+BACKEND = SdpaBackend()
+
+
+def _passes(key_set: KeySet, inputs: AttentionInputs, options: AttentionOptions) -> Passes:
+    """See `calls.MakePasses`."""
+    params, device, sees = inputs.params, inputs.q.device, key_set.sees
+    causal = isinstance(sees, Causal)
+    key = ("sdpa", *key_set.key)
+    if key not in params.cache:
+        if isinstance(sees, Causal):
+            batches = causal_batches(sees.lengths, device)
+            params.cache[key] = [batches] if batches else []
+        else:
+            params.cache[key] = block_batches(sees.blocks, device)
+    return [
+        [_BatchCall(batch, causal, options.scale, sees.window) for batch in batches]
+        for batches in params.cache[key]
+    ]
 
 
 def _flash_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    *,
     causal: bool,
     scale: float,
     mask: torch.Tensor | None,
@@ -77,6 +101,7 @@ def _flash_forward(
 
 def _flash_backward(
     grad: torch.Tensor,
+    *,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -107,15 +132,15 @@ def _window_mask(rows: int, window: int | None, like: torch.Tensor) -> torch.Ten
     return mask.masked_fill((distance < 0) | (distance >= window), -torch.inf)
 
 
-class _Part:
-    """One call of the kernel on a batch; see `merge.Part`."""
+class _BatchCall:
+    """One call of the kernel on a batch; see `merge.KernelCall`."""
 
     def __init__(self, batch: Batch, causal: bool, scale: float, window: int | None):
         self.batch, self.causal, self.scale, self.window = batch, causal, scale, window
         self.q_rows, self.k_rows = batch.q_rows, batch.k_rows
 
     def _queries(self, rows: torch.Tensor, groups: int, fill: float = 0.0) -> torch.Tensor:
-        """[rows, heads, d] -> [batch, heads, q, d]; dense parts fold a group's heads into q."""
+        """[rows, heads, d] -> [batch, heads, q, d]; dense calls fold a group's heads into q."""
         x = self.batch.padded(rows, fill)  # [b, q, heads, d]
         if self.causal:
             return x.transpose(1, 2)
@@ -132,7 +157,7 @@ class _Part:
         return self.batch.unpadded(x.transpose(1, 2))
 
     def _keys(self, rows: torch.Tensor, heads: int) -> torch.Tensor:
-        """[rows, groups, d] -> [batch, groups, k, d], one head a query head in causal parts."""
+        """[rows, groups, d] -> [batch, groups, k, d], one head a query head in causal calls."""
         if not self.causal:
             return rows.unflatten(0, (self.batch.size, -1)).transpose(1, 2)
         x = self.batch.padded(rows).transpose(1, 2)
@@ -158,15 +183,16 @@ class _Part:
             self._queries(q, groups),
             self._keys(k, heads),
             self._keys(v, heads),
-            self.causal and mask is None,
-            self.scale,
-            mask,
+            causal=self.causal and mask is None,
+            scale=self.scale,
+            mask=mask,
         )
         return self._rows(out, heads), self._rows(lse[..., None], heads)[..., 0], state
 
     def backward(
         self,
         grad: torch.Tensor,
+        *,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -178,38 +204,14 @@ class _Part:
         mask = self._mask(q)
         dq, dk, dv = _flash_backward(
             self._queries(grad, groups).contiguous(),
-            self._queries(q, groups),
-            self._keys(k, heads),
-            self._keys(v, heads),
-            self._queries(out, groups),
-            self._queries(lse[..., None], groups, _NEVER)[..., 0].contiguous(),
-            self.causal and mask is None,
-            self.scale,
-            mask,
-            state,
+            q=self._queries(q, groups),
+            k=self._keys(k, heads),
+            v=self._keys(v, heads),
+            out=self._queries(out, groups),
+            lse=self._queries(lse[..., None], groups, _NEVER)[..., 0].contiguous(),
+            causal=self.causal and mask is None,
+            scale=self.scale,
+            mask=mask,
+            state=state,
         )
         return self._rows(dq, heads), self._key_rows(dk, groups), self._key_rows(dv, groups)
-
-
-class _Parts:
-    """The parts of a pack on PyTorch's kernels; see `parts.Parts`."""
-
-    @staticmethod
-    def causal(
-        params: DecomposedSeqParams,
-        name: str,
-        lengths: tuple[int, ...],
-        options: AttentionOptions,
-        device: torch.device,
-    ) -> Passes:
-        batches = causal_batches(params, name, lengths, device)
-        if not batches:
-            return []
-        return [[_Part(batch, True, options.scale, options.window) for batch in batches]]
-
-    @staticmethod
-    def blocks(
-        params: DecomposedSeqParams, options: AttentionOptions, device: torch.device
-    ) -> Passes:
-        passes = block_batches(params, device)
-        return [[_Part(batch, False, options.scale, None) for batch in one] for one in passes]

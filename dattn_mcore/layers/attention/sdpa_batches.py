@@ -2,12 +2,11 @@
 
 Text rows go causally, padded to the longest of a bucket. Text by visual rows go as rectangles
 (`rows.passes_over_images`) in batches of equal numbers of visual rows, their text padded to the
-longest. Index tensors are kept with the pack.
+longest.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dattn_mcore.layers.attention.rows import Rows, passes_over_images, rows_of
-from dattn_mcore.layers.layout import Block, DecomposedSeqParams
+from dattn_mcore.layers.attention.rows import (
+    Rectangle,
+    Rows,
+    k_rows_of,
+    passes_over_images,
+    q_rows_of,
+    sample_rectangles,
+)
+from dattn_mcore.layers.layout import Block
 
 
 @dataclass(frozen=True)
@@ -49,50 +55,40 @@ class Batch:
         return rows if self.slots is None else rows[self.slots]
 
 
-def _make_batch(blocks: Sequence[Block], device: torch.device) -> Batch:
-    spans = [(block.text_start, block.text_stop) for block in blocks]
-    lengths = np.array([stop - start for start, stop in spans])
+def _make_batch(rectangles: Sequence[Rectangle], device: torch.device) -> Batch:
+    lengths = np.array([one.queries for one in rectangles])
     longest = int(lengths.max())
     slots = None
     if (lengths < longest).any():
         real = np.arange(longest) < lengths[:, None]
         slots = torch.from_numpy(np.flatnonzero(real)).to(device)
     return Batch(
-        size=len(blocks),
+        size=len(rectangles),
         queries=longest,
-        q_rows=rows_of(spans, device),
-        k_rows=rows_of([(block.visual_start, block.visual_stop) for block in blocks], device),
+        q_rows=q_rows_of(rectangles, device),
+        k_rows=k_rows_of(rectangles, device),
         slots=slots,
     )
 
 
-def causal_batches(
-    params: DecomposedSeqParams, name: str, lengths: tuple[int, ...], device: torch.device
-) -> list[Batch]:
+def causal_batches(lengths: Sequence[int], device: torch.device) -> list[Batch]:
     """Samples bucketed by length (powers of two from 16): few calls, and little padding."""
-    if name not in params.cache:
-        buckets: dict[int, list[Block]] = defaultdict(list)
-        for stop, length in zip(itertools.accumulate(lengths), lengths, strict=True):
-            if length:
-                start = stop - length
-                bucket = max(16, 1 << (length - 1).bit_length())
-                buckets[bucket].append(Block(start, stop, start, stop))
-        params.cache[name] = [_make_batch(blocks, device) for blocks in buckets.values()]
-    return params.cache[name]
+    buckets: dict[int, list[Rectangle]] = defaultdict(list)
+    for one in sample_rectangles(lengths):
+        buckets[max(16, 1 << (one.keys - 1).bit_length())].append(one)
+    return [_make_batch(rectangles, device) for rectangles in buckets.values()]
 
 
-def block_batches(params: DecomposedSeqParams, device: torch.device) -> list[list[Batch]]:
+def block_batches(blocks: Sequence[Block], device: torch.device) -> list[list[Batch]]:
     """Text by visual rows: passes of batches; those of a pass have no rows in common."""
-    if "blocks" not in params.cache:
-        params.cache["blocks"] = [
-            [_make_batch(blocks, device) for blocks in batches]
-            for rectangles in passes_over_images(params.blocks)
-            for batches in _batched(rectangles)
-        ]
-    return params.cache["blocks"]
+    return [
+        [_make_batch(batch, device) for batch in batches]
+        for rectangles in passes_over_images(blocks)
+        for batches in _batched(rectangles)
+    ]
 
 
-def _batched(rectangles: Sequence[Block]) -> list[list[list[Block]]]:
+def _batched(rectangles: Sequence[Rectangle]) -> list[list[list[Rectangle]]]:
     """Passes of batches for rectangles that have no rows in common.
 
     One call takes rectangles with equal numbers of visual rows. Where these differ so much that
@@ -100,43 +96,39 @@ def _batched(rectangles: Sequence[Block]) -> list[list[list[Block]]]:
     rectangle: then the calls are bounded by the logarithms of the rows.
     """
     whole = _by_keys(rectangles)
-    pieces: dict[int, list[Block]] = defaultdict(list)
-    for block in rectangles:
-        start = block.visual_start
-        rows = block.visual_stop - start
-        for bit in reversed(range(rows.bit_length())):
-            if rows >> bit & 1:
+    pieces: dict[int, list[Rectangle]] = defaultdict(list)
+    for one in rectangles:
+        start = one.k_span[0]
+        for bit in reversed(range(one.keys.bit_length())):
+            if one.keys >> bit & 1:
                 stop = start + (1 << bit)
-                pieces[bit].append(Block(block.text_start, block.text_stop, start, stop))
+                pieces[bit].append(Rectangle(one.q_spans, (start, stop)))
                 start = stop
-    cut = [_of_like_length(blocks) for _, blocks in sorted(pieces.items(), reverse=True)]
+    cut = [_of_like_length(found) for _, found in sorted(pieces.items(), reverse=True)]
     return cut if sum(map(len, cut)) < len(whole) else [whole]
 
 
-def _by_keys(rectangles: Sequence[Block]) -> list[list[Block]]:
+def _by_keys(rectangles: Sequence[Rectangle]) -> list[list[Rectangle]]:
     """Batches of equal numbers of visual rows and of text rows that are alike."""
-    groups: dict[int, list[Block]] = defaultdict(list)
-    for block in rectangles:
-        groups[block.visual_stop - block.visual_start].append(block)
-    return [batch for blocks in groups.values() for batch in _of_like_length(blocks)]
+    groups: dict[int, list[Rectangle]] = defaultdict(list)
+    for one in rectangles:
+        groups[one.keys].append(one)
+    return [batch for found in groups.values() for batch in _of_like_length(found)]
 
 
-def _of_like_length(blocks: Sequence[Block]) -> list[list[Block]]:
+def _of_like_length(rectangles: Sequence[Rectangle]) -> list[list[Rectangle]]:
     """Batches in which padding at most doubles the text rows.
 
     From the longest down, a batch takes what keeps that. The first that it does not take has less
     than half of its longest's rows, so n rows make at most 1 + log2(n) batches.
     """
-
-    def rows(block: Block) -> int:
-        return block.text_stop - block.text_start
-
-    batches: list[list[Block]] = []
+    batches: list[list[Rectangle]] = []
     real = 0
-    for block in sorted(blocks, key=rows, reverse=True):
-        if not batches or (len(batches[-1]) + 1) * rows(batches[-1][0]) > 2 * (real + rows(block)):
+    for one in sorted(rectangles, key=lambda found: found.queries, reverse=True):
+        rows = one.queries
+        if not batches or (len(batches[-1]) + 1) * batches[-1][0].queries > 2 * (real + rows):
             batches.append([])
             real = 0
-        batches[-1].append(block)
-        real += rows(block)
-    return [sorted(batch, key=lambda block: block.text_start) for batch in batches]
+        batches[-1].append(one)
+        real += rows
+    return [sorted(batch, key=lambda one: one.q_spans) for batch in batches]

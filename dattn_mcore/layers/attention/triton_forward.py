@@ -99,20 +99,54 @@ def _over_keys(
     start, stop = whole_blocks(tile_low, tile_full_low, tile_full_high, tile_high, BLOCK_N)
     for first in tl.range(start, stop, BLOCK_N):
         out, top, total = _accumulate(
-            *(out, top, total, q, keys, values, key_stride, value_stride, first, stop),
-            *(low, high, multiplier, cap_scale, columns, False, HAS_CAP, BLOCK_N, PRECISION),
+            out=out,
+            top=top,
+            total=total,
+            q=q,
+            keys=keys,
+            values=values,
+            key_stride=key_stride,
+            value_stride=value_stride,
+            first=first,
+            limit=stop,
+            low=low,
+            high=high,
+            multiplier=multiplier,
+            cap_scale=cap_scale,
+            columns=columns,
+            MASKED=False,
+            HAS_CAP=HAS_CAP,
+            BLOCK_N=BLOCK_N,
+            PRECISION=PRECISION,
         )
     before = tl.cdiv(start - tile_low, BLOCK_N)
     for index in tl.range(0, before + tl.cdiv(tile_high - stop, BLOCK_N)):
         first, limit = edge_block(index, before, tile_low, start, stop, tile_high, BLOCK_N)
         out, top, total = _accumulate(
-            *(out, top, total, q, keys, values, key_stride, value_stride, first, limit),
-            *(low, high, multiplier, cap_scale, columns, True, HAS_CAP, BLOCK_N, PRECISION),
+            out=out,
+            top=top,
+            total=total,
+            q=q,
+            keys=keys,
+            values=values,
+            key_stride=key_stride,
+            value_stride=value_stride,
+            first=first,
+            limit=limit,
+            low=low,
+            high=high,
+            multiplier=multiplier,
+            cap_scale=cap_scale,
+            columns=columns,
+            MASKED=True,
+            HAS_CAP=HAS_CAP,
+            BLOCK_N=BLOCK_N,
+            PRECISION=PRECISION,
         )
     return out, top, total
 
 
-@triton.jit(do_not_specialize=["rows", "padded_rows"])
+@triton.jit(do_not_specialize=["rows", "padded_rows", "slots"])
 def forward_kernel(
     q_rows,
     text_keys,  # rotated
@@ -120,12 +154,13 @@ def forward_kernel(
     visual_keys,
     visual_values,
     tables,  # see `rotated_tile`
-    tiles,  # see `query_tile`: visual, then text
-    bounds,  # int32 [4, rows]: visual low, visual high, text low, text high
+    tiles,  # see `query_tile`
+    bounds,  # `Schedule.bounds`
     out_rows,  # [parts, padded rows, HEADS, HEAD_DIM]
     lse_rows,  # float32 [parts, padded rows, HEADS], natural logarithm
     rows,
     padded_rows,
+    slots,  # ranges of visual keys of a row
     q_row_stride,
     q_head_stride,
     text_key_stride,
@@ -144,6 +179,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    SEVERAL: tl.constexpr,  # slots; else there is one
     HAS_VISUAL: tl.constexpr,
     HAS_TEXT: tl.constexpr,
     DEBIASED: tl.constexpr,
@@ -153,35 +189,68 @@ def forward_kernel(
     """Output and log-sum-exp of one query tile, one group and one part of the visual keys."""
     group, columns = tl.program_id(1), tl.arange(0, HEAD_DIM)
     tile, row, head, real, lines = query_tile(
-        q_rows, tiles, q_row_stride, q_head_stride, RATIO, BLOCK_M
+        q_rows, tiles, slots, q_row_stride, q_head_stride, RATIO, BLOCK_M
     )
     q = query(lines, row, real, columns, tables, padded_rows, HEAD_DIM, not DEBIASED)
     out = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     if HAS_VISUAL:
-        low, high = row_ranges(bounds, rows, row, real)
-        tile_low, tile_high = part_of(tl.load(tile + 2), tl.load(tile + 5), BLOCK_N, SPLIT)
-        out, top, total = _over_keys(
-            *(out, top, total, q),
-            visual_keys + group * visual_key_group,
-            visual_values + group * visual_value_group,
-            *(visual_key_stride, visual_value_stride),
-            *(tile_low, tl.load(tile + 3), tl.load(tile + 4), tile_high),
-            *(low, high, multiplier, cap_scale, columns, HAS_CAP, BLOCK_N, PRECISION),
-        )
+        count = 1
+        if SEVERAL:
+            count = slots
+        for slot in tl.range(0, count):
+            ends = tile + 6 + 4 * slot
+            low, high = row_ranges(bounds + (2 + 2 * slot) * rows, rows, row, real)
+            tile_low, tile_high = part_of(tl.load(ends), tl.load(ends + 3), slot, BLOCK_N, SPLIT)
+            out, top, total = _over_keys(
+                out=out,
+                top=top,
+                total=total,
+                q=q,
+                keys=visual_keys + group * visual_key_group,
+                values=visual_values + group * visual_value_group,
+                key_stride=visual_key_stride,
+                value_stride=visual_value_stride,
+                tile_low=tile_low,
+                tile_full_low=tl.load(ends + 1),
+                tile_full_high=tl.load(ends + 2),
+                tile_high=tile_high,
+                low=low,
+                high=high,
+                multiplier=multiplier,
+                cap_scale=cap_scale,
+                columns=columns,
+                HAS_CAP=HAS_CAP,
+                BLOCK_N=BLOCK_N,
+                PRECISION=PRECISION,
+            )
     if HAS_TEXT and (not SPLIT or tl.program_id(2) == tl.num_programs(2) - 1):
         if DEBIASED:
             # Not before: the tile must not take shared memory twice in the visual loop.
             q = query(lines, row, real, columns, tables, padded_rows, HEAD_DIM, True)
-        low, high = row_ranges(bounds + 2 * rows, rows, row, real)
+        low, high = row_ranges(bounds, rows, row, real)
         out, top, total = _over_keys(
-            *(out, top, total, q),
-            text_keys + group * text_key_group,
-            text_values + group * text_value_group,
-            *(text_key_stride, text_value_stride),
-            *(tl.load(tile + 6), tl.load(tile + 7), tl.load(tile + 8), tl.load(tile + 9)),
-            *(low, high, multiplier, cap_scale, columns, HAS_CAP, BLOCK_N, PRECISION),
+            out=out,
+            top=top,
+            total=total,
+            q=q,
+            keys=text_keys + group * text_key_group,
+            values=text_values + group * text_value_group,
+            key_stride=text_key_stride,
+            value_stride=text_value_stride,
+            tile_low=tl.load(tile + 2),
+            tile_full_low=tl.load(tile + 3),
+            tile_full_high=tl.load(tile + 4),
+            tile_high=tl.load(tile + 5),
+            low=low,
+            high=high,
+            multiplier=multiplier,
+            cap_scale=cap_scale,
+            columns=columns,
+            HAS_CAP=HAS_CAP,
+            BLOCK_N=BLOCK_N,
+            PRECISION=PRECISION,
         )
     sees = total > 0
     total = tl.where(sees, total, 1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 
@@ -13,10 +15,9 @@ from dattn_mcore.layers.attention.triton_launch import (
     query_grid,
     rotated,
 )
-from dattn_mcore.layers.attention.triton_plan import Keys, Plan, Setting
 from dattn_mcore.layers.attention.triton_query_gradient import query_kernel
+from dattn_mcore.layers.attention.triton_schedule import KeyKind, Keys, Schedule, Setting
 from dattn_mcore.layers.attention.triton_tuning import Blocks, fitted, splits
-from dattn_mcore.layers.attention.visible_ranges import Ranges
 
 
 def backward(
@@ -26,30 +27,43 @@ def backward(
     tables: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    plan: Plan,
+    schedule: Schedule,
     setting: Setting,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, text keys and values, visual keys and values; None for an absent set."""
     d_out = d_out.contiguous()
     delta = torch.empty_like(lse)
-    d_q = _query_gradient(d_out, delta, q, keys, tables, out, lse, plan, setting)
+    d_q = _query_gradient(
+        d_out=d_out,
+        delta=delta,
+        q=q,
+        keys=keys,
+        tables=tables,
+        out=out,
+        lse=lse,
+        schedule=schedule,
+        setting=setting,
+    )
     d_text = d_text_values = d_visual = d_visual_values = None
     q_rotated = rotated(q, tables) if setting.has_text or not setting.debiased else q
-    shared = (d_out, lse, delta, plan, setting)
+    of_keys = functools.partial(
+        _key_gradients, d_out=d_out, lse=lse, delta=delta, schedule=schedule, setting=setting
+    )
     if setting.has_text:
-        d_rotated, d_text_values = _key_gradients(
-            "text", q_rotated, keys.text, keys.text_values, *shared
+        d_rotated, d_text_values = of_keys(
+            "text", q=q_rotated, keys=keys.text, values=keys.text_values
         )
         d_text = rotated(d_rotated, tables, -1.0)
     if setting.has_visual:
         asking = q if setting.debiased else q_rotated
-        d_visual, d_visual_values = _key_gradients(
-            "visual", asking, keys.visual, keys.visual_values, *shared
+        d_visual, d_visual_values = of_keys(
+            "visual", q=asking, keys=keys.visual, values=keys.visual_values
         )
     return d_q, d_text, d_text_values, d_visual, d_visual_values  # type: ignore[return-value]
 
 
 def _query_gradient(
+    *,
     d_out: torch.Tensor,
     delta: torch.Tensor,
     q: torch.Tensor,
@@ -57,7 +71,7 @@ def _query_gradient(
     tables: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    plan: Plan,
+    schedule: Schedule,
     setting: Setting,
 ) -> torch.Tensor:
     """Gradient of q; fills delta."""
@@ -66,7 +80,7 @@ def _query_gradient(
 
     def launch(blocks: Blocks) -> None:
         nonlocal through_visual
-        blocks, tiles, parts = query_grid(q, keys, plan, setting, blocks)
+        blocks, tiles, parts = query_grid(q, keys, schedule, setting, blocks)
         if setting.has_visual:
             through_visual = through_text.new_empty((parts, *q.shape))
         query_kernel[(len(tiles), keys.text.shape[1], parts)](
@@ -81,14 +95,14 @@ def _query_gradient(
             scale=setting.scale,
             SPLIT=parts > 1,
             **keys.pointers(),
-            **query_arguments(q, keys, tables, plan, setting, blocks),
+            **query_arguments(q, keys, tables, schedule, setting, blocks),
         )
 
-    if plan.rows:
+    if schedule.rows:
         first_that_fits("query", setting.tuning.query, q, launch)
-    real = slice(0, plan.rows)
+    real = slice(0, schedule.rows)
     d_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    if not plan.rows:
+    if not schedule.rows:
         return d_q
     visual = None
     if setting.has_visual:
@@ -110,36 +124,51 @@ def _query_gradient(
 
 
 def _key_gradients(
-    kind: str,
+    kind: KeyKind,
+    *,
     q: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     d_out: torch.Tensor,
     lse: torch.Tensor,
     delta: torch.Tensor,
-    plan: Plan,
+    schedule: Schedule,
     setting: Setting,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of one set of keys and values; keys in the frame in which they were given."""
     count, groups, _ = keys.shape
     heads = q.shape[1]
     ratio = heads // groups
-    ranges: Ranges = getattr(plan, kind)
-    bounds = plan.bounds()[0 if kind == "visual" else 2 :]
     results: list[torch.Tensor] = []
 
     def launch(blocks: Blocks) -> None:
-        blocks = fitted(blocks, max(plan.lengths, default=1) * ratio, ratio)
-        tiles = plan.key_tiles(kind, blocks.keys)
-        most = triton.cdiv(max(plan.lengths) * ratio, blocks.queries)
-        parts = setting.tuning.key_splits or splits(len(tiles) * groups, most, q.device)
+        blocks = fitted(blocks, max(schedule.lengths, default=1) * ratio, ratio)
+        made = schedule.key_tiles(kind, blocks.keys)
+        programs, most = len(made.tiles) * groups, triton.cdiv(made.most * ratio, blocks.queries)
+        parts = setting.tuning.key_splits or splits(programs, most, q.device)
         dtype = keys.dtype if parts == 1 else torch.float32
         shape = (parts, *keys.shape)
-        grads = [torch.empty(shape, dtype=dtype, device=q.device) for _ in range(2)]
-        key_kernel[(len(tiles), groups, parts)](
-            *(q, keys, values, tiles, bounds[0], bounds[1], lse, delta, d_out, *grads, count),
-            *(q.stride(0), q.stride(1)),
-            *(keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)),
+        d_keys, d_values = (torch.empty(shape, dtype=dtype, device=q.device) for _ in range(2))
+        key_kernel[(len(made.tiles), groups, parts)](
+            q_rows=q,
+            keys=keys,
+            values=values,
+            tiles=made.tiles,
+            intervals=made.intervals,
+            bounds=schedule.bounds(),
+            lse_rows=lse,
+            delta_rows=delta,
+            d_out_rows=d_out,
+            d_keys=d_keys,
+            d_values=d_values,
+            rows=schedule.rows,
+            padded_keys=count,
+            q_row_stride=q.stride(0),
+            q_head_stride=q.stride(1),
+            key_stride=keys.stride(0),
+            key_group=keys.stride(1),
+            value_stride=values.stride(0),
+            value_group=values.stride(1),
             scale=setting.scale,
             HEADS=heads,
             RATIO=ratio,
@@ -147,18 +176,20 @@ def _key_gradients(
             BLOCK_M=blocks.queries,
             BLOCK_N=blocks.keys,
             SPLIT=parts > 1,
+            SEVERAL=made.several,
             PRECISION=precision(q),
             num_warps=blocks.warps,
             num_stages=blocks.stages,
             **setting.logits(),
         )
-        results[:] = [g[0] if parts == 1 else g.sum(0).to(keys.dtype) for g in grads]
-
-    real = sum(ranges.key_lengths)
-    if real and plan.rows:
-        first_that_fits("key", setting.tuning.key, q, launch)
+        results[:] = [
+            grad[0] if parts == 1 else grad.sum(0).to(keys.dtype) for grad in (d_keys, d_values)
+        ]
         for grad in results:
-            grad[real:] = 0
+            grad[made.keys :] = 0
+
+    if schedule.rows and (kind == "text" or schedule.blocks):
+        first_that_fits("key", setting.tuning.key, q, launch)
         return results[0], results[1]
     zeros = torch.zeros(keys.shape, dtype=keys.dtype, device=keys.device)
     return zeros, torch.zeros_like(zeros)

@@ -77,22 +77,118 @@ def _key_step(
     return d_k, d_v
 
 
-# The rows of `bounds` stand at any address.
-@triton.jit(
-    do_not_specialize=["padded_keys"], do_not_specialize_on_alignment=["low_rows", "high_rows"]
-)
+@triton.jit
+def _over_queries(
+    d_k,
+    d_v,
+    k,
+    v,
+    key,
+    interval,  # an entry of `KeyTiles.intervals`
+    turn,  # its number among those of the tile
+    q_rows,
+    d_out_rows,
+    lse_rows,
+    delta_rows,
+    bounds,
+    rows,
+    group,
+    q_row_stride,
+    q_head_stride,
+    multiplier,
+    cap_scale,
+    columns,
+    HEADS: tl.constexpr,
+    RATIO: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What the query lines of an interval of rows add to the gradients of a tile of keys."""
+    low_rows = bounds + tl.load(interval) * rows
+    low, high = tl.load(interval + 1) * RATIO, tl.load(interval + 4) * RATIO
+    full_low, full_high = tl.load(interval + 2) * RATIO, tl.load(interval + 3) * RATIO
+    low, high = part_of(low, high, turn, BLOCK_M, SPLIT)
+    start, stop = whole_blocks(low, full_low, full_high, high, BLOCK_M)
+    for first in tl.range(start, stop, BLOCK_M):
+        d_k, d_v = _key_step(
+            d_k=d_k,
+            d_v=d_v,
+            k=k,
+            v=v,
+            key=key,
+            q_rows=q_rows,
+            d_out_rows=d_out_rows,
+            lse_rows=lse_rows,
+            delta_rows=delta_rows,
+            low_rows=low_rows,
+            high_rows=low_rows + rows,
+            group=group,
+            first=first,
+            limit=stop,
+            q_row_stride=q_row_stride,
+            q_head_stride=q_head_stride,
+            multiplier=multiplier,
+            cap_scale=cap_scale,
+            columns=columns,
+            MASKED=False,
+            HEADS=HEADS,
+            RATIO=RATIO,
+            HEAD_DIM=HEAD_DIM,
+            HAS_CAP=HAS_CAP,
+            BLOCK_M=BLOCK_M,
+            PRECISION=PRECISION,
+        )
+    before = tl.cdiv(start - low, BLOCK_M)
+    for index in tl.range(0, before + tl.cdiv(high - stop, BLOCK_M)):
+        first, limit = edge_block(index, before, low, start, stop, high, BLOCK_M)
+        d_k, d_v = _key_step(
+            d_k=d_k,
+            d_v=d_v,
+            k=k,
+            v=v,
+            key=key,
+            q_rows=q_rows,
+            d_out_rows=d_out_rows,
+            lse_rows=lse_rows,
+            delta_rows=delta_rows,
+            low_rows=low_rows,
+            high_rows=low_rows + rows,
+            group=group,
+            first=first,
+            limit=limit,
+            q_row_stride=q_row_stride,
+            q_head_stride=q_head_stride,
+            multiplier=multiplier,
+            cap_scale=cap_scale,
+            columns=columns,
+            MASKED=True,
+            HEADS=HEADS,
+            RATIO=RATIO,
+            HEAD_DIM=HEAD_DIM,
+            HAS_CAP=HAS_CAP,
+            BLOCK_M=BLOCK_M,
+            PRECISION=PRECISION,
+        )
+    return d_k, d_v
+
+
+@triton.jit(do_not_specialize=["rows", "padded_keys"])
 def key_kernel(
     q_rows,  # rotated where the keys are
     keys,
     values,
-    tiles,  # `visible_ranges.key_tiles`
-    low_rows,  # int32 [rows]
-    high_rows,
+    tiles,  # `visible_ranges.KeyTiles`
+    intervals,
+    bounds,  # `Schedule.bounds`
     lse_rows,
     delta_rows,
     d_out_rows,
     d_keys,  # [parts, padded_keys, groups, HEAD_DIM]
     d_values,
+    rows,
     padded_keys,
     q_row_stride,
     q_head_stride,
@@ -109,46 +205,56 @@ def key_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    SEVERAL: tl.constexpr,  # intervals of a tile; else each has one
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradients of one tile of keys and values, from all query lines of its group that see it."""
     group = tl.program_id(1)
-    tile = tiles + tl.program_id(0) * 6
-    first_key, stop_key = tl.load(tile), tl.load(tile + 1)
+    tile = tiles + tl.program_id(0) * 4
     columns = tl.arange(0, HEAD_DIM)
-    key = first_key + tl.arange(0, BLOCK_N)
-    real = (key < stop_key)[:, None]
+    key = tl.load(tile) + tl.arange(0, BLOCK_N)
+    real = (key < tl.load(tile + 1))[:, None]
     wide = key.to(tl.int64)[:, None]
-    k = tl.load(
-        keys + group * key_group + wide * key_stride + columns[None, :], mask=real, other=0.0
-    )
-    v = tl.load(
-        values + group * value_group + wide * value_stride + columns[None, :], mask=real, other=0.0
-    )
-    low, high = part_of(tl.load(tile + 2) * RATIO, tl.load(tile + 5) * RATIO, BLOCK_M, SPLIT)
-    start, stop = whole_blocks(
-        *(low, tl.load(tile + 3) * RATIO, tl.load(tile + 4) * RATIO, high, BLOCK_M)
-    )
+    k_tile = keys + group * key_group + wide * key_stride + columns[None, :]
+    v_tile = values + group * value_group + wide * value_stride + columns[None, :]
+    k = tl.load(k_tile, mask=real, other=0.0)
+    v = tl.load(v_tile, mask=real, other=0.0)
     d_k = tl.zeros([BLOCK_N, HEAD_DIM], dtype=tl.float32)
     d_v = tl.zeros([BLOCK_N, HEAD_DIM], dtype=tl.float32)
-    for first in tl.range(start, stop, BLOCK_M):
-        d_k, d_v = _key_step(
-            *(d_k, d_v, k, v, key, q_rows, d_out_rows, lse_rows, delta_rows, low_rows, high_rows),
-            *(group, first, stop, q_row_stride, q_head_stride, multiplier, cap_scale, columns),
-            *(False, HEADS, RATIO, HEAD_DIM, HAS_CAP, BLOCK_M, PRECISION),
+    count = 1
+    if SEVERAL:
+        count = tl.load(tile + 3)
+    for index in tl.range(0, count):
+        d_k, d_v = _over_queries(
+            d_k=d_k,
+            d_v=d_v,
+            k=k,
+            v=v,
+            key=key,
+            interval=intervals + (tl.load(tile + 2) + index) * 5,
+            turn=index,
+            q_rows=q_rows,
+            d_out_rows=d_out_rows,
+            lse_rows=lse_rows,
+            delta_rows=delta_rows,
+            bounds=bounds,
+            rows=rows,
+            group=group,
+            q_row_stride=q_row_stride,
+            q_head_stride=q_head_stride,
+            multiplier=multiplier,
+            cap_scale=cap_scale,
+            columns=columns,
+            HEADS=HEADS,
+            RATIO=RATIO,
+            HEAD_DIM=HEAD_DIM,
+            HAS_CAP=HAS_CAP,
+            BLOCK_M=BLOCK_M,
+            SPLIT=SPLIT,
+            PRECISION=PRECISION,
         )
-    before = tl.cdiv(start - low, BLOCK_M)
-    for index in tl.range(0, before + tl.cdiv(high - stop, BLOCK_M)):
-        first, limit = edge_block(index, before, low, start, stop, high, BLOCK_M)
-        d_k, d_v = _key_step(
-            *(d_k, d_v, k, v, key, q_rows, d_out_rows, lse_rows, delta_rows, low_rows, high_rows),
-            *(group, first, limit, q_row_stride, q_head_stride, multiplier, cap_scale, columns),
-            *(True, HEADS, RATIO, HEAD_DIM, HAS_CAP, BLOCK_M, PRECISION),
-        )
-    groups = HEADS // RATIO
-    at = (
-        (tl.program_id(2).to(tl.int64) * padded_keys + wide) * groups + group
-    ) * HEAD_DIM + columns[None, :]
+    part = tl.program_id(2).to(tl.int64) * padded_keys
+    at = ((part + wide) * (HEADS // RATIO) + group) * HEAD_DIM + columns[None, :]
     tl.store(d_keys + at, (d_k * scale).to(d_keys.dtype.element_ty), mask=real)
     tl.store(d_values + at, d_v.to(d_values.dtype.element_ty), mask=real)

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from dattn_mcore.layers.attention.triton_forward import combine_kernel, forward_kernel
-from dattn_mcore.layers.attention.triton_plan import Keys, Plan, Setting
+from dattn_mcore.layers.attention.triton_schedule import Keys, Schedule, Setting
 from dattn_mcore.layers.attention.triton_tiles import rotate_kernel
 from dattn_mcore.layers.attention.triton_tuning import Blocks, candidates, fitted, splits
 
@@ -34,8 +34,15 @@ def rotated(
     if lines:
         block = 16
         rotate_kernel[(triton.cdiv(lines, block),)](
-            *(rows, tables, result if add is None else add, result),
-            *(rows.shape[0], tables.shape[1], rows.shape[1], rows.stride(0), rows.stride(1)),
+            rows_in=rows,
+            tables=tables,
+            add=result if add is None else add,
+            rows_out=result,
+            rows=rows.shape[0],
+            table_rows=tables.shape[1],
+            heads=rows.shape[1],
+            row_stride=rows.stride(0),
+            head_stride=rows.stride(1),
             HEAD_DIM=rows.shape[2],
             BLOCK=block,
             SIGN=sign,
@@ -45,9 +52,9 @@ def rotated(
 
 
 def forward(
-    q: torch.Tensor, keys: Keys, tables: torch.Tensor, plan: Plan, setting: Setting
+    q: torch.Tensor, keys: Keys, tables: torch.Tensor, schedule: Schedule, setting: Setting
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Joint attention of the rows of a plan.
+    """Joint attention of the rows of a schedule.
 
     Returns:
         Output like q, zero on padding rows; log-sum-exp float32 [rows, heads], minus infinity
@@ -55,13 +62,13 @@ def forward(
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    out[plan.rows :] = 0
-    lse[plan.rows :] = -torch.inf
-    if not plan.rows:
+    out[schedule.rows :] = 0
+    lse[schedule.rows :] = -torch.inf
+    if not schedule.rows:
         return out, lse
 
     def launch(blocks: Blocks) -> None:
-        blocks, tiles, parts = query_grid(q, keys, plan, setting, blocks)
+        blocks, tiles, parts = query_grid(q, keys, schedule, setting, blocks)
         out_parts, lse_parts = out, lse
         if parts > 1:
             out_parts = q.new_empty((parts, *q.shape), dtype=torch.float32)
@@ -73,12 +80,18 @@ def forward(
             tiles=tiles,
             SPLIT=parts > 1,
             **keys.pointers(),
-            **query_arguments(q, keys, tables, plan, setting, blocks),
+            **query_arguments(q, keys, tables, schedule, setting, blocks),
         )
         if parts > 1:
             lines, block = lse.numel(), 16
-            combine_kernel[(triton.cdiv(plan.rows * q.shape[1], block),)](
-                *(out_parts, lse_parts, out, lse, lines, plan.rows * q.shape[1], parts),
+            combine_kernel[(triton.cdiv(schedule.rows * q.shape[1], block),)](
+                out_parts=out_parts,
+                lse_parts=lse_parts,
+                out_lines=out,
+                lse_lines=lse,
+                part_lines=lines,
+                lines=schedule.rows * q.shape[1],
+                parts=parts,
                 HEAD_DIM=q.shape[2],
                 BLOCK=block,
             )
@@ -88,16 +101,16 @@ def forward(
 
 
 def query_grid(
-    q: torch.Tensor, keys: Keys, plan: Plan, setting: Setting, blocks: Blocks
+    q: torch.Tensor, keys: Keys, schedule: Schedule, setting: Setting, blocks: Blocks
 ) -> tuple[Blocks, torch.Tensor, int]:
     """Blocks as fitted to the pack, query tiles, and parts of the visual loop."""
     groups = keys.text.shape[1]
     ratio = q.shape[1] // groups
-    blocks = fitted(blocks, max(plan.lengths) * ratio, ratio)
-    tiles = plan.query_tiles(blocks.queries // ratio)
+    blocks = fitted(blocks, max(schedule.lengths) * ratio, ratio)
+    tiles = schedule.query_tiles(blocks.queries // ratio)
     parts = 1
     if setting.has_visual:
-        most = triton.cdiv(max(plan.visual.key_lengths), blocks.keys)
+        most = triton.cdiv(schedule.visual.most, blocks.keys)
         programs = len(tiles) * groups
         parts = setting.tuning.visual_splits or splits(programs, most, q.device)
     return blocks, tiles, parts
@@ -107,16 +120,17 @@ def query_arguments(
     q: torch.Tensor,
     keys: Keys,
     tables: torch.Tensor,
-    plan: Plan,
+    schedule: Schedule,
     setting: Setting,
     blocks: Blocks,
 ) -> dict[str, object]:
     """Arguments that the kernels over queries share."""
     return {
         "tables": tables,
-        "bounds": plan.bounds(),
-        "rows": plan.rows,
+        "bounds": schedule.bounds(),
+        "rows": schedule.rows,
         "padded_rows": q.shape[0],
+        "slots": schedule.slots,
         "q_row_stride": q.stride(0),
         "q_head_stride": q.stride(1),
         "HEADS": q.shape[1],
@@ -124,6 +138,7 @@ def query_arguments(
         "HEAD_DIM": q.shape[2],
         "BLOCK_M": blocks.queries,
         "BLOCK_N": blocks.keys,
+        "SEVERAL": schedule.slots > 1,
         "HAS_VISUAL": setting.has_visual,
         "HAS_TEXT": setting.has_text,
         "DEBIASED": setting.debiased,

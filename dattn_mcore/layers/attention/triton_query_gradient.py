@@ -77,6 +77,7 @@ def _query_step(
 
 @triton.jit
 def _query_gradient(
+    d_q,
     q,
     d_out,
     lse,
@@ -94,31 +95,64 @@ def _query_gradient(
     multiplier,
     cap_scale,
     columns,
-    BLOCK_M: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
     HAS_CAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradient of a query tile through all keys [tile_low, tile_high) of one set."""
-    d_q = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
+    """Adds the gradient of a query tile through keys [tile_low, tile_high) of one set."""
     start, stop = whole_blocks(tile_low, tile_full_low, tile_full_high, tile_high, BLOCK_N)
     for first in tl.range(start, stop, BLOCK_N):
         d_q = _query_step(
-            *(d_q, q, d_out, lse, delta, keys, values, key_stride, value_stride, first, stop),
-            *(low, high, multiplier, cap_scale, columns, False, HAS_CAP, BLOCK_N, PRECISION),
+            d_q=d_q,
+            q=q,
+            d_out=d_out,
+            lse=lse,
+            delta=delta,
+            keys=keys,
+            values=values,
+            key_stride=key_stride,
+            value_stride=value_stride,
+            first=first,
+            limit=stop,
+            low=low,
+            high=high,
+            multiplier=multiplier,
+            cap_scale=cap_scale,
+            columns=columns,
+            MASKED=False,
+            HAS_CAP=HAS_CAP,
+            BLOCK_N=BLOCK_N,
+            PRECISION=PRECISION,
         )
     before = tl.cdiv(start - tile_low, BLOCK_N)
     for index in tl.range(0, before + tl.cdiv(tile_high - stop, BLOCK_N)):
         first, limit = edge_block(index, before, tile_low, start, stop, tile_high, BLOCK_N)
         d_q = _query_step(
-            *(d_q, q, d_out, lse, delta, keys, values, key_stride, value_stride, first, limit),
-            *(low, high, multiplier, cap_scale, columns, True, HAS_CAP, BLOCK_N, PRECISION),
+            d_q=d_q,
+            q=q,
+            d_out=d_out,
+            lse=lse,
+            delta=delta,
+            keys=keys,
+            values=values,
+            key_stride=key_stride,
+            value_stride=value_stride,
+            first=first,
+            limit=limit,
+            low=low,
+            high=high,
+            multiplier=multiplier,
+            cap_scale=cap_scale,
+            columns=columns,
+            MASKED=True,
+            HAS_CAP=HAS_CAP,
+            BLOCK_N=BLOCK_N,
+            PRECISION=PRECISION,
         )
     return d_q
 
 
-@triton.jit(do_not_specialize=["rows", "padded_rows"])
+@triton.jit(do_not_specialize=["rows", "padded_rows", "slots"])
 def query_kernel(
     q_rows,
     text_keys,  # rotated
@@ -136,6 +170,7 @@ def query_kernel(
     d_text,  # float32 [rows, HEADS, HEAD_DIM]: d (rotated q) through text keys
     rows,
     padded_rows,
+    slots,
     q_row_stride,
     q_head_stride,
     text_key_stride,
@@ -155,6 +190,7 @@ def query_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    SEVERAL: tl.constexpr,  # slots; else there is one
     HAS_VISUAL: tl.constexpr,
     HAS_TEXT: tl.constexpr,
     DEBIASED: tl.constexpr,
@@ -164,7 +200,7 @@ def query_kernel(
     """Gradient of one query tile, apart for visual and text keys, whose queries differ."""
     group, columns = tl.program_id(1), tl.arange(0, HEAD_DIM)
     tile, row, head, real, lines = query_tile(
-        q_rows, tiles, q_row_stride, q_head_stride, RATIO, BLOCK_M
+        q_rows, tiles, slots, q_row_stride, q_head_stride, RATIO, BLOCK_M
     )
     q = query(lines, row, real, columns, tables, padded_rows, HEAD_DIM, not DEBIASED)
     at = row.to(tl.int64) * HEADS + head
@@ -178,31 +214,66 @@ def query_kernel(
     lse = tl.where(lse == float("-inf"), 0.0, lse)
 
     if HAS_VISUAL:
-        low, high = row_ranges(bounds, rows, row, real)
-        tile_low, tile_high = part_of(tl.load(tile + 2), tl.load(tile + 5), BLOCK_N, SPLIT)
-        d_q = _query_gradient(
-            *(q, d_out, lse, delta),
-            visual_keys + group * visual_key_group,
-            visual_values + group * visual_value_group,
-            *(visual_key_stride, visual_value_stride),
-            *(tile_low, tl.load(tile + 3), tl.load(tile + 4), tile_high),
-            *(low, high, multiplier, cap_scale, columns),
-            *(BLOCK_M, HEAD_DIM, HAS_CAP, BLOCK_N, PRECISION),
-        )
+        d_q = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
+        count = 1
+        if SEVERAL:
+            count = slots
+        for slot in tl.range(0, count):
+            ends = tile + 6 + 4 * slot
+            low, high = row_ranges(bounds + (2 + 2 * slot) * rows, rows, row, real)
+            tile_low, tile_high = part_of(tl.load(ends), tl.load(ends + 3), slot, BLOCK_N, SPLIT)
+            d_q = _query_gradient(
+                d_q=d_q,
+                q=q,
+                d_out=d_out,
+                lse=lse,
+                delta=delta,
+                keys=visual_keys + group * visual_key_group,
+                values=visual_values + group * visual_value_group,
+                key_stride=visual_key_stride,
+                value_stride=visual_value_stride,
+                tile_low=tile_low,
+                tile_full_low=tl.load(ends + 1),
+                tile_full_high=tl.load(ends + 2),
+                tile_high=tile_high,
+                low=low,
+                high=high,
+                multiplier=multiplier,
+                cap_scale=cap_scale,
+                columns=columns,
+                HAS_CAP=HAS_CAP,
+                BLOCK_N=BLOCK_N,
+                PRECISION=PRECISION,
+            )
         part = tl.program_id(2).to(tl.int64) * padded_rows * HEADS * HEAD_DIM
         tl.store(d_visual + part + element, d_q * scale, mask=real[:, None])
     if HAS_TEXT and (not SPLIT or tl.program_id(2) == tl.num_programs(2) - 1):
         if DEBIASED:
             # Not before: the tile must not take shared memory twice in the visual loop.
             q = query(lines, row, real, columns, tables, padded_rows, HEAD_DIM, True)
-        low, high = row_ranges(bounds + 2 * rows, rows, row, real)
+        d_q = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
+        low, high = row_ranges(bounds, rows, row, real)
         d_q = _query_gradient(
-            *(q, d_out, lse, delta),
-            text_keys + group * text_key_group,
-            text_values + group * text_value_group,
-            *(text_key_stride, text_value_stride),
-            *(tl.load(tile + 6), tl.load(tile + 7), tl.load(tile + 8), tl.load(tile + 9)),
-            *(low, high, multiplier, cap_scale, columns),
-            *(BLOCK_M, HEAD_DIM, HAS_CAP, BLOCK_N, PRECISION),
+            d_q=d_q,
+            q=q,
+            d_out=d_out,
+            lse=lse,
+            delta=delta,
+            keys=text_keys + group * text_key_group,
+            values=text_values + group * text_value_group,
+            key_stride=text_key_stride,
+            value_stride=text_value_stride,
+            tile_low=tl.load(tile + 2),
+            tile_full_low=tl.load(tile + 3),
+            tile_full_high=tl.load(tile + 4),
+            tile_high=tl.load(tile + 5),
+            low=low,
+            high=high,
+            multiplier=multiplier,
+            cap_scale=cap_scale,
+            columns=columns,
+            HAS_CAP=HAS_CAP,
+            BLOCK_N=BLOCK_N,
+            PRECISION=PRECISION,
         )
         tl.store(d_text + element, d_q * scale, mask=real[:, None])

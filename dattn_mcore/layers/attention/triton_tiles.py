@@ -54,12 +54,16 @@ def edge_block(index, before, low, start, stop, high, STEP: tl.constexpr):
 
 
 @triton.jit
-def part_of(low, high, STEP: tl.constexpr, SPLIT: tl.constexpr):
-    """[low, high), or this program's share of it where the third axis of the grid splits a loop."""
+def part_of(low, high, turn, STEP: tl.constexpr, SPLIT: tl.constexpr):
+    """[low, high), or this program's share of it where the third axis of the grid splits a loop.
+
+    `turn` counts the ranges of a program: short ones go to another part each.
+    """
     if SPLIT:
+        part = (tl.program_id(2) + turn) % tl.num_programs(2)
         share = tl.cdiv(tl.cdiv(high - low, STEP), tl.num_programs(2)) * STEP
-        low = low + tl.program_id(2) * share
-        high = tl.maximum(low, tl.minimum(low + share, high))
+        low = tl.minimum(low + part * share, high)
+        high = tl.minimum(low + share, high)
     return low, high
 
 
@@ -67,13 +71,14 @@ def part_of(low, high, STEP: tl.constexpr, SPLIT: tl.constexpr):
 def query_tile(
     q_rows,
     tiles,  # `visible_ranges.query_tiles`
+    slots,
     q_row_stride,
     q_head_stride,
     RATIO: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """This program's tile: its entry, and row, head, being real and pointer of each line."""
-    tile = tiles + tl.program_id(0) * 10
+    tile = tiles + tl.program_id(0) * (6 + 4 * slots)
     line = tl.arange(0, BLOCK_M)
     row, head = tl.load(tile) + line // RATIO, tl.program_id(1) * RATIO + line % RATIO
     # A tile has at most BLOCK_M // RATIO rows; lines beyond its last row are idle.

@@ -14,6 +14,7 @@ import torch
 from benchmarks import attention_backends, gpu_check, gpu_packages, planned_step
 from benchmarks.measure import peak_bytes, seconds_in_turn
 from benchmarks.results import hand_over, markdown_table, write_section
+from dattn_mcore.layers.attention.flash import FlashBackend
 
 CPU = torch.device("cpu")
 # Of what the command leaves to a default.
@@ -83,7 +84,7 @@ def test_the_page_gets_tables_and_says_what_failed(tmp_path, monkeypatch):
 def test_a_gpu_without_transformer_engine_does_not_pass_unasked(te, flag, monkeypatch, capsys):
     """Tests and benchmarks pass here; the packages' lines come first and last."""
     monkeypatch.setattr(gpu_packages, "transformer_engine_missing", lambda: te)
-    monkeypatch.setattr(gpu_packages, "flash_refuses", lambda *layer: "flash is gone")
+    monkeypatch.setattr(FlashBackend, "refuses", lambda *layer: "flash is gone")
     ran = []
 
     def run(command, **kwargs):

@@ -31,10 +31,21 @@ class Dense:
     lse_bound: torch.Tensor
 
 
+def samples_and_reading(params):
+    """int64 [V + T] each: a row's sample, -1 on padding, and its index in the sample."""
+    sample = torch.full((params.num_visual + params.num_text,), -1, dtype=torch.int64)
+    reading = torch.zeros_like(sample)
+    lengths = [v + t for v, t in zip(params.visual_lengths, params.text_lengths, strict=True)]
+    for index, rows in enumerate(params.reading_order.cpu().split(lengths)):
+        sample[rows] = index
+        reading[rows] = torch.arange(len(rows))
+    return sample, reading
+
+
 def visibility(params, window):
     """bool [T, V] and [T, T], from samples and reading positions alone."""
     v = params.num_visual
-    sample, reading = params.sample_of_row, params.reading_positions
+    sample, reading = samples_and_reading(params)
     real = (sample[v:, None] >= 0) & (sample[v:, None] == sample[None, :])
     sees = real & (reading[v:, None] >= reading[None, :])
     text = params.text_positions

@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dattn_mcore.errors import ConfigError
-from dattn_mcore.layers.attention import BACKENDS, AttentionOptions, Rotary, choose_backend
+from dattn_mcore.layers.attention import (
+    BACKENDS,
+    AttentionInputs,
+    AttentionOptions,
+    Rotary,
+    choose_backend,
+)
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.layout import build_seq_params
 
@@ -51,8 +57,17 @@ def run(backend, inputs, params, options):
         text=rotary_angles(params.text_positions, inv_freq),
         visual=rotary_angles(params.visual_positions, inv_freq),
     )
-    q_visual = inputs[5] if options.v2v == "causal" else None
-    return BACKENDS[backend](*inputs[:5], q_visual, rotary, params, options)
+    of_pack = AttentionInputs(
+        q=inputs[0],
+        k_text=inputs[1],
+        v_text=inputs[2],
+        k_visual=inputs[3],
+        v_visual=inputs[4],
+        q_visual=inputs[5] if options.v2v == "causal" else None,
+        rotary=rotary,
+        params=params,
+    )
+    return BACKENDS[backend].attend(of_pack, options)
 
 
 def rope(x, position):

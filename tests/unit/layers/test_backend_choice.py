@@ -67,7 +67,7 @@ def test_auto_takes_the_fastest_that_can(
         ("triton", "gpu", BF16, 80, "head size 80"),
         ("triton", "gpu", torch.float64, 64, "float64"),
         ("sdpa", "gpu", FP32, 64, "float32"),
-        ("turbo", "cpu", FP32, 64, "use one of auto, reference, sdpa, flash, triton"),
+        ("turbo", "cpu", FP32, 64, "use one of auto, flash, triton, sdpa, reference"),
     ],
 )
 def test_asking_for_one_that_cannot_run_is_an_error(

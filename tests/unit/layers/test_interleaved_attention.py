@@ -18,10 +18,10 @@ from dattn_mcore.config.load import from_dict
 from dattn_mcore.layers.attention import flash, sdpa
 from dattn_mcore.layers.attention.rows import passes_over_images
 from dattn_mcore.layers.attention.sdpa_batches import block_batches
-from dattn_mcore.layers.layout import build_seq_params
+from dattn_mcore.layers.layout import Block, build_seq_params
 from dattn_mcore.plan.activations import attention_bytes
 from dattn_mcore.plan.rows import rows_of
-from tests.unit.layers import flash_stand_in
+from tests.unit.layers import drawn_blocks, flash_stand_in
 from tests.unit.layers.test_attention import (
     DIM,
     GROUPS,
@@ -195,7 +195,7 @@ def test_visual_rows_cut_into_powers_of_two_equal_the_oracle():
     """Eleven samples whose numbers of visual rows all differ: cut, they are fewer calls."""
     layouts = tuple(((True, rows), (False, 2)) for rows in range(5, 16))
     params = build_seq_params(layouts, t2v_position="none")
-    assert [len(batches) for batches in block_batches(params, CPU)] == [1] * 4
+    assert [len(batches) for batches in block_batches(params.blocks, CPU)] == [1] * 4
     compare("sdpa", layouts, options_for(MODES[0]))
 
 
@@ -216,6 +216,28 @@ def test_bfloat16_does_not_lose_bits_with_every_pass():
         assert (want - grad.double()).norm() < 0.01 * want.norm()
 
 
+def check_passes(blocks, text, visual):
+    """Every visible pair once, and no row twice in a pass; returns the number of passes."""
+    seen = torch.zeros(text, visual, dtype=torch.int64)
+    for block in blocks:
+        seen[block.text_start : block.text_stop, block.visual_start : block.visual_stop] = 1
+    found = torch.zeros_like(seen)
+    passes = passes_over_images(blocks)
+    for rectangles in passes:
+        here = torch.zeros_like(seen)
+        for rectangle in rectangles:
+            for start, stop in rectangle.q_spans:
+                part = here[start:stop, slice(*rectangle.k_span)]
+                assert part.numel()
+                part += 1
+        used_text, used_visual = here.any(1), here.any(0)
+        assert sum(one.queries for one in rectangles) == used_text.sum()
+        assert sum(one.keys for one in rectangles) == used_visual.sum()
+        found += here
+    assert torch.equal(found, seen)
+    return len(passes)
+
+
 runs = st.lists(st.tuples(st.booleans(), st.integers(0, 4)), max_size=40)
 
 
@@ -224,24 +246,28 @@ runs = st.lists(st.tuples(st.booleans(), st.integers(0, 4)), max_size=40)
 def test_passes_hold_every_visible_pair_once_and_no_row_twice(samples):
     layouts = tuple(map(tuple, samples))
     params = build_seq_params(layouts, t2v_position="none")
-    seen = torch.zeros(params.num_text, params.num_visual, dtype=torch.int64)
-    for block in params.blocks:
-        seen[block.text_start : block.text_stop, block.visual_start : block.visual_stop] = 1
-    found = torch.zeros_like(seen)
-    passes = passes_over_images(params.blocks)
-    for blocks in passes:
-        here = torch.zeros_like(seen)
-        for block in blocks:
-            part = here[block.text_start : block.text_stop, block.visual_start : block.visual_stop]
-            assert part.numel()
-            part += 1
-        used_text, used_visual = here.any(1), here.any(0)
-        assert sum(b.text_stop - b.text_start for b in blocks) == used_text.sum()
-        assert sum(b.visual_stop - b.visual_start for b in blocks) == used_visual.sum()
-        found += here
-    assert torch.equal(found, seen)
+    passes = check_passes(params.blocks, params.num_text, params.num_visual)
     most = max(sum(1 for is_visual, rows in layout if rows and not is_visual) for layout in layouts)
-    assert len(passes) <= 1 + math.ceil(math.log2(max(most, 1)))
+    assert passes <= 1 + math.ceil(math.log2(max(most, 1)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(drawn=drawn_blocks.runs)
+def test_passes_of_any_blocks_hold_every_pair_once_and_no_row_twice(drawn):
+    blocks, text = drawn_blocks.blocks_of(drawn)
+    passes = check_passes(blocks, text, 41)
+    staircases = len({block.visual_start for block in blocks})
+    steps = len({block.visual_stop for block in blocks})
+    assert passes <= staircases * (1 + math.ceil(math.log2(max(steps, 1))))
+
+
+def test_samples_that_see_the_same_images_take_no_more_passes():
+    """Eight conversations about the same three images, beside another sample."""
+    blocks = [Block(90, 93, 30, 40)]
+    for sample in range(8):
+        first = 10 * sample
+        blocks += [Block(first + i, first + i + 1, 0, 10 * i) for i in (1, 2, 3)]
+    assert check_passes(blocks, 93, 40) == 1 + math.ceil(math.log2(3))
 
 
 lengths = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=30)
@@ -252,7 +278,7 @@ lengths = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size
 def test_batches_of_dense_kernels_are_few_and_pad_at_most_double(lengths):
     layouts = tuple(((True, visual), (False, text)) for visual, text in lengths)
     params = build_seq_params(layouts, t2v_position="none")
-    passes = block_batches(params, CPU)
+    passes = block_batches(params.blocks, CPU)
     # 9 powers of two up to 300, of visual rows as of text rows that are halved from one to the next
     assert sum(map(len, passes)) <= min(len(lengths), 81)
     ones = torch.ones(params.num_text, 1)

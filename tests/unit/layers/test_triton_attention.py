@@ -8,13 +8,13 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from dattn_mcore.layers.attention import AttentionOptions, Rotary
-from dattn_mcore.layers.attention.reference import reference_attention
+from dattn_mcore.layers.attention import BACKENDS, AttentionInputs, AttentionOptions, Rotary
+from dattn_mcore.layers.attention.modes import softmaxes
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.attention.triton_tuning import Blocks, Tuning
 from dattn_mcore.layers.layout import build_seq_params
 from tests.pairwise import pairwise
-from tests.unit.layers.joint_bounds import dense
+from tests.unit.layers.joint_bounds import dense, samples_and_reading
 from tests.unit.layers.test_attention import LAYOUTS, MODES, compare, options_for
 
 triton = pytest.importorskip("triton", reason="needs triton (pip install triton)")
@@ -29,6 +29,22 @@ GRADIENTS = ("q", "k_text", "v_text", "k_visual", "v_visual")
 def tuning(queries=16, keys=16, visual_splits=1, key_splits=1):
     blocks = Blocks(queries, keys)
     return Tuning(blocks, blocks, blocks, visual_splits, key_splits)
+
+
+def text_softmax(params, options, tuned=None):
+    """Schedule and setting with which the kernel computes the text rows of a pack."""
+    from dattn_mcore.layers.attention.triton_backend import schedule_of, setting_of
+
+    (softmax,) = softmaxes(params, options)
+    device = params.reading_order.device
+    return {
+        "schedule": schedule_of(softmax, params, device),
+        "setting": setting_of(softmax, options, tuned or Tuning()),
+    }
+
+
+def named(inputs):
+    return dict(zip(GRADIENTS, inputs, strict=True))
 
 
 def check_joint(
@@ -51,7 +67,7 @@ def check_joint(
     With `even`, logits are small, and values and the output's gradient above zero: bounds are tight
     and sums grow with every block.
     """
-    from dattn_mcore.layers.attention.triton_backend import _setting, joint, text_plan
+    from dattn_mcore.layers.attention.triton_backend import joint
 
     options = AttentionOptions(scale=dim**-0.5, softcap=softcap, window=window)
     params = build_seq_params(layouts, t2v_position="none", multiple=multiple)
@@ -63,13 +79,14 @@ def check_joint(
         factors = (2.0**-6, 1.0, None, 1.0, None, None)
         rows = [x.abs() if f is None else x * f for x, f in zip(rows, factors, strict=True)]
     *inputs, d_out = rows
-    real_rows = (params.sample_of_row[params.num_visual :] >= 0)[:, None, None]
+    real_rows = (samples_and_reading(params)[0][params.num_visual :] >= 0)[:, None, None]
     d_out = d_out * real_rows  # nobody reads padding rows
     angles = rotary_angles(params.text_positions, 100.0 ** -(torch.arange(0, dim, 2) / dim))
 
     exact = [x.double().requires_grad_() for x in inputs]
     rotary = Rotary(angles.double(), torch.zeros(v, 1, 1, dim, dtype=torch.float64))
-    want_out, _ = reference_attention(*exact, None, rotary, params, options)
+    rows_of_pack = AttentionInputs(**named(exact), q_visual=None, rotary=rotary, params=params)
+    want_out, _ = BACKENDS["reference"].attend(rows_of_pack, options)
     want = (None,) * len(exact)
     if want_out.requires_grad:
         want = torch.autograd.grad(want_out, exact, d_out.double(), allow_unused=True)
@@ -77,9 +94,9 @@ def check_joint(
     reference = dict(zip(("out", *GRADIENTS), (want_out.detach(), *want), strict=True))
 
     leaves = [x.to(device).requires_grad_() for x in inputs]
-    plan = text_plan(params, options, torch.device(device))
-    setting = _setting(options, tuned or Tuning(), has_visual=bool(params.blocks))
-    out, lse = joint(*leaves, angles.to(device), plan, setting)
+    there = build_seq_params(layouts, t2v_position="none", multiple=multiple, device=device)
+    computed = text_softmax(there, options, tuned)
+    out, lse = joint(**named(leaves), angles=angles.to(device), **computed)
     assert out.dtype == dtype and lse.dtype == torch.float32
     grads = torch.autograd.grad(out, leaves, d_out.to(device), allow_unused=True)
 
@@ -216,18 +233,18 @@ def test_all_modes_equal_the_oracle(mode):
 
 def results_of_a_call(device, rows, dim, tuned=None):
     """Output and gradients of one sample of (visual, text) rows in bf16."""
-    from dattn_mcore.layers.attention.triton_backend import _setting, joint, text_plan
+    from dattn_mcore.layers.attention.triton_backend import joint
 
     visual, text = rows
-    params = build_seq_params((((True, visual), (False, text)),), t2v_position="none")
+    layouts = (((True, visual), (False, text)),)
+    params = build_seq_params(layouts, t2v_position="none", device=device)
     generator = torch.Generator().manual_seed(3)
     sizes = [(text, 4), (text, 2), (text, 2), (visual, 2), (visual, 2)]
     leaves = [torch.randn(n, h, dim, generator=generator).bfloat16() for n, h in sizes]
     leaves = [leaf.to(device).requires_grad_() for leaf in leaves]
     angles = torch.randn(text, 1, 1, dim, generator=generator).to(device)
     options = options_for(MODES[0])
-    plan = text_plan(params, options, torch.device(device))
-    out, _ = joint(*leaves, angles, plan, _setting(options, tuned or Tuning()))
+    out, _ = joint(**named(leaves), angles=angles, **text_softmax(params, options, tuned))
     return [out, *torch.autograd.grad(out.float().sum(), leaves)]
 
 
@@ -236,18 +253,3 @@ def test_results_do_not_depend_on_chance():
     splits = tuning(visual_splits=3, key_splits=2)
     first, second = (results_of_a_call("cpu", (40, 5), 16, splits) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("lengths", [(0, 1, 17), (5,)])
-@pytest.mark.parametrize("blocks", [1, 4, 16])
-def test_tiles_cover_each_row_once(lengths, blocks):
-    from dattn_mcore.layers.attention.visible_ranges import (
-        causal_ranges,
-        key_tiles,
-        query_tiles,
-    )
-
-    ranges = causal_ranges(lengths, 3)
-    for tiles in (query_tiles(lengths, blocks, ranges, ranges), key_tiles(lengths, blocks, ranges)):
-        covered = sorted(row for start, stop, *_ in tiles.tolist() for row in range(start, stop))
-        assert covered == list(range(sum(lengths)))

@@ -24,11 +24,13 @@ SHARED_PER_PROGRAM = (
     227 * 1024
 )  # bytes, of a Hopper GPU (its programming guide, technical specifications)
 # Mistral's and Gemma 2's with the blocks that are tried first, and single precision with the last:
-# head size, dtype, soft-cap, split loops, index of the candidate.
+# head size, dtype, soft-cap, split loops, several intervals, index of the candidate.
 CASES = {
-    "mistral": (128, "bf16", False, False, 0),
-    "gemma2-split": (256, "bf16", True, True, 0),
-    "fp32": (128, "fp32", False, False, -1),
+    "mistral": (128, "bf16", False, False, False, 0),
+    "mistral-several": (128, "bf16", False, False, True, 0),
+    "gemma2-split": (256, "bf16", True, True, False, 0),
+    "gemma2-split-several": (256, "bf16", True, True, True, 0),
+    "fp32": (128, "fp32", False, False, False, -1),
 }
 SCRIPT = """
 import json, sys, torch
@@ -36,11 +38,12 @@ from benchmarks.kernel_resources import DTYPES, KERNELS, compile_helpers, compil
 from dattn_mcore.layers.attention.triton_tuning import candidates
 
 made = {}
-for case, (head_dim, dtype, softcap, split, index) in json.loads(sys.argv[1]).items():
+for case, (head_dim, dtype, softcap, split, several, index) in json.loads(sys.argv[1]).items():
     made[case] = [("helper", vars(one)) for one in compile_helpers(head_dim, dtype)]
     for kernel in KERNELS:
         blocks = candidates(kernel, head_dim, DTYPES[dtype], torch.device("meta"))[index]
-        one = compile_main(kernel, head_dim, dtype, blocks, softcap=softcap, split=split)
+        options = dict(softcap=softcap, split=split, several=several)
+        one = compile_main(kernel, head_dim, dtype, blocks, **options)
         made[case].append((kernel, vars(one)))
 json.dump(made, sys.stdout)
 """
@@ -80,5 +83,3 @@ def test_no_length_is_compiled_in(compiled, case):
     for _, made in compiled[case]:
         model = {name for name in made["integers"] if re.search("_stride$|_group$|^heads$", name)}
         assert set(made["specialised"]) & set(made["integers"]) == model
-        # One row of `bounds` each, at any address.
-        assert not {"low_rows", "high_rows"} & set(made["specialised"])

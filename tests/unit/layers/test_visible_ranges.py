@@ -1,6 +1,4 @@
-"""The kernels' tile tables: those of a plain loop over samples, without the loop."""
-
-import itertools
+"""The kernels' tile tables: those of plain loops, without the loops."""
 
 import numpy as np
 import pytest
@@ -8,73 +6,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dattn_mcore.layers.attention.visible_ranges import (
+    INTERVAL_FIELDS,
     KEY_TILE_FIELDS,
-    QUERY_TILE_FIELDS,
-    Ranges,
+    block_key_tiles,
     block_ranges,
+    causal_key_tiles,
     causal_ranges,
-    key_tiles,
+    pieces_of,
     query_tiles,
 )
 from dattn_mcore.layers.layout import build_seq_params
 from tests.counted_lines import lines_of
+from tests.unit.layers import drawn_blocks
 
 
-def plain_query_tiles(lengths, rows, first, second):
-    """Tiles of at most `rows` query rows, none across samples, the costliest first.
-
-    Returns:
-        int32 [tiles, 10]: start and stop row; then for each of the two key sets the first and
-        last key that any row sees, with the range that all rows see in between, as
-        (low, full_low, full_high, high).
-    """
+def plain_query_tiles(lengths, rows, text, visual):
+    """As `query_tiles`, one tile after the other."""
     spans = spans_of(lengths, rows)
-    table = np.zeros((len(spans), QUERY_TILE_FIELDS), dtype=np.int32)
+    slots = [(text.low[0], text.high[0]), *zip(visual.low, visual.high, strict=True)]
+    table = np.zeros((len(spans), 2 + 4 * len(slots)), dtype=np.int32)
     work = np.zeros(len(spans), dtype=np.int64)
     for i, (start, stop) in enumerate(spans):
         table[i, :2] = start, stop
-        for at, ranges in ((2, first), (6, second)):
-            low, high = ranges.low[start:stop], ranges.high[start:stop]
+        for index, (all_low, all_high) in enumerate(slots):
+            low, high = all_low[start:stop], all_high[start:stop]
             sees = low < high
             if sees.any():
                 bottom, top = low[sees].min(), high[sees].max()
                 full_low, full_high = low.max(), high.min()
                 if not sees.all() or full_low >= full_high:
                     full_low = full_high = bottom
-                table[i, at : at + 4] = bottom, full_low, full_high, top
+                table[i, 2 + 4 * index : 6 + 4 * index] = bottom, full_low, full_high, top
                 work[i] += top - bottom
     return table[np.argsort(-work, kind="stable")]
-
-
-def plain_key_tiles(lengths, rows, ranges):
-    """Tiles of at most `rows` keys, none across samples, the costliest first.
-
-    Returns:
-        int32 [tiles, 6]: start and stop key; first and last query row that sees any of the tile,
-        with the rows that see all of it in between, as (low, full_low, full_high, high).
-    """
-    table = []
-    offsets, key_offsets = starts_of(lengths), starts_of(ranges.key_lengths)
-    for sample, (queries, keys) in enumerate(zip(lengths, ranges.key_lengths, strict=True)):
-        begin, key_begin = int(offsets[sample]), int(key_offsets[sample])
-        low = ranges.low[begin : begin + queries]
-        high = ranges.high[begin : begin + queries]
-        start = key_begin + np.arange(0, keys, rows)
-        stop = np.minimum(start + rows, key_begin + keys)
-        # Ends never fall within a sample, so each of these sets of rows is consecutive.
-        some_low, some_high = np.searchsorted(high, start, "right"), np.searchsorted(low, stop)
-        full_low, full_high = np.searchsorted(high, stop), np.searchsorted(low, start, "right")
-        some_high = np.maximum(some_high, some_low)
-        full_high = np.maximum(full_high, full_low)
-        rows_of_tile = [some_low, full_low, full_high, some_high]
-        table.append(np.stack([start, stop, *(begin + x for x in rows_of_tile)], axis=1))
-    tiles = np.concatenate(table) if table else np.zeros((0, KEY_TILE_FIELDS))
-    tiles = tiles.astype(np.int32)
-    return tiles[np.argsort(tiles[:, 2] - tiles[:, 5], kind="stable")]
-
-
-def starts_of(lengths):
-    return np.array([0, *itertools.accumulate(lengths)][: len(lengths)], dtype=np.int64)
 
 
 def spans_of(lengths, rows):
@@ -86,40 +50,91 @@ def spans_of(lengths, rows):
     return spans
 
 
-def ranges_of(layouts, window):
-    params = build_seq_params(layouts, t2v_position="none")
-    visual = block_ranges(params.blocks, params.text_lengths, params.visual_lengths)
-    return params.text_lengths, visual, causal_ranges(params.text_lengths, window)
+def visible(ranges, keys):
+    """bool [slots, rows, keys]."""
+    key = np.arange(keys)
+    return (ranges.low[..., None] <= key) & (key < ranges.high[..., None])
 
 
-runs = st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=8)
+def check_key_tiles(made, ranges, keys, rows, first_line):
+    """Every visible pair in one interval; none that nobody sees at the ends; full rows see all."""
+    assert made.tiles.dtype == made.intervals.dtype == np.int32
+    assert made.tiles.shape[1] == KEY_TILE_FIELDS
+    assert made.intervals.shape[1] == INTERVAL_FIELDS
+    sees = visible(ranges, keys)
+    found = np.zeros_like(sees, dtype=int)
+    covered, work = [], []
+    for start, stop, first, count in made.tiles.tolist():
+        assert 0 < stop - start <= rows and count >= 1
+        covered += range(start, stop)
+        work.append(0)
+        for line, low, full_low, full_high, high in made.intervals[first : first + count].tolist():
+            if low == high:
+                assert count == 1
+                continue
+            slot = (line - first_line) // 2
+            here = sees[slot, :, start:stop]
+            assert low <= full_low <= full_high <= high
+            assert here[low].any() and here[high - 1].any()
+            assert here[full_low:full_high].all()
+            found[slot, low:high, start:stop] += here[low:high]
+            work[-1] += high - low
+    assert sorted(covered) == list(range(len(covered)))
+    assert not sees[..., len(covered) :].any()
+    assert work == sorted(work, reverse=True) and made.most == max(work, default=0)
+    np.testing.assert_array_equal(found, sees)
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    samples=st.lists(runs, max_size=8),
-    rows=st.sampled_from([1, 4, 16, 64]),
-    window=st.sampled_from([None, 1, 7]),
+samples = st.lists(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=8).map(tuple), max_size=8
 )
-def test_tiles_are_those_of_a_loop_over_samples(samples, rows, window):
-    lengths, visual, causal = ranges_of(samples, window)
-    nothing = Ranges(causal.low, causal.low, (0,) * len(lengths))
-    for first, second in ((visual, causal), (nothing, causal)):
-        tiles = query_tiles(lengths, rows, first, second)
-        np.testing.assert_array_equal(tiles, plain_query_tiles(lengths, rows, first, second))
-        assert tiles.dtype == np.int32 and tiles.shape[1] == QUERY_TILE_FIELDS
-    for ranges in (visual, causal, nothing):
-        tiles = key_tiles(lengths, rows, ranges)
-        np.testing.assert_array_equal(tiles, plain_key_tiles(lengths, rows, ranges))
-        assert tiles.dtype == np.int32 and tiles.shape[1] == KEY_TILE_FIELDS
+tile_rows = st.sampled_from([1, 4, 16, 64])
+windows = st.sampled_from([None, 1, 7])
+
+
+@settings(max_examples=200, deadline=None)
+@given(layouts=samples, rows=tile_rows, window=windows)
+def test_tiles_of_ordinary_packs(layouts, rows, window):
+    params = build_seq_params(layouts, t2v_position="none")
+    lengths, pieces = params.text_lengths, pieces_of(params.blocks)
+    text, visual = causal_ranges(lengths, window), block_ranges(pieces, sum(lengths))
+    assert len(visual.low) == 1
+    tiles = query_tiles(lengths, rows, text, visual)
+    np.testing.assert_array_equal(tiles, plain_query_tiles(lengths, rows, text, visual))
+    assert tiles.dtype == np.int32
+    check_key_tiles(causal_key_tiles(lengths, window, rows), text, sum(lengths), rows, 0)
+    over_visual = block_key_tiles(pieces, rows)
+    check_key_tiles(over_visual, visual, params.num_visual, rows, 2)
+    assert (over_visual.tiles[:, 3] == 1).all()  # the kernel then needs no loop over intervals
+
+
+@settings(max_examples=200, deadline=None)
+@given(drawn=drawn_blocks.runs, rows=tile_rows)
+def test_tiles_of_any_blocks(drawn, rows):
+    blocks, text = drawn_blocks.blocks_of(drawn)
+    pieces, causal = pieces_of(blocks), causal_ranges((text,), None)
+    ranges = block_ranges(pieces, text)
+    seen = visible(ranges, 41)
+    expected = np.zeros((text, 41), dtype=int)
+    for block in blocks:
+        expected[block.text_start : block.text_stop, block.visual_start : block.visual_stop] += 1
+    np.testing.assert_array_equal(seen.sum(0), expected)
+    assert ranges.most == expected.sum(1).max(initial=0)
+    tiles = query_tiles((text,), rows, causal, ranges)
+    np.testing.assert_array_equal(tiles, plain_query_tiles((text,), rows, causal, ranges))
+    check_key_tiles(block_key_tiles(pieces, rows), ranges, 41, rows, 2)
 
 
 @pytest.mark.parametrize("samples", [1, 3000])
 def test_python_work_does_not_grow_with_samples(samples):
     """Lines run, not seconds. A loop over samples runs three lines and more for each."""
-    layouts = (((False, 2), (True, 9), (False, 20)),) * samples
-    lengths, visual, causal = ranges_of(layouts, None)
+    params = build_seq_params(
+        (((False, 2), (True, 9), (False, 20)),) * samples, t2v_position="none"
+    )
+    lengths, pieces = params.text_lengths, pieces_of(params.blocks)
     with lines_of("layers/attention/visible_ranges.py") as counted:
-        query_tiles(lengths, 16, visual, causal)
-        key_tiles(lengths, 16, visual)
-    assert 0 < counted.lines < 100
+        visual, causal = block_ranges(pieces, sum(lengths)), causal_ranges(lengths, None)
+        query_tiles(lengths, 16, causal, visual)
+        block_key_tiles(pieces, 16)
+        causal_key_tiles(lengths, None, 16)
+    assert 0 < counted.lines < 200
