@@ -16,6 +16,8 @@ ARGS ?=
 BIN := .venv/bin
 NEWEST := .venv-newest/bin
 LOCK := pyproject.toml constraints.txt constraints-torch.txt
+# Tests that start no processes of their own run side by side (pytest-xdist).
+ALL_CORES := -n logical --maxprocesses 8
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: quickstart test-fast test test-all check gpu-check update
@@ -25,13 +27,15 @@ quickstart: .venv/installed
 	@$(BIN)/python -m dattn_mcore.quickstart $(ARGS)
 
 test-fast: .venv/installed-dev
-	$(BIN)/python -m pytest -q --tier fast $(ARGS)
+	$(BIN)/python -m pytest -q --tier fast $(ALL_CORES) $(ARGS)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q --tier default $(ARGS)
+	$(BIN)/python -m pytest -q --tier fast $(ALL_CORES) $(ARGS)
+	$(BIN)/python -m pytest -q --tier default --beyond fast $(ARGS)
 
 test-all: .venv/installed-dev
-	$(BIN)/python -m pytest -q --tier all $(ARGS)
+	$(BIN)/python -m pytest -q --tier fast $(ALL_CORES) $(ARGS)
+	$(BIN)/python -m pytest -q --tier all --beyond fast $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -51,7 +55,8 @@ newest: .venv-newest/bin/pip
 	@$(NEWEST)/python -m tools.install --newest --dev
 
 test-newest: newest
-	DATTN_MATRIX_NEWEST=1 $(NEWEST)/python -m pytest -q --tier all $(ARGS)
+	$(NEWEST)/python -m pytest -q --tier fast $(ALL_CORES) $(ARGS)
+	DATTN_MATRIX_NEWEST=1 $(NEWEST)/python -m pytest -q --tier all --beyond fast $(ARGS)
 
 quickstart-newest: newest
 	@$(NEWEST)/python -m dattn_mcore.quickstart $(ARGS)

@@ -21,7 +21,9 @@ from tests.tiers import (  # noqa: E402, F401  (pytest finds hooks here)
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_configure,
+    pytest_sessionfinish,
     pytest_terminal_summary,
+    pytest_testnodedown,
 )
 
 torch.set_num_threads(1)

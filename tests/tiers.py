@@ -99,6 +99,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="all",
         help="which tests to run (tests/tiers.py)",
     )
+    parser.addoption(
+        "--beyond",
+        choices=sorted(LEFT_OUT),
+        help="without those of this smaller tier, which ran before",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -108,24 +113,49 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks every test and takes those away that the tier leaves out."""
-    unwanted = LEFT_OUT[config.getoption("tier")]
-    kept, left_out = [], []
+    """Marks every test and takes those away that the tier leaves out, or that ran before."""
+    unwanted, before = LEFT_OUT[config.getoption("tier")], config.getoption("beyond")
+    kept, left_out, ran = [], [], []
     for item in items:
         for marker in markers_of(item):
             item.add_marker(marker)
-        names = {mark.name for mark in item.iter_markers()}
-        (left_out if names & unwanted else kept).append(item)
-    if left_out:
+        names = _names(item)
+        if before is not None and not names & LEFT_OUT[before]:
+            ran.append(item)
+        else:
+            (left_out if names & unwanted else kept).append(item)
+    if left_out or ran:
         config.stash[_LEFT_OUT] = left_out
-        config.hook.pytest_deselected(items=left_out)
+        config.hook.pytest_deselected(items=[*left_out, *ran])
         items[:] = kept
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Leaves what to say to the process that started this one, where tests run in several.
+
+    That a tier has none of the tests asked for is no failure.
+    """
+    config = session.config
+    if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and _LEFT_OUT in config.stash:
+        session.exitstatus = pytest.ExitCode.OK
+    if hasattr(config, "workeroutput"):  # pytest-xdist's
+        config.workeroutput["left_out"] = _summary_of(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes over what a process of pytest-xdist leaves; all have collected the same tests."""
+    node.config.stash[_LINES] = getattr(node, "workeroutput", {}).get("left_out", [])
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Says what the tier left out and how to run it."""
-    for line in summary(config.getoption("tier"), config.stash.get(_LEFT_OUT, [])):
+    for line in config.stash.get(_LINES, None) or _summary_of(config):
         terminalreporter.write_line(line)
+
+
+def _summary_of(config: pytest.Config) -> list[str]:
+    return summary(config.getoption("tier"), config.stash.get(_LEFT_OUT, []))
 
 
 def summary(tier: str, left_out: list[pytest.Item]) -> list[str]:
@@ -152,3 +182,4 @@ def _names(item: pytest.Item) -> set[str]:
 
 
 _LEFT_OUT = pytest.StashKey[list[pytest.Item]]()
+_LINES = pytest.StashKey[list[str]]()

@@ -65,13 +65,13 @@ def test_everything_that_is_imported_is_asked_for():
     ("target", "ends_with"),
     [
         ("quickstart", ".venv/bin/python -m dattn_mcore.quickstart optim.lr=1"),
-        ("test-fast", ".venv/bin/python -m pytest -q --tier fast optim.lr=1"),
-        ("test", ".venv/bin/python -m pytest -q --tier default optim.lr=1"),
-        ("test-all", ".venv/bin/python -m pytest -q --tier all optim.lr=1"),
+        ("test-fast", ".venv/bin/python -m pytest -q --tier fast -n logical --maxprocesses 8 optim.lr=1"),
+        ("test", ".venv/bin/python -m pytest -q --tier default --beyond fast optim.lr=1"),
+        ("test-all", ".venv/bin/python -m pytest -q --tier all --beyond fast optim.lr=1"),
         ("check", ".venv/bin/mypy"),
         ("gpu-check", ".venv/bin/python -m benchmarks.gpu_check optim.lr=1"),
         ("update", ".venv/bin/python -m pytest -q tests/matrix"),
-        ("test-newest", ".venv-newest/bin/python -m pytest -q --tier all optim.lr=1"),
+        ("test-newest", ".venv-newest/bin/python -m pytest -q --tier all --beyond fast optim.lr=1"),
         ("quickstart-newest", ".venv-newest/bin/python -m dattn_mcore.quickstart optim.lr=1"),
     ],
 )

@@ -15,7 +15,12 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 CONFTEST = """
 import pytest
 from tests.tiers import (
-    pytest_addoption, pytest_collection_modifyitems, pytest_configure, pytest_terminal_summary
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
 )
 
 @pytest.fixture
@@ -52,7 +57,8 @@ def run(tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        return "".join(sorted(re.findall(r"::test_(\w) PASSED", done.stdout))), done.stdout
+        passed = re.findall(r"PASSED \S+::test_(\w)|::test_(\w) PASSED", done.stdout)
+        return "".join(sorted(map("".join, passed))), done.stdout
 
     return call
 
@@ -65,12 +71,20 @@ def test_a_tier_leaves_tests_out_and_says_so(run):
     assert "      3  processes: starts processes" in output and "      1  slow: " in output
     assert "      2  interpreter: " in output and "      1  slurm: " in output
     assert "make test runs 4 of them, make test-all runs 6 of them\n" in output
+    ran, in_two = run("--tier", "fast", "-n", "2")
+    assert ran == "a"
+    for line in output.partition("make test-fast leaves out")[2].splitlines()[:-1]:
+        assert line in in_two
 
     ran, output = run("--tier", "default")
     assert ran == "abdef"
     assert "make test leaves out 2 tests:\n      1  slurm: " in output
     assert "make test-all runs 2 of them\n" in output
 
+    assert run("--tier", "default", "--beyond", "fast")[0] == "bdef"
+    assert run("--tier", "all", "--beyond", "fast")[0] == "bcdefg"
+    ran, output = run("--tier", "fast", "-k", "test_c")
+    assert ran == "" and "make test-fast leaves out 1 tests:\n" in output
     for arguments in (("--tier", "all"), ()):
         ran, output = run(*arguments)
         assert ran == "abcdefg" and "leaves out" not in output
@@ -90,5 +104,8 @@ def test_every_place_has_tests():
 def test_every_tier_has_its_command():
     for tier, command in tiers.COMMANDS.items():
         target = command.removeprefix("make ")
-        assert re.search(rf"^{target}:.*\n\t.*--tier {tier} ", MAKEFILE, re.MULTILINE), command
+        lines = rf"^{target}:.*\n\t.*--tier fast \$\(ALL_CORES\) "
+        if tier != "fast":
+            lines += rf".*\n\t.*--tier {tier} --beyond fast "
+        assert re.search(lines, MAKEFILE, re.MULTILINE), command
     assert tiers.LEFT_OUT["fast"] > tiers.LEFT_OUT["default"] > tiers.LEFT_OUT["all"] == set()
