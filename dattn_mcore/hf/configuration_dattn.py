@@ -110,8 +110,8 @@ class DattnConfig(PreTrainedConfig):
         self.t2v_position = t2v_position
         self.merge = merge
         self.visual_positions = visual_positions
-        width = getattr(self.text_config, "hidden_size", None)
-        self.projector_hidden_size = projector_hidden_size or width
+        width: Any = getattr(self.text_config, "hidden_size", None)
+        self.projector_hidden_size: Any = projector_hidden_size or width
         self.projector_norm_eps = projector_norm_eps
         self.projector_output_norm_init = projector_output_norm_init
         self.vision_feature_layer = vision_feature_layer

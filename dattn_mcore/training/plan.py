@@ -70,9 +70,11 @@ def attention_backends(config: Config, device_type: str) -> list[tuple[str, Back
     """
     options = attention_options(config)
     windows = sorted(set(config.model.llm.windows), key=lambda window: window or 0, reverse=True)
-    names = {None: "other layers"} if len(windows) > 1 else dict.fromkeys(windows, "all layers")
     kinds = [
-        (names.get(window, "windowed layers"), replace(options, window=window))
+        (
+            "all layers" if len(windows) == 1 else "windowed layers" if window else "other layers",
+            replace(options, window=window),
+        )
         for window in windows
     ]
     head_dim, dtype = config.model.llm.head_dim, params_dtype(config)

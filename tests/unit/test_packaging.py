@@ -65,7 +65,10 @@ def test_everything_that_is_imported_is_asked_for():
     ("target", "ends_with"),
     [
         ("quickstart", ".venv/bin/python -m dattn_mcore.quickstart optim.lr=1"),
-        ("test-fast", ".venv/bin/python -m pytest -q --tier fast -n logical --maxprocesses 8 optim.lr=1"),
+        (
+            "test-fast",
+            ".venv/bin/python -m pytest -q --tier fast -n logical --maxprocesses 8 optim.lr=1",
+        ),
         ("test", ".venv/bin/python -m pytest -q --tier default --beyond fast optim.lr=1"),
         ("test-all", ".venv/bin/python -m pytest -q --tier all --beyond fast optim.lr=1"),
         ("check", ".venv/bin/mypy"),

