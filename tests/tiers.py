@@ -68,10 +68,10 @@ BY_PLACE = {
 SLOW = (
     "tests/distributed/test_features_by_layout.py::test_bf16_follows_fp32",
     "tests/distributed/test_killed.py::test_sigkill_at_any_moment",
-    "tests/end_to_end/test_cli.py::test_trains_under_torchrun_alone_and_with_a_restart",
+    "tests/end_to_end/test_dattn_command.py::test_trains_under_torchrun_alone_and_with_a_restart",
     "tests/end_to_end/test_command_line.py::test_one_process_restarts_itself_under_eight",
     "tests/end_to_end/test_command_line.py::test_ranks_of_a_killed_torchrun_save_and_end",
-    "tests/end_to_end/test_compare_losses.py",
+    "tests/end_to_end/test_loss_comparison.py",
     "tests/end_to_end/test_quickstart.py::test_a_broken_forward_ends_the_whole_command_with_its_line",
     "tests/end_to_end/test_quickstart.py::test_every_step_takes_what_the_one_before_it_left",
     "tests/unit/benchmarks/test_convert_full_size.py::test_there_and_back_at_the_small_scale",

@@ -44,7 +44,9 @@ def test_a_case_is_what_its_name_says(case):
 
 
 @pytest.mark.parametrize(
-    "pair", [pair for pair, reason in EXCLUDED.items() if reason == REFUSED], ids=str
+    "pair",
+    [pair for pair, reason in EXCLUDED.items() if reason == REFUSED],
+    ids=lambda pair: str(sorted(pair)),
 )
 def test_what_is_called_refused_is_refused(pair):
     with pytest.raises(ConfigError):
