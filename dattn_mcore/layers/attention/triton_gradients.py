@@ -188,7 +188,7 @@ def _key_gradients(
         for grad in results:
             grad[made.keys :] = 0
 
-    if schedule.rows and (kind == "text" or schedule.blocks):
+    if schedule.rows and (kind == "text" or schedule.visual.most):
         first_that_fits("key", setting.tuning.key, q, launch)
         return results[0], results[1]
     zeros = torch.zeros(keys.shape, dtype=keys.dtype, device=keys.device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 
 from dattn_mcore.layers.attention.modes import Causal
@@ -102,7 +103,7 @@ class Schedule:
     def _bounds(self) -> torch.Tensor:
         pairs = zip(self.visual.low, self.visual.high, strict=True)
         columns = [self.text.low[0], self.text.high[0], *(end for pair in pairs for end in pair)]
-        return torch.stack([self._moved(column) for column in columns])
+        return self._moved(np.stack(columns))
 
     def _key_tiles(self, kind: KeyKind, rows: int) -> DeviceKeyTiles:
         if kind == "text":
@@ -117,8 +118,8 @@ class Schedule:
             keys=int(made.tiles[:, 1].max(initial=0)),
         )
 
-    def _moved(self, array: object) -> torch.Tensor:
-        return torch.as_tensor(array).to(self.device, non_blocking=True)
+    def _moved(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def _once(self, key: object, make: Callable[[], _Made]) -> _Made:
         if key not in self.cache:

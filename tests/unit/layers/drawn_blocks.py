@@ -5,15 +5,13 @@ from hypothesis import strategies as st
 from dattn_mcore.layers.layout import Block
 
 # Runs of text: rows that see nothing, rows that see, and the ends of the visual rows they see.
-runs = st.lists(
-    st.tuples(
-        st.integers(0, 3),
-        st.integers(0, 9),
-        st.lists(st.integers(0, 40), max_size=6, unique=True).map(sorted),
-    ),
-    min_size=1,
-    max_size=8,
+run = st.tuples(
+    st.integers(0, 3),
+    st.integers(0, 9),
+    st.lists(st.integers(0, 40), max_size=6, unique=True).map(sorted),
 )
+runs = st.lists(run, min_size=1, max_size=8)
+few_runs = st.lists(run, min_size=1, max_size=3)
 
 
 def blocks_of(drawn):
