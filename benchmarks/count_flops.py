@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.results import ROOT, add_arguments, hand_over, markdown_table, number_ticks
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
-from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel
@@ -88,7 +87,7 @@ def counted_decoder_step(
         out = model.decoder(
             hidden_states=hidden * 1.0,
             attention_mask=None,
-            rotary_pos_emb=rotary_angles(positions, model.inv_freq),
+            rotary_pos_emb=model.angles(positions),
             packed_seq_params=params,
         )
         out.backward(torch.zeros_like(out))

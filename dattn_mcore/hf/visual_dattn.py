@@ -24,6 +24,8 @@ def build_vision_tower(config: DattnConfig) -> PreTrainedModel:
     vision = copy.deepcopy(config.vision_config)
     vision.num_hidden_layers = config.num_vision_layers
     features: Any = config.vision_features
+    if hasattr(vision, "vision_use_head"):  # a head that pools rows, which nobody reads
+        vision.vision_use_head = False
     tower: Any = AutoModel.from_config(vision, dtype=torch.get_default_dtype())
     if not features["final_norm"] or config.vision_feature_layer != -1:
         if not isinstance(getattr(tower, "post_layernorm", None), nn.LayerNorm):

@@ -151,12 +151,10 @@ class DattnModel(LanguageModule):
         """
         params = inputs.params
         positions = torch.cat([params.visual_positions, params.text_positions])
-        # One tensor, since Megatron-Core passes only such on; each layer takes its slice.
-        angles = torch.cat([rotary_angles(positions, row) for row in self.inv_freq], dim=-1)
         hidden = self.decoder(
             hidden_states=self._embed(inputs) if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=angles,
+            rotary_pos_emb=self.angles(positions),
             packed_seq_params=params,
         )
         if not self.post_process:
@@ -165,6 +163,13 @@ class DattnModel(LanguageModule):
         if return_logits:
             return self._logits(text)[:, 0]
         return self._losses(text, inputs.labels)
+
+    def angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """Rotary angles [n, 1, 1, kinds * head_dim] of positions [n], for each kind of layer.
+
+        One tensor, since Megatron-Core passes only such on; each layer takes its slice.
+        """
+        return torch.cat([rotary_angles(positions, row) for row in self.inv_freq], dim=-1)
 
     def _embed(self, inputs: ModelInputs) -> torch.Tensor:
         """`[V; T]` of this sequence parallel shard."""

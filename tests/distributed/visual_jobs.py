@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import peak_bytes
 from dattn_mcore.config.checks import row_multiple
-from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.layers.vocabulary import chunked_cross_entropy
 from dattn_mcore.models.build import build_model
@@ -152,7 +151,7 @@ def reductions(tree: dict[str, Any], layouts: Any) -> int:
         out = model.decoder(
             hidden_states=hidden * 1.0,
             attention_mask=None,
-            rotary_pos_emb=rotary_angles(positions, model.inv_freq),
+            rotary_pos_emb=model.angles(positions),
             packed_seq_params=inputs.params,
         )
         out.sum().backward()

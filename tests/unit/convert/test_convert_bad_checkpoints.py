@@ -107,7 +107,7 @@ BAD = [
     (index_leads("../tokenizer.model"), "'../tokenizer.model'; an index may only name files of"),
     (index_leads("/etc/hostname"), "'/etc/hostname'; an index may only name files of its own"),
     (index_leads("other.distcp"), "names other.distcp, which dattn.json does not"),
-    (another_architecture, "cannot be exported: model.family=gemma2 has activation=gelu_tanh"),
+    (another_architecture, "tensors do not fit the configuration"),
     (another_tower, "extra vision.patch_embedding.bias"),
     (unknown_model, "unknown configuration key 'model.experts'"),
     (pickle_checkpoint, "holds pickled weights (mp_rank_00/model_optim_rng.pt)"),

@@ -180,7 +180,7 @@ def test_rotary_scaling_is_refused(run, tmp_path, capsys):
     config = json.loads((other / "config.json").read_text())
     config["text_config"]["rope_parameters"] |= {"rope_type": "linear", "factor": 2.0}
     (other / "config.json").write_text(json.dumps(config))
-    assert "rope_type 'linear'" in fails(capsys, "hf-to-mcore", other, tmp_path / "out")
+    assert "rope_type is 'linear'" in fails(capsys, "hf-to-mcore", other, tmp_path / "out")
 
 
 def test_the_tokenizer_is_the_runs_own(tmp_path, capsys, monkeypatch):

@@ -80,7 +80,13 @@ def test_old_export(sides, old, capsys):
         "transformers_version": transformers.__version__,
     }
     today = json.loads((sides / "hf/config.json").read_text())["auto_map"]
-    assert config == earlier | records | {"auto_map": today}
+    features = {name: config[f"{name}_features"] for name in ("text", "vision")}
+    assert features["text"]["norms"] == "sandwich" and features["vision"]["class_row"] is False
+    assert config == earlier | records | {
+        "auto_map": today,
+        "text_features": features["text"],
+        "vision_features": features["vision"],
+    }
     for name, value in records.items():
         assert f"{name} {json.dumps(earlier.get(name))} -> {json.dumps(value)}" in lines[-2]
     # As a fresh export, but for what the older transformers wrote into config.json.

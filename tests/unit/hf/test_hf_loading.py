@@ -1,6 +1,7 @@
 """Folders that were exported before load with the code as it is; weights that lack are told."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dattn_mcore.hf import AUTO_MAP, TESTED_TRANSFORMERS, DattnConfig, register
-from tests.unit.hf.hf_models import make_model
+from tests.unit.hf.hf_models import TEXT_FEATURES, VISION_FEATURES, make_model
 from tests.unit.hf.test_hf_generate import batch
 
 register()
@@ -53,9 +54,11 @@ OLD_CONFIG = {
         "use_cache": True,
         "vocab_size": 50,
     },
+    "text_features": TEXT_FEATURES["gemma2"],
     "tie_word_embeddings": True,
     "transformers_version": "5.23.0",
     "v2v": "diagonal",
+    "vision_features": VISION_FEATURES["siglip"],
     "vision_config": {
         "attention_dropout": 0.0,
         "hidden_act": "gelu_pytorch_tanh",
@@ -162,6 +165,13 @@ def test_the_model_without_its_head_loads(folder):
     torch.testing.assert_close(states[-1], expected[-1], atol=2e-5, rtol=0)
 
 
+def test_a_folder_that_names_no_features_says_how_to_renew_it(folder):
+    without = {name: value for name, value in OLD_CONFIG.items() if "features" not in name}
+    (folder / "config.json").write_text(json.dumps(without))
+    with pytest.raises(ValueError, match="text_features are missing.*checkpoint_convert refresh"):
+        AutoConfig.from_pretrained(folder)
+
+
 def test_further_fields_of_a_configuration_are_kept(folder):
     """A later export may record more than this code knows."""
     more = {**OLD_CONFIG, "exported_with": {"transformers": "5.24.0"}, "tested": ["5.6", "5.24"]}
@@ -217,6 +227,7 @@ def test_a_tower_of_another_build_is_refused(monkeypatch):
         def __init__(self, config):
             super().__init__()
 
-    monkeypatch.setattr(visual_dattn, "CLIPVisionModel", Tower)
+    build = SimpleNamespace(from_config=lambda config, dtype: Tower(config))
+    monkeypatch.setattr(visual_dattn, "AutoModel", build)
     with pytest.raises(RuntimeError, match="Tower has no post_layernorm.*tested with"):
         make_model(kind="clip")
