@@ -1,5 +1,6 @@
 """The exported tokenizer and chat template give the trainer's ids."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
+from dattn_mcore.architectures import language_model
 from dattn_mcore.config.schema import DataConfig
 from dattn_mcore.data.templates import TextRun, encode_conversation
 from dattn_mcore.data.tiles import POLICIES
@@ -16,6 +18,7 @@ from dattn_mcore.errors import CheckpointError
 from dattn_mcore.hf import DattnProcessor, register
 from tests.unit.convert.convert_helpers import TEXTS, make_checkpoint, make_tokenizer, small_config
 from tests.unit.convert.raw_models import make_llm, make_tower, raw_config
+from tests.unit.data.test_data_chat_families import make_byte_level
 from tools.checkpoint_convert import mcore_to_hf
 from tools.checkpoint_convert.hf_to_mcore import convert_parts, image_settings
 from tools.checkpoint_convert.mcore_to_hf import ExportOptions
@@ -191,3 +194,25 @@ def test_a_tokenizer_without_the_templates_tokens(tmp_path, tokenizer):
     with pytest.raises(CheckpointError, match=r"no token '\[INST\]'"):
         mcore_to_hf.convert(tmp_path / "a", tmp_path / "hf", ExportOptions())
     assert sorted(p.name for p in tmp_path.iterdir() if "hf" in p.name) == []
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_a_byte_level_tokenizer_is_exported_with_its_family(tmp_path, family):
+    """Some of them have no first token: neither the configuration nor a prompt gets one."""
+    template = language_model(family).chat.name
+    folder = make_byte_level(tmp_path / "tokenizer", template)
+    make_checkpoint(tmp_path / "a", small_config(folder, family, vocab_size=330))
+    mcore_to_hf.convert(tmp_path / "a", tmp_path / "hf", ExportOptions(check=True))
+    register()
+    processor = DattnProcessor.from_pretrained(tmp_path / "hf")
+    ours = load_tokenizer(folder)
+    runs = encode_conversation(ours, template, ["<image>\nWhich digit?"])
+    image = processor.image_token_id
+    expected = [i for r in runs for i in (r.ids if isinstance(r, TextRun) else (image,))]
+    text = processor.apply_chat_template(messages(["<image>\nWhich digit?"]))
+    inputs = processor(text=text, images=[Image.new("RGB", (40, 30))], return_tensors="pt")
+    assert inputs["input_ids"][0].tolist() == expected
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["text_config"]["bos_token_id"] == (ours.bos_id if ours.has_bos else None)
+    stops = json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"]
+    assert ours.special_id(language_model(family).chat.stop.name) in stops
