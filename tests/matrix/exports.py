@@ -33,6 +33,7 @@ class Architecture:
         attention: settings of the attention that differ from the defaults.
         model: settings of the model that differ from the defaults.
         window: sliding window of every layer (Mistral; Gemma 2 has one on every second).
+        template: chat template; None: the family's own, whose tokens the tokenizer must have.
         adds_bos: whether the tokenizer is one of Hugging Face that puts the first token in front
             by itself, as Mistral's and Gemma's do; the chat template writes one, too.
         seed: of the weights, chosen so that answers differ from one another and hold several words.
@@ -45,11 +46,13 @@ class Architecture:
     attention: dict[str, str] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     window: int | None = None
+    template: str | None = None
     adds_bos: bool = False
     seed: int = 0
 
 
-# Every pair of family, tower, and square tile or AnyRes; the rest is spread over them.
+# Of the first two families every pair with tower, and square tile or AnyRes; of each further one
+# what it adds to the layers. The rest is spread over them.
 ARCHITECTURES = {
     "mistral_siglip_square": Architecture(
         "mistral", "siglip", "stretch", vocab_size=330, adds_bos=True, seed=8
@@ -72,6 +75,12 @@ ARCHITECTURES = {
         model={"visual_positions": False},
         seed=1,
     ),
+    "gemma3_siglip_square": Architecture("gemma3", "siglip", "stretch", seed=0),
+    "llama_siglip_square": Architecture("llama", "siglip", "stretch", template="mistral", seed=1),
+    "qwen2_clip_anyres": Architecture(
+        "qwen2", "clip", "anyres_letterbox", template="mistral", seed=0
+    ),
+    "qwen3_clip_square": Architecture("qwen3", "clip", "crop", template="mistral", seed=0),
 }
 
 
@@ -115,6 +124,7 @@ def trainer_config(architecture: Architecture, tokenizer: Path) -> Config:
         tokenizer,
         architecture.family,
         architecture.tower,
+        template=architecture.template,
         vocab_size=architecture.vocab_size,
         **architecture.model,
     )
