@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from dattn_mcore.architectures import language_models, vision_tower, vision_towers
 from dattn_mcore.architectures.decoder import PREFIX
 from dattn_mcore.architectures.parameters import TOWER, Shape
+from dattn_mcore.architectures.refused import why_refused
 from dattn_mcore.config.schema import DataConfig, LlmConfig, ModelConfig, VisionConfig
 from dattn_mcore.errors import CheckpointError
 from tools.checkpoint_convert.configs import text_from_hf, understanding, vision_from_hf
@@ -88,12 +89,13 @@ def text_config(folder: Path) -> tuple[str, LlmConfig]:
         CheckpointError: config.json is missing, or of a model that cannot be trained here.
     """
     fields = read_json(folder / "config.json")
-    kind = fields.pop("model_type", None)
+    kind = fields.get("model_type")
     if kind not in TEXT_TYPES:
         raise CheckpointError(
-            f"{folder / 'config.json'}: model_type is {kind!r}; a language model must be one of "
-            f"{', '.join(TEXT_TYPES)}"
+            f"{folder / 'config.json'}: model_type is {kind!r} ({why_refused(fields)}); a language "
+            f"model must be one of {', '.join(TEXT_TYPES)}"
         )
+    fields.pop("model_type")
     with understanding(folder / "config.json"):
         return text_from_hf(AutoConfig.for_model(kind, **fields), 1)
 
