@@ -37,7 +37,7 @@ def why_refused(fields: Mapping[str, Any]) -> str:
         fields: of config.json; those of `text_config` count where there is one.
     """
     kind = fields.get("model_type")
-    if kind in _BY_TYPE:
+    if isinstance(kind, str) and kind in _BY_TYPE:
         return f"it has {_BY_TYPE[kind]}"
     inner = fields.get("text_config")
     text = inner if isinstance(inner, Mapping) else fields

@@ -34,6 +34,7 @@ from tools.checkpoint_convert.mixing import join
 from tools.checkpoint_convert.raw_folders import (
     check_fits,
     open_language_model,
+    open_projector,
     open_vision_tower,
     read_json,
     text_config,
@@ -155,7 +156,8 @@ def convert_parts(
     table = language_table(model)
     check_keys(str(llm), hf_shapes(table), language.shapes, language.dtypes)
     plan += planned(table, language, str(llm))
-    plan += fresh_projector(config, next(iter(language.dtypes.values())))
+    dtype = next(iter(language.dtypes.values()))
+    plan += projector_of(config, dtype, llm if llm == vision else None)
     with AtomicFolder(output) as temporary:
         write_checkpoint(temporary, plan, config, progress, processes)
 
@@ -181,11 +183,12 @@ def config_of_parts(llm: str | Path, vision: str | Path, select_layer: int) -> C
     """
     llm, vision = Path(llm), Path(vision)
     family, text = text_config(llm)
+    width = text.hidden_size  # of the projector: as wide, as in LLaVA-1.5
     model = ModelConfig(
         family=family,
         llm=replace(text, vocab_pad_multiple=LlmConfig.vocab_pad_multiple),
         vision=vision_config(vision, select_layer),
-        projector=ProjectorConfig(ffn_hidden_size=text.hidden_size),  # as wide, as in LLaVA-1.5
+        projector=ProjectorConfig(ffn_hidden_size=width),
     )
     data: dict[str, Any] = {"template": language_model(family).chat.name, "prepare": "none"}
     pixels = vision / "preprocessor_config.json"
@@ -234,13 +237,16 @@ def _make(entry: Entry, source: Source, names: list[str]) -> Tensor:
     return join(entry, [source.read(name) for name in names])
 
 
-def fresh_projector(config: Config, dtype: torch.dtype) -> list[Planned]:
+def projector_of(config: Config, dtype: torch.dtype, folder: Path | None) -> list[Planned]:
     """The projector with the weights that a run with this seed would start from.
 
     Args:
         config: the run.
         dtype: of all but row and column positions, which are float32.
+        folder: of a model of images and text, whose two linears are taken where their shapes fit.
     """
+    taken = None if folder is None else open_projector(folder)
+    shapes = {} if taken is None else taken.shapes
     from dattn_mcore.models.initialize import initial_value
 
     def make(entry: Entry, dtype: torch.dtype) -> Tensor:
@@ -252,6 +258,9 @@ def fresh_projector(config: Config, dtype: torch.dtype) -> list[Planned]:
         assert entry.key is not None
         kind = torch.float32 if entry.dtype == "float32" else dtype
         lazily = functools.partial(make, entry, kind)
+        if taken is not None and all(shapes.get(n) == shape for n, shape in entry.parts.items()):
+            (name,) = entry.parts
+            kind, lazily = taken.dtypes[name], functools.partial(taken.read, name)
         plan.append(Planned(entry.key, None, None, entry.mcore_shape(), kind, lazily))
     return plan
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from dattn_mcore.architectures import language_models, vision_tower, vision_towers
+from dattn_mcore.architectures import language_models, nested, vision_tower, vision_towers
 from dattn_mcore.architectures.decoder import PREFIX
-from dattn_mcore.architectures.parameters import TOWER, Shape
+from dattn_mcore.architectures.parameters import PROJECTOR, TOWER, Shape
 from dattn_mcore.architectures.refused import why_refused
 from dattn_mcore.config.schema import DataConfig, LlmConfig, ModelConfig, VisionConfig
 from dattn_mcore.errors import CheckpointError
@@ -30,7 +30,7 @@ TEXT_TYPES = tuple(record.model_type for record in language_models().values())
 VISION_TYPES = {
     kind: record.model_type for record in vision_towers().values() for kind in record.folder_types
 }
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 # Of a model of images and text: what is no part of its tower.
 NOT_THE_TOWER = (
     "text_model.",
@@ -82,6 +82,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return fields
 
 
+def is_nested(fields: dict[str, Any]) -> bool:
+    """Whether a config.json is of a model of images and text whose parts can be taken."""
+    return str(fields.get("model_type")) in nested.MODEL_TYPES
+
+
 def text_config(folder: Path) -> tuple[str, LlmConfig]:
     """Family and sizes of a language model's folder.
 
@@ -89,6 +94,8 @@ def text_config(folder: Path) -> tuple[str, LlmConfig]:
         CheckpointError: config.json is missing, or of a model that cannot be trained here.
     """
     fields = read_json(folder / "config.json")
+    if is_nested(fields):
+        fields = dict(fields.get("text_config") or {})
     kind = fields.get("model_type")
     if kind not in TEXT_TYPES:
         raise CheckpointError(
@@ -107,6 +114,8 @@ def vision_config(folder: Path, select_layer: int) -> VisionConfig:
         CheckpointError: config.json is missing, or of another architecture.
     """
     fields = read_json(folder / "config.json")
+    if is_nested(fields):
+        fields = dict(fields.get("vision_config") or {})
     kind = str(fields.pop("model_type", None))
     if kind not in VISION_TYPES:
         raise CheckpointError(
@@ -127,21 +136,27 @@ def open_language_model(folder: Path, tied: bool) -> RawFolder:
             embedding.
     """
     source = SafetensorsFolder(folder)
+    prefixes, heads, others = ("model.",), (HEAD,), tuple[str, ...]()
+    if is_nested(read_json(folder / "config.json")):
+        prefixes, heads = nested.LANGUAGE, nested.HEADS
+        others = (*nested.TOWER, *nested.PROJECTOR, *nested.OTHERS)
     names = {}
     for raw in source.shapes:
         if raw.endswith(".rotary_emb.inv_freq"):  # a constant that old releases saved
             continue
-        if raw == HEAD and tied:
-            if EMBEDDING in source.shapes and not same_bits(
-                source.read(HEAD), source.read(EMBEDDING)
-            ):
-                raise CheckpointError(
-                    f"{folder}: {HEAD} differs from {EMBEDDING}, but the model ties them; give the "
-                    "weights of the published model"
-                )
-            continue
-        inner = raw.removeprefix("model.")
-        names[raw if inner == raw else PREFIX + inner] = raw
+        inner = nested.without_prefix(raw, prefixes)
+        if inner is not None:
+            names[PREFIX + inner] = raw
+        elif not raw.startswith(others):
+            names[HEAD if raw in heads else raw] = raw
+    head, embedding = names.get(HEAD), names.get(f"{PREFIX}{EMBEDDING}")
+    if tied and head is not None:
+        if embedding is not None and not same_bits(source.read(head), source.read(embedding)):
+            raise CheckpointError(
+                f"{folder}: {head} differs from {embedding}, but the model ties them; give the "
+                "weights of the published model"
+            )
+        del names[HEAD]
     return RawFolder(folder, source, names)
 
 
@@ -152,16 +167,31 @@ def open_vision_tower(folder: Path, vision: VisionConfig) -> RawFolder:
         CheckpointError: a file is missing or damaged.
     """
     source = SafetensorsFolder(folder)
-    prefix = (
-        "vision_model." if any(raw.startswith("vision_model.") for raw in source.shapes) else ""
-    )
+    towers = {raw: raw for raw in source.shapes if not raw.startswith(NOT_THE_TOWER)}
+    if is_nested(read_json(folder / "config.json")):
+        inside = {raw: nested.without_prefix(raw, nested.TOWER) for raw in source.shapes}
+        towers = {raw: name for raw, name in inside.items() if name is not None}
+    prefix = "vision_model."
+    prefix = prefix if any(name.startswith(prefix) for name in towers.values()) else ""
     names = {}
-    for raw in source.shapes:
-        if raw.startswith(NOT_THE_TOWER) or _unread(raw.removeprefix(prefix), vision):
-            continue
-        inner = raw.removeprefix(prefix)
-        strange = prefix and inner == raw
-        names[raw if strange else TOWER + inner] = raw
+    for raw, name in towers.items():
+        inner = name.removeprefix(prefix)
+        if not _unread(inner, vision):
+            names[raw if prefix and inner == name else TOWER + inner] = raw
+    return RawFolder(folder, source, names)
+
+
+def open_projector(folder: Path) -> RawFolder | None:
+    """Opens the projector of a model of images and text; None where the folder is another's.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    if not is_nested(read_json(folder / "config.json")):
+        return None
+    source = SafetensorsFolder(folder)
+    inside = {raw: nested.without_prefix(raw, nested.PROJECTOR) for raw in source.shapes}
+    names = {PROJECTOR + name: raw for raw, name in inside.items() if name is not None}
     return RawFolder(folder, source, names)
 
 

@@ -20,7 +20,7 @@ REASONS = {
     "minicpm3": "compressed keys and values",
     "qwen2_5_vl": "M-RoPE",
     "qwen3_vl": "M-RoPE",
-    "gemma3": "a model of images and text",
+    "paligemma": "a model of images and text",
     "gemma4_text": "embeddings of each layer",
     "olmo2": "no architecture here describes it",
 }

@@ -12,6 +12,12 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from dattn_mcore.architectures import language_models
 from dattn_mcore.architectures.sizes import RopeConfig
@@ -29,7 +35,9 @@ from tests.unit.convert.raw_models import (
     make_tower,
     newer_names,
     older_names,
+    randomize,
     raw_config,
+    rename,
 )
 from tools.checkpoint_convert.__main__ import main
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
@@ -278,3 +286,59 @@ def test_sizes_are_read_from_the_folders(tmp_path, capsys, family, kind):
     torch.testing.assert_close(load(tmp_path / "out", written)[0], expected, atol=1e-4, rtol=0)
     assert main(["hf-to-mcore", *parts, str(tmp_path / "other"), "--select-layer", "-1"]) == 0
     assert load_config(tmp_path / "other.yaml").model.vision.select_layer == -1
+
+
+def newer_part(name):
+    """The name of a LLaVA's tensor as the modules of transformers 5 are called."""
+    for older, newer in (
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("vision_tower.", "model.vision_tower."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ):
+        if name.startswith(older):
+            return newer + name.removeprefix(older)
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("names", ["newer", "older"])
+def test_a_llava_is_taken_apart(tmp_path, names):
+    """Its language model, its tower and the two linears of its projector."""
+    config = raw_config("llama", "clip", -2)
+    llm, tower = make_llm(tmp_path / "llm", config), make_tower(tmp_path / "vision", config)
+    sizes = {"text_config": llm.config, "vision_config": tower.config, "image_token_index": 1}
+    whole = LlavaForConditionalGeneration(LlavaConfig(**sizes, dtype="float32")).eval()
+    randomize(whole.model.multi_modal_projector)
+    whole.model.language_model.load_state_dict(llm.model.state_dict())
+    whole.lm_head.load_state_dict(llm.lm_head.state_dict())
+    whole.model.vision_tower.load_state_dict(tower.state_dict())
+    whole.save_pretrained(tmp_path / "llava")
+    if names == "newer":
+        rename(tmp_path / "llava", newer_part)
+    parts = ["--llm", str(tmp_path / "llava"), "--vision", str(tmp_path / "llava")]
+    assert main(["hf-to-mcore", *parts, str(tmp_path / "out")]) == 0
+    logits, features = load(tmp_path / "out", load_config(tmp_path / "out.yaml"))
+    with torch.no_grad():
+        expected = llm(text_ids(config)[None]).logits[0]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    wanted = hugging_face_features(tower, config, pixels(config))
+    torch.testing.assert_close(features, wanted, atol=1e-4, rtol=0)
+    projector = DistCheckpoint(tmp_path / "out").read("projector.mlp.linear_fc1.weight", None)
+    assert same_bits(projector, whole.model.multi_modal_projector.linear_1.weight)
+
+
+def test_the_language_model_of_a_gemma3_with_images_is_taken(tmp_path):
+    """Its projector is another one, and starts anew."""
+    config = raw_config("gemma3", "siglip", -2)
+    llm, tower = make_llm(tmp_path / "llm", config), make_tower(tmp_path / "vision", config)
+    sizes = {"text_config": llm.config, "vision_config": tower.config, "mm_tokens_per_image": 4}
+    whole = Gemma3ForConditionalGeneration(Gemma3Config(**sizes, dtype="float32")).eval()
+    whole.model.language_model.load_state_dict(llm.model.state_dict())
+    whole.model.vision_tower.load_state_dict(tower.state_dict())
+    whole.save_pretrained(tmp_path / "whole")
+    parts = ["--llm", str(tmp_path / "whole"), "--vision", str(tmp_path / "whole")]
+    assert main(["hf-to-mcore", *parts, str(tmp_path / "out")]) == 0
+    logits, _ = load(tmp_path / "out", load_config(tmp_path / "out.yaml"))
+    with torch.no_grad():
+        expected = llm(text_ids(config)[None]).logits[0]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
