@@ -136,7 +136,9 @@ def open_language_model(folder: Path, tied: bool) -> RawFolder:
             embedding.
     """
     source = SafetensorsFolder(folder)
-    prefixes, heads, others = ("model.",), (HEAD,), tuple[str, ...]()
+    prefixes: tuple[str, ...] = ("model.",)
+    heads: tuple[str, ...] = (HEAD,)
+    others: tuple[str, ...] = ()
     if is_nested(read_json(folder / "config.json")):
         prefixes, heads = nested.LANGUAGE, nested.HEADS
         others = (*nested.TOWER, *nested.PROJECTOR, *nested.OTHERS)
