@@ -14,11 +14,12 @@ import pytest
 MARKERS = {
     "pool": "runs in a pool of processes (fixture `pool`)",
     "processes": "starts processes: torchrun, make, pip, the command line",
+    "trains": "trains a model and saves it, step after step",
     "interpreter": "runs Triton's interpreter or compiler",
     "slurm": "runs a Slurm cluster of four virtual nodes",
     "browser": "opens a page in a browser",
     "network": "installs packages from the package index",
-    "slow": "takes more than 15 s on two cores",
+    "slow": "takes more than 15 s on two cores, or is one of many cases",
 }
 # What a tier leaves out, and the command that runs what is left out.
 LEFT_OUT = {
@@ -38,6 +39,9 @@ BY_PLACE = {
     "tests/unit/benchmarks/test_benchmarks.py": "processes",
     "tests/unit/benchmarks/test_checkouts.py": "processes",
     "tests/unit/benchmarks/test_faults.py": "processes",
+    "tests/unit/checkpoint/test_full_disk.py": "trains",
+    "tests/unit/checkpoint/test_optimizer_settings.py": "trains",
+    "tests/unit/checkpoint/test_retention.py": "trains",
     "tests/unit/convert/test_convert_check.py": "processes",
     "tests/unit/convert/test_convert_processes.py": "processes",
     "tests/unit/convert/test_convert_refresh.py::test_a_signal_waits_until_all_files_are_in_place": "processes",
@@ -67,6 +71,11 @@ BY_PLACE = {
 }
 SLOW = (
     "tests/distributed/test_features_by_layout.py::test_bf16_follows_fp32",
+    # `make test` runs the first nine cases.
+    *(
+        f"tests/distributed/test_features_by_layout.py::test_losses_are_those_of_one_process[{tens}"
+        for tens in (1, 2, 3)
+    ),
     "tests/distributed/test_killed.py::test_sigkill_at_any_moment",
     "tests/end_to_end/test_dattn_command.py::test_trains_under_torchrun_alone_and_with_a_restart",
     "tests/end_to_end/test_command_line.py::test_one_process_restarts_itself_under_eight",
@@ -76,9 +85,11 @@ SLOW = (
     "tests/end_to_end/test_quickstart.py::test_every_step_takes_what_the_one_before_it_left",
     "tests/unit/benchmarks/test_convert_full_size.py::test_there_and_back_at_the_small_scale",
     "tests/unit/benchmarks/test_faults.py::test_a_sample_of_thirty_is_survived",
+    "tests/unit/benchmarks/test_faults.py::test_what_is_not_survived_is_told",
     "tests/unit/data/test_data_golden.py::test_a_hundred_megapixels_fit_into_memory",
     "tests/unit/evaluation/test_evaluation_lmms_eval.py::test_a_task_through_lmms_eval",
     "tests/unit/evaluation/test_evaluation_processes.py::test_killed_half_way_and_resumed",
+    "tests/unit/layers/test_triton_attention.py::test_drawn_packs_equal_reference",
     "tests/unit/layers/test_triton_compiles.py",
 )
 
