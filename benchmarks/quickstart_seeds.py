@@ -45,6 +45,7 @@ LEAST_MEAN = 0.95
 _WHAT_COUNTS = (
     "configs/digits_*.yaml",
     "dattn_mcore/data/digits*.py",
+    "dattn_mcore/architectures/sizes.py",
     "dattn_mcore/config/schema.py",
 )
 
