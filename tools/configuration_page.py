@@ -24,8 +24,8 @@ is told with the nearest known one. `--dry-run` prints the result, the layout an
 stops. The resolved settings are written to `config.yaml` in the run's folder and into every
 checkpoint.
 
-This page is generated from `dattn_mcore/config/schema.py` and `dattn_mcore/architectures/sizes.py` by
-`python -m tools.configuration_page`.
+This page is generated from `dattn_mcore/config/schema.py` and
+`dattn_mcore/architectures/sizes.py` by `python -m tools.configuration_page`.
 """
 _FIELD = re.compile(r"^    (\w+): [^#]*(?:#\s*(.*))?$")
 
