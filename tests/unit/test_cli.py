@@ -150,6 +150,9 @@ def test_a_converter_that_another_package_hides_is_one_line(monkeypatch, capsys)
     for name in [name for name in sys.modules if name.startswith("tools.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tools", hiding)
+    # An editable installation finds the converter whatever `tools` is.
+    finders = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+    monkeypatch.setattr(sys, "meta_path", finders)
     assert main(["convert", "inspect", "x"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(
