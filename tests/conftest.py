@@ -1,5 +1,6 @@
 """Shared fixtures. The CPU platform is installed before anything of Megatron-Core is used."""
 
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,6 +34,15 @@ platform.load_no_compiler("auto")
 @pytest.fixture(scope="session", autouse=True)
 def _platform():
     platform.install("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _handlers_as_before():
+    """A command that a test calls logs to an output that pytest takes away afterwards."""
+    logger = logging.getLogger("dattn_mcore")
+    before = logger.handlers[:]
+    yield
+    logger.handlers[:] = before
 
 
 @pytest.fixture(scope="session")
