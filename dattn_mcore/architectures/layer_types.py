@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dattn_mcore.architectures.records import Unsupported
 from dattn_mcore.architectures.sizes import LlmConfig
 
 _NAMES = {"sliding": "sliding_attention", "full": "full_attention"}
@@ -18,9 +19,11 @@ def windows_from(types: Sequence[str], window: int | None) -> dict[str, object]:
     """`sliding_window` and `layer_pattern` of a Hugging Face configuration; the shortest pattern.
 
     Raises:
-        KeyError: a type of layer that has no counterpart.
+        Unsupported: a type of layer that has no counterpart.
     """
     ours = {theirs: name for name, theirs in _NAMES.items()}
+    if unknown := sorted(set(types) - ours.keys()):
+        raise Unsupported(f"layer_types has {', '.join(unknown)}; only {', '.join(ours)} are known")
     kinds = [ours[name] for name in types]
     if window is None or "sliding" not in kinds:
         return {"sliding_window": None, "layer_pattern": ()}
