@@ -30,10 +30,9 @@ class DattnTextModel(nn.Module):
         centred = features["zero_centered_gamma"]
         self.norm = DattnRMSNorm(text.hidden_size, text.rms_norm_eps, zero_centred=centred)
         ropes = text.rope_parameters
-        if "rope_type" in ropes:  # one kind for all layers
-            ropes = dict.fromkeys(
-                {self.layer_type(n) for n in range(text.num_hidden_layers)}, ropes
-            )
+        self.one_rope = "rope_type" in ropes  # for all layers, worked out once a pass
+        if self.one_rope:
+            ropes = {"all_layers": ropes}
         self.rotary_emb = nn.ModuleDict(
             {kind: DattnRotary(text.head_dim, rope) for kind, rope in ropes.items()}
         )
@@ -116,7 +115,8 @@ class DattnTextModel(nn.Module):
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             window = self.window(number)
-            text_rotation, visual_rotation = rotations[self.layer_type(number)]
+            kind = "all_layers" if self.one_rope else self.layer_type(number)
+            text_rotation, visual_rotation = rotations[kind]
             if window is not None and window not in layouts:
                 layouts[window] = layout.windowed(window, shared_axis)
             text, visual = layer(
