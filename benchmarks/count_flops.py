@@ -26,7 +26,8 @@ from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import decoder_work
-from dattn_mcore.plan.rows import Layout, rows_of
+from dattn_mcore.plan.rows import rows_of
+from dattn_mcore.types import Layout
 
 BOUND = 0.03
 # The soft-cap of Gemma 2 needs a backend whose products the counter sees.

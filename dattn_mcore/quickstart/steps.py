@@ -40,7 +40,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuickstartRun:
     """The steps, and where they leave their results."""
 
     run_dir: Path
@@ -56,9 +56,9 @@ class Plan:
         return self.run_dir / stage / "metrics.jsonl"
 
 
-def make_plan(
+def make_run(
     run_dir: Path, data: Path, overrides: Sequence[str] = (), processes: int = PROCESSES
-) -> Plan:
+) -> QuickstartRun:
     """Turns the settings of the three stages into commands.
 
     Args:
@@ -95,7 +95,7 @@ def make_plan(
         before = run_dir / stage
     questions, exported = data / "heldout_questions.jsonl", run_dir / "hf"
     answers, score = run_dir / "answers.jsonl", run_dir / "score.json"
-    return Plan(
+    return QuickstartRun(
         run_dir=run_dir,
         steps=(
             _python(
