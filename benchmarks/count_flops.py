@@ -112,9 +112,11 @@ def main(arguments: list[str] | None = None) -> int:
                 config = load_config(
                     ROOT / "configs" / "models" / f"{file}.yaml",
                     [
-                        *(f"model.llm.num_layers={args.layers}", "train.precision=bf16"),
+                        f"model.llm.num_layers={args.layers}",
+                        "train.precision=bf16",
                         f"attention.backend={backend}",
-                        *("model.vision.num_layers=1", *overrides),
+                        "model.vision.num_layers=1",
+                        *overrides,
                     ],
                 )
                 (model,) = build_model(config, groups, torch.device("meta"), initialize=False)

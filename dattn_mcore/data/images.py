@@ -293,11 +293,13 @@ class ImageLoader:
         return failures
 
     def _read(self, request: ImageRequest) -> ImageFile | DataError:
-        """Reads and checks one image; its tiling must be the one that its sample was packed with."""
+        """Reads and checks one image; its tiling must be the one it was packed with."""
         try:
             file = check_image(request.who, request.read(), self._max_pixels, self._rules)
             tiling = tiling_of_image(
-                *(request.who, file.width, file.height),
+                who=request.who,
+                width=file.width,
+                height=file.height,
                 policy=self._policy,
                 tile_size=self._size,
                 grids=self._grids,

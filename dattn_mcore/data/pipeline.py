@@ -105,13 +105,16 @@ class DataPipeline:
         if isinstance(self.steps, FullSteps):
             _LOG.info(
                 "a step is %d packs, %.0f %% full: %d samples in the first one",
-                *(self.steps.packs, 100 * self.steps.fill, self.steps.bounds(0)[1]),
+                self.steps.packs,
+                100 * self.steps.fill,
+                self.steps.bounds(0)[1],
             )
             if self.steps.packs % self._multiple:
                 _LOG.warning(
                     "%d packs cannot be dealt evenly: they are rounded up to a multiple of %d and "
                     "less full; set data.step_packs_multiple to a multiple of it",
-                    *(self.steps.packs, self._multiple),
+                    self.steps.packs,
+                    self._multiple,
                 )
         self.num_samples = self.order.epoch_size
         self.identity = identity_of(self.index, data)
@@ -209,7 +212,7 @@ class DataPipeline:
             raise DataError(
                 f"annotation {name!r} has {reason}; raise them or set data.over_budget=skip"
             )
-        return SampleFailure(number, name, None, "budget", reason)
+        return SampleFailure(sample=number, id=name, path=None, stage="budget", reason=reason)
 
     def _tiles(self, fitted: list[FittedSample], failures: list[SampleFailure]) -> Iterator[Tensor]:
         """Loads the images of a rank's packs together; yields the tiles of each sample in order."""
@@ -221,7 +224,11 @@ class DataPipeline:
             sample, image = shown[failure.index]
             failures.append(
                 SampleFailure(
-                    *(sample.number, sample.id, image.place.name, failure.stage, failure.reason)
+                    sample=sample.number,
+                    id=sample.id,
+                    path=image.place.name,
+                    stage=failure.stage,
+                    reason=failure.reason,
                 )
             )
         return iter(tiles.split([item.num_tiles for item in fitted]))

@@ -110,7 +110,9 @@ def _draw_examples(figure: Any, run: QuickstartRun) -> None:
         axes.text(0, 1.21, wrapped, transform=axes.transAxes, fontsize=9.5, va="center")
         said = f"{answer or '(nothing)'}" + ("" if right else f"   (it is {question.answer})")
         axes.text(
-            *(0, 1.01, said),
+            0,
+            1.01,
+            said,
             transform=axes.transAxes,
             fontsize=11,
             fontweight="bold",
@@ -129,7 +131,9 @@ def _draw_losses(axes: Any, run: QuickstartRun) -> None:
         if start:
             axes.axvline(start, color=_GRID, linewidth=1, zorder=0)
         axes.text(
-            *((start + at[-1]) / 2, 1.02, stage),
+            (start + at[-1]) / 2,
+            1.02,
+            stage,
             transform=axes.get_xaxis_transform(),
             ha="center",
             color=_STAGE_COLOURS[stage],
@@ -156,7 +160,9 @@ def _draw_accuracy(axes: Any, result: DigitsScore) -> None:
         inside = value > ceiling + 20
         at = value - 2 if inside else max(value, ceiling) + 2
         axes.text(
-            *(at, place, f"{value:.1f} %"),
+            at,
+            place,
+            f"{value:.1f} %",
             va="center",
             ha="right" if inside else "left",
             color="white" if inside else _INK,

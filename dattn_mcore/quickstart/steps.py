@@ -17,8 +17,12 @@ STAGES = ("align", "pretrain", "instruct")
 PROCESSES = 2  # the quickstart's machine has two cores
 DATA = Path("data/digits")  # what configs/digits_*.yaml name
 _OWN_SETTINGS = (
-    *("log.run_dir", "checkpoint.init_from", "train.stage"),
-    *("data.annotations", "data.image_folder", "data.tokenizer"),
+    "log.run_dir",
+    "checkpoint.init_from",
+    "train.stage",
+    "data.annotations",
+    "data.image_folder",
+    "data.tokenizer",
 )
 
 
@@ -113,10 +117,22 @@ def make_run(
                 "answer",
                 "generate answers to questions about digits never trained on",
                 (
-                    *("dattn_mcore.evaluation", "answer", "--model", str(exported)),
-                    *("--questions", str(questions), "--image-folder", str(data / "images")),
-                    *("--answers", str(answers), "--batch-size", "100", "--max-new-tokens", "8"),
-                    *("--device", config.train.device),
+                    "dattn_mcore.evaluation",
+                    "answer",
+                    "--model",
+                    str(exported),
+                    "--questions",
+                    str(questions),
+                    "--image-folder",
+                    str(data / "images"),
+                    "--answers",
+                    str(answers),
+                    "--batch-size",
+                    "100",
+                    "--max-new-tokens",
+                    "8",
+                    "--device",
+                    config.train.device,
                 ),
             ),
         ),
@@ -147,8 +163,12 @@ def _train(stage: str, config: Config, overrides: Sequence[str], processes: int)
         if size > 1
     ]
     arguments = (
-        *("--nproc-per-node", str(processes), "pretrain_dattn.py"),
-        *("--config", f"configs/digits_{stage}.yaml", *overrides),
+        "--nproc-per-node",
+        str(processes),
+        "pretrain_dattn.py",
+        "--config",
+        f"configs/digits_{stage}.yaml",
+        *overrides,
     )
     return Step(
         stage,

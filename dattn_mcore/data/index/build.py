@@ -232,7 +232,10 @@ class _Progress:
         left = f"  ETA {duration(seconds * (1 - self._share) / fresh)}" if fresh > 0 else ""
         _LOG.info(
             "index  %s samples  %.0f%%  %s samples/s%s",
-            *(f"{self._made + self._found:,}", 100 * self._share, rate(self._made / seconds), left),
+            f"{self._made + self._found:,}",
+            100 * self._share,
+            rate(self._made / seconds),
+            left,
         )
 
     def close(self) -> None:

@@ -218,7 +218,9 @@ class RowMaker:
     def _tiling(self, who: str, header: ImageHeader) -> Tiling:
         settings = self._settings
         return tiling_of_image(
-            *(who, header.width, header.height),
+            who=who,
+            width=header.width,
+            height=header.height,
             policy=settings.policy,
             tile_size=settings.tile_size,
             grids=settings.grids,
