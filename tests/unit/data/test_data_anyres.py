@@ -153,7 +153,7 @@ def test_an_image_that_changed_since_it_was_planned(tmp_path: Path) -> None:
     loader = ImageLoader(tmp_path, size=56, policy="anyres_stretch", grids=GRIDS, backend="pillow")
     assert loader.load([("a", "a.png")], [(2, 1)]).shape[0] == 3
     with pytest.raises(
-        DataError, match="'a': image 'a.png' is 200 x 100 .* but .1, 2. were tiling"
+        DataError, match="'a': image 'a.png' is 200 x 100 .* but .1, 2. were planned"
     ):
         loader.load([("a", "a.png")], [(1, 2)])
     loader.close()

@@ -8,6 +8,7 @@ from dattn_mcore.evaluation.questions import Answer, read_questions, write_answe
 from dattn_mcore.quickstart import __main__ as command
 from dattn_mcore.quickstart import picture
 from dattn_mcore.quickstart.expectation import ExpectationError, expectation
+from dattn_mcore.quickstart.run import StepError
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_a_blind_run_that_sees_ends_with_status_1(finished, capsys):
 
 def test_a_failed_step_ends_with_status_1(monkeypatch, digits, tmp_path, capsys):
     def fail(run, console):
-        raise run.StepError("step 'convert' failed with status 1: the export does not agree")
+        raise StepError("step 'convert' failed with status 1: the export does not agree")
 
     monkeypatch.setattr(command, "run_steps", fail)
     assert command.main(["--run-dir", str(tmp_path / "run"), "--data", str(digits)]) == 1

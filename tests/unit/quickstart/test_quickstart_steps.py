@@ -1,4 +1,4 @@
-"""The run of the quickstart: its commands, and the settings that are not the user's."""
+"""The commands of the quickstart, and the settings that are not the user's."""
 
 from pathlib import Path
 
