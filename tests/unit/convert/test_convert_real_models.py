@@ -87,6 +87,8 @@ def load(path, config):
         ("llama", "clip", -2),
         ("qwen2", "siglip", -2),
         ("qwen3", "siglip", -1),
+        ("qwen3", "aimv2", -1),
+        ("llama", "aimv2", -2),
     ],
 )
 def test_logits_and_features_equal_hugging_faces(tmp_path, family, kind, select):
@@ -189,7 +191,13 @@ def read_folder(folder):
 @pytest.mark.parametrize("names", ["as written", "older", "newer", "whole"])
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("mistral", "clip"), ("gemma2", "siglip"), ("qwen2", "siglip"), ("gemma3", "clip")],
+    [
+        ("mistral", "clip"),
+        ("gemma2", "siglip"),
+        ("qwen2", "siglip"),
+        ("gemma3", "clip"),
+        ("qwen3", "aimv2"),
+    ],
 )
 def test_there_and_back_is_bitwise(tmp_path, family, kind, names):
     """bf16 language model in shards, float32 tower; then the export holds the same bits."""
@@ -266,7 +274,9 @@ def test_a_bf16_run_starts_from_a_float32_tower(tmp_path):
         assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
 
 
-@pytest.mark.parametrize(("family", "kind"), [("gemma3", "siglip"), ("qwen3", "clip")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("gemma3", "siglip"), ("qwen3", "clip"), ("llama", "aimv2")]
+)
 def test_sizes_are_read_from_the_folders(tmp_path, capsys, family, kind):
     """Without --config: the model's settings are written, and a run of them finds the weights."""
     config = raw_config(family, kind)
@@ -301,10 +311,10 @@ def newer_part(name):
     raise AssertionError(name)
 
 
-@pytest.mark.parametrize("names", ["newer", "older"])
-def test_a_llava_is_taken_apart(tmp_path, names):
+@pytest.mark.parametrize(("names", "kind"), [("newer", "clip"), ("older", "clip"), ("older", "aimv2")])
+def test_a_llava_is_taken_apart(tmp_path, names, kind):
     """Its language model, its tower and the two linears of its projector."""
-    config = raw_config("llama", "clip", -2)
+    config = raw_config("llama", kind, -2)
     llm, tower = make_llm(tmp_path / "llm", config), make_tower(tmp_path / "vision", config)
     sizes = {"text_config": llm.config, "vision_config": tower.config, "image_token_index": 1}
     whole = LlavaForConditionalGeneration(LlavaConfig(**sizes, dtype="float32")).eval()
