@@ -311,7 +311,9 @@ def newer_part(name):
     raise AssertionError(name)
 
 
-@pytest.mark.parametrize(("names", "kind"), [("newer", "clip"), ("older", "clip"), ("older", "aimv2")])
+@pytest.mark.parametrize(
+    ("names", "kind"), [("newer", "clip"), ("older", "clip"), ("older", "aimv2")]
+)
 def test_a_llava_is_taken_apart(tmp_path, names, kind):
     """Its language model, its tower and the two linears of its projector."""
     config = raw_config("llama", kind, -2)

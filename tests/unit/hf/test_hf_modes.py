@@ -48,10 +48,10 @@ def test_modes_equal_reference(v2v, t2v_position, merge, family):
             assert difference < 2e-5, (name, implementation, difference)
 
 
-@pytest.mark.parametrize("kind", ["siglip", "clip"])
+@pytest.mark.parametrize("kind", ["siglip", "clip", "aimv2"])
 @pytest.mark.parametrize("visual_positions", [True, False])
 def test_towers_and_positions(kind, visual_positions):
-    """CLIP and position-free projectors agree with the reference as well."""
+    """Every tower, and position-free projectors, agree with the reference as well."""
     model = make_model("gemma2", kind, visual_positions=visual_positions, vision_feature_layer=-2)
     images = pixels(2)
     with torch.no_grad():
