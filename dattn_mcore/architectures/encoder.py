@@ -30,7 +30,8 @@ class TowerNames:
         pre_norm: `TowerFeatures.pre_norm`; the name is misspelt there.
         layers: list of layers; the names below are within one of them.
         attention_norm: before the attention.
-        attention: holds `q_proj`, `k_proj`, `v_proj` and `out_proj`.
+        qkv: queries, keys and values.
+        attention_out: last linear of the attention.
         mlp_norm: before the MLP.
         mlp_in: first linear of the MLP; of a gated one the two, that with the activation first.
         mlp_out: last linear of the MLP.
@@ -44,7 +45,8 @@ class TowerNames:
     pre_norm: str = "pre_layrnorm"
     layers: str = "encoder.layers"
     attention_norm: str = "layer_norm1"
-    attention: str = "self_attn"
+    qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    attention_out: str = "self_attn.out_proj"
     mlp_norm: str = "layer_norm2"
     mlp_in: tuple[str, ...] = ("mlp.fc1",)
     mlp_out: str = "mlp.fc2"
@@ -98,7 +100,6 @@ def _layer(vision: VisionConfig, features: TowerFeatures, names: TowerNames) -> 
     hidden, ffn, layers = vision.hidden_size, vision.ffn_hidden_size, vision.layers_run
     ours, theirs = "vision.decoder.layers.", f"{TOWER}{names.layers}.{{layer}}."
     by_head = Mix("interleaved", groups=vision.num_attention_heads)
-    qkv = tuple(f"{names.attention}.{name}_proj" for name in "qkv")
 
     def normed(key: str, name: str) -> list[Entry]:
         bias = _norm_bias(features)
@@ -132,14 +133,12 @@ def _layer(vision: VisionConfig, features: TowerFeatures, names: TowerNames) -> 
         )
         return [weight, bias] if features.linear_bias else [weight]
 
-    output, fc2 = (f"{names.attention}.out_proj",), (names.mlp_out,)
+    square, output, fc2 = (hidden, hidden), (names.attention_out,), (names.mlp_out,)
     stacked = STACKED if features.gated_mlp else COPY
     return [
         *normed("input_layernorm", names.attention_norm),
-        *joined(
-            "self_attention.linear_proj", output, (hidden, hidden), tp_axis=1, start="residual"
-        ),
-        *joined("self_attention.linear_qkv", qkv, (hidden, hidden), mix=by_head),
+        *joined("self_attention.linear_proj", output, square, tp_axis=1, start="residual"),
+        *joined("self_attention.linear_qkv", names.qkv, square, mix=by_head),
         *normed("pre_mlp_layernorm", names.mlp_norm),
         *joined("mlp.linear_fc1", names.mlp_in, (ffn, hidden), mix=stacked),
         *joined("mlp.linear_fc2", fc2, (hidden, ffn), tp_axis=1, start="residual"),

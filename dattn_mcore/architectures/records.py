@@ -73,6 +73,8 @@ class Tower:
         folder_types: model types of folders that hold it, itself included.
         features: what all its models have in common.
         names: where transformers keeps its tensors.
+        image_mean: of pixels as its published models were trained, for folders that do not say it.
+        image_std: likewise, the standard deviation.
         norm_eps: field of its Hugging Face configuration that holds `VisionConfig.norm_eps`.
         to_hf: fields of its Hugging Face configuration beside those that all towers share; a folder
             may have other values, which do not concern patches.
@@ -84,6 +86,8 @@ class Tower:
     model_type: str
     folder_types: tuple[str, ...]
     features: TowerFeatures
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
     names: TowerNames = TowerNames()
     norm_eps: str = "layer_norm_eps"
     to_hf: dict[str, Any] = field(default_factory=dict)

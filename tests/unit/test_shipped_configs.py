@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.image_processing_auto import (
+    IMAGE_PROCESSOR_MAPPING_NAMES,
+    get_image_processor_class_from_name,
+)
 
 from dattn_mcore.architectures import vision_towers
 from dattn_mcore.architectures.tables import language_table, model_table, tower_table
@@ -136,13 +140,19 @@ def test_a_language_model_is_the_one_of_transformers(path):
     assert (family, replace(llm, **scale)) == (model.family, model.llm)
 
 
+def image_processor_of(model_type):
+    """The class that transformers takes for the images of a type of model."""
+    return get_image_processor_class_from_name(IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["pil"])
+
+
 TOWERS = [path for path in PARTS if "kind:" in path.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("path", TOWERS, ids=lambda path: path.stem)
 def test_a_tower_is_the_one_of_transformers(path):
-    """As many parameters, and sizes that go there and come back."""
-    vision = load_config(path).model.vision
+    """As many parameters, sizes that go there and come back, and the pixels of its processor."""
+    config = load_config(path)
+    vision = config.model.vision
     theirs = vision_to_hf(vision, torch.bfloat16)
     back = vision_from_hf(theirs, vision.select_layer)
     assert replace(back, init_std=vision.init_std) == vision
@@ -150,6 +160,10 @@ def test_a_tower_is_the_one_of_transformers(path):
     with torch.device("meta"):
         built = AutoModel.from_config(theirs)
     record = vision_towers()[vision.kind]
+    processor = image_processor_of(record.folder_types[0])
+    for name in ("image_mean", "image_std"):
+        stated = (getattr(config.data, name), getattr(record, name))
+        assert stated == (tuple(getattr(processor, name)),) * 2
     unread = built.get_submodule(record.names.final_norm)
     if record.features.final_norm and vision.select_layer == -1:
         unread = torch.nn.Identity()

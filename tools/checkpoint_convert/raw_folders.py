@@ -30,6 +30,8 @@ TEXT_TYPES = tuple(record.model_type for record in language_models().values())
 VISION_TYPES = {
     kind: record.model_type for record in vision_towers().values() for kind in record.folder_types
 }
+# Files with the settings of images; release 5 of transformers writes the first.
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 # Of a model of images and text: what is no part of its tower.
 NOT_THE_TOWER = (
@@ -133,6 +135,23 @@ def vision_config(folder: Path, select_layer: int) -> VisionConfig:
         return vision_from_hf(AutoConfig.for_model(inner, **fields), select_layer)
 
 
+def pixel_statistics(folder: Path) -> dict[str, Any]:
+    """`image_mean` and `image_std` of a tower's folder, where its processor's files say them.
+
+    Raises:
+        CheckpointError: such a file is malformed.
+    """
+    found: dict[str, Any] = {}
+    for file in (folder / name for name in PROCESSORS):
+        if file.is_file():
+            with understanding(file):
+                fields = read_json(file)
+                fields = fields.get("image_processor") or fields
+                said = {name: fields.get(name) for name in ("image_mean", "image_std")}
+                found = {name: value for name, value in said.items() if value is not None} | found
+    return found
+
+
 def open_language_model(folder: Path, tied: bool) -> RawFolder:
     """Opens a language model's folder.
 
@@ -227,13 +246,10 @@ def check_fits(llm: Path, vision: Path, model: ModelConfig, data: DataConfig) ->
     problems += _differences("model.llm", llm, text, model.llm, unread)
     tower = vision_config(vision, model.vision.select_layer)
     problems += _differences("model.vision", vision, tower, model.vision, ("init_std",))
-    pixels = vision / "preprocessor_config.json"
-    if pixels.is_file():
-        fields = read_json(pixels)
-        for name in ("image_mean", "image_std"):
-            theirs, ours = fields.get(name), list(getattr(data, name))
-            if theirs is not None and theirs != ours:
-                problems.append(f"data.{name} is {theirs} in {pixels} and {ours}")
+    for name, theirs in pixel_statistics(vision).items():
+        ours = list(getattr(data, name))
+        if theirs != ours:
+            problems.append(f"data.{name} is {theirs} in {vision} and {ours}")
     if problems:
         raise CheckpointError(
             f"{'; '.join(problems)} in --config; give the folders that --config was written for"

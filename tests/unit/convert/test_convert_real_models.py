@@ -6,6 +6,7 @@ weights to the last bit.
 """
 
 import functools
+import json
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from dattn_mcore.architectures import language_models
+from dattn_mcore.architectures import language_models, vision_towers
 from dattn_mcore.architectures.sizes import RopeConfig
 from dattn_mcore.checkpoint.load import load_weights
 from dattn_mcore.checkpoint.state import model_state
@@ -282,14 +283,22 @@ def test_sizes_are_read_from_the_folders(tmp_path, capsys, family, kind):
     config = raw_config(family, kind)
     llm = make_llm(tmp_path / "llm", config)
     make_tower(tmp_path / "vision", config)
-    (tmp_path / "vision/preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
+    mean = {"image_mean": [0.1, 0.2, 0.3]}
+    file, fields = {
+        "siglip": ("preprocessor_config.json", mean),
+        "clip": ("processor_config.json", {"image_processor": mean, "processor_class": "x"}),
+        "aimv2": ("processor_config.json", {"image_processor": None}),
+    }[kind]
+    (tmp_path / "vision" / file).write_text(json.dumps(fields))
     parts = ["--llm", str(tmp_path / "llm"), "--vision", str(tmp_path / "vision")]
     assert main(["hf-to-mcore", *parts, str(tmp_path / "out")]) == 0
     assert "out.yaml: the model's settings" in capsys.readouterr().out
     written = load_config(tmp_path / "out.yaml", ["data.image_policy=stretch"])
     assert written.model.family == family and written.model.vision.kind == kind
     assert written.model.llm.windows == config.model.llm.windows
-    assert written.data.image_mean == (0.1, 0.2, 0.3)
+    own = vision_towers()[kind]  # where no file says it
+    assert written.data.image_mean == (own.image_mean if kind == "aimv2" else (0.1, 0.2, 0.3))
+    assert written.data.image_std == own.image_std
     assert written.data.tokenizer == str(tmp_path / "llm")
     with torch.no_grad():
         expected = llm(text_ids(config)[None]).logits[0]

@@ -137,7 +137,7 @@ def expected_tower_names(tower, kind, feature_layer):
 
 
 @pytest.mark.parametrize("feature_layer", [-1, -2])
-@pytest.mark.parametrize("kind", ["siglip", "clip", "aimv2"])
+@pytest.mark.parametrize("kind", VISION_FEATURES)
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_names_of_weights(family, kind, feature_layer):
     """Whatever transformers calls the parts of its towers, folders hold these."""

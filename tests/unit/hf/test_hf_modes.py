@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dattn_mcore.hf.visual_dattn import tower_features
-from tests.unit.hf.hf_models import IMAGE, make_model, pixels
+from tests.unit.hf.hf_models import IMAGE, VISION_FEATURES, make_model, pixels
 from tests.unit.hf.hf_reference import reference_logits
 
 # Two images with text between, before and after; image first; several images in a row; none.
@@ -48,7 +48,7 @@ def test_modes_equal_reference(v2v, t2v_position, merge, family):
             assert difference < 2e-5, (name, implementation, difference)
 
 
-@pytest.mark.parametrize("kind", ["siglip", "clip", "aimv2"])
+@pytest.mark.parametrize("kind", VISION_FEATURES)
 @pytest.mark.parametrize("visual_positions", [True, False])
 def test_towers_and_positions(kind, visual_positions):
     """Every tower, and position-free projectors, agree with the reference as well."""
