@@ -20,12 +20,12 @@ from dattn_mcore.architectures.sizes import VisionConfig
 
 @dataclass(frozen=True)
 class TowerNames:
-    """Where transformers keeps a tower's tensors; the defaults are those of most towers.
+    """Where transformers keeps a tower's tensors; the defaults are those of SigLIP and CLIP.
 
     Attributes:
         class_row: `TowerFeatures.class_row`.
         patches: convolution over the pixels.
-        patch_norm: `TowerFeatures.patch_norm`.
+        patch_norm: `TowerFeatures.patch_norm`; none of these two has one.
         positions: embedding of a row's place.
         pre_norm: `TowerFeatures.pre_norm`; the name is misspelt there.
         layers: list of layers; the names below are within one of them.
@@ -40,7 +40,7 @@ class TowerNames:
 
     class_row: str = "embeddings.class_embedding"
     patches: str = "embeddings.patch_embedding"
-    patch_norm: str = "embeddings.norm"
+    patch_norm: str = ""
     positions: str = "embeddings.position_embedding"
     pre_norm: str = "pre_layrnorm"
     layers: str = "encoder.layers"
