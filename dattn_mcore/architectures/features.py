@@ -38,13 +38,26 @@ class TowerFeatures:
     """How vision towers differ.
 
     Attributes:
+        normalization: of all its norms: LayerNorm, which has a bias, or RMSNorm, which has none.
         class_row: a learned row stands in front of the patches; its features are dropped.
         patch_bias: the patch embedding has a bias.
+        patch_norm: patches are normed before their positions are added.
         pre_norm: rows are normed before the first layer.
         final_norm: rows are normed after the last layer, where all layers are run.
+        gated_mlp: the MLP's first linear is two, and the activation of one gates the other.
+        linear_bias: all linears of a layer have biases, or none has.
     """
 
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     class_row: bool = False
     patch_bias: bool = True
+    patch_norm: bool = False
     pre_norm: bool = False
     final_norm: bool = True
+    gated_mlp: bool = False
+    linear_bias: bool = True
+
+    @property
+    def mlp_products(self) -> int:
+        """Products of hidden_size by ffn_hidden_size in one layer's MLP."""
+        return 3 if self.gated_mlp else 2

@@ -8,10 +8,10 @@ from typing import Any
 
 from dattn_mcore.architectures.chat import ChatTemplate
 from dattn_mcore.architectures.decoder import decoder_table
-from dattn_mcore.architectures.encoder import encoder_table
+from dattn_mcore.architectures.encoder import TowerNames
 from dattn_mcore.architectures.features import TextFeatures, TowerFeatures
 from dattn_mcore.architectures.parameters import Entry
-from dattn_mcore.architectures.sizes import LlmConfig, VisionConfig
+from dattn_mcore.architectures.sizes import LlmConfig
 
 HfConfig = Any  # a configuration of transformers: an object with attributes
 
@@ -72,8 +72,13 @@ class Tower:
         model_type: of its configuration in transformers.
         folder_types: model types of folders that hold it, itself included.
         features: what all its models have in common.
-        to_hf: fields of its Hugging Face configuration beside those that all towers share.
-        table: its parameters, from sizes, features and whether it has positions.
+        names: where transformers keeps its tensors.
+        image_mean: of pixels as its published models were trained, for folders that do not say it.
+        image_std: likewise, the standard deviation.
+        norm_eps: field of its Hugging Face configuration that holds `VisionConfig.norm_eps`.
+        to_hf: fields of its Hugging Face configuration beside those that all towers share; a folder
+            may have other values, which do not concern patches.
+        stated: the same; a folder with other values is refused.
     """
 
     name: str
@@ -81,8 +86,12 @@ class Tower:
     model_type: str
     folder_types: tuple[str, ...]
     features: TowerFeatures
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    names: TowerNames = TowerNames()
+    norm_eps: str = "layer_norm_eps"
     to_hf: dict[str, Any] = field(default_factory=dict)
-    table: Callable[[VisionConfig, TowerFeatures, bool], list[Entry]] = encoder_table
+    stated: dict[str, Any] = field(default_factory=dict)
 
 
 def shared_to_hf(llm: LlmConfig) -> dict[str, Any]:

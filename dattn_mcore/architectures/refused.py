@@ -1,4 +1,4 @@
-"""Why a language model that transformers knows cannot be trained here, for a message."""
+"""Why a language model or a tower that transformers knows cannot be trained here, for a message."""
 
 from __future__ import annotations
 
@@ -28,6 +28,26 @@ _BY_FIELD = {
     "hidden_size_per_layer_input": "embeddings of each layer",
     "num_kv_shared_layers": "layers that share keys and values",
 }
+_ANY_SIZE = "images of any size and shape (NaFlex), where tiles are squares of one size"
+_ROTARY = "rotary positions"
+_LAYER_SCALE = "a learned scale of each branch (layer scale)"
+_NO_TOWER = "no architecture here describes it"
+# The same of towers.
+_TOWERS_BY_TYPE = {
+    "siglip2": _ANY_SIZE,
+    "siglip2_vision_model": _ANY_SIZE,
+    "intern_vit_6b": _LAYER_SCALE,  # of the publisher's own code
+    "mlcd_vision_model": _ROTARY,
+    "pixtral": _ROTARY,
+}
+_TOWERS_BY_FIELD = {
+    "layerscale_value": _LAYER_SCALE,
+    "layer_scale_init_value": _LAYER_SCALE,
+    "num_register_tokens": "register rows",
+    "rope_theta": _ROTARY,
+    "use_qk_norm": "norms of heads",
+    "spatial_merge_size": "patches that are merged inside it",
+}
 
 
 def why_refused(fields: Mapping[str, Any]) -> str:
@@ -50,3 +70,18 @@ def why_refused(fields: Mapping[str, Any]) -> str:
     if isinstance(inner, Mapping):
         return "it is a model of images and text; give the folder of a language model"
     return "no architecture here describes it"
+
+
+def why_tower_refused(fields: Mapping[str, Any]) -> str:
+    """What a tower has that is not built here, from its config.json.
+
+    Args:
+        fields: of config.json; those of `vision_config` count where there is one.
+    """
+    inner = fields.get("vision_config")
+    tower = inner if isinstance(inner, Mapping) else fields
+    types = (fields.get("model_type"), tower.get("model_type"))
+    names = [kind for kind in types if isinstance(kind, str)]
+    found = [_TOWERS_BY_TYPE[kind] for kind in names if kind in _TOWERS_BY_TYPE]
+    found += [reason for name, reason in _TOWERS_BY_FIELD.items() if tower.get(name)]
+    return f"it has {', '.join(dict.fromkeys(found))}" if found else _NO_TOWER

@@ -87,8 +87,8 @@ class VisionConfig:
     hidden_size: int = 128  # width of its features
     ffn_hidden_size: int = 256  # of its MLP
     num_attention_heads: int = 4  # a multiple of parallel.tp
-    norm_eps: float = 1e-6  # of its layer norms
-    activation: str = "gelu_tanh"  # siglip: gelu_tanh; clip: quick_gelu
+    norm_eps: float = 1e-6  # of its norms
+    activation: str = "gelu_tanh"  # siglip: gelu_tanh; clip: quick_gelu; aimv2: silu
     select_layer: int = -1  # -1: all layers and the final norm; -2: without the last layer, no norm
     init_std: float = 0.09  # for a hidden size of 128; published weights replace it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dattn_mcore.architectures import language_model, vision_tower
+from dattn_mcore.architectures.encoder import encoder_table
 from dattn_mcore.architectures.parameters import Entry
 from dattn_mcore.architectures.projector import projector_table
 from dattn_mcore.architectures.sizes import ModelConfig
@@ -22,4 +23,6 @@ def language_table(model: ModelConfig) -> list[Entry]:
 def tower_table(model: ModelConfig) -> list[Entry]:
     """Every tensor of its vision tower."""
     record = vision_tower(model.vision.kind)
-    return record.table(model.vision, record.features, model.visual_positions)
+    return encoder_table(
+        model.vision, record.features, record.names, visual_positions=model.visual_positions
+    )

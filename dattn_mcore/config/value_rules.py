@@ -13,7 +13,7 @@ from dattn_mcore.config.schema import Config
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.family": tuple(language_models()),
     "model.vision.kind": tuple(vision_towers()),
-    "model.vision.activation": ("gelu_tanh", "gelu", "quick_gelu"),
+    "model.vision.activation": ("gelu_tanh", "gelu", "quick_gelu", "silu"),
     "model.llm.rope.kind": ("default", "linear", "llama3"),
     "attention.v2v": ("diagonal", "causal"),
     "attention.t2v_position": ("none", "rope"),

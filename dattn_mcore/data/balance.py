@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dattn_mcore.architectures import tower_features
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.packing import Lengths, Pack
 
@@ -33,7 +34,8 @@ def row_work(config: Config) -> tuple[float, float]:
     visual = llm.num_layers * (3 * hidden * kv + mlp) if diagonal else text
     wide = vision.hidden_size
     layers = vision.num_layers + 1 + vision.select_layer
-    visual += layers * (4 * wide * wide + 2 * wide * vision.ffn_hidden_size)
+    products = tower_features(config.model).mlp_products
+    visual += layers * (4 * wide * wide + products * wide * vision.ffn_hidden_size)
     visual += config.model.projector.ffn_hidden_size * (wide + hidden)
     return float(text), float(visual)
 

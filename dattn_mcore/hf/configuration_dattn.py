@@ -69,6 +69,7 @@ class DattnConfig(PreTrainedConfig):
         vision_feature_layer: -1, all layers of the tower (and its last norm, where that is for
             patches); -2, all layers but the last, without a norm. Layers that are not run do not
             exist in the model.
+        vision_last_norm: name of the tower's last norm in transformers.
         image_token_id: token that marks the place of one image in `input_ids`.
 
     Raises:
@@ -92,6 +93,7 @@ class DattnConfig(PreTrainedConfig):
         projector_norm_eps: float = 1e-6,
         projector_output_norm_init: float = 1.0,
         vision_feature_layer: int = -1,
+        vision_last_norm: str = "post_layernorm",
         image_token_id: int = 3,
         **kwargs: Any,
     ) -> None:
@@ -115,6 +117,7 @@ class DattnConfig(PreTrainedConfig):
         self.projector_norm_eps = projector_norm_eps
         self.projector_output_norm_init = projector_output_norm_init
         self.vision_feature_layer = vision_feature_layer
+        self.vision_last_norm = vision_last_norm
         self.image_token_id = image_token_id
         tied = getattr(self.text_config, "tie_word_embeddings", False)
         kwargs.setdefault("tie_word_embeddings", tied)

@@ -28,12 +28,13 @@ def build_vision_tower(config: DattnConfig) -> PreTrainedModel:
         vision.vision_use_head = False
     tower: Any = AutoModel.from_config(vision, dtype=torch.get_default_dtype())
     if not features["final_norm"] or config.vision_feature_layer != -1:
-        if not isinstance(getattr(tower, "post_layernorm", None), nn.LayerNorm):
+        last_norm = config.vision_last_norm
+        if not isinstance(getattr(tower, last_norm, None), nn.Module):
             raise RuntimeError(
-                f"{type(tower).__name__} has no post_layernorm, which this model leaves out; "
+                f"{type(tower).__name__} has no {last_norm}, which this model leaves out; "
                 f"{releases()}"
             )
-        tower.post_layernorm = nn.Identity()
+        setattr(tower, last_norm, nn.Identity())
     return tower
 
 

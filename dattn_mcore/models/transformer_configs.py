@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dattn_mcore.architectures import text_features
+from dattn_mcore.architectures import text_features, tower_features
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.layers.implementation import TRANSFORMER_ENGINE, choose_implementation
@@ -154,17 +154,18 @@ def llm_transformer_config(config: Config) -> TransformerConfig:
 
 def vision_transformer_config(config: Config) -> TransformerConfig:
     """The vision tower: whole on the first stage, tensor parallel, no sequence parallelism."""
-    vision = config.model.vision
+    vision, features = config.model.vision, tower_features(config.model)
     return TransformerConfig(
         num_layers=vision.layers_run,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.ffn_hidden_size,
         num_attention_heads=vision.num_attention_heads,
         kv_channels=vision.hidden_size // vision.num_attention_heads,
-        normalization="LayerNorm",
+        normalization=features.normalization,
         layernorm_epsilon=vision.norm_eps,
+        gated_linear_unit=features.gated_mlp,
         activation_func=ACTIVATIONS[vision.activation],
-        add_bias_linear=True,
+        add_bias_linear=features.linear_bias,
         **_common(config),
     )
 

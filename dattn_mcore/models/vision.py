@@ -22,8 +22,9 @@ class VisionTower(MegatronModule):
         config: the run's configuration.
         pg_collection: process groups; `tp` is used.
 
-    Parameters beside the block's: `patch_embedding`, `class_embedding` and `pre_layernorm` (where
-    its kind has them), `position_embedding` (unless `model.visual_positions` is false).
+    Parameters beside the block's: `patch_embedding`; `class_embedding`, `patch_norm` and
+    `pre_layernorm` (where its kind has them); `position_embedding` (unless
+    `model.visual_positions` is false).
     """
 
     def __init__(self, config: Config, pg_collection: ProcessGroupCollection) -> None:
@@ -36,6 +37,9 @@ class VisionTower(MegatronModule):
         self.patch_embedding = nn.Conv2d(
             3, hidden, vision.patch_size, vision.patch_size, bias=features.patch_bias, dtype=dtype
         )
+        self.patch_norm = None
+        if features.patch_norm:
+            self.patch_norm = Norm(transformer_config, hidden, vision.norm_eps)
         patches = vision.rows_per_tile
         self.class_embedding = None
         if features.class_row:
@@ -68,6 +72,8 @@ class VisionTower(MegatronModule):
             [tiles, patches, hidden], patches row by row, class token dropped.
         """
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        if self.patch_norm is not None:
+            x = self.patch_norm(x)
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
         if self.position_embedding is not None:

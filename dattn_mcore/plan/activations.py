@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from dattn_mcore.architectures import text_features
+from dattn_mcore.architectures import text_features, tower_features
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.flops import folds
 from dattn_mcore.plan.hardware import LIBRARY_BYTES
@@ -146,7 +146,8 @@ def _tower_bytes(config: Config, pack: Rows) -> tuple[float, float]:
     e = 2 if config.train.precision == "bf16" else 4
     rows = pack.tiles * vision.rows_per_tile
     v, f = vision.hidden_size, vision.ffn_hidden_size
-    layer = rows * (8 * v + e * (2 * v + (3 * v + v + 2 * f) / tp))
+    mlp = tower_features(config.model).mlp_products * f  # read by activation and second linear
+    layer = rows * (8 * v + e * (2 * v + (3 * v + v + mlp) / tp))
     layers = vision.layers_run
     kept = layer * layers if "vision" in config.train.trains else e * rows * v
     return kept, layer

@@ -177,12 +177,12 @@ def _head(config: Config, rows: Rows) -> Work:
 
 def _tower(config: Config, rows: Rows) -> Work:
     """The vision tower; without gradients where it is frozen."""
-    vision = config.model.vision
+    vision, features = config.model.vision, tower_features(config.model)
     v, p = vision.hidden_size, vision.rows_per_tile
-    seen = p + (tower_features(config.model).class_row)
+    seen = p + features.class_row
     layers = vision.layers_run
     patches = 2 * 3 * vision.patch_size**2 * v * p
-    linears = layers * 2 * (4 * v * v + 2 * v * vision.ffn_hidden_size) * seen
+    linears = layers * 2 * (4 * v * v + features.mlp_products * v * vision.ffn_hidden_size) * seen
     scores = layers * 4 * seen * seen * v
     forward = patches + linears + scores
     if "vision" not in config.train.trains:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dattn_mcore.architectures import text_features
+from dattn_mcore.architectures import text_features, tower_features
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan import hardware
 from dattn_mcore.plan.communication import Exchange, tensor_bytes_per_layer
@@ -112,7 +112,9 @@ def _tower_bytes(config: Config, pack: Rows) -> float:
     e = 2 if config.train.precision == "bf16" else 4
     rows = pack.tiles * vision.rows_per_tile
     layers = vision.layers_run
-    per_row = 10 * vision.hidden_size + 3 * vision.ffn_hidden_size / config.parallel.tp
+    # Written by the first linear, read by the activation, and what that writes.
+    mlp = 5 if tower_features(config.model).gated_mlp else 3
+    per_row = 10 * vision.hidden_size + mlp * vision.ffn_hidden_size / config.parallel.tp
     return e * rows * layers * per_row
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from dattn_mcore.config.load import merge
-from tests.distributed.jobs import GEMMA, GEMMA3, QWEN2
+from tests.distributed.jobs import AIMV2, CLIP, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3
 from tests.pairwise import Pair, pairs_of, pairwise
 
 Settings = dict[str, dict[str, Any]]
@@ -50,12 +50,13 @@ MEANING: dict[str, dict[str, Settings]] = {
         "gemma2": {"model": GEMMA},
         "gemma3": {"model": GEMMA3},  # norms of heads, two kinds of rotary positions
         "qwen2": {"model": QWEN2},  # biases
+        "qwen3": {"model": QWEN3},  # norms of heads
+        "llama": {"model": LLAMA},  # rotary positions stretched by wave length
     },
     "tower": {
         "siglip": {},
-        "clip": {
-            "model": {"vision": {"kind": "clip", "activation": "quick_gelu", "select_layer": -2}}
-        },
+        "clip": {"model": CLIP},
+        "aimv2": {"model": AIMV2},  # gates in the MLP, RMS norms, no biases
         "no-positions": {"model": {"visual_positions": False}},
     },
     "v2v": {"v2v-diagonal": {}, "v2v-causal": _attention(v2v="causal")},

@@ -68,6 +68,10 @@ LLAMA: dict[str, Any] = {
 }
 QWEN2: dict[str, Any] = {"family": "qwen2"}
 QWEN3: dict[str, Any] = {"family": "qwen3"}
+CLIP: dict[str, Any] = {
+    "vision": {"kind": "clip", "activation": "quick_gelu", "select_layer": -2},
+}
+AIMV2: dict[str, Any] = {"vision": {"kind": "aimv2", "activation": "silu", "norm_eps": 1e-5}}
 
 
 def small_config(data_dir: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:

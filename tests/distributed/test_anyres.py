@@ -48,7 +48,10 @@ def layout_of(sample):
     return tuple(merged)
 
 
-@pytest.fixture(scope="module", params=[("mistral", "clip", -2), ("gemma2", "siglip", -1)])
+MODELS = [("mistral", "clip", -2), ("gemma2", "siglip", -1), ("llama", "aimv2", -2)]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda model: "-".join(model[:2]))
 def exported(request, tmp_path_factory):
     """A random checkpoint, its configuration, and its export."""
     folder = tmp_path_factory.mktemp("anyres")

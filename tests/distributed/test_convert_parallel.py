@@ -23,8 +23,8 @@ from tools.checkpoint_convert.mcore_to_hf import convert as export
 from tools.checkpoint_convert.verify import verify
 
 LENGTH = 16
-# SigLIP with all layers and its last norm, CLIP without its last layer.
-MODELS = [("mistral", "clip", -2), ("gemma2", "siglip", -1)]
+# SigLIP and AIMv2 with all layers and their last norm, CLIP without its last layer.
+MODELS = [("mistral", "clip", -2), ("gemma2", "siglip", -1), ("qwen3", "aimv2", -1)]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda model: "-".join(model[:2]))

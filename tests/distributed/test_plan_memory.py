@@ -5,10 +5,9 @@ import pytest
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.plan.parameters import stage_parameters
 from dattn_mcore.plan.state_memory import optimizer_bytes, state_memory
-from tests.distributed.jobs import GEMMA, SMALL_MODEL
+from tests.distributed.jobs import AIMV2, CLIP, GEMMA, SMALL_MODEL
 from tests.distributed.plan_jobs import built_state
 
-CLIP = {"vision": {"kind": "clip", "activation": "quick_gelu", "select_layer": -2}}
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -19,11 +18,21 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
         ({}, 4, {"tp": 2}, {"precision": "bf16"}),
         (GEMMA, 4, {"pp": 2}, {"precision": "bf16"}),
         (merge(GEMMA, CLIP), 3, {}, {"precision": "bf16", "trains": ["projector", "llm"]}),
+        (AIMV2, 4, {"tp": 2}, {"precision": "bf16"}),
         ({}, 4, {"tp": 2, "pp": 2, "sp": True}, {"precision": "bf16", "trains": ["projector"]}),
         ({"visual_positions": False}, 2, {"pp": 2, "vpp": 2}, {}),
         ({}, 3, {"pp": 3, "first_stage_layers": 2}, {}),
     ],
-    ids=["fp32", "tp2-dp2", "tied-pp2-dp2", "clip-dp3", "frozen-tp2-pp2", "interleaved", "uneven"],
+    ids=[
+        "fp32",
+        "tp2-dp2",
+        "tied-pp2-dp2",
+        "clip-dp3",
+        "aimv2-tp2-dp2",
+        "frozen-tp2-pp2",
+        "interleaved",
+        "uneven",
+    ],
 )
 def test_states_are_those_of_the_model_that_is_built(pool, model, world_size, parallel, train):
     tree = {"model": merge(SMALL_MODEL, model), "parallel": parallel, "train": train}

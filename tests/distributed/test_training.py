@@ -7,6 +7,8 @@ import pytest
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.training.plan import stage_summary
 from tests.distributed.jobs import (
+    AIMV2,
+    CLIP,
     GEMMA,
     SMALL_MODEL,
     count_parameters,
@@ -39,9 +41,6 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(pool, digits, tmp_path):
     assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path))
 
 
-CLIP = {"vision": {"kind": "clip", "activation": "quick_gelu", "select_layer": -2}}
-
-
 @pytest.mark.parametrize(
     ("model", "world_size", "parallel"),
     [
@@ -49,9 +48,10 @@ CLIP = {"vision": {"kind": "clip", "activation": "quick_gelu", "select_layer": -
         ({}, 4, {"tp": 2, "pp": 2}),
         (GEMMA, 2, {"pp": 2}),
         (merge(GEMMA, CLIP), 2, {"tp": 2}),
+        (AIMV2, 2, {"tp": 2}),
         ({"visual_positions": False}, 2, {"pp": 2, "vpp": 2}),
     ],
-    ids=["one", "tp2-pp2", "tied", "clip", "interleaved"],
+    ids=["one", "tp2-pp2", "tied", "clip", "aimv2", "interleaved"],
 )
 def test_dry_run_counts_what_is_built(pool, model, world_size, parallel):
     tree = {"model": merge(SMALL_MODEL, model), "parallel": parallel}

@@ -52,7 +52,7 @@ class Architecture:
 
 
 # Of the first two families every pair with tower, and square tile or AnyRes; of each further one
-# what it adds to the layers. The rest is spread over them.
+# what it adds to the layers, and so of each further tower. The rest is spread over them.
 ARCHITECTURES = {
     "mistral_siglip_square": Architecture(
         "mistral", "siglip", "stretch", vocab_size=330, adds_bos=True, seed=8
@@ -81,6 +81,9 @@ ARCHITECTURES = {
         "qwen2", "clip", "anyres_letterbox", template="mistral", seed=0
     ),
     "qwen3_clip_square": Architecture("qwen3", "clip", "crop", template="mistral", seed=0),
+    "qwen3_aimv2_anyres": Architecture(
+        "qwen3", "aimv2", "anyres_stretch", template="mistral", seed=4
+    ),
 }
 
 

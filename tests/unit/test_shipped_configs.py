@@ -6,15 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.image_processing_auto import (
+    IMAGE_PROCESSOR_MAPPING_NAMES,
+    get_image_processor_class_from_name,
+)
 
-from dattn_mcore.architectures.tables import language_table, model_table
+from dattn_mcore.architectures import vision_towers
+from dattn_mcore.architectures.tables import language_table, model_table, tower_table
 from dattn_mcore.config.checks import check_config, data_parallel_size, processes_per_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.tiles import ANYRES_POLICIES
 from dattn_mcore.training.plan import describe, stage_summary
-from tools.checkpoint_convert.configs import TokenIds, text_from_hf, text_to_hf
+from tools.checkpoint_convert.configs import (
+    TokenIds,
+    text_from_hf,
+    text_to_hf,
+    vision_from_hf,
+    vision_to_hf,
+)
 from tools.checkpoint_convert.tables import mcore_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +140,38 @@ def test_a_language_model_is_the_one_of_transformers(path):
     assert (family, replace(llm, **scale)) == (model.family, model.llm)
 
 
+def image_processor_of(model_type):
+    """The class that transformers takes for the images of a type of model."""
+    return get_image_processor_class_from_name(IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["pil"])
+
+
+TOWERS = [path for path in PARTS if "kind:" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", TOWERS, ids=lambda path: path.stem)
+def test_a_tower_is_the_one_of_transformers(path):
+    """As many parameters, sizes that go there and come back, and the pixels of its processor."""
+    config = load_config(path)
+    vision = config.model.vision
+    theirs = vision_to_hf(vision, torch.bfloat16)
+    back = vision_from_hf(theirs, vision.select_layer)
+    assert replace(back, init_std=vision.init_std) == vision
+    theirs.num_hidden_layers = vision.layers_run
+    with torch.device("meta"):
+        built = AutoModel.from_config(theirs)
+    record = vision_towers()[vision.kind]
+    processor = image_processor_of(record.folder_types[0])
+    for name in ("image_mean", "image_std"):
+        stated = (getattr(config.data, name), getattr(record, name))
+        assert stated == (tuple(getattr(processor, name)),) * 2
+    unread = built.get_submodule(record.names.final_norm)
+    if record.features.final_norm and vision.select_layer == -1:
+        unread = torch.nn.Identity()
+    count = sum(p.numel() for p in built.parameters()) - sum(p.numel() for p in unread.parameters())
+    table = tower_table(replace(Config().model, vision=vision))
+    assert sum(math.prod(entry.mcore_shape()) for entry in table) == count
+
+
 @pytest.mark.parametrize(
     ("tower", "rows", "parameters"),
     [
@@ -137,6 +180,9 @@ def test_a_language_model_is_the_one_of_transformers(path):
         ("siglip2_so400m_384", 729, 397_745_440),
         # transformers' CLIPVisionModel without post-norm and last layer
         ("clip_l_336", 576, 290_909_184),
+        # transformers' Aimv2VisionModel without head
+        ("aimv2_l_336", 576, 309_525_504),
+        ("aimv2_l_448", 1024, 309_984_256),
     ],
 )
 @pytest.mark.parametrize("llm", TOTALS)

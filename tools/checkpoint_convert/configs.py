@@ -21,6 +21,7 @@ from dattn_mcore.architectures import (
     vision_towers,
 )
 from dattn_mcore.architectures.records import Unsupported, shared_from_hf, shared_to_hf
+from dattn_mcore.architectures.shared_rules import check_stated
 from dattn_mcore.config.export_rules import not_exportable
 from dattn_mcore.config.schema import (
     AttentionConfig,
@@ -34,7 +35,12 @@ from dattn_mcore.hf import AUTO_MAP, TESTED_TRANSFORMERS, DattnConfig
 from dattn_mcore.hf.configuration_dattn import TEXT_FEATURES, VISION_FEATURES
 
 # Of towers.
-ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
+ACTIVATIONS = {
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+}
 
 
 @contextmanager
@@ -87,6 +93,7 @@ def to_hf(
         projector_norm_eps=model.projector.norm_eps,
         projector_output_norm_init=model.projector.output_norm_init,
         vision_feature_layer=model.vision.select_layer,
+        vision_last_norm=vision_tower(model.vision.kind).names.final_norm,
         image_token_id=ids.image,
         dtype=dtype,
     )
@@ -210,10 +217,11 @@ def vision_to_hf(vision: VisionConfig, dtype: torch.dtype) -> Any:
         num_attention_heads=vision.num_attention_heads,
         image_size=vision.image_size,
         patch_size=vision.patch_size,
-        layer_norm_eps=vision.norm_eps,
         hidden_act=ACTIVATIONS[vision.activation],
         dtype=dtype,
+        **{record.norm_eps: vision.norm_eps},
         **record.to_hf,
+        **record.stated,
     )
 
 
@@ -223,23 +231,28 @@ def vision_from_hf(vision: Any, select_layer: int) -> VisionConfig:
     Raises:
         CheckpointError: it has a setting that cannot be trained, or is of an unknown kind.
     """
-    kinds = {record.model_type: record.name for record in vision_towers().values()}
+    records = {record.model_type: record for record in vision_towers().values()}
     names = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-    for field, known in (("model_type", kinds), ("hidden_act", names)):
+    for field, known in (("model_type", records), ("hidden_act", names)):
         if (value := getattr(vision, field)) not in known:
             raise CheckpointError(
                 f"config.json: vision_config.{field} is {value!r}; it must be one of "
                 f"{', '.join(known)}"
             )
+    record = records[vision.model_type]
+    try:
+        check_stated(vision, **record.stated)
+    except Unsupported as error:
+        raise CheckpointError(f"config.json: {vision.model_type}: {error}") from None
     return VisionConfig(
-        kind=kinds[vision.model_type],
+        kind=record.name,
         image_size=vision.image_size,
         patch_size=vision.patch_size,
         num_layers=vision.num_hidden_layers,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,
         num_attention_heads=vision.num_attention_heads,
-        norm_eps=vision.layer_norm_eps,
+        norm_eps=getattr(vision, record.norm_eps),
         activation=names[vision.hidden_act],
         select_layer=select_layer,
     )

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from dattn_mcore.architectures import language_model
+from dattn_mcore.architectures import language_model, vision_tower
 from dattn_mcore.architectures.parameters import Entry, in_order_of_layers
 from dattn_mcore.architectures.projector import projector_table
 from dattn_mcore.architectures.tables import language_table, model_table, tower_table
@@ -32,10 +32,12 @@ from tools.checkpoint_convert.configs import from_hf, understanding, with_featur
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
 from tools.checkpoint_convert.mixing import join
 from tools.checkpoint_convert.raw_folders import (
+    PROCESSORS,
     check_fits,
     open_language_model,
     open_projector,
     open_vision_tower,
+    pixel_statistics,
     read_json,
     text_config,
     vision_config,
@@ -191,10 +193,9 @@ def config_of_parts(llm: str | Path, vision: str | Path, select_layer: int) -> C
         projector=ProjectorConfig(ffn_hidden_size=width),
     )
     data: dict[str, Any] = {"template": language_model(family).chat.name, "prepare": "none"}
-    pixels = vision / "preprocessor_config.json"
-    if pixels.is_file():
-        fields = read_json(pixels)
-        data |= {name: fields[name] for name in ("image_mean", "image_std") if name in fields}
+    record = vision_tower(model.vision.kind)
+    data |= {"image_mean": list(record.image_mean), "image_std": list(record.image_std)}
+    data |= pixel_statistics(vision)
     return replace(from_dict({"data": data}), model=model)
 
 
@@ -273,7 +274,7 @@ def image_settings(folder: Path) -> DataConfig:
     Raises:
         CheckpointError: there is no processor, or its file is malformed.
     """
-    for name in ("processor_config.json", "preprocessor_config.json"):
+    for name in PROCESSORS:
         if (folder / name).is_file():
             fields = read_json(folder / name)
             break

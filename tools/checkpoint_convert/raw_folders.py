@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from dattn_mcore.architectures import language_models, nested, vision_tower, vision_towers
 from dattn_mcore.architectures.decoder import PREFIX
 from dattn_mcore.architectures.parameters import PROJECTOR, TOWER, Shape
-from dattn_mcore.architectures.refused import why_refused
+from dattn_mcore.architectures.refused import why_refused, why_tower_refused
 from dattn_mcore.config.schema import DataConfig, LlmConfig, ModelConfig, VisionConfig
 from dattn_mcore.errors import CheckpointError
 from tools.checkpoint_convert.configs import text_from_hf, understanding, vision_from_hf
@@ -30,6 +30,8 @@ TEXT_TYPES = tuple(record.model_type for record in language_models().values())
 VISION_TYPES = {
     kind: record.model_type for record in vision_towers().values() for kind in record.folder_types
 }
+# Files with the settings of images; release 5 of transformers writes the first.
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 # Of a model of images and text: what is no part of its tower.
 NOT_THE_TOWER = (
@@ -39,7 +41,6 @@ NOT_THE_TOWER = (
     "visual_projection.",
     "text_projection.",
 )
-_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
 
 class RawFolder:
@@ -116,16 +117,39 @@ def vision_config(folder: Path, select_layer: int) -> VisionConfig:
     fields = read_json(folder / "config.json")
     if is_nested(fields):
         fields = dict(fields.get("vision_config") or {})
-    kind = str(fields.pop("model_type", None))
+    kind = str(fields.get("model_type"))
     if kind not in VISION_TYPES:
         raise CheckpointError(
-            f"{folder / 'config.json'}: model_type is {kind!r}; a tower must be one of "
-            f"{', '.join(VISION_TYPES)}"
+            f"{folder / 'config.json'}: model_type is {kind!r} ({why_tower_refused(fields)}); a "
+            f"tower must be one of {', '.join(VISION_TYPES)}"
         )
     with understanding(folder / "config.json"):
         fields = dict(fields.get("vision_config", fields))
-        fields.pop("model_type", None)
-        return vision_from_hf(AutoConfig.for_model(VISION_TYPES[kind], **fields), select_layer)
+        inner = fields.pop("model_type", VISION_TYPES[kind])
+        if inner != VISION_TYPES[kind]:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: model_type is {inner!r}, and no vision_config is "
+                f"{VISION_TYPES[kind]!r}, as in folders of a publisher's own code; give one that "
+                "transformers' own class loads"
+            )
+        return vision_from_hf(AutoConfig.for_model(inner, **fields), select_layer)
+
+
+def pixel_statistics(folder: Path) -> dict[str, Any]:
+    """`image_mean` and `image_std` of a tower's folder, where its processor's files say them.
+
+    Raises:
+        CheckpointError: such a file is malformed.
+    """
+    found: dict[str, Any] = {}
+    for file in (folder / name for name in PROCESSORS):
+        if file.is_file():
+            with understanding(file):
+                fields = read_json(file)
+                fields = fields.get("image_processor") or fields
+                said = {name: fields.get(name) for name in ("image_mean", "image_std")}
+                found = {name: value for name, value in said.items() if value is not None} | found
+    return found
 
 
 def open_language_model(folder: Path, tied: bool) -> RawFolder:
@@ -201,9 +225,10 @@ def _unread(name: str, vision: VisionConfig) -> bool:
     """Whether the model never reads this tensor of a tower."""
     if name == "embeddings.position_ids" or name.startswith("head."):  # a pooling head
         return True
-    if name.startswith("post_layernorm."):  # without a final norm it is for the pooled row only
-        return not vision_tower(vision.kind).features.final_norm or vision.select_layer != -1
-    layer = _LAYER.match(name)
+    record = vision_tower(vision.kind)
+    if name.startswith(f"{record.names.final_norm}."):  # may be for the pooled row only
+        return not record.features.final_norm or vision.select_layer != -1
+    layer = re.match(rf"{re.escape(record.names.layers)}\.(\d+)\.", name)
     return layer is not None and vision.layers_run <= int(layer[1]) < vision.num_layers
 
 
@@ -221,13 +246,10 @@ def check_fits(llm: Path, vision: Path, model: ModelConfig, data: DataConfig) ->
     problems += _differences("model.llm", llm, text, model.llm, unread)
     tower = vision_config(vision, model.vision.select_layer)
     problems += _differences("model.vision", vision, tower, model.vision, ("init_std",))
-    pixels = vision / "preprocessor_config.json"
-    if pixels.is_file():
-        fields = read_json(pixels)
-        for name in ("image_mean", "image_std"):
-            theirs, ours = fields.get(name), list(getattr(data, name))
-            if theirs is not None and theirs != ours:
-                problems.append(f"data.{name} is {theirs} in {pixels} and {ours}")
+    for name, theirs in pixel_statistics(vision).items():
+        ours = list(getattr(data, name))
+        if theirs != ours:
+            problems.append(f"data.{name} is {theirs} in {vision} and {ours}")
     if problems:
         raise CheckpointError(
             f"{'; '.join(problems)} in --config; give the folders that --config was written for"

@@ -57,6 +57,12 @@ TRAITS: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_embeddings": True},
     "qwen3": {},
 }
+# What sizes of a tower say beside widths and depths.
+TOWER_TRAITS: dict[str, dict[str, Any]] = {
+    "siglip": {},
+    "clip": {"activation": "quick_gelu", "select_layer": -2},
+    "aimv2": {"activation": "silu", "norm_eps": 1e-5},
+}
 
 
 def small_config(
@@ -86,8 +92,7 @@ def small_config(
         hidden_size=24,
         ffn_hidden_size=40,
         num_attention_heads=2,
-        activation="quick_gelu" if kind == "clip" else "gelu_tanh",
-        select_layer=-2 if kind == "clip" else -1,
+        **TOWER_TRAITS[kind],
     )
     return Config(
         model=ModelConfig(

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    Aimv2Config,
+    Aimv2Model,
+    Aimv2VisionModel,
     CLIPConfig,
     CLIPModel,
     CLIPVisionModel,
@@ -35,8 +38,14 @@ LLMS = {
     "qwen2": Qwen2ForCausalLM,
     "qwen3": Qwen3ForCausalLM,
 }
-TOWERS = {"siglip": SiglipVisionModel, "clip": CLIPVisionModel}
-WHOLE = {"siglip": (SiglipConfig, SiglipModel), "clip": (CLIPConfig, CLIPModel)}
+TOWERS = {"siglip": SiglipVisionModel, "clip": CLIPVisionModel, "aimv2": Aimv2VisionModel}
+WHOLE = {
+    "siglip": (SiglipConfig, SiglipModel),
+    "clip": (CLIPConfig, CLIPModel),
+    "aimv2": (Aimv2Config, Aimv2Model),
+}
+# Switches of a head that pools rows, which published folders may have.
+HEADS = {"siglip": "vision_use_head", "aimv2": "use_head"}
 IDS = TokenIds(bos=1, eos=2, pad=0, image=3, stop=(2,))
 
 
@@ -78,11 +87,11 @@ def make_llm(folder: Path, config: Config, dtype=torch.float32, shard: str = "5G
 
 
 def make_tower(folder: Path, config: Config, whole: bool = False, dtype=torch.float32) -> Any:
-    """Writes a tower's folder, or that of the whole SigLIP or CLIP; returns the tower."""
+    """Writes a tower's folder, or that of the whole model that has it; returns the tower."""
     vision = config.model.vision
     hf = vision_to_hf(vision, dtype)
-    if vision.kind == "siglip":
-        hf.vision_use_head = True
+    if vision.kind in HEADS:
+        setattr(hf, HEADS[vision.kind], True)
     if whole:
         configuration, model_class = WHOLE[vision.kind]
         text = dict(

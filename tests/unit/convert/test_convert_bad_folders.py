@@ -67,6 +67,10 @@ def test_another_models_folders(tmp_path, capsys, parts):
     assert "model.llm.query_scale is 24.0" in error and "and 8.0" in error
     assert "model.llm.num_query_groups is 2" in error
     assert "data.image_mean is [0.5, 0.5, 0.5]" in error
+    (tmp_path / "vision/processor_config.json").write_text('{"image_processor": [1]}')
+    malformed = fails(capsys, "hf-to-mcore", *parts, tmp_path / "out")
+    assert "processor_config.json is malformed" in malformed
+    (tmp_path / "vision/processor_config.json").unlink()
     swapped = [parts[0], parts[3], parts[2], parts[1], *parts[4:]]
     assert "a language model must be one of" in fails(
         capsys, "hf-to-mcore", *swapped, tmp_path / "out"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 
-from dattn_mcore.architectures import language_models
+from dattn_mcore.architectures import language_models, vision_towers
 from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError
@@ -32,9 +32,9 @@ LLM = {
     "tie_embeddings": st.booleans(),
 }
 VISION = {
-    "kind": st.sampled_from(["siglip", "clip"]),
+    "kind": st.sampled_from(sorted(vision_towers())),
     "num_layers": st.sampled_from([1, 2, 3]),
-    "activation": st.sampled_from(["gelu_tanh", "gelu", "quick_gelu"]),
+    "activation": st.sampled_from(sorted(ACTIVATIONS)),
     "select_layer": st.sampled_from([-1, -2, -3]),
 }
 

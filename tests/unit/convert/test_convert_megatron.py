@@ -28,6 +28,8 @@ CASES = [
     ("gemma2", "siglip", {}, AttentionConfig(v2v="causal", t2v_position="rope")),
     ("mistral", "siglip", {}, AttentionConfig(v2v="causal")),
     ("mistral", "siglip", {}, AttentionConfig(t2v_position="rope", merge="sum")),
+    ("mistral", "aimv2", {}, AttentionConfig()),
+    ("gemma2", "aimv2", {"visual_positions": False}, AttentionConfig()),
 ]
 
 

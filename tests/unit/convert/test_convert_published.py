@@ -8,7 +8,7 @@ from tools.checkpoint_convert.raw_folders import check_fits
 
 
 def test_published_configurations_are_understood(tmp_path):
-    """config.json as Mistral AI, Google and OpenAI publish them, against the shipped files."""
+    """config.json as Mistral AI, Google, OpenAI and Apple publish them, against the shipped files."""
     configs = Path(__file__).resolve().parents[3] / "configs"
     published = {
         "mistral": {
@@ -78,12 +78,41 @@ def test_published_configurations_are_understood(tmp_path):
                 "projection_dim": 768,
             },
         },
+        # As Apple publishes its AIMv2 since transformers has a class for them; `use_bias` and more
+        # are of the publisher's own code, which the folders also hold.
+        "aimv2_l_336": {
+            "architectures": ["Aimv2VisionModel"],
+            "attention_dropout": 0.0,
+            "auto_map": {
+                "AutoConfig": "configuration_aimv2.AIMv2Config",
+                "AutoModel": "modeling_aimv2.AIMv2Model",
+                "FlaxAutoModel": "modeling_flax_aimv2.FlaxAIMv2Model",
+            },
+            "hidden_act": "silu",
+            "hidden_size": 1024,
+            "image_size": 336,
+            "initializer_range": 0.02,
+            "intermediate_size": 2816,
+            "is_native": False,
+            "mlp_bias": False,
+            "model_type": "aimv2_vision_model",
+            "num_attention_heads": 8,
+            "num_channels": 3,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+            "projection_dropout": 0.0,
+            "qkv_bias": False,
+            "rms_norm_eps": 1e-05,
+            "torch_dtype": "float32",
+            "use_bias": False,
+            "use_head": False,
+        },
     }
     for name, fields in published.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(fields))
     for llm in ("mistral", "gemma"):
-        for tower in ("siglip_so400m_384", "clip_l_336"):
+        for tower in ("siglip_so400m_384", "clip_l_336", "aimv2_l_336"):
             file = tmp_path / "run.yaml"
             file.write_text(f"base: [{configs}/{llm}_aln.yaml, {configs}/models/{tower}.yaml]\n")
             config = load_config(file)

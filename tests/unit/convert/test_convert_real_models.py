@@ -6,6 +6,7 @@ weights to the last bit.
 """
 
 import functools
+import json
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from dattn_mcore.architectures import language_models
+from dattn_mcore.architectures import language_models, vision_towers
 from dattn_mcore.architectures.sizes import RopeConfig
 from dattn_mcore.checkpoint.load import load_weights
 from dattn_mcore.checkpoint.state import model_state
@@ -87,6 +88,8 @@ def load(path, config):
         ("llama", "clip", -2),
         ("qwen2", "siglip", -2),
         ("qwen3", "siglip", -1),
+        ("qwen3", "aimv2", -1),
+        ("llama", "aimv2", -2),
     ],
 )
 def test_logits_and_features_equal_hugging_faces(tmp_path, family, kind, select):
@@ -189,7 +192,13 @@ def read_folder(folder):
 @pytest.mark.parametrize("names", ["as written", "older", "newer", "whole"])
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("mistral", "clip"), ("gemma2", "siglip"), ("qwen2", "siglip"), ("gemma3", "clip")],
+    [
+        ("mistral", "clip"),
+        ("gemma2", "siglip"),
+        ("qwen2", "siglip"),
+        ("gemma3", "clip"),
+        ("qwen3", "aimv2"),
+    ],
 )
 def test_there_and_back_is_bitwise(tmp_path, family, kind, names):
     """bf16 language model in shards, float32 tower; then the export holds the same bits."""
@@ -266,20 +275,30 @@ def test_a_bf16_run_starts_from_a_float32_tower(tmp_path):
         assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
 
 
-@pytest.mark.parametrize(("family", "kind"), [("gemma3", "siglip"), ("qwen3", "clip")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("gemma3", "siglip"), ("qwen3", "clip"), ("llama", "aimv2")]
+)
 def test_sizes_are_read_from_the_folders(tmp_path, capsys, family, kind):
     """Without --config: the model's settings are written, and a run of them finds the weights."""
     config = raw_config(family, kind)
     llm = make_llm(tmp_path / "llm", config)
     make_tower(tmp_path / "vision", config)
-    (tmp_path / "vision/preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
+    mean = {"image_mean": [0.1, 0.2, 0.3]}
+    file, fields = {
+        "siglip": ("preprocessor_config.json", mean),
+        "clip": ("processor_config.json", {"image_processor": mean, "processor_class": "x"}),
+        "aimv2": ("processor_config.json", {"image_processor": None}),
+    }[kind]
+    (tmp_path / "vision" / file).write_text(json.dumps(fields))
     parts = ["--llm", str(tmp_path / "llm"), "--vision", str(tmp_path / "vision")]
     assert main(["hf-to-mcore", *parts, str(tmp_path / "out")]) == 0
     assert "out.yaml: the model's settings" in capsys.readouterr().out
     written = load_config(tmp_path / "out.yaml", ["data.image_policy=stretch"])
     assert written.model.family == family and written.model.vision.kind == kind
     assert written.model.llm.windows == config.model.llm.windows
-    assert written.data.image_mean == (0.1, 0.2, 0.3)
+    own = vision_towers()[kind]  # where no file says it
+    assert written.data.image_mean == (own.image_mean if kind == "aimv2" else (0.1, 0.2, 0.3))
+    assert written.data.image_std == own.image_std
     assert written.data.tokenizer == str(tmp_path / "llm")
     with torch.no_grad():
         expected = llm(text_ids(config)[None]).logits[0]
@@ -301,10 +320,12 @@ def newer_part(name):
     raise AssertionError(name)
 
 
-@pytest.mark.parametrize("names", ["newer", "older"])
-def test_a_llava_is_taken_apart(tmp_path, names):
+@pytest.mark.parametrize(
+    ("names", "kind"), [("newer", "clip"), ("older", "clip"), ("older", "aimv2")]
+)
+def test_a_llava_is_taken_apart(tmp_path, names, kind):
     """Its language model, its tower and the two linears of its projector."""
-    config = raw_config("llama", "clip", -2)
+    config = raw_config("llama", kind, -2)
     llm, tower = make_llm(tmp_path / "llm", config), make_tower(tmp_path / "vision", config)
     sizes = {"text_config": llm.config, "vision_config": tower.config, "image_token_index": 1}
     whole = LlavaForConditionalGeneration(LlavaConfig(**sizes, dtype="float32")).eval()

@@ -25,6 +25,8 @@ CASES = [
     ("llama", "siglip", {}),
     ("qwen2", "clip", {}),
     ("qwen3", "siglip", {}),
+    ("qwen3", "aimv2", {}),
+    ("mistral", "aimv2", {"visual_positions": False}),
 ]
 
 

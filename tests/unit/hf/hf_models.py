@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    Aimv2VisionConfig,
     CLIPVisionConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -50,7 +51,9 @@ TEXT_FEATURES = {
 VISION_FEATURES = {
     "siglip": {"class_row": False, "final_norm": True},
     "clip": {"class_row": True, "final_norm": False},
+    "aimv2": {"class_row": False, "final_norm": True},
 }
+LAST_NORMS = {"siglip": "post_layernorm", "clip": "post_layernorm", "aimv2": "rms_norm"}
 
 
 def text_config(family: str, **changes):
@@ -109,6 +112,8 @@ def vision_config(kind: str, **changes):
         image_size=12,
         patch_size=4,
     )
+    if kind == "aimv2":
+        return Aimv2VisionConfig(**{**common, "use_head": False, **changes})
     config = SiglipVisionConfig if kind == "siglip" else CLIPVisionConfig
     return config(**{**common, **changes})
 
@@ -128,6 +133,7 @@ def make_model(
         vision_config=vision_config(kind, **(vision or {})),
         text_features=TEXT_FEATURES[family],
         vision_features=VISION_FEATURES[kind],
+        vision_last_norm=LAST_NORMS[kind],
         image_token_id=IMAGE,
         **{"projector_hidden_size": 40, **changes},
     )

@@ -101,8 +101,24 @@ def expected_names(family, kind, feature_layer):
     names |= layer_names(
         "model.multi_modal_projector", [*parts, "norm.weight", "output_norm.weight"]
     )
-    tower = "model.vision_tower"
-    names |= layer_names(
+    return names | expected_tower_names("model.vision_tower", kind, feature_layer)
+
+
+def expected_tower_names(tower, kind, feature_layer):
+    both = ("weight", "bias")
+    if kind == "aimv2":
+        names = {f"{tower}.embeddings.{p}.weight" for p in ("rms_norm", "position_embedding")}
+        names |= layer_names(f"{tower}.embeddings.patch_embed", both)
+        if feature_layer == -1:
+            names.add(f"{tower}.rms_norm.weight")
+        modules = ["rms_norm1", "rms_norm2"]
+        modules += [f"ffn.{p}_proj" for p in ("gate", "up", "down")]
+        modules += [f"attention.{p}" for p in ("q_proj", "k_proj", "v_proj", "out_proj")]
+        for layer in range(2 + feature_layer + 1):
+            parts = [f"{module}.weight" for module in modules]
+            names |= layer_names(f"{tower}.encoder.layers.{layer}", parts)
+        return names
+    names = layer_names(
         f"{tower}.embeddings", ["patch_embedding.weight", "position_embedding.weight"]
     )
     if kind == "clip":
@@ -121,7 +137,7 @@ def expected_names(family, kind, feature_layer):
 
 
 @pytest.mark.parametrize("feature_layer", [-1, -2])
-@pytest.mark.parametrize("kind", ["siglip", "clip"])
+@pytest.mark.parametrize("kind", VISION_FEATURES)
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_names_of_weights(family, kind, feature_layer):
     """Whatever transformers calls the parts of its towers, folders hold these."""
@@ -231,3 +247,5 @@ def test_a_tower_of_another_build_is_refused(monkeypatch):
     monkeypatch.setattr(visual_dattn, "AutoModel", build)
     with pytest.raises(RuntimeError, match="Tower has no post_layernorm.*tested with"):
         make_model(kind="clip")
+    with pytest.raises(RuntimeError, match="Tower has no rms_norm.*tested with"):
+        make_model(kind="aimv2", vision_feature_layer=-2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dattn_mcore.hf.visual_dattn import tower_features
-from tests.unit.hf.hf_models import IMAGE, make_model, pixels
+from tests.unit.hf.hf_models import IMAGE, VISION_FEATURES, make_model, pixels
 from tests.unit.hf.hf_reference import reference_logits
 
 # Two images with text between, before and after; image first; several images in a row; none.
@@ -48,10 +48,10 @@ def test_modes_equal_reference(v2v, t2v_position, merge, family):
             assert difference < 2e-5, (name, implementation, difference)
 
 
-@pytest.mark.parametrize("kind", ["siglip", "clip"])
+@pytest.mark.parametrize("kind", VISION_FEATURES)
 @pytest.mark.parametrize("visual_positions", [True, False])
 def test_towers_and_positions(kind, visual_positions):
-    """CLIP and position-free projectors agree with the reference as well."""
+    """Every tower, and position-free projectors, agree with the reference as well."""
     model = make_model("gemma2", kind, visual_positions=visual_positions, vision_feature_layer=-2)
     images = pixels(2)
     with torch.no_grad():

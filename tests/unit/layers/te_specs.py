@@ -17,9 +17,8 @@ import torch.distributed as dist
 
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.parallel import platform
-from tests.distributed.jobs import GEMMA, SMALL_MODEL, randomize_norms
+from tests.distributed.jobs import AIMV2, CLIP, GEMMA, SMALL_MODEL, randomize_norms
 
-CLIP = {"vision": {"kind": "clip", "activation": "quick_gelu", "select_layer": -2}}
 BASELINE = {"attention": {"v2v": "causal", "t2v_position": "rope"}}
 WHOLE = {"attention": {"fold_visual_projection": False, "skip_last_visual_rows": False}}
 TP = {"parallel": {"tp": 2}}
@@ -31,6 +30,7 @@ CASES = {
     "unfolded": (1, GEMMA, WHOLE),
     "tp2": (2, {}, TP),
     "gemma-tp2-sp": (2, GEMMA, SP),
+    "aimv2-tp2": (2, AIMV2, TP),
 }
 LAYOUTS = [
     ((True, 16), (False, 9)),

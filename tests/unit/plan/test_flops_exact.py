@@ -11,7 +11,7 @@ from dattn_mcore.models.build import build_model
 from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import decoder_work, layer_pairs, step_work
 from dattn_mcore.plan.rows import rows_of
-from tests.distributed.jobs import SMALL_MODEL
+from tests.distributed.jobs import AIMV2, SMALL_MODEL
 
 LAYOUTS = (((True, 64), (False, 32)),)
 LABELLED = 10
@@ -77,9 +77,10 @@ def test_folding_and_ending_early_save_what_they_should():
     assert costs[1] - costs[2] == 64 * (2 * hidden * groups * dim + 6 * hidden * ffn)
 
 
+@pytest.mark.parametrize("tower", [{}, AIMV2], ids=["siglip", "aimv2"])
 @pytest.mark.parametrize("trains", ["vision", "projector", "llm"])
-def test_tower_and_projector_as_counted(groups, trains):
-    config = config_of({"train": {"trains": [trains]}})
+def test_tower_and_projector_as_counted(groups, trains, tower):
+    config = config_of({"train": {"trains": [trains]}, "model": tower})
     (model,) = build_model(config, groups, torch.device("cpu"))
     tiles = torch.zeros(4, 3, 56, 56, dtype=torch.uint8)
     with FlopCounterMode(display=False, custom_mapping=FLASH) as counter:

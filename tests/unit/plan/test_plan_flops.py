@@ -11,10 +11,9 @@ from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import step_work
 from dattn_mcore.plan.rows import Rows, causal_pairs, rows_of
-from tests.distributed.jobs import GEMMA, SMALL_MODEL
+from tests.distributed.jobs import AIMV2, CLIP, GEMMA, SMALL_MODEL
 
 LAYOUTS = [((True, 32), (False, 40)), ((True, 16), (False, 8), (True, 16), (False, 32))]
-CLIP = {"vision": {"kind": "clip", "activation": "quick_gelu", "select_layer": -2}}
 TOWER_TOO = ["vision", "projector", "llm"]
 
 
@@ -48,9 +47,10 @@ def counted(config, groups):
         ({}, {}, ["projector", "llm"]),
         ({}, {}, ["projector"]),
         (merge(GEMMA, CLIP), {}, ["projector", "llm"]),
+        (AIMV2, {}, TOWER_TOO),
         ({}, {"v2v": "causal", "t2v_position": "rope"}, TOWER_TOO),
     ],
-    ids=["all", "frozen-tower", "projector", "gemma-clip", "baseline"],
+    ids=["all", "frozen-tower", "projector", "gemma-clip", "aimv2", "baseline"],
 )
 def test_operations_are_within_two_percent_of_the_counter(groups, model, attention, trains):
     """The reference attention computes every pair within a sample and masks; so these count."""
