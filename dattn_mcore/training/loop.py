@@ -16,6 +16,7 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.failures import mask
 from dattn_mcore.errors import CheckpointError, DattnError
+from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.models.dattn import IGNORED_LABEL
 from dattn_mcore.parallel import platform
 from dattn_mcore.plan.flops import step_work
@@ -28,6 +29,7 @@ from dattn_mcore.training.memory import StepMemoryError, explain_memory
 from dattn_mcore.training.not_finite import NotFiniteError, explain
 from dattn_mcore.training.optimizer import gathered_weights
 from dattn_mcore.training.run_folder import Claim, claimed
+from dattn_mcore.training.runtime import decide_runtime
 from dattn_mcore.training.setup import FINISHED, Run, cannot_report, set_up
 from dattn_mcore.training.signals import StopRequest
 from dattn_mcore.training.step import StepResult, train_step
@@ -40,6 +42,8 @@ def train(
     config: Config,
     pg_collection: ProcessGroupCollection,
     device: torch.device,
+    *,
+    runtime: Runtime | None = None,
     watchdog: Watchdog | None = None,
 ) -> bool:
     """Trains until the last step or a stopping signal; called by all ranks.
@@ -48,6 +52,7 @@ def train(
         config: a checked configuration.
         pg_collection: process groups of its layout.
         device: of this process.
+        runtime: how the model is computed; None: it is decided here.
         watchdog: that this process has already; without one it gets one for this call.
 
     Returns:
@@ -57,14 +62,16 @@ def train(
         DattnError: a user's mistake, the same on every rank; what is one rank's alone is not
             `shared`.
     """
+    if runtime is None:
+        runtime = decide_runtime(config)
     with claimed(Path(config.log.run_dir), device) as claim:
         if watchdog is not None:
             with speaking(watchdog):
-                return _train(set_up(config, pg_collection, device, watchdog), claim)
+                return _train(set_up(config, runtime, pg_collection, device, watchdog), claim)
         watchdog = Watchdog(dist.get_rank(), dist.get_world_size())
         try:
             with speaking(watchdog):
-                return _train(set_up(config, pg_collection, device, watchdog), claim)
+                return _train(set_up(config, runtime, pg_collection, device, watchdog), claim)
         finally:
             watchdog.close()
 

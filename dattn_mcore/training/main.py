@@ -111,11 +111,11 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
     from dattn_mcore.parallel import platform
 
     platform.load_no_compiler(config.train.device)
-    from dattn_mcore.layers.implementation import choose_implementation
     from dattn_mcore.parallel import groups
     from dattn_mcore.training.last_words import speaking
     from dattn_mcore.training.loop import train
     from dattn_mcore.training.plan import attention_backends
+    from dattn_mcore.training.runtime import decide_runtime
     from dattn_mcore.training.start_checks import check_all_reduce
     from dattn_mcore.training.watchdog import Watchdog
 
@@ -136,7 +136,7 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
         with speaking(watchdog):
             # What cannot run is told before anything is built.
             attention_backends(config, device_kind)
-            choose_implementation(config)
+            runtime = decide_runtime(config)
             limit = config.health.start_timeout_seconds
             watchdog.phase("the first all-reduce", limit, "health.start_timeout_seconds")
             check_all_reduce(device)
@@ -151,7 +151,7 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
             )
             watchdog.phase("preparing data", 0, "")
             _prepare_data(config, device)
-            train(config, pg_collection, device, watchdog)
+            train(config, pg_collection, device, runtime=runtime, watchdog=watchdog)
         groups.destroy_model_parallel()
         return 0
     except DattnError as error:
