@@ -113,6 +113,8 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def from_dict(tree: Mapping[str, Any]) -> Config:
     """Turns a tree of plain values into a `Config`; settings of before are understood.
 
+    Which words and numbers a setting may have is for `checks.check_config` to say, all at once.
+
     Raises:
         ConfigError: all unknown keys (with the nearest known ones) and values of a wrong type.
     """
@@ -179,6 +181,8 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
             return tuple(_build(section, item, f"{name}[{n}].") for n, item in enumerate(items))
         kinds = args if fixed else (args[0],) * len(items)
         return tuple(_convert(k, item, name) for k, item in zip(kinds, items, strict=True))
+    if origin is typing.Literal:
+        kind = str
     if kind is float and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-3 as text
             return float(value)

@@ -1,4 +1,4 @@
-"""Rules for single values: choices, numbers that are finite and in range; one line per breach."""
+"""Rules for single values: numbers that are finite and in range; one line per breach."""
 
 from __future__ import annotations
 
@@ -7,32 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from dattn_mcore.architectures import chat_templates, language_models, vision_towers
 from dattn_mcore.config.schema import Config
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model.family": tuple(language_models()),
-    "model.vision.kind": tuple(vision_towers()),
-    "model.vision.activation": ("gelu_tanh", "gelu", "quick_gelu"),
-    "model.llm.rope.kind": ("default", "linear", "llama3"),
-    "attention.v2v": ("diagonal", "causal"),
-    "attention.t2v_position": ("none", "rope"),
-    "attention.merge": ("alpha", "sum"),
-    "attention.backend": ("auto", "reference", "sdpa", "flash", "triton"),
-    "data.template": tuple(chat_templates()),
-    "data.prepare": ("none", "digits"),
-    "data.over_budget": ("skip", "truncate", "error"),
-    "data.image_backend": ("auto", "dali", "pillow"),
-    "data.image_policy": ("stretch", "pad", "crop", "anyres_stretch", "anyres_letterbox"),
-    "data.anyres_ties": ("aspect", "first"),
-    "data.transparency": ("white", "drop"),
-    "train.stage": ("align", "pretrain", "instruct"),
-    "model.transformer_impl": ("auto", "local", "transformer_engine"),
-    "train.precision": ("fp32", "bf16"),
-    "train.fp8": ("none", "delayed", "tensorwise", "blockwise"),
-    "train.recompute": ("none", "selective", "full"),
-    "train.device": ("auto", "cpu", "gpu"),
-}
 # Greater than 0, by section; of those that may be null, the second text says what null means.
 _POSITIVE = {
     "model.llm": (
@@ -90,13 +66,6 @@ def value_of(config: Config, name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part)
     return value
-
-
-def choices(config: Config) -> Iterator[str]:
-    """Words that must be one of a few."""
-    for name, allowed in CHOICES.items():
-        if value_of(config, name) not in allowed:
-            yield f"{name}={value_of(config, name)!r} is unknown; use one of {', '.join(allowed)}"
 
 
 def readable(config: Config) -> Iterator[str]:
