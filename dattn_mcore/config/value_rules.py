@@ -12,21 +12,42 @@ from dattn_mcore.config.schema import Config
 # Greater than 0, by section; of those that may be null, the second text says what null means.
 _POSITIVE = {
     "model.llm": (
-        *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
-        *("num_query_groups", "head_dim", "vocab_size", "vocab_pad_multiple", "norm_eps"),
-        *("rotary_base", "init_std"),
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "head_dim",
+        "vocab_size",
+        "vocab_pad_multiple",
+        "norm_eps",
+        "rotary_base",
+        "init_std",
     ),
     "model.llm.rope": (
-        *("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
+        "factor",
+        "original_length",
+        "low_frequency_factor",
+        "high_frequency_factor",
     ),
     "model.vision": (
-        *("image_size", "patch_size", "num_layers", "hidden_size", "ffn_hidden_size"),
-        *("num_attention_heads", "norm_eps", "init_std"),
+        "image_size",
+        "patch_size",
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "norm_eps",
+        "init_std",
     ),
     "model.projector": ("ffn_hidden_size", "norm_eps"),
     "parallel": ("tp", "pp", "vpp", "cp", "timeout_minutes"),
     "data": (
-        *("text_budget", "visual_budget", "pad_multiple", "max_image_pixels", "decode_threads"),
+        "text_budget",
+        "visual_budget",
+        "pad_multiple",
+        "max_image_pixels",
+        "decode_threads",
         "prefetch",
     ),
     "optim": ("lr", "eps"),
@@ -53,8 +74,10 @@ _AT_LEAST_ZERO = {
     "optim.clip_grad": "0: no limit",
 }
 _SHARES = (
-    *("optim.warmup_ratio", "optim.min_lr_ratio"),
-    *("data.max_bad_share", "data.max_skipped_share"),
+    "optim.warmup_ratio",
+    "optim.min_lr_ratio",
+    "data.max_bad_share",
+    "data.max_skipped_share",
 )
 _BELOW_ONE = ("optim.beta1", "optim.beta2")
 SEEDS = 2**32  # as many as every library takes

@@ -82,7 +82,7 @@ def _train(run: Run, claim: Claim) -> bool:
         with speaking(run.watchdog):
             step = _all_steps(run, stop, claim)
             _say_saved(run.saver.poll(blocking=True))
-            agree(claim.problem(), False, run.device)
+            agree(claim.problem(), run.device)
     except DattnError as error:
         if error.shared:  # the same on every rank: a save that is under way is finished
             _say_saved(run.saver.poll(blocking=True))
@@ -113,7 +113,7 @@ def _all_steps(run: Run, stop: StopRequest, claim: Claim) -> int:
         _finish_pending(run, claim)
         problem = _note(run, step, batch, agreed, result, share)
         if step % run.config.checkpoint.save_interval == 0 or step == run.last_step:
-            agree(problem, False, run.device)  # a run that must end saves no more
+            agree(problem, run.device)  # a run that must end saves no more
             if _save(run, step, claim):
                 saved = step
     _save(run, step, claim, unsaved=step > saved)
@@ -164,8 +164,8 @@ def _next_batch(
     run.watchdog.phase(f"step {step + 1}", *limit)
     return batch, agree(
         problem,
-        wants_stop,
         run.device,
+        stop=wants_stop,
         failures=batch.failures if batch is not None else (),
         data_wait=waited,
         peak_memory=platform.peak_memory(),

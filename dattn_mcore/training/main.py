@@ -144,9 +144,14 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
             pg_collection = groups.initialize_model_parallel(config.parallel, config.train.seed)
             logger.info(
                 "%s: %s on %d %s process%s, tp %d x pp %d x dp %d%s",
-                *(Path(config.log.run_dir).name, config.train.stage, dist.get_world_size()),
-                *(device_kind.upper(), "" if dist.get_world_size() == 1 else "es"),
-                *(config.parallel.tp, config.parallel.pp, pg_collection.dp.size()),
+                Path(config.log.run_dir).name,
+                config.train.stage,
+                dist.get_world_size(),
+                device_kind.upper(),
+                "" if dist.get_world_size() == 1 else "es",
+                config.parallel.tp,
+                config.parallel.pp,
+                pg_collection.dp.size(),
                 ", sequence parallel" if config.parallel.sp else "",
             )
             watchdog.phase("preparing data", 0, "")
@@ -202,7 +207,7 @@ def _prepare_data(config: Config, device) -> None:
             prepare_configured(config)
         except DattnError as error:
             problem = error
-    agree(problem, False, device)
+    agree(problem, device)
 
 
 def _set_up_logging(rank: int) -> None:

@@ -133,14 +133,31 @@ def set_up(
             ledger = SampleLedger(run_dir, data.index, share, first, data.num_trainable)
         except OSError as error:
             problem = cannot_report(config, error)
-    agree(problem, False, device)
+    agree(problem, device)
     saver = CheckpointSaver(
-        *(run_dir / "checkpoints", config, chunks, optimizer, pg_collection),
-        *(data.identity, data.tokenizer_fingerprint, schedule),
+        root=run_dir / "checkpoints",
+        config=config,
+        chunks=chunks,
+        optimizer=optimizer,
+        pg_collection=pg_collection,
+        data_identity=data.identity,
+        tokenizer_fingerprint=data.tokenizer_fingerprint,
+        schedule_steps=schedule,
     )
     return Run(
-        *(config, pg_collection, device, watchdog, data, model, optimizer, scheduler, saver),
-        *(first, last, reporter, ledger),
+        config=config,
+        pg_collection=pg_collection,
+        device=device,
+        watchdog=watchdog,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        saver=saver,
+        first_step=first,
+        last_step=last,
+        reporter=reporter,
+        ledger=ledger,
     )
 
 
@@ -189,7 +206,7 @@ def _open_data_in_turn(
         except Exception as error:  # noqa: BLE001 (the other ranks must know)
             problem = unexpected(error, "opening the data", Path(config.log.run_dir))
         groups.wait_for_all(f"data/{turn}")  # an index of millions of samples takes long
-        agree(problem, False, device)
+        agree(problem, device)
     assert data is not None
     _check_same_data(data)
     return data

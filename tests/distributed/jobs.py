@@ -427,7 +427,7 @@ def agree_on(kind: str) -> tuple[str, str]:
     if dist.get_rank() == dist.get_world_size() - 1:
         mine = made[kind] if kind in made else getattr(errors, kind)("it is so")
     try:
-        agree(mine, False, torch.device("cpu"))
+        agree(mine, torch.device("cpu"))
     except errors.DattnError as error:
         return type(error).__name__, str(error)
     return "", ""

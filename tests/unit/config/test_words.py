@@ -11,7 +11,11 @@ from dattn_mcore.config.hints import all_keys
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.config.words import unknown_words, words_of
+from dattn_mcore.data.images import BACKENDS as IMAGE_BACKENDS
+from dattn_mcore.data.tiles import POLICIES
 from dattn_mcore.errors import ConfigError
+from dattn_mcore.layers.attention import BACKENDS
+from dattn_mcore.models.transformer_configs import ACTIVATIONS
 
 
 def kind_of(name):
@@ -57,6 +61,15 @@ def test_each_has_its_words_and_no_other(name):
     (line,) = mistakes(name, "zzz")
     assert re.fullmatch(rf"{re.escape(name)}(\[0\])?='zzz' is unknown; use one of .*", line)
     assert line.endswith(f"use one of {', '.join(words)}")
+
+
+def test_the_words_are_those_that_the_program_knows():
+    backend = words_of("attention.backend", kind_of("attention.backend"))
+    assert backend[0] == "auto" and {*backend[1:]} == {*BACKENDS}
+    assert words_of("data.image_policy", kind_of("data.image_policy")) == POLICIES
+    assert words_of("data.image_backend", kind_of("data.image_backend")) == IMAGE_BACKENDS
+    activations = words_of("model.vision.activation", kind_of("model.vision.activation"))
+    assert {*activations} <= {*ACTIVATIONS}
 
 
 @pytest.mark.parametrize(
