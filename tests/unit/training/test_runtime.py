@@ -1,6 +1,7 @@
 """What a run's settings and its machine decide about how the model is computed."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,16 @@ DECIDED = {
         {"recompute": Recompute(visual_chunk=64)},
     ),
 }
+
+
+def test_one_place_chooses_the_implementation():
+    package = Path(runtime.__file__).parents[1]
+    asking = {
+        path.name
+        for path in package.rglob("*.py")
+        if "choose_implementation(" in path.read_text(encoding="utf-8")
+    }
+    assert asking == {"implementation.py", "runtime.py"}
 
 
 def changed(settings):
