@@ -9,6 +9,8 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel, freeze_all_but
+from dattn_mcore.parallel import platform
+from dattn_mcore.training.inputs import fixed_rows
 from dattn_mcore.training.runtime import decide_runtime
 
 
@@ -42,3 +44,27 @@ def build_from_config(
     for chunk in chunks:
         freeze_all_but(chunk, config.train.trains)
     return chunks
+
+
+def start_overlap(config: Config, runtime: Runtime, device: torch.device) -> None:
+    """Registers what `parallel.tp_comm_overlap` needs; once, before the first step.
+
+    Args:
+        config: the run's configuration; with `data.fixed_rows`, since buffers have one size.
+        runtime: how its model is computed, by Transformer Engine.
+        device: of this process.
+
+    Raises:
+        ConfigError: this Transformer Engine is too old.
+    """
+    from dattn_mcore.layers import spec_te  # needs Transformer Engine
+
+    fp8 = runtime.fp8
+    spec_te.start_overlap(
+        rows=sum(fixed_rows(config)),
+        hidden_size=config.model.llm.hidden_size,
+        tp_size=config.parallel.tp,
+        fp8=fp8 is not None,
+        bf16=fp8 is None or fp8.bf16_layers > 0,
+        backend=platform.backend("cpu" if device.type == "cpu" else "gpu"),
+    )

@@ -32,12 +32,12 @@ from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import CheckpointError, DataError, DattnError
 from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.models.dattn import DattnModel
-from dattn_mcore.parallel import groups, platform
+from dattn_mcore.parallel import groups
 from dattn_mcore.training.agreement import agree
-from dattn_mcore.training.inputs import fixed_rows, needs_pixels
+from dattn_mcore.training.inputs import needs_pixels
 from dattn_mcore.training.last_words import unexpected
 from dattn_mcore.training.ledger import SampleLedger
-from dattn_mcore.training.model import build_from_config
+from dattn_mcore.training.model import build_from_config, start_overlap
 from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
 from dattn_mcore.training.report import Reporter
 from dattn_mcore.training.resumed_settings import take_settings
@@ -254,24 +254,10 @@ def _build(
     """This stage's chunks: at random, or from another run's weights; `resume` comes later."""
     source = config.checkpoint.init_from
     if runtime.tp_comm_overlap:
-        _start_overlap(config, runtime, device)
+        start_overlap(config, runtime, device)
     fresh = source is None and found is None
     chunks = build_from_config(config, pg_collection, device, initialize=fresh, runtime=runtime)
     if source is not None and found is None:
         loaded = load_weights(Path(source), config, chunks, pg_collection)
         logger.info("weights from %s", loaded)
     return chunks
-
-
-def _start_overlap(config: Config, runtime: Runtime, device: torch.device) -> None:
-    from dattn_mcore.layers.spec_te import start_overlap  # needs Transformer Engine
-
-    fp8 = runtime.fp8
-    start_overlap(
-        rows=sum(fixed_rows(config)),
-        hidden_size=config.model.llm.hidden_size,
-        tp_size=config.parallel.tp,
-        fp8=fp8 is not None,
-        bf16=fp8 is None or fp8.bf16_layers > 0,
-        backend=platform.backend("cpu" if device.type == "cpu" else "gpu"),
-    )

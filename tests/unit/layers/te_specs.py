@@ -138,8 +138,8 @@ def overlap_buffers() -> dict[str, object]:
     """What is registered for overlapped exchanges, by recipe (Transformer Engine's stand-in)."""
     from transformer_engine.pytorch.module import base
 
+    from dattn_mcore.training.model import start_overlap
     from dattn_mcore.training.runtime import decide_runtime
-    from dattn_mcore.training.setup import _start_overlap
 
     asked = {
         "model": {"transformer_impl": "transformer_engine"},
@@ -155,7 +155,7 @@ def overlap_buffers() -> dict[str, object]:
     }
     for train in recipes.values():
         config = from_dict(merge(asked, {"train": train}))
-        _start_overlap(config, decide_runtime(config), torch.device("cpu"))
+        start_overlap(config, decide_runtime(config), torch.device("cpu"))
     return dict(zip(recipes, base.calls, strict=True))
 
 
