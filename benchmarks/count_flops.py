@@ -22,11 +22,11 @@ from benchmarks.results import ROOT, add_arguments, hand_over, markdown_table, n
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.layout import build_seq_params
-from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import decoder_work
 from dattn_mcore.plan.rows import rows_of
+from dattn_mcore.training.model import build_from_config
 from dattn_mcore.types import Layout
 
 BOUND = 0.03
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
                         *overrides,
                     ],
                 )
-                (model,) = build_model(config, groups, torch.device("meta"), initialize=False)
+                (model,) = build_from_config(config, groups, torch.device("meta"), initialize=False)
                 for visual in args.visual:
                     layouts = (((True, visual), (False, args.text)),)
                     counted = counted_decoder_step(model, config, layouts, "meta")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from dattn_mcore.layers.attention import BACKENDS, AttentionOptions
-from dattn_mcore.layers.implementation import transformer_engine_missing
+from dattn_mcore.training.implementation import transformer_engine_missing
 
 INSTALL = "install it with .venv/bin/pip install "
 PLAIN = (AttentionOptions(scale=1.0), "gpu", torch.bfloat16, 128)  # what every backend computes

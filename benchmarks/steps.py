@@ -22,10 +22,10 @@ from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import from_dict, merge, read_yaml
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.layout import build_seq_params
-from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import ModelInputs
-from dattn_mcore.models.transformer_configs import params_dtype
+from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from dattn_mcore.training.runtime import params_dtype
 from dattn_mcore.training.step import train_step
 
 Step = Callable[[], object]
@@ -112,7 +112,7 @@ def our_step(
     text: int,
 ) -> dict[int, Step]:
     """A step of this code for each number of visual rows; they share one model."""
-    (model,) = build_model(config, groups, device)
+    (model,) = build_from_config(config, groups, device)
     wrapped = wrap_ddp([model], config, groups)
     optimizer = build_optimizer(config, wrapped)
     scheduler = build_scheduler(config, optimizer, 10_000)

@@ -1,4 +1,8 @@
-"""What several parts of the package share and none of them owns. No imports."""
+"""What several parts of the package share and none of them owns."""
+
+from __future__ import annotations
+
+from typing import Literal
 
 # (is_visual, rows) of each run of a sample, in reading order.
 Layout = tuple[tuple[bool, int], ...]
@@ -8,3 +12,13 @@ IGNORED_LABEL = -100
 
 # Stands for an image in annotations and questions, as LLaVA's files have it.
 IMAGE_MARK = "<image>"
+
+# Words that a setting may have.
+V2V = Literal["diagonal", "causal"]
+T2VPosition = Literal["none", "rope"]
+Merge = Literal["alpha", "sum"]
+Implementation = Literal["local", "transformer_engine"]
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
+RecomputeGranularity = Literal["none", "selective", "full"]
+RecomputeModule = Literal["core_attn", "layernorm", "mlp"]
+Part = Literal["vision", "projector", "llm"]  # of a model

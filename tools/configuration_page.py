@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dattn_mcore.config.hints import is_list_of_sections
 from dattn_mcore.config.schema import Config
-from dattn_mcore.config.value_rules import CHOICES
+from dattn_mcore.config.words import words_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 _INTRODUCTION = """# Configuration
@@ -47,9 +47,8 @@ def _section(cls: type, prefix: str) -> list[str]:
         if is_list_of_sections(kind):
             below += _section(typing.get_args(kind)[0], f"{name}[].")
         meaning = comments.get(field.name, "")
-        if name in CHOICES and not all(choice in meaning for choice in CHOICES[name]):
-            meaning = f"{' or '.join(CHOICES[name])}. {meaning}".strip()
-        meaning = meaning.replace("|", "or")
+        if words := words_of(name, kind):
+            meaning = f"{', '.join(f'`{word}`' for word in words)}; {meaning}".strip("; ")
         rows.append(f"| `{name}` | `{_value(field.default)}` | {meaning} |\n")
     if not rows:
         return below

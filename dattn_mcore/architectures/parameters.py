@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dattn_mcore.types import Part
+
 Shape = tuple[int, ...]
-Part = Literal["vision", "projector", "llm"]
 Start = Literal["normal", "residual", "fan_in", "zeros", "norm", "constant"]
 
 TOWER, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."  # Hugging Face names

@@ -7,13 +7,20 @@ in common is no setting: it stands in the family's record.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+from dattn_mcore.types import V2V, Implementation, Merge, T2VPosition
+
+LayerKind = Literal["sliding", "full"]
+TowerActivation = Literal["gelu_tanh", "gelu", "quick_gelu", "silu"]
+AttentionBackend = Literal["auto", "reference", "sdpa", "flash", "triton"]
 
 
 @dataclass(frozen=True)
 class RopeConfig:
     """How rotary frequencies are stretched for sequences longer than those first trained on."""
 
-    kind: str = "default"  # default (not at all) | linear | llama3
+    kind: Literal["default", "linear", "llama3"] = "default"  # default: not at all
     factor: float = 1.0  # by which low frequencies are divided (linear: all)
     original_length: int = 8192  # llama3: positions of the model before it was stretched
     low_frequency_factor: float = 1.0  # llama3: original_length over this wave length: divided
@@ -40,7 +47,7 @@ class LlmConfig:
     final_softcap: float | None = None  # Gemma 2: 30.0
     query_scale: float | None = None  # softmax scale is query_scale ** -0.5; None: head_dim
     sliding_window: int | None = None  # keys visible to a query, itself included
-    layer_pattern: tuple[str, ...] = ()  # sliding | full, repeated over the layers; []: all alike
+    layer_pattern: tuple[LayerKind, ...] = ()  # of windows, repeated over the layers; []: all alike
     tie_embeddings: bool = False  # the output layer is the embedding (Gemma)
     init_std: float = 0.12  # for a hidden size of 128; 0.02 suits 4096
 
@@ -80,7 +87,7 @@ class LlmConfig:
 class VisionConfig:
     """The vision tower's sizes."""
 
-    kind: str = "siglip"  # a name from the list of towers
+    kind: str = "siglip"  # of tower
     image_size: int = 56  # side of a tile in pixels
     patch_size: int = 28  # the digits task: one patch per digit
     num_layers: int = 4  # encoder layers
@@ -88,7 +95,7 @@ class VisionConfig:
     ffn_hidden_size: int = 256  # of its MLP
     num_attention_heads: int = 4  # a multiple of parallel.tp
     norm_eps: float = 1e-6  # of its norms
-    activation: str = "gelu_tanh"  # siglip: gelu_tanh; clip: quick_gelu; aimv2: silu
+    activation: TowerActivation = "gelu_tanh"  # siglip: gelu_tanh; clip: quick_gelu; aimv2: silu
     select_layer: int = -1  # -1: all layers and the final norm; -2: without the last layer, no norm
     init_std: float = 0.09  # for a hidden size of 128; published weights replace it
 
@@ -121,8 +128,8 @@ class ProjectorConfig:
 class ModelConfig:
     """What is trained."""
 
-    family: str = "mistral"  # of the language model: a name from the list of families
-    transformer_impl: str = "auto"  # auto | local | transformer_engine: linears and norms
+    family: str = "mistral"  # of the language model
+    transformer_impl: Literal["auto", Implementation] = "auto"  # of linears and norms
     visual_positions: bool = True  # False removes the tower's and the projector's positions
     llm: LlmConfig = field(default_factory=LlmConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -133,9 +140,9 @@ class ModelConfig:
 class AttentionConfig:
     """How the causal self-attention over `[visual; text]` is decomposed (arXiv 2502.01906)."""
 
-    v2v: str = "diagonal"  # diagonal (D-Attn) | causal (baseline)
-    t2v_position: str = "none"  # none (debiased) | rope (baseline)
-    merge: str = "alpha"  # alpha (exact weighting) | sum (weight 1 for each part)
-    backend: str = "auto"  # auto | reference | sdpa | flash | triton
+    v2v: V2V = "diagonal"  # causal: the baseline
+    t2v_position: T2VPosition = "none"  # none: debiased; rope: the baseline
+    merge: Merge = "alpha"  # alpha: exact weighting; sum: weight 1 for each part
+    backend: AttentionBackend = "auto"  # auto: the fastest that can compute the model
     fold_visual_projection: bool = True  # visual rows' output projection summed over query heads
     skip_last_visual_rows: bool = True  # the last layer keeps only keys and values of visual rows

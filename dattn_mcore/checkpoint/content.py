@@ -33,8 +33,10 @@ BACKEND = "metadata.json"  # Megatron-Core's: which of its readers to take
 RNG = "rng."  # prefix of the keys of RNG states
 SMALL = (NAME, COMMON, BACKEND)  # files beside the shards
 _TORCH_DIST = {
-    **{"sharded_backend": "torch_dist", "sharded_backend_version": 1},
-    **{"common_backend": "torch", "common_backend_version": 1},
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
 }
 _OLD_RNG = re.compile(r"rng_pp\d+_tp\d+/shard_\d+\.\d+_\d+\.\d+")
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"

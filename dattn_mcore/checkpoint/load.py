@@ -40,8 +40,11 @@ _FREE: dict[str, set[str | None]] = {
 
 # Besides the data set, the seed and the number of packs.
 _FULL_STEPS_DEPEND_ON = (
-    *("text_budget", "visual_budget", "over_budget"),
-    *("image_policy", "anyres_grids"),
+    "text_budget",
+    "visual_budget",
+    "over_budget",
+    "image_policy",
+    "anyres_grids",
 )
 
 

@@ -1,6 +1,6 @@
 """Checks of a whole configuration, each rule a small function that gives one line per breach.
 
-The rules stand in `value_rules` (single values), `model_rules`, `training_rules` and
+The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules` and
 `export_rules`; what depends on the number of processes stands here.
 """
 
@@ -10,21 +10,25 @@ import math
 
 from dattn_mcore.config import export_rules, model_rules, training_rules, value_rules
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.words import unknown_words
 from dattn_mcore.errors import ConfigError
 
-_OF_VALUES = (value_rules.choices, value_rules.readable, value_rules.ranges)
+_OF_VALUES = (unknown_words, value_rules.readable, value_rules.ranges)
 _ACROSS = (
-    *(
-        model_rules.sources,
-        model_rules.heads,
-        model_rules.windows,
-        model_rules.rope,
-        model_rules.layers,
-    ),
+    model_rules.sources,
+    model_rules.heads,
+    model_rules.windows,
+    model_rules.rope,
+    model_rules.layers,
     model_rules.parallel_sizes,
-    *(model_rules.vision, export_rules.export, training_rules.visual_chunk),
-    *(training_rules.training, training_rules.overlap, training_rules.recompute),
-    *(training_rules.fp8, training_rules.unbuilt),
+    model_rules.vision,
+    export_rules.export,
+    training_rules.visual_chunk,
+    training_rules.training,
+    training_rules.overlap,
+    training_rules.recompute,
+    training_rules.fp8,
+    training_rules.unbuilt,
 )
 
 

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import reprlib
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dattn_mcore.config.convert import build, shown
 from dattn_mcore.config.former import translated
-from dattn_mcore.config.hints import (
-    first_leaf,
-    is_list_of_sections,
-    unknown_argument,
-    unknown_key,
-)
+from dattn_mcore.config.hints import unknown_argument
 from dattn_mcore.config.schema import Config
 from dattn_mcore.config.yaml_text import parse_yaml
 from dattn_mcore.errors import ConfigError
 
 _DEEPEST = 8  # dots in the name of a setting
-_LARGEST = 2**63  # of a whole number: what a file format or a library holds
-_SHORT = reprlib.Repr()  # a value in a message may be as large as its YAML text makes it
-_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 8, 8, 8
-_SHORT.maxstring = _SHORT.maxother = 100
 
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
@@ -47,7 +36,7 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
         name, separator, text = override.partition("=")
         if not separator or not 1 <= name.count(".") <= _DEEPEST:
             raise ConfigError(unknown_argument(override))
-        value = parse_yaml(text, f"argument {_shown(override)}", is_file=False)
+        value = parse_yaml(text, f"argument {shown(override)}", is_file=False)
         given[name] = text
         branch: dict[str, Any] = value
         for part in reversed(name.split(".")):
@@ -95,7 +84,7 @@ def _bases(path: Path, value: Any) -> list[str]:
     for name in names:
         if not isinstance(name, str) or "\0" in name:
             raise ConfigError(
-                f"{path}: base: {_shown(name)} is no file; name YAML files, [a.yaml, b.yaml]"
+                f"{path}: base: {shown(name)} is no file; name YAML files, [a.yaml, b.yaml]"
             )
     return names
 
@@ -113,10 +102,12 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def from_dict(tree: Mapping[str, Any]) -> Config:
     """Turns a tree of plain values into a `Config`; settings of before are understood.
 
+    Which words and numbers a setting may have is for `checks.check_config` to say, all at once.
+
     Raises:
         ConfigError: all unknown keys (with the nearest known ones) and values of a wrong type.
     """
-    return _build(Config, translated(tree), "")
+    return build(Config, translated(tree), "")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -133,69 +124,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _build(cls: type, tree: Any, prefix: str) -> Any:
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"{prefix[:-1]}={_shown(tree)} must be a section with keys of its own")
-    types_of = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
-    mistakes: list[str] = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if key not in types_of:
-            mistakes.append(unknown_key(first_leaf(name, value)))
-            continue
-        kind = types_of[key]
-        try:
-            if dataclasses.is_dataclass(kind):
-                values[key] = _build(typing.cast(type, kind), value, f"{name}.")
-            else:
-                values[key] = _convert(kind, value, name)
-        except ConfigError as error:
-            mistakes += error.mistakes
-    if mistakes:
-        raise ConfigError(*mistakes)
-    return cls(**values)
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    """Checks a plain value against a field's type; integers pass for floats, lists for tuples."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        (kind,) = [arg for arg in args if arg is not type(None)]
-        return _convert(kind, value, name)
-    if origin is tuple:
-        items = list(value) if isinstance(value, list | tuple) else [value]
-        fixed = Ellipsis not in args
-        if fixed and len(items) != len(args):
-            raise ConfigError(
-                f"{name}={_shown(value)} must have {len(args)} values, it has {len(items)}"
-            )
-        if is_list_of_sections(kind):
-            section = typing.cast(type, args[0])
-            return tuple(_build(section, item, f"{name}[{n}].") for n, item in enumerate(items))
-        kinds = args if fixed else (args[0],) * len(items)
-        return tuple(_convert(k, item, name) for k, item in zip(kinds, items, strict=True))
-    if kind is float and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 1e-3 as text
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    # A bool is an int to Python, but never to a user.
-    elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
-        if kind is int and abs(value) >= _LARGEST:
-            raise ConfigError(f"{name} is a number of more than 18 digits; write a smaller one")
-        return value
-    raise ConfigError(f"{name}={_shown(value)} must be of type {kind.__name__}")
-
-
-def _shown(value: Any) -> str:
-    """A value as a message shows it."""
-    try:
-        text = _SHORT.repr(value)
-        return text if len(text) <= 2 * _SHORT.maxstring else f"{text[: 2 * _SHORT.maxstring]}..."
-    except ValueError:  # Python writes no number of thousands of digits
-        return "a number of thousands of digits"

@@ -30,11 +30,7 @@ def heads(config: Config) -> Iterator[str]:
 def windows(config: Config) -> Iterator[str]:
     """Patterns of windows."""
     llm = config.model.llm
-    unknown = set(llm.layer_pattern) - {"sliding", "full"}
-    if unknown:
-        pattern = ", ".join(llm.layer_pattern)
-        yield f"model.llm.layer_pattern=[{pattern}] must hold sliding and full only"
-    if llm.layer_pattern and llm.sliding_window is None and not unknown:
+    if llm.layer_pattern and llm.sliding_window is None:
         yield (
             "model.llm.layer_pattern has no effect without model.llm.sliding_window; set the "
             "window, or leave the pattern out"
@@ -138,5 +134,3 @@ def sources(config: Config) -> Iterator[str]:
             yield f"{name}.annotations is empty; name a file, or a pattern like shards/*.tar"
         if source.weight <= 0:
             yield f"{name}.weight={source.weight} must be greater than 0; leave the source out"
-        if source.format not in ("auto", "json", "tar", "parquet"):
-            yield f"{name}.format={source.format!r} is unknown; use one of auto, json, tar, parquet"

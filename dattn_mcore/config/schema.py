@@ -7,6 +7,7 @@ The defaults are the embedded task (reading handwritten digits), so that
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from dattn_mcore.architectures.sizes import (
     AttentionConfig,
@@ -15,6 +16,7 @@ from dattn_mcore.architectures.sizes import (
     ProjectorConfig,
     VisionConfig,
 )
+from dattn_mcore.types import Fp8Recipe, Part, RecomputeGranularity, RecomputeModule
 
 __all__ = [
     "ANYRES_GRIDS",
@@ -33,6 +35,7 @@ __all__ = [
     "TrainConfig",
     "VisionConfig",
 ]
+ImagePolicy = Literal["stretch", "pad", "crop", "anyres_stretch", "anyres_letterbox"]
 ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (1, 4), (4, 1))
 
 
@@ -59,7 +62,7 @@ class SourceConfig:
     annotations: str = ""  # file, or a pattern like shards/*.tar: LLaVA JSON, tar, parquet
     image_folder: str = ""  # folder that image paths start in; unused where images lie in the file
     weight: float = 1.0  # how often each sample is seen in an epoch; 0.5: every other one, in turn
-    format: str = "auto"  # auto (by the file's name) | json | tar | parquet
+    format: Literal["auto", "json", "tar", "parquet"] = "auto"  # auto: by the file's name
 
 
 @dataclass(frozen=True)
@@ -75,22 +78,22 @@ class DataConfig:
     max_bad_share: float = 0.01  # of samples that may be unusable; 0: the first ends the run
     template: str = "plain"  # plain, or a chat template of model.family
     tokenizer: str = "data/digits/tokenizer.model"  # SentencePiece file or Hugging Face folder
-    prepare: str = "digits"  # digits: make the embedded data set if it is absent | none
+    prepare: Literal["none", "digits"] = "digits"  # digits: make that data set if it is absent
     text_budget: int = 512  # text rows of one packed micro-batch
     visual_budget: int = 512  # visual rows of one packed micro-batch
     step_packs_multiple: int | None = None  # a step is a multiple of it of full packs; null: off
     fixed_rows: bool = False  # pad every micro-batch to both budgets: one shape for all
-    over_budget: str = "skip"  # skip | truncate | error: a sample that fits no micro-batch
+    over_budget: Literal["skip", "truncate", "error"] = "skip"  # a sample that fits no micro-batch
     max_skipped_share: float = 0.1  # of usable samples that may be skipped as over budget
     pad_multiple: int = 8  # rows are padded to a multiple of this (and of what tp and FP8 need)
-    image_backend: str = "auto"  # auto | dali | pillow
+    image_backend: Literal["auto", "dali", "pillow"] = "auto"  # auto: DALI where it is installed
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel, in 0..1
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel, in 0..1
-    image_policy: str = "stretch"  # one square tile, or a base view and a canvas of tiles (AnyRes)
+    image_policy: ImagePolicy = "stretch"  # one square tile, or AnyRes: a base view and a canvas
     anyres_grids: tuple[tuple[int, int], ...] = ANYRES_GRIDS  # canvases in tiles: [columns, rows]
-    anyres_ties: str = "aspect"  # aspect | first: which of equal canvases anyres_stretch takes
+    anyres_ties: Literal["aspect", "first"] = "aspect"  # anyres_stretch: which of equal canvases
     apply_orientation: bool = True  # EXIF: images as people see them; false: ignored, as LLaVA does
-    transparency: str = "white"  # white (laid over it) | drop (the colours under it, as LLaVA does)
+    transparency: Literal["white", "drop"] = "white"  # on white; drop: colours below, as LLaVA
     max_image_pixels: int = 100_000_000  # larger images are refused before they are decoded
     decode_threads: int = 2  # of each process that loads images
     prefetch: int = 2  # global batches prepared ahead of the step
@@ -123,22 +126,22 @@ class OptimConfig:
 class TrainConfig:
     """What is trained in this stage, and for how long."""
 
-    stage: str = "pretrain"  # align | pretrain | instruct: names the run
-    trains: tuple[str, ...] = ("vision", "projector", "llm")  # the other parts are frozen
+    stage: Literal["align", "pretrain", "instruct"] = "pretrain"  # names the run
+    trains: tuple[Part, ...] = ("vision", "projector", "llm")  # the other parts are frozen
     global_batch_size: int = 64  # samples per optimizer step (about: data.step_packs_multiple)
     steps: int | None = 300  # optimizer steps; null: from epochs
     epochs: float = 1.0  # used where steps is null
-    precision: str = "fp32"  # fp32 | bf16
-    fp8: str = "none"  # none | delayed | tensorwise | blockwise: recipe of the decoder's linears
+    precision: Literal["fp32", "bf16"] = "fp32"  # of parameters and activations
+    fp8: Literal["none", Fp8Recipe] = "none"  # recipe of the decoder's linears
     fp8_bf16_layers: int | None = None  # at each end, in bf16; null: 1, with delayed 0
-    recompute: str = "none"  # none | selective | full
-    recompute_modules: tuple[str, ...] = ("core_attn",)  # selective: core_attn, layernorm, mlp
+    recompute: RecomputeGranularity = "none"  # of modules of each layer, or of whole layers
+    recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # where recompute is selective
     recompute_layers: int | None = None  # full: the first so many of each stage; null: all
     recompute_visual_chunk: int | None = None  # visual rows recomputed at a time; null: all kept
     loss_chunk: int = 1024  # supervised rows whose logits are in memory at once
     seed: int = 1234  # of initial weights and of the order of samples
     deterministic: bool = False  # the same bits each time; slower on a GPU, refuses some kernels
-    device: str = "auto"  # auto | cpu | gpu
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU where there is one
 
 
 @dataclass(frozen=True)

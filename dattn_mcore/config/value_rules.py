@@ -1,4 +1,4 @@
-"""Rules for single values: choices, numbers that are finite and in range; one line per breach."""
+"""Rules for single values: numbers that are finite and in range; one line per breach."""
 
 from __future__ import annotations
 
@@ -7,50 +7,47 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from dattn_mcore.architectures import chat_templates, language_models, vision_towers
 from dattn_mcore.config.schema import Config
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model.family": tuple(language_models()),
-    "model.vision.kind": tuple(vision_towers()),
-    "model.vision.activation": ("gelu_tanh", "gelu", "quick_gelu", "silu"),
-    "model.llm.rope.kind": ("default", "linear", "llama3"),
-    "attention.v2v": ("diagonal", "causal"),
-    "attention.t2v_position": ("none", "rope"),
-    "attention.merge": ("alpha", "sum"),
-    "attention.backend": ("auto", "reference", "sdpa", "flash", "triton"),
-    "data.template": tuple(chat_templates()),
-    "data.prepare": ("none", "digits"),
-    "data.over_budget": ("skip", "truncate", "error"),
-    "data.image_backend": ("auto", "dali", "pillow"),
-    "data.image_policy": ("stretch", "pad", "crop", "anyres_stretch", "anyres_letterbox"),
-    "data.anyres_ties": ("aspect", "first"),
-    "data.transparency": ("white", "drop"),
-    "train.stage": ("align", "pretrain", "instruct"),
-    "model.transformer_impl": ("auto", "local", "transformer_engine"),
-    "train.precision": ("fp32", "bf16"),
-    "train.fp8": ("none", "delayed", "tensorwise", "blockwise"),
-    "train.recompute": ("none", "selective", "full"),
-    "train.device": ("auto", "cpu", "gpu"),
-}
 # Greater than 0, by section; of those that may be null, the second text says what null means.
 _POSITIVE = {
     "model.llm": (
-        *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
-        *("num_query_groups", "head_dim", "vocab_size", "vocab_pad_multiple", "norm_eps"),
-        *("rotary_base", "init_std"),
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "head_dim",
+        "vocab_size",
+        "vocab_pad_multiple",
+        "norm_eps",
+        "rotary_base",
+        "init_std",
     ),
     "model.llm.rope": (
-        *("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
+        "factor",
+        "original_length",
+        "low_frequency_factor",
+        "high_frequency_factor",
     ),
     "model.vision": (
-        *("image_size", "patch_size", "num_layers", "hidden_size", "ffn_hidden_size"),
-        *("num_attention_heads", "norm_eps", "init_std"),
+        "image_size",
+        "patch_size",
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "norm_eps",
+        "init_std",
     ),
     "model.projector": ("ffn_hidden_size", "norm_eps"),
     "parallel": ("tp", "pp", "vpp", "cp", "timeout_minutes"),
     "data": (
-        *("text_budget", "visual_budget", "pad_multiple", "max_image_pixels", "decode_threads"),
+        "text_budget",
+        "visual_budget",
+        "pad_multiple",
+        "max_image_pixels",
+        "decode_threads",
         "prefetch",
     ),
     "optim": ("lr", "eps"),
@@ -77,8 +74,10 @@ _AT_LEAST_ZERO = {
     "optim.clip_grad": "0: no limit",
 }
 _SHARES = (
-    *("optim.warmup_ratio", "optim.min_lr_ratio"),
-    *("data.max_bad_share", "data.max_skipped_share"),
+    "optim.warmup_ratio",
+    "optim.min_lr_ratio",
+    "data.max_bad_share",
+    "data.max_skipped_share",
 )
 _BELOW_ONE = ("optim.beta1", "optim.beta2")
 SEEDS = 2**32  # as many as every library takes
@@ -90,13 +89,6 @@ def value_of(config: Config, name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part)
     return value
-
-
-def choices(config: Config) -> Iterator[str]:
-    """Words that must be one of a few."""
-    for name, allowed in CHOICES.items():
-        if value_of(config, name) not in allowed:
-            yield f"{name}={value_of(config, name)!r} is unknown; use one of {', '.join(allowed)}"
 
 
 def readable(config: Config) -> Iterator[str]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from dattn_mcore.types import Layout
+from dattn_mcore.types import Layout, T2VPosition
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def split_shards(
 def build_seq_params(
     layouts: Sequence[Layout],
     *,
-    t2v_position: str,
+    t2v_position: T2VPosition,
     multiple: int = 1,
     at_least: tuple[int, int] = (0, 0),
     device: torch.device | str = "cpu",

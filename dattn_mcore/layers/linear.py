@@ -39,7 +39,8 @@ class _FoldedProjection(torch.autograd.Function):
     def forward(ctx, rows, values, weight, head_dim):
         ctx.num_visual, ctx.head_dim = values.shape[0], head_dim
         ctx.groups = values.shape[1] // head_dim
-        ctx.save_for_backward(*((rows, values) if weight.requires_grad else (None, None)), weight)
+        kept = (rows, values) if weight.requires_grad else (None, None)
+        ctx.save_for_backward(*kept, weight)
         out = rows.new_empty(values.shape[0] + rows.shape[0], weight.shape[0])
         folded = fold(weight, ctx.groups, head_dim)
         torch.mm(values, folded.t(), out=out[: ctx.num_visual])

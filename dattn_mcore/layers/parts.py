@@ -7,11 +7,10 @@ from typing import Any
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.bidirectional_attention import BidirectionalAttention
-from dattn_mcore.layers.implementation import TRANSFORMER_ENGINE, choose_implementation
 from dattn_mcore.layers.linear import FoldableRowParallelLinear, RowParallelLinearWithPostNorm
 from dattn_mcore.layers.norm import Norm
+from dattn_mcore.types import Implementation
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,10 @@ LOCAL_PARTS = LayerParts(
 )
 
 
-def parts_of(config: Config) -> LayerParts:
-    """The parts that `model.transformer_impl` chooses."""
-    if choose_implementation(config) == TRANSFORMER_ENGINE:
+def parts_of(implementation: Implementation) -> LayerParts:
+    """The parts of an implementation."""
+    if implementation == "transformer_engine":
+        # An optional package, whose import takes seconds.
         from dattn_mcore.layers.spec_te import PARTS
 
         return PARTS

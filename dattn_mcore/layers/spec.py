@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -19,13 +18,14 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from dattn_mcore.architectures import text_features
-from dattn_mcore.config.schema import Config
-from dattn_mcore.layers.attention.options import V2V, AttentionOptions, Merge, T2VPosition
+from dattn_mcore.architectures.sizes import AttentionConfig, LlmConfig, ModelConfig
+from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.decomposed_attention import (
     DecomposedSelfAttention,
     DecomposedSelfAttentionSubmodules,
 )
 from dattn_mcore.layers.parts import LOCAL_PARTS, LayerParts, parts_of
+from dattn_mcore.layers.runtime import Runtime
 
 
 def mlp_spec(
@@ -38,15 +38,14 @@ def mlp_spec(
     )
 
 
-def attention_options(config: Config) -> AttentionOptions:
+def attention_options(llm: LlmConfig, attention: AttentionConfig) -> AttentionOptions:
     """The attention of this model and mode; the window is each layer's own."""
-    llm, attention = config.model.llm, config.attention
     return AttentionOptions(
         scale=(llm.query_scale or llm.head_dim) ** -0.5,
         softcap=llm.attention_softcap,
-        v2v=cast(V2V, attention.v2v),
-        t2v_position=cast(T2VPosition, attention.t2v_position),
-        merge=cast(Merge, attention.merge),
+        v2v=attention.v2v,
+        t2v_position=attention.t2v_position,
+        merge=attention.merge,
     )
 
 
@@ -66,18 +65,22 @@ def text_rows_bias_dropout_add(training: bool, fused: bool) -> Callable[..., tor
     return add_to_text
 
 
-def decoder_layer_spec(config: Config, last: bool = False) -> ModuleSpec:
+def decoder_layer_spec(
+    model: ModelConfig, attention: AttentionConfig, runtime: Runtime, last: bool = False
+) -> ModuleSpec:
     """The language model's layer: decomposed attention, where the family has them post-norms.
 
     Args:
-        config: the run's configuration.
+        model: sizes, and the family whose layers these are.
+        attention: how attention is decomposed.
+        runtime: how the layer is computed.
         last: of the whole model; its visual rows end at their keys and values, unless
             `attention.skip_last_visual_rows` is off.
     """
-    llm, parts = config.model.llm, parts_of(config)
-    features = text_features(config.model)
+    llm, parts = model.llm, parts_of(runtime.implementation)
+    features = text_features(model)
     post_norms = features.norms == "sandwich"
-    text_only = last and config.attention.skip_last_visual_rows
+    text_only = last and attention.skip_last_visual_rows
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -85,13 +88,13 @@ def decoder_layer_spec(config: Config, last: bool = False) -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=DecomposedSelfAttention,
                 params={
-                    "options": attention_options(config),
+                    "options": attention_options(llm, attention),
                     "windows": llm.windows,
                     "rotary_kinds": [
                         llm.ropes.index(llm.rope_of(n)) for n in range(llm.num_layers)
                     ],
-                    "backend": config.attention.backend,
-                    "fold": config.attention.fold_visual_projection,
+                    "backend": attention.backend,
+                    "fold": attention.fold_visual_projection,
                     "text_only": text_only,
                 },
                 submodules=DecomposedSelfAttentionSubmodules(
@@ -118,9 +121,9 @@ def _decoder_mlp(parts: LayerParts, post_norms: bool, text_only: bool) -> Module
     )
 
 
-def vision_layer_spec(config: Config) -> ModuleSpec:
+def vision_layer_spec(runtime: Runtime) -> ModuleSpec:
     """The vision tower's layer: pre-norm, bidirectional attention, MLP."""
-    parts = parts_of(config)
+    parts = parts_of(runtime.implementation)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -144,6 +147,7 @@ def vision_layer_spec(config: Config) -> ModuleSpec:
     )
 
 
-def block_submodules(config: Config, layers: list[ModuleSpec]) -> TransformerBlockSubmodules:
+def block_submodules(layers: list[ModuleSpec], runtime: Runtime) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage (or chunk), with a norm at the end."""
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts_of(config).norm)
+    norm = parts_of(runtime.implementation).norm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

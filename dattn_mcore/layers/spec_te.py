@@ -1,7 +1,7 @@
 """The same layers on Transformer Engine: its linears, norms and, in the tower, its attention.
 
 Parameters have the names, shapes and shards of the local modules, so a checkpoint of one spec loads
-into the other. Importing this file needs Transformer Engine; `layers.implementation` decides.
+into the other. Importing this file needs Transformer Engine; `Runtime.implementation` asks for it.
 
 FP8 products are Transformer Engine's own affair: Megatron-Core's `TransformerBlock` enters its FP8
 context around each layer of the language model, and everything that is not one of these linears

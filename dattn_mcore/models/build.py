@@ -1,4 +1,4 @@
-"""From a configuration to this rank's model chunks."""
+"""From the records of a model to this rank's model chunks."""
 
 from __future__ import annotations
 
@@ -11,49 +11,58 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from dattn_mcore.config.schema import Config
-from dattn_mcore.models.dattn import DattnModel, freeze_all_but
+from dattn_mcore.architectures.sizes import AttentionConfig, ModelConfig
+from dattn_mcore.layers.runtime import Runtime
+from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.models.initialize import initialize_weights
 from dattn_mcore.models.transformer_configs import llm_transformer_config
 
 
 def build_model(
-    config: Config,
+    model: ModelConfig,
+    attention: AttentionConfig,
+    runtime: Runtime,
     pg_collection: ProcessGroupCollection,
+    *,
     device: torch.device,
-    initialize: bool = True,
+    seed: int | None,
 ) -> list[DattnModel]:
-    """Builds the model chunks of this pipeline stage (one, or vpp of them).
+    """Builds the model chunks of this pipeline stage (one, or `runtime.chunks_per_stage`).
 
     Args:
-        config: the run's configuration.
-        pg_collection: process groups.
+        model: what it is: family and sizes.
+        attention: how its attention is decomposed.
+        runtime: how it is computed.
+        pg_collection: process groups; `tp` and `pp` are used.
         device: where parameters end up.
-        initialize: fill fresh weights; without it they hold garbage until a checkpoint is loaded.
+        seed: of initial weights, which are the same in every layout; None: the parameters hold
+            garbage until a checkpoint is loaded.
 
     Returns:
-        The chunks in the order of the interleaved schedule, frozen parts marked.
+        The chunks in the order of the interleaved schedule; all parameters learn.
     """
-    transformer_config = llm_transformer_config(config)
+    pp_group = pg_collection.pp
+    transformer_config = llm_transformer_config(
+        model, runtime, tp_size=pg_collection.tp.size(), pp_size=pp_group.size()
+    )
     vp_size = transformer_config.virtual_pipeline_model_parallel_size
     chunks = []
-    for index in range(config.parallel.vpp):
+    for index in range(runtime.chunks_per_stage):
         vp_stage = index if vp_size else None
         chunks.append(
             DattnModel(
-                config,
+                model,
+                attention,
+                runtime,
                 transformer_config,
                 pg_collection,
-                pre_process=is_pp_first_stage(pg_collection.pp)
-                and is_vp_first_stage(vp_stage, vp_size),
-                post_process=is_pp_last_stage(pg_collection.pp)
-                and is_vp_last_stage(vp_stage, vp_size),
+                pre_process=is_pp_first_stage(pp_group) and is_vp_first_stage(vp_stage, vp_size),
+                post_process=is_pp_last_stage(pp_group) and is_vp_last_stage(vp_stage, vp_size),
                 vp_stage=vp_stage,
             )
         )
-    if initialize:
-        initialize_weights(chunks, config.model, config.train.seed)
+    if seed is not None:
+        initialize_weights(chunks, model, seed)
     for chunk in chunks:
-        freeze_all_but(chunk, config.train.trains)
         chunk.to(device)
     return chunks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +23,17 @@ from megatron.core.utils import get_pg_rank
 
 from dattn_mcore.architectures import text_features
 from dattn_mcore.architectures.parameters import part_of
-from dattn_mcore.config.schema import Config
+from dattn_mcore.architectures.sizes import AttentionConfig, ModelConfig
 from dattn_mcore.layers.attention.frequencies import rotary_frequencies
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.layout import DecomposedSeqParams
+from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.layers.spec import block_submodules, decoder_layer_spec
 from dattn_mcore.layers.visual_rows import DecomposedBlock
 from dattn_mcore.layers.vocabulary import cap_and_mask, chunked_cross_entropy
 from dattn_mcore.models.projector import Projector
 from dattn_mcore.models.vision import VisionTower, normalize_pixels
-from dattn_mcore.types import IGNORED_LABEL
+from dattn_mcore.types import IGNORED_LABEL, Part
 
 
 @dataclass
@@ -58,8 +60,11 @@ class DattnModel(LanguageModule):
     """Vision tower, projector and decomposed-attention language model.
 
     Args:
-        config: the run's configuration.
-        transformer_config: Megatron-Core's configuration of the language model.
+        model: what it is: family and sizes.
+        attention: how its attention is decomposed.
+        runtime: how it is computed.
+        transformer_config: Megatron-Core's configuration of the language model, from these; the
+            chunks of a stage share one, which drives the pipeline schedule.
         pg_collection: process groups.
         pre_process: this chunk embeds (first stage).
         post_process: this chunk computes logits (last stage).
@@ -68,7 +73,9 @@ class DattnModel(LanguageModule):
 
     def __init__(
         self,
-        config: Config,
+        model: ModelConfig,
+        attention: AttentionConfig,
+        runtime: Runtime,
         transformer_config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
         pre_process: bool,
@@ -76,16 +83,17 @@ class DattnModel(LanguageModule):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=transformer_config, pg_collection=pg_collection)
-        self.run_config, llm = config, config.model.llm
+        self.runtime, llm = runtime, model.llm
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = llm.tie_embeddings
         self.sequence_parallel = transformer_config.sequence_parallel
         self.vocab_size, self.final_softcap = llm.vocab_size, llm.final_softcap
+        self.scale_embeddings = text_features(model).scale_embeddings
         padded_vocab = llm.padded_vocab_size
         if pre_process:
-            self.vision = VisionTower(config, pg_collection)
-            self.projector = Projector(config, pg_collection)
+            self.vision = VisionTower(model, runtime, pg_collection)
+            self.projector = Projector(model, runtime, pg_collection)
             self.embedding = LanguageModelEmbedding(
                 config=transformer_config,
                 vocab_size=padded_vocab,
@@ -96,13 +104,13 @@ class DattnModel(LanguageModule):
         num_layers = get_num_layers_to_build(
             transformer_config, vp_stage, get_pg_rank(pg_collection.pp)
         )
-        layers = [decoder_layer_spec(config)] * num_layers
+        layers = [decoder_layer_spec(model, attention, runtime)] * num_layers
         if post_process and layers:
-            layers[-1] = decoder_layer_spec(config, last=True)
+            layers[-1] = decoder_layer_spec(model, attention, runtime, last=True)
         self.decoder = DecomposedBlock(
-            visual_chunk=config.train.recompute_visual_chunk,
+            visual_chunk=runtime.recompute.visual_chunk,
             config=transformer_config,
-            spec=block_submodules(config, layers),
+            spec=block_submodules(layers, runtime),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=pg_collection,
@@ -174,7 +182,7 @@ class DattnModel(LanguageModule):
         """`[V; T]` of this sequence parallel shard."""
         text = self.embedding(inputs.text_ids[None], None)
         num_visual = inputs.params.num_visual
-        if inputs.tiles is None and self.run_config.parallel.overlap_grad_reduce:
+        if inputs.tiles is None and self.runtime.overlap_grad_reduce:
             text = text + self._no_gradient_of_images().to(text.dtype)
         if num_visual == 0:
             return self._scale(text)
@@ -195,10 +203,10 @@ class DattnModel(LanguageModule):
         image_grids: tuple[tuple[int, int], ...] = (),
     ) -> torch.Tensor:
         """[tiles * patches, 1, hidden] of uint8 tiles, the same on every tensor parallel rank."""
-        data = self.run_config.data
+        runtime = self.runtime
         tower_learns = any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
-            pixels = normalize_pixels(tiles, data.image_mean, data.image_std, dtype)
+            pixels = normalize_pixels(tiles, runtime.image_mean, runtime.image_std, dtype)
             features = self.vision(pixels)
         return self.projector(features, image_grids)[:, None]
 
@@ -212,7 +220,7 @@ class DattnModel(LanguageModule):
         return zero + sum((p.float() * 0).sum() for p in parameters if p.requires_grad)
 
     def _scale(self, hidden: torch.Tensor) -> torch.Tensor:
-        if not text_features(self.run_config.model).scale_embeddings:
+        if not self.scale_embeddings:
             return hidden
         # Hugging Face rounds the factor to the dtype first: 59.75 in bf16 for hidden size 3584.
         return hidden * torch.tensor(self.config.hidden_size**0.5, dtype=hidden.dtype).item()
@@ -241,27 +249,26 @@ class DattnModel(LanguageModule):
 
     def _losses(self, text: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         rows = (labels != IGNORED_LABEL).nonzero()[:, 0]
-        parallel = self.run_config.parallel
-        if parallel.overlap_param_gather:
+        if self.runtime.overlap_param_gather:
             with torch.no_grad():
                 self._logits(text[:0])  # DDP gathers a module's weights when it is called
         if rows.numel() == 0:
             nothing = text[:1].float().sum()
-            if parallel.overlap_grad_reduce:
+            if self.runtime.overlap_grad_reduce:
                 nothing = nothing + self._output_weight()[0, 0].float()
             return nothing * torch.zeros(1, device=text.device)
         return chunked_cross_entropy(
             text[rows, 0],
             self._output_weight(),
             labels[rows],
-            chunk=self.run_config.train.loss_chunk,
+            chunk=self.runtime.loss_chunk,
             softcap=self.final_softcap,
             vocab_size=self.vocab_size,
             tp_group=self.tp_group,
         )
 
 
-def freeze_all_but(model: DattnModel, trains: tuple[str, ...]) -> None:
+def freeze_all_but(model: DattnModel, trains: Collection[Part]) -> None:
     """Leaves gradients to the named parts only: vision, projector, llm."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in trains)

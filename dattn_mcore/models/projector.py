@@ -20,8 +20,9 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
-from dattn_mcore.config.schema import Config
+from dattn_mcore.architectures.sizes import ModelConfig
 from dattn_mcore.layers.norm import Norm
+from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.layers.spec import mlp_spec
 from dattn_mcore.models.transformer_configs import projector_transformer_config
 
@@ -59,25 +60,33 @@ class Projector(MegatronModule):
 
     The MLP is tensor parallel (column, then row); everything else is replicated, and so is the
     output.
+
+    Args:
+        model: sizes of the projector and of what it connects.
+        runtime: how it is computed.
+        pg_collection: process groups; `tp` is used.
     """
 
-    def __init__(self, config: Config, pg_collection: ProcessGroupCollection) -> None:
-        transformer_config = projector_transformer_config(config)
+    def __init__(
+        self, model: ModelConfig, runtime: Runtime, pg_collection: ProcessGroupCollection
+    ) -> None:
+        tp_size = pg_collection.tp.size()
+        transformer_config = projector_transformer_config(model, runtime, tp_size=tp_size)
         super().__init__(config=transformer_config)
         self.tp_group = pg_collection.tp
-        projector, hidden = config.model.projector, config.model.llm.hidden_size
-        self.grid = config.model.vision.grid_size
+        projector, hidden = model.projector, model.llm.hidden_size
+        self.grid = model.vision.grid_size
         self.output_norm_init = projector.output_norm_init
         self.mlp = MLP(
             transformer_config,
             mlp_spec().submodules,
-            input_size=config.model.vision.hidden_size,
+            input_size=model.vision.hidden_size,
             ffn_hidden_size=projector.ffn_hidden_size,
             tp_group=pg_collection.tp,
         )
         self.norm = Norm(transformer_config, hidden, projector.norm_eps)
         self.row_position = self.column_position = None
-        if config.model.visual_positions:
+        if model.visual_positions:
             self.row_position = AxisPosition(hidden, self.grid, projector.norm_eps)
             self.column_position = AxisPosition(hidden, self.grid, projector.norm_eps)
         self.output_norm = Norm(transformer_config, hidden, projector.norm_eps)

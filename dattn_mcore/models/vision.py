@@ -9,8 +9,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import nn
 
 from dattn_mcore.architectures import tower_features
-from dattn_mcore.config.schema import Config
+from dattn_mcore.architectures.sizes import ModelConfig
 from dattn_mcore.layers.norm import Norm
+from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.layers.spec import block_submodules, vision_layer_spec
 from dattn_mcore.models.transformer_configs import vision_transformer_config
 
@@ -19,7 +20,8 @@ class VisionTower(MegatronModule):
     """Pixels to patch features. Whole on the first pipeline stage, tensor parallel.
 
     Args:
-        config: the run's configuration.
+        model: sizes of the tower, and its kind.
+        runtime: how it is computed.
         pg_collection: process groups; `tp` is used.
 
     Parameters beside the block's: `patch_embedding`; `class_embedding`, `patch_norm` and
@@ -27,12 +29,15 @@ class VisionTower(MegatronModule):
     `model.visual_positions` is false).
     """
 
-    def __init__(self, config: Config, pg_collection: ProcessGroupCollection) -> None:
-        transformer_config = vision_transformer_config(config)
+    def __init__(
+        self, model: ModelConfig, runtime: Runtime, pg_collection: ProcessGroupCollection
+    ) -> None:
+        tp_size = pg_collection.tp.size()
+        transformer_config = vision_transformer_config(model, runtime, tp_size=tp_size)
         super().__init__(config=transformer_config)
-        vision = self.vision = config.model.vision
+        vision = self.vision = model.vision
         self.tp_group = pg_collection.tp
-        features = tower_features(config.model)
+        features = tower_features(model)
         dtype, hidden = transformer_config.params_dtype, vision.hidden_size
         self.patch_embedding = nn.Conv2d(
             3, hidden, vision.patch_size, vision.patch_size, bias=features.patch_bias, dtype=dtype
@@ -45,7 +50,7 @@ class VisionTower(MegatronModule):
         if features.class_row:
             self.class_embedding = nn.Parameter(torch.zeros(hidden, dtype=dtype))
         self.position_embedding = None
-        if config.model.visual_positions:
+        if model.visual_positions:
             self.position_embedding = nn.Embedding(
                 patches + features.class_row, hidden, dtype=dtype
             )
@@ -55,7 +60,7 @@ class VisionTower(MegatronModule):
         self.decoder = TransformerBlock(
             config=transformer_config,
             spec=block_submodules(
-                config, [vision_layer_spec(config)] * transformer_config.num_layers
+                [vision_layer_spec(runtime)] * transformer_config.num_layers, runtime
             ),
             post_layer_norm=features.final_norm and vision.select_layer == -1,
             pg_collection=pg_collection,

@@ -32,9 +32,9 @@ class Agreement:
 
 def agree(
     error: DattnError | None,
-    stop: bool,
     device: torch.device,
     *,
+    stop: bool = False,
     failures: Sequence[SampleFailure] = (),
     data_wait: float = 0.0,
     peak_memory: int = 0,
@@ -43,8 +43,8 @@ def agree(
 
     Args:
         error: what went wrong here; None where nothing did.
-        stop: whether this process received a stopping signal.
         device: where the exchanged flags live.
+        stop: whether this process received a stopping signal.
         failures: samples of this rank that could not be read or decoded.
         data_wait: seconds this rank waited for data.
         peak_memory: bytes of device memory at this rank's peak.
@@ -57,8 +57,11 @@ def agree(
             host where not all ranks made it.
     """
     mine = [
-        *(int(error is not None), int(stop), int(bool(failures))),
-        *(round(data_wait * 1e6), peak_memory),
+        int(error is not None),
+        int(stop),
+        int(bool(failures)),
+        round(data_wait * 1e6),
+        peak_memory,
     ]
     flags = torch.tensor(mine, device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)

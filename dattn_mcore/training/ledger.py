@@ -62,7 +62,9 @@ class SampleLedger:
         if len(index) > index.num_usable:
             logger.warning(
                 "%d of %d samples are unusable and left out; see %s",
-                *(len(index) - index.num_usable, len(index), self.path),
+                len(index) - index.num_usable,
+                len(index),
+                self.path,
             )
 
     def step(
@@ -142,14 +144,22 @@ def data_report(run_dir: Path, index: Index, steps: Steps, epoch_size: int) -> d
         name: sum(epoch[name] for epoch in epochs) for name in ("trained", "masked", "skipped")
     }
     return {
-        **{"samples": len(index), "usable": index.num_usable, "unusable": num_unusable},
-        **{"samples_per_epoch": epoch_size, **totals, "epochs": epochs},
+        "samples": len(index),
+        "usable": index.num_usable,
+        "unusable": num_unusable,
+        "samples_per_epoch": epoch_size,
+        **totals,
+        "epochs": epochs,
         "found_at": {outcome: dict(counts) for outcome, counts in reasons.items()},
     }
 
 
 def _epoch(number: int, num_unusable: int, epoch_size: int) -> dict[str, int]:
     return {
-        **{"epoch": number, "trained": 0, "masked": 0, "skipped": 0},
-        **{"unusable": num_unusable, "not_reached": epoch_size},
+        "epoch": number,
+        "trained": 0,
+        "masked": 0,
+        "skipped": 0,
+        "unusable": num_unusable,
+        "not_reached": epoch_size,
     }

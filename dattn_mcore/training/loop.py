@@ -16,6 +16,7 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.failures import mask
 from dattn_mcore.errors import CheckpointError, DattnError
+from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.parallel import platform
 from dattn_mcore.plan.flops import step_work
 from dattn_mcore.plan.rows import rows_of
@@ -27,6 +28,7 @@ from dattn_mcore.training.memory import StepMemoryError, explain_memory
 from dattn_mcore.training.not_finite import NotFiniteError, explain
 from dattn_mcore.training.optimizer import gathered_weights
 from dattn_mcore.training.run_folder import Claim, claimed
+from dattn_mcore.training.runtime import decide_runtime
 from dattn_mcore.training.setup import FINISHED, Run, cannot_report, set_up
 from dattn_mcore.training.signals import StopRequest
 from dattn_mcore.training.step import StepResult, train_step
@@ -40,6 +42,8 @@ def train(
     config: Config,
     pg_collection: ProcessGroupCollection,
     device: torch.device,
+    *,
+    runtime: Runtime | None = None,
     watchdog: Watchdog | None = None,
 ) -> bool:
     """Trains until the last step or a stopping signal; called by all ranks.
@@ -48,6 +52,7 @@ def train(
         config: a checked configuration.
         pg_collection: process groups of its layout.
         device: of this process.
+        runtime: how the model is computed; None: it is decided here.
         watchdog: that this process has already; without one it gets one for this call.
 
     Returns:
@@ -57,14 +62,16 @@ def train(
         DattnError: a user's mistake, the same on every rank; what is one rank's alone is not
             `shared`.
     """
+    if runtime is None:
+        runtime = decide_runtime(config)
     with claimed(Path(config.log.run_dir), device) as claim:
         if watchdog is not None:
             with speaking(watchdog):
-                return _train(set_up(config, pg_collection, device, watchdog), claim)
+                return _train(set_up(config, runtime, pg_collection, device, watchdog), claim)
         watchdog = Watchdog(dist.get_rank(), dist.get_world_size())
         try:
             with speaking(watchdog):
-                return _train(set_up(config, pg_collection, device, watchdog), claim)
+                return _train(set_up(config, runtime, pg_collection, device, watchdog), claim)
         finally:
             watchdog.close()
 
@@ -75,7 +82,7 @@ def _train(run: Run, claim: Claim) -> bool:
         with speaking(run.watchdog):
             step = _all_steps(run, stop, claim)
             _say_saved(run.saver.poll(blocking=True))
-            agree(claim.problem(), False, run.device)
+            agree(claim.problem(), run.device)
     except DattnError as error:
         if error.shared:  # the same on every rank: a save that is under way is finished
             _say_saved(run.saver.poll(blocking=True))
@@ -106,7 +113,7 @@ def _all_steps(run: Run, stop: StopRequest, claim: Claim) -> int:
         _finish_pending(run, claim)
         problem = _note(run, step, batch, agreed, result, share)
         if step % run.config.checkpoint.save_interval == 0 or step == run.last_step:
-            agree(problem, False, run.device)  # a run that must end saves no more
+            agree(problem, run.device)  # a run that must end saves no more
             if _save(run, step, claim):
                 saved = step
     _save(run, step, claim, unsaved=step > saved)
@@ -157,8 +164,8 @@ def _next_batch(
     run.watchdog.phase(f"step {step + 1}", *limit)
     return batch, agree(
         problem,
-        wants_stop,
         run.device,
+        stop=wants_stop,
         failures=batch.failures if batch is not None else (),
         data_wait=waited,
         peak_memory=platform.peak_memory(),

@@ -111,11 +111,11 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
     from dattn_mcore.parallel import platform
 
     platform.load_no_compiler(config.train.device)
-    from dattn_mcore.layers.implementation import choose_implementation
     from dattn_mcore.parallel import groups
     from dattn_mcore.training.last_words import speaking
     from dattn_mcore.training.loop import train
     from dattn_mcore.training.plan import attention_backends
+    from dattn_mcore.training.runtime import decide_runtime
     from dattn_mcore.training.start_checks import check_all_reduce
     from dattn_mcore.training.watchdog import Watchdog
 
@@ -136,7 +136,7 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
         with speaking(watchdog):
             # What cannot run is told before anything is built.
             attention_backends(config, device_kind)
-            choose_implementation(config)
+            runtime = decide_runtime(config)
             limit = config.health.start_timeout_seconds
             watchdog.phase("the first all-reduce", limit, "health.start_timeout_seconds")
             check_all_reduce(device)
@@ -144,14 +144,19 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
             pg_collection = groups.initialize_model_parallel(config.parallel, config.train.seed)
             logger.info(
                 "%s: %s on %d %s process%s, tp %d x pp %d x dp %d%s",
-                *(Path(config.log.run_dir).name, config.train.stage, dist.get_world_size()),
-                *(device_kind.upper(), "" if dist.get_world_size() == 1 else "es"),
-                *(config.parallel.tp, config.parallel.pp, pg_collection.dp.size()),
+                Path(config.log.run_dir).name,
+                config.train.stage,
+                dist.get_world_size(),
+                device_kind.upper(),
+                "" if dist.get_world_size() == 1 else "es",
+                config.parallel.tp,
+                config.parallel.pp,
+                pg_collection.dp.size(),
                 ", sequence parallel" if config.parallel.sp else "",
             )
             watchdog.phase("preparing data", 0, "")
             _prepare_data(config, device)
-            train(config, pg_collection, device, watchdog)
+            train(config, pg_collection, device, runtime=runtime, watchdog=watchdog)
         groups.destroy_model_parallel()
         return 0
     except DattnError as error:
@@ -202,7 +207,7 @@ def _prepare_data(config: Config, device) -> None:
             prepare_configured(config)
         except DattnError as error:
             problem = error
-    agree(problem, False, device)
+    agree(problem, device)
 
 
 def _set_up_logging(rank: int) -> None:

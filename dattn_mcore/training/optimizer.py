@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dattn_mcore.config.schema import Config
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.training.not_finite import NotFiniteError
+from dattn_mcore.training.runtime import params_dtype
 
 
 def wrap_ddp(
@@ -66,7 +67,7 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
         adam_eps=optim.eps,
         clip_grad=optim.clip_grad,
         bf16=config.train.precision == "bf16",
-        params_dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        params_dtype=params_dtype(config),
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )

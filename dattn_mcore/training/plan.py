@@ -9,11 +9,11 @@ from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.attention import BackendChoice, choose_backend
 from dattn_mcore.layers.spec import attention_options
-from dattn_mcore.models.transformer_configs import params_dtype
 from dattn_mcore.parallel.platform import resolve_device
 from dattn_mcore.plan.parameters import layers_of_stage, stage_parameters
 from dattn_mcore.plan.warnings import part_full
 from dattn_mcore.plan.workload import Sample, full_budget_sample, pack_multiple, step_of
+from dattn_mcore.training.runtime import params_dtype
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -68,7 +68,7 @@ def attention_backends(config: Config, device_type: str) -> list[tuple[str, Back
     Raises:
         ConfigError: the backend asked for cannot run there or compute this model.
     """
-    options = attention_options(config)
+    options = attention_options(config.model.llm, config.attention)
     windows = sorted(set(config.model.llm.windows), key=lambda window: window or 0, reverse=True)
     kinds = [
         (

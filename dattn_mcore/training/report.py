@@ -108,7 +108,9 @@ class Reporter:
             logger.warning(
                 "step %d has no supervised token (%d samples masked, %d skipped): no loss, and the "
                 "weights stay as they are",
-                *(step, len(masked), len(skipped)),
+                step,
+                len(masked),
+                len(skipped),
             )
         self.counts["masked"] += len(masked)
         self.interval.update(
@@ -120,8 +122,12 @@ class Reporter:
         self.data_wait += agreed.data_wait
         self.peak_memory = agreed.peak_memory
         done = {
-            **{"step": step, "ids": batch.sample_ids, "samples": batch.samples},
-            **{"skipped": skipped, "truncated": batch.truncated, "masked": masked},
+            "step": step,
+            "ids": batch.sample_ids,
+            "samples": batch.samples,
+            "skipped": skipped,
+            "truncated": batch.truncated,
+            "masked": masked,
         }
         json.dump(done, self.samples)
         self.samples.write("\n")
@@ -163,10 +169,17 @@ class Reporter:
         logger.info(
             "step %*d/%d  loss %s  lr %.2e  grad %s  %s samples/s  "
             "%s text + %s visual tokens/s  ETA %s%s",
-            *(width, step, self.total_steps, _number(result.loss, ".4f"), row["lr"]),
+            width,
+            step,
+            self.total_steps,
+            _number(result.loss, ".4f"),
+            row["lr"],
             _number(result.grad_norm, ".2f"),
-            *(rate(row["samples_per_second"]), rate(row["text_tokens_per_second"])),
-            *(rate(row["visual_tokens_per_second"]), duration(remaining), _further(row)),
+            rate(row["samples_per_second"]),
+            rate(row["text_tokens_per_second"]),
+            rate(row["visual_tokens_per_second"]),
+            duration(remaining),
+            _further(row),
         )
         self._new_interval(step, now)
 
@@ -188,7 +201,8 @@ class Reporter:
             if self.counts[outcome]:
                 logger.warning(
                     "%d samples over budget were %s; see samples.jsonl or raise data.text_budget",
-                    *(self.counts[outcome], outcome),
+                    self.counts[outcome],
+                    outcome,
                 )
         self.metrics.close()
         self.samples.close()
@@ -204,6 +218,9 @@ class Reporter:
                     logger.warning(
                         "sample %r is longer than data.text_budget=%d or data.visual_budget=%d "
                         "and was %s (data.over_budget=%s)",
-                        *(sample_id, self.config.data.text_budget, self.config.data.visual_budget),
-                        *(outcome, self.config.data.over_budget),
+                        sample_id,
+                        self.config.data.text_budget,
+                        self.config.data.visual_budget,
+                        outcome,
+                        self.config.data.over_budget,
                     )

@@ -47,7 +47,9 @@ def take_settings(
         logger.info(
             "optimizer settings differ from those of step %d and hold from here: %s (%s=true keeps "
             "the others)",
-            *(done, what, _KEEP),
+            done,
+            what,
+            _KEEP,
         )
         return config, steps
     if steps > steps_there and there.min_lr_ratio == 0:

@@ -97,7 +97,7 @@ def claimed(run_dir: Path, device: torch.device) -> Iterator[Claim]:
         except ConfigError as error:
             problem = error
     try:
-        agree(problem, False, device)
+        agree(problem, device)
         yield Claim(run_dir, held, watches=dist.get_rank() == 0)
     finally:
         if held is not None:

@@ -29,16 +29,15 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import difference
 from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.tokenizer import load_tokenizer
-from dattn_mcore.errors import CheckpointError, ConfigError, DataError, DattnError
-from dattn_mcore.layers.implementation import TRANSFORMER_ENGINE, choose_implementation
-from dattn_mcore.models.build import build_model
+from dattn_mcore.errors import CheckpointError, DataError, DattnError
+from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.models.dattn import DattnModel
-from dattn_mcore.models.transformer_configs import edge_layers_in_bf16
-from dattn_mcore.parallel import groups, platform
+from dattn_mcore.parallel import groups
 from dattn_mcore.training.agreement import agree
-from dattn_mcore.training.inputs import fixed_rows, needs_pixels
+from dattn_mcore.training.inputs import needs_pixels
 from dattn_mcore.training.last_words import unexpected
 from dattn_mcore.training.ledger import SampleLedger
+from dattn_mcore.training.model import build_from_config, start_overlap
 from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
 from dattn_mcore.training.report import Reporter
 from dattn_mcore.training.resumed_settings import take_settings
@@ -88,11 +87,19 @@ class Run:
 
 def set_up(
     config: Config,
+    runtime: Runtime,
     pg_collection: ProcessGroupCollection,
     device: torch.device,
     watchdog: Watchdog,
 ) -> Run:
     """Opens the data, builds the model, and loads what the run goes on from; called by all ranks.
+
+    Args:
+        config: a checked configuration.
+        runtime: how its model is computed.
+        pg_collection: process groups of its layout.
+        device: of this process.
+        watchdog: of this process.
 
     Raises:
         DattnError: a user's mistake, the same on every rank.
@@ -108,7 +115,7 @@ def set_up(
     if found is not None:
         check_same_run(config, found[1], found[0], data.identity)
         config, schedule = take_settings(config, found[1], last, _schedule_of(found[1], data))
-    chunks = _build(config, pg_collection, device, found)
+    chunks = _build(config, runtime, pg_collection, device, found)
     model = wrap_ddp(chunks, config, pg_collection)
     optimizer = build_optimizer(config, model)
     scheduler = build_scheduler(config, optimizer, schedule)
@@ -126,14 +133,31 @@ def set_up(
             ledger = SampleLedger(run_dir, data.index, share, first, data.num_trainable)
         except OSError as error:
             problem = cannot_report(config, error)
-    agree(problem, False, device)
+    agree(problem, device)
     saver = CheckpointSaver(
-        *(run_dir / "checkpoints", config, chunks, optimizer, pg_collection),
-        *(data.identity, data.tokenizer_fingerprint, schedule),
+        root=run_dir / "checkpoints",
+        config=config,
+        chunks=chunks,
+        optimizer=optimizer,
+        pg_collection=pg_collection,
+        data_identity=data.identity,
+        tokenizer_fingerprint=data.tokenizer_fingerprint,
+        schedule_steps=schedule,
     )
     return Run(
-        *(config, pg_collection, device, watchdog, data, model, optimizer, scheduler, saver),
-        *(first, last, reporter, ledger),
+        config=config,
+        pg_collection=pg_collection,
+        device=device,
+        watchdog=watchdog,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        saver=saver,
+        first_step=first,
+        last_step=last,
+        reporter=reporter,
+        ledger=ledger,
     )
 
 
@@ -182,7 +206,7 @@ def _open_data_in_turn(
         except Exception as error:  # noqa: BLE001 (the other ranks must know)
             problem = unexpected(error, "opening the data", Path(config.log.run_dir))
         groups.wait_for_all(f"data/{turn}")  # an index of millions of samples takes long
-        agree(problem, False, device)
+        agree(problem, device)
     assert data is not None
     _check_same_data(data)
     return data
@@ -222,36 +246,18 @@ def _open_data(
 
 def _build(
     config: Config,
+    runtime: Runtime,
     pg_collection: ProcessGroupCollection,
     device: torch.device,
     found: Found | None,
 ) -> list[DattnModel]:
     """This stage's chunks: at random, or from another run's weights; `resume` comes later."""
     source = config.checkpoint.init_from
-    if config.parallel.tp_comm_overlap:
-        _start_overlap(config, device)
+    if runtime.tp_comm_overlap:
+        start_overlap(config, runtime, device)
     fresh = source is None and found is None
-    chunks = build_model(config, pg_collection, device, initialize=fresh)
+    chunks = build_from_config(config, pg_collection, device, initialize=fresh, runtime=runtime)
     if source is not None and found is None:
         loaded = load_weights(Path(source), config, chunks, pg_collection)
         logger.info("weights from %s", loaded)
     return chunks
-
-
-def _start_overlap(config: Config, device: torch.device) -> None:
-    if choose_implementation(config) != TRANSFORMER_ENGINE:
-        raise ConfigError(
-            "parallel.tp_comm_overlap=true needs Transformer Engine, and this run takes the local "
-            "linears; set it off"
-        )
-    from dattn_mcore.layers.spec_te import start_overlap
-
-    fp8 = config.train.fp8 != "none"
-    start_overlap(
-        sum(fixed_rows(config)),
-        config.model.llm.hidden_size,
-        config.parallel.tp,
-        fp8,
-        not fp8 or edge_layers_in_bf16(config) > 0,
-        platform.backend("cpu" if device.type == "cpu" else "gpu"),
-    )

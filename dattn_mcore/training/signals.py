@@ -13,8 +13,13 @@ import time
 from types import FrameType
 
 STOPPING = (
-    *(signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM),
-    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
 )
 AGAIN_SECONDS = 2.0  # torchrun passes on a Ctrl-C that the terminal has sent to its ranks as well
 

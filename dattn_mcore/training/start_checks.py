@@ -213,13 +213,13 @@ def check_checkpoint_folder(run_dir: Path, device: torch.device) -> None:
             "choose another folder, or mend its permissions or free space"
         )
     try:
-        agree(problem, False, device)
+        agree(problem, device)
         if not _appears(folder / f".start_{token[0]}_0"):
             problem = CheckpointError(
                 f"log.run_dir={run_dir} is not the folder that rank 0 sees; put it on a file "
                 "system that all nodes share"
             )
-        agree(problem, False, device)
+        agree(problem, device)
     finally:
         with contextlib.suppress(OSError):
             mine.unlink()

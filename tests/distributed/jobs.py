@@ -313,11 +313,11 @@ def model_outputs(
 
     from dattn_mcore.checkpoint.load import load_weights
     from dattn_mcore.layers.layout import build_seq_params
-    from dattn_mcore.models.build import build_model
     from dattn_mcore.models.dattn import ModelInputs
+    from dattn_mcore.training.model import build_from_config
 
     config, groups = start(tree)
-    (model,) = build_model(config, groups, torch.device("cpu"))
+    (model,) = build_from_config(config, groups, torch.device("cpu"))
     generator = torch.Generator().manual_seed(5)
     if checkpoint is None:
         randomize_norms(model)
@@ -390,11 +390,11 @@ def load_and_save(tree: dict[str, Any], source: str, target: str) -> None:
 
     from dattn_mcore.checkpoint.load import load_weights
     from dattn_mcore.checkpoint.state import model_state
-    from dattn_mcore.models.build import build_model
+    from dattn_mcore.training.model import build_from_config
     from tools.checkpoint_convert.dist_checkpoint import write_manifest
 
     config, groups = start(tree)
-    chunks = build_model(config, groups, torch.device("cpu"))
+    chunks = build_from_config(config, groups, torch.device("cpu"))
     load_weights(Path(source), config, chunks, groups)
     if dist.get_rank() == 0:
         Path(target).mkdir(parents=True)
@@ -407,10 +407,10 @@ def load_and_save(tree: dict[str, Any], source: str, target: str) -> None:
 
 def count_parameters(tree: dict[str, Any]) -> tuple[int, tuple[int, int]]:
     """This rank's stage, and its parameters: all and those that train."""
-    from dattn_mcore.models.build import build_model
+    from dattn_mcore.training.model import build_from_config
 
     config, groups = start(tree)
-    chunks = build_model(config, groups, torch.device("cpu"), initialize=False)
+    chunks = build_from_config(config, groups, torch.device("cpu"), initialize=False)
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     total = sum(p.numel() for p in parameters)
     return groups.pp.rank(), (total, sum(p.numel() for p in parameters if p.requires_grad))
@@ -431,7 +431,7 @@ def agree_on(kind: str) -> tuple[str, str]:
     if dist.get_rank() == dist.get_world_size() - 1:
         mine = made[kind] if kind in made else getattr(errors, kind)("it is so")
     try:
-        agree(mine, False, torch.device("cpu"))
+        agree(mine, torch.device("cpu"))
     except errors.DattnError as error:
         return type(error).__name__, str(error)
     return "", ""

@@ -11,11 +11,11 @@ from tests.distributed.jobs import start
 
 def built_state(tree: dict[str, Any]) -> dict[str, Any]:
     """Parameters, buffers and optimizer states of this rank, as built."""
-    from dattn_mcore.models.build import build_model
+    from dattn_mcore.training.model import build_from_config
     from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 
     config, groups = start(tree)
-    chunks = build_model(config, groups, torch.device("cpu"), initialize=False)
+    chunks = build_from_config(config, groups, torch.device("cpu"), initialize=False)
     parameters = [
         [
             (n, tuple(p.shape), str(p.dtype).removeprefix("torch."), p.requires_grad)

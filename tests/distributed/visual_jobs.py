@@ -14,8 +14,8 @@ from benchmarks.measure import peak_bytes
 from dattn_mcore.config.checks import row_multiple
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.layers.vocabulary import chunked_cross_entropy
-from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel, ModelInputs
+from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
 from dattn_mcore.training.step import run_schedule, train_step
 from tests.distributed.jobs import randomize_norms, start
@@ -44,7 +44,7 @@ def random_inputs(config, layouts, supervised: float = 0.5) -> ModelInputs:
 
 def _model(tree: dict[str, Any]) -> tuple[Any, Any, DattnModel]:
     config, groups = start(tree)
-    (model,) = build_model(config, groups, torch.device("cpu"))
+    (model,) = build_from_config(config, groups, torch.device("cpu"))
     randomize_norms(model)
     return config, groups, model
 

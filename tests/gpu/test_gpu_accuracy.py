@@ -15,8 +15,8 @@ import pytest
 
 from dattn_mcore.data.digits import DigitsSizes, prepare_digits
 from dattn_mcore.evaluation.digits_score import score_digits
-from dattn_mcore.layers.implementation import transformer_engine_missing
 from dattn_mcore.quickstart.expectation import LEAST
+from dattn_mcore.training.implementation import transformer_engine_missing
 
 ROOT = Path(__file__).parents[2]
 STEPS = {"align": 200, "pretrain": 600, "instruct": 1200}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dattn_mcore.layers.implementation import transformer_engine_missing
+from dattn_mcore.training.implementation import transformer_engine_missing
 
 ROOT = Path(__file__).parents[2]
 # The digits model with sizes that FP8 products take: multiples of 16, blocks of 128.

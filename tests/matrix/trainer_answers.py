@@ -31,9 +31,9 @@ from dattn_mcore.data.templates import (
 )
 from dattn_mcore.data.tiles import choose_tiling
 from dattn_mcore.data.tokenizer import Tokenizer
-from dattn_mcore.models.build import build_model
 from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.training.inputs import to_model_inputs
+from dattn_mcore.training.model import build_from_config
 
 NEW_TOKENS = 8
 # Ten times the bound of `checker.py`: rounding must not turn a decision.
@@ -146,7 +146,7 @@ def save_answers(
     images: list[list[Tiles]] = [[] for _ in TURNS]
     cpu = torch.device("cpu")
     with single_process() as groups:
-        (model,) = build_model(config, groups, cpu, initialize=False)
+        (model,) = build_from_config(config, groups, cpu, initialize=False)
         load_weights(checkpoint, config, [model], groups)
         trainer = Trainer(model.eval(), config, groups, image_id)
         for turn in (0, 1):

@@ -98,16 +98,16 @@ def trainer_logits(config: Config, batch: MicroBatch, load: Callable[..., object
         load: called with the changed configuration, the model and its process groups; fills the
             model's weights.
     """
-    from dattn_mcore.models.build import build_model
     from dattn_mcore.parallel.groups import single_process
     from dattn_mcore.training.inputs import to_model_inputs
+    from dattn_mcore.training.model import build_from_config
 
     train = replace(config.train, precision="fp32", fp8="none", recompute="none")
     attention = replace(config.attention, backend="auto")
     config = replace(config, train=train, attention=attention, parallel=ParallelConfig())
     cpu = torch.device("cpu")
     with single_process() as groups:
-        (model,) = build_model(config, groups, cpu, initialize=False)
+        (model,) = build_from_config(config, groups, cpu, initialize=False)
         load(config, model, groups)
         inputs = to_model_inputs(batch, config, groups, cpu)
         with torch.no_grad():

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-V2V = Literal["diagonal", "causal"]
-T2VPosition = Literal["none", "rope"]
-Merge = Literal["alpha", "sum"]
+from dattn_mcore.types import V2V, Merge, T2VPosition
 
 
 @dataclass(frozen=True)

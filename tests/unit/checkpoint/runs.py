@@ -22,9 +22,9 @@ from dattn_mcore.checkpoint.load import choose_checkpoint, resume
 from dattn_mcore.checkpoint.manifest import write_manifest
 from dattn_mcore.checkpoint.save import CheckpointSaver
 from dattn_mcore.config.schema import Config
-from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel.groups import single_process
+from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 
 IDENTITY = {
@@ -68,7 +68,7 @@ class SmallRun:
 def small_run(root: Path, config: Config) -> Iterator[SmallRun]:
     """A run whose checkpoints lie in a folder."""
     with single_process() as groups:
-        chunks = build_model(config, groups, torch.device("cpu"))
+        chunks = build_from_config(config, groups, torch.device("cpu"))
         optimizer = build_optimizer(config, wrap_ddp(chunks, config, groups))
         saver = CheckpointSaver(root, config, chunks, optimizer, groups, IDENTITY, "c", 300)
         try:

@@ -135,7 +135,11 @@ def test_frozen():
         ("data.anyres_grids=[[1, 1]]", "one tile is the base view"),
         ("data.anyres_grids=[[2, 0]]", "must be pairs .columns, rows."),
         ("attention.v2v=full", "attention.v2v='full' is unknown; use one of diagonal, causal"),
-        ("train.trains=[llm,tower]", "must name one or more of vision, projector, llm"),
+        (
+            "train.trains=[llm,tower]",
+            r"train.trains\[1\]='tower' is unknown; use one of vision, proj",
+        ),
+        ("train.trains=[]", "train.trains=.. must name one or more of vision, projector, llm"),
         ("train.recompute_visual_chunk=0", "must be greater than 0, or null"),
         ("train.loss_chunk=0", "train.loss_chunk=0 must be greater than 0"),
         ("train.steps=0", "train.steps=0 must be greater than 0"),
@@ -218,7 +222,10 @@ GEMMA = ["model.family=gemma2"]
             r"model.llm.layer_pattern=\[sliding, full\] cannot be exported: model.family=mistral has",
         ),
         ([*GEMMA, "model.llm.activation=silu"], "model.family=gemma2 has activation=gelu_tanh"),
-        (["model.llm.layer_pattern=[half]"], "layer_pattern=.half. must hold sliding and full"),
+        (
+            ["model.llm.layer_pattern=[half]"],
+            r"layer_pattern\[0\]='half' is unknown; use one of sliding",
+        ),
         (["model.llm.layer_pattern=[full]"], "no effect without model.llm.sliding_window"),
         ([*GEMMA, "model.llm.query_scale=24.5"], "has a whole number as query_scale"),
         (

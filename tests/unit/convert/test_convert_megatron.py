@@ -10,9 +10,9 @@ from dattn_mcore.checkpoint.state import model_state
 from dattn_mcore.config.schema import AttentionConfig
 from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.hf import DattnForConditionalGeneration
-from dattn_mcore.models.build import build_model
 from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.training.inputs import to_model_inputs
+from dattn_mcore.training.model import build_from_config
 from tests.unit.convert.convert_helpers import make_tokenizer, small_config
 from tools.checkpoint_convert import mcore_to_hf
 from tools.checkpoint_convert.dist_checkpoint import write_manifest
@@ -84,7 +84,7 @@ def test_logits_of_the_export_equal_the_trained_models(tmp_path, family, kind, m
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     with single_process() as groups:
-        (trained,) = build_model(config, groups, torch.device("cpu"))
+        (trained,) = build_from_config(config, groups, torch.device("cpu"))
         randomize(trained)
         trained.eval()
         inputs = to_model_inputs(batch, config, groups, torch.device("cpu"))

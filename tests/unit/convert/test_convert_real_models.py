@@ -26,9 +26,9 @@ from dattn_mcore.checkpoint.load import load_weights
 from dattn_mcore.checkpoint.state import model_state
 from dattn_mcore.config.load import load_config, to_yaml
 from dattn_mcore.layers.layout import build_seq_params
-from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.parallel.groups import single_process
+from dattn_mcore.training.model import build_from_config
 from tests.unit.convert.convert_helpers import make_tokenizer
 from tests.unit.convert.raw_models import (
     hugging_face_features,
@@ -71,7 +71,7 @@ def pixels(config):
 def load(path, config):
     """The checkpoint as a run gets it by checkpoint.init_from; logits and features."""
     with single_process() as groups:
-        (model,) = build_model(config, groups, CPU)
+        (model,) = build_from_config(config, groups, CPU)
         load_weights(path, config, [model], groups)
         with torch.no_grad():
             features = model.eval().vision(pixels(config))
@@ -171,7 +171,7 @@ def test_the_comparison_sees_every_trait(converted, family, off, monkeypatch):
     changed = replace(config.model.llm, **sizes)
     config = replace(config, model=replace(config.model, llm=changed))
     with single_process() as groups:
-        (model,) = build_model(config, groups, CPU)
+        (model,) = build_from_config(config, groups, CPU)
         state = model_state([model], groups)
         model.load_state_dict(
             dist_checkpointing.load(state, str(path))["model0"],
@@ -244,7 +244,7 @@ def test_the_projector_is_the_one_of_a_fresh_run(tmp_path):
     convert_parts(tmp_path / "llm", tmp_path / "vision", config, tmp_path / "out")
     written = DistCheckpoint(tmp_path / "out")
     with single_process() as groups:
-        (model,) = build_model(config, groups, CPU)
+        (model,) = build_from_config(config, groups, CPU)
         fresh = dict(model.named_parameters())
     names = [name for name in fresh if name.startswith("projector.")]
     assert len(names) == 14
@@ -263,7 +263,7 @@ def test_a_bf16_run_starts_from_a_float32_tower(tmp_path):
     assert written.dtypes["vision.patch_embedding.weight"] == torch.float32
     assert written.dtypes["embedding.word_embeddings.weight"] == torch.bfloat16
     with single_process() as groups:
-        (model,) = build_model(config, groups, CPU)
+        (model,) = build_from_config(config, groups, CPU)
         load_weights(tmp_path / "out", config, [model], groups)
         parameters = {name: p.detach() for name, p in model.named_parameters()}
     for name in ("vision.patch_embedding.weight", "vision.position_embedding.weight"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dattn_mcore.architectures import vision_towers
-from dattn_mcore.models.build import build_model
 from dattn_mcore.parallel.groups import single_process
+from dattn_mcore.training.model import build_from_config
 from tests.unit.convert.raw_models import hugging_face_features, make_llm, make_tower, raw_config
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import convert_parts
@@ -93,7 +93,7 @@ def test_features_show_every_trait(converted, kind, off, monkeypatch):
     vision = replace(config.model.vision, **sizes)
     config = replace(config, model=replace(config.model, vision=vision))
     with single_process() as groups:
-        (model,) = build_model(config, groups, CPU)
+        (model,) = build_from_config(config, groups, CPU)
         tower = model.eval().vision
         fill(tower, path)
         with torch.no_grad():

@@ -80,7 +80,7 @@ def _losses(model, config):
 
 def compare(case: str) -> dict[str, object]:
     """Both specs of a case, on this rank."""
-    from dattn_mcore.models.build import build_model
+    from dattn_mcore.training.model import build_from_config
     from tests.distributed.jobs import start
 
     _, model, sections = CASES[case]
@@ -88,7 +88,7 @@ def compare(case: str) -> dict[str, object]:
     results, modules = {}, {}
     for name in ("local", "transformer_engine"):
         config, groups = start(merge(tree, {"model": {"transformer_impl": name}}))
-        (built,) = build_model(config, groups, torch.device("cpu"))
+        (built,) = build_from_config(config, groups, torch.device("cpu"))
         randomize_norms(built)
         modules[name] = {type(module).__module__.partition(".")[0] for module in built.modules()}
         classes = {type(module).__name__ for module in built.modules()}
@@ -118,11 +118,11 @@ FP8_NORMS = {
 
 def kept_inputs() -> dict[str, list[bool]]:
     """For each decoder linear of such a run, by name: whether it keeps its input as it came."""
-    from dattn_mcore.models.build import build_model
+    from dattn_mcore.training.model import build_from_config
     from tests.distributed.jobs import start
 
     config, groups = start(merge({"model": SMALL_MODEL}, FP8_NORMS))
-    (built,) = build_model(config, groups, torch.device("cpu"))
+    (built,) = build_from_config(config, groups, torch.device("cpu"))
     found: dict[str, list[bool]] = {}
     for name, module in built.named_modules():
         if (
@@ -138,7 +138,8 @@ def overlap_buffers() -> dict[str, object]:
     """What is registered for overlapped exchanges, by recipe (Transformer Engine's stand-in)."""
     from transformer_engine.pytorch.module import base
 
-    from dattn_mcore.training.setup import _start_overlap
+    from dattn_mcore.training.model import start_overlap
+    from dattn_mcore.training.runtime import decide_runtime
 
     asked = {
         "model": {"transformer_impl": "transformer_engine"},
@@ -153,7 +154,8 @@ def overlap_buffers() -> dict[str, object]:
         "no-edges": {"fp8": "tensorwise", "fp8_bf16_layers": 0},
     }
     for train in recipes.values():
-        _start_overlap(from_dict(merge(asked, {"train": train})), torch.device("cpu"))
+        config = from_dict(merge(asked, {"train": train}))
+        start_overlap(config, decide_runtime(config), torch.device("cpu"))
     return dict(zip(recipes, base.calls, strict=True))
 
 
@@ -176,7 +178,7 @@ def _rank(case: str, rank: int, world_size: int, store: str, output: str) -> Non
 def main(case: str) -> None:
     """Runs a case on as many forked processes as it needs; prints rank 0's and the last one's."""
     from_dict({})
-    import dattn_mcore.models.build  # noqa: F401  (import once, then fork)
+    import dattn_mcore.training.model  # noqa: F401  (import once, then fork)
 
     world_size = CASES[case][0] if case in CASES else 1
     with tempfile.TemporaryDirectory() as folder:

@@ -12,10 +12,11 @@ import torch
 from dattn_mcore.config.checks import check_config, row_multiple
 from dattn_mcore.config.load import from_dict, load_config
 from dattn_mcore.errors import ConfigError
-from dattn_mcore.layers import implementation
-from dattn_mcore.layers.implementation import choose_implementation, transformer_engine_missing
 from dattn_mcore.models.transformer_configs import llm_transformer_config
 from dattn_mcore.parallel import platform
+from dattn_mcore.training import implementation
+from dattn_mcore.training.implementation import choose_implementation, transformer_engine_missing
+from dattn_mcore.training.runtime import decide_runtime
 from tests.unit.layers.te_specs import CASES, OTHERS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -167,11 +168,9 @@ def test_blockwise_rows_of_one_process_are_padded_as_in_other_recipes():
     ],
 )
 def test_megatron_core_takes_each_recipe(monkeypatch, settings, first_last, layers):
-    from dattn_mcore.models import transformer_configs
-
-    monkeypatch.setattr(transformer_configs, "choose_implementation", lambda config: "local")
+    monkeypatch.setattr(implementation, "transformer_engine_missing", lambda: None)
     config = load_config(GEMMA, [*settings, "parallel.tp=1", "parallel.pp=1", "parallel.sp=false"])
-    found = llm_transformer_config(config)
+    found = llm_transformer_config(config.model, decide_runtime(config), tp_size=1, pp_size=1)
     assert found.fp8 == "hybrid" and found.fp8_recipe == config.train.fp8
     assert found.first_last_layers_bf16 is first_last
     assert found.num_layers_at_start_in_bf16 == found.num_layers_at_end_in_bf16 == layers

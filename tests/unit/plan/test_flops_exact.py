@@ -7,10 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.count_flops import FLASH, counted_decoder_step
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.layers.vocabulary import chunked_cross_entropy
-from dattn_mcore.models.build import build_model
 from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import decoder_work, layer_pairs, step_work
 from dattn_mcore.plan.rows import rows_of
+from dattn_mcore.training.model import build_from_config
 from tests.distributed.jobs import AIMV2, SMALL_MODEL
 
 LAYOUTS = (((True, 64), (False, 32)),)
@@ -61,7 +61,7 @@ def work_of(config, labelled=LABELLED):
 def test_decoder_as_counted(groups, name):
     """Exact: the same products, with nothing left over."""
     config = config_of(SETTINGS[name])
-    (model,) = build_model(config, groups, torch.device("cpu"))
+    (model,) = build_from_config(config, groups, torch.device("cpu"))
     counted = counted_decoder_step(model, config, LAYOUTS, "cpu")
     work = decoder_work(config, rows_of(config, LAYOUTS, LABELLED))
     assert counted == sum(part.executed for part in work.values())
@@ -81,7 +81,7 @@ def test_folding_and_ending_early_save_what_they_should():
 @pytest.mark.parametrize("trains", ["vision", "projector", "llm"])
 def test_tower_and_projector_as_counted(groups, trains, tower):
     config = config_of({"train": {"trains": [trains]}, "model": tower})
-    (model,) = build_model(config, groups, torch.device("cpu"))
+    (model,) = build_from_config(config, groups, torch.device("cpu"))
     tiles = torch.zeros(4, 3, 56, 56, dtype=torch.uint8)
     with FlopCounterMode(display=False, custom_mapping=FLASH) as counter:
         rows = model._visual_rows(tiles, torch.float32)

@@ -6,11 +6,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.layers.layout import build_seq_params
-from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import step_work
 from dattn_mcore.plan.rows import Rows, causal_pairs, rows_of
+from dattn_mcore.training.model import build_from_config
 from tests.distributed.jobs import AIMV2, CLIP, GEMMA, SMALL_MODEL
 
 LAYOUTS = [((True, 32), (False, 40)), ((True, 16), (False, 8), (True, 16), (False, 32))]
@@ -25,7 +25,7 @@ def groups():
 
 def counted(config, groups):
     """Operations of a forward and backward pass, by PyTorch."""
-    (model,) = build_model(config, groups, torch.device("cpu"))
+    (model,) = build_from_config(config, groups, torch.device("cpu"))
     params = build_seq_params(LAYOUTS, t2v_position=config.attention.t2v_position, multiple=8)
     text = sum(rows for layout in LAYOUTS for visual, rows in layout if not visual)
     inputs = ModelInputs(

@@ -10,20 +10,18 @@ import logging
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.parallel.platform import current_device, fp8_problem
+from dattn_mcore.types import Implementation
 
 logger = logging.getLogger(__name__)
-
-LOCAL = "local"
-TRANSFORMER_ENGINE = "transformer_engine"
 
 
 @functools.cache
 def transformer_engine_missing() -> str | None:
     """Why Transformer Engine cannot be used; None where it can."""
-    if importlib.util.find_spec(TRANSFORMER_ENGINE) is None:
+    if importlib.util.find_spec("transformer_engine") is None:
         return "it is not installed"
     try:
-        importlib.import_module(f"{TRANSFORMER_ENGINE}.pytorch")
+        importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # noqa: BLE001 (a build for another PyTorch raises anything)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"its import fails ({reason})"
@@ -35,7 +33,7 @@ def _say(text: str) -> None:
     logger.info("linears and norms: %s", text)
 
 
-def choose_implementation(config: Config) -> str:
+def choose_implementation(config: Config) -> Implementation:
     """`model.transformer_impl`, with `auto` resolved; says once what `auto` took, and why.
 
     Raises:
@@ -44,10 +42,10 @@ def choose_implementation(config: Config) -> str:
     """
     wanted, fp8 = config.model.transformer_impl, config.train.fp8 != "none"
     asked = f"train.fp8={config.train.fp8}" if fp8 else f"model.transformer_impl={wanted}"
-    if wanted == LOCAL:
-        return LOCAL
+    if wanted == "local":
+        return "local"
     missing = transformer_engine_missing()
-    if wanted == TRANSFORMER_ENGINE or fp8:
+    if wanted == "transformer_engine" or fp8:
         if missing is not None:
             raise ConfigError(
                 f"{asked} needs Transformer Engine, and {missing}; install it with "
@@ -57,14 +55,14 @@ def choose_implementation(config: Config) -> str:
         problem = fp8_problem(config.train.fp8) if fp8 else None
         if problem is not None:
             raise ConfigError(f"{asked} {problem}; use train.fp8=none")
-        return TRANSFORMER_ENGINE
+        return "transformer_engine"
     if current_device().type == "cpu":
-        return LOCAL
+        return "local"
     if config.train.precision != "bf16":
         _say(f"local (Transformer Engine is taken in bf16, not in {config.train.precision})")
-        return LOCAL
+        return "local"
     if missing is not None:
         _say(f"local (Transformer Engine: {missing})")
-        return LOCAL
+        return "local"
     _say("Transformer Engine")
-    return TRANSFORMER_ENGINE
+    return "transformer_engine"

@@ -1,0 +1,70 @@
+"""A run's model: the records that it is built from, out of the configuration."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.layers.runtime import Runtime
+from dattn_mcore.models.build import build_model
+from dattn_mcore.models.dattn import DattnModel, freeze_all_but
+from dattn_mcore.parallel import platform
+from dattn_mcore.training.inputs import fixed_rows
+from dattn_mcore.training.runtime import decide_runtime
+
+
+def build_from_config(
+    config: Config,
+    pg_collection: ProcessGroupCollection,
+    device: torch.device,
+    initialize: bool = True,
+    runtime: Runtime | None = None,
+) -> list[DattnModel]:
+    """Builds the model chunks of this pipeline stage (one, or vpp of them).
+
+    Args:
+        config: the run's configuration.
+        pg_collection: process groups of its layout.
+        device: where parameters end up.
+        initialize: fill fresh weights; without it they hold garbage until a checkpoint is loaded.
+        runtime: what was decided at the start of the run; None: it is decided here.
+
+    Returns:
+        The chunks in the order of the interleaved schedule, frozen parts marked.
+    """
+    chunks = build_model(
+        config.model,
+        config.attention,
+        decide_runtime(config) if runtime is None else runtime,
+        pg_collection,
+        device=device,
+        seed=config.train.seed if initialize else None,
+    )
+    for chunk in chunks:
+        freeze_all_but(chunk, config.train.trains)
+    return chunks
+
+
+def start_overlap(config: Config, runtime: Runtime, device: torch.device) -> None:
+    """Registers what `parallel.tp_comm_overlap` needs; once, before the first step.
+
+    Args:
+        config: the run's configuration; with `data.fixed_rows`, since buffers have one size.
+        runtime: how its model is computed, by Transformer Engine.
+        device: of this process.
+
+    Raises:
+        ConfigError: this Transformer Engine is too old.
+    """
+    from dattn_mcore.layers import spec_te  # needs Transformer Engine
+
+    fp8 = runtime.fp8
+    spec_te.start_overlap(
+        rows=sum(fixed_rows(config)),
+        hidden_size=config.model.llm.hidden_size,
+        tp_size=config.parallel.tp,
+        fp8=fp8 is not None,
+        bf16=fp8 is None or fp8.bf16_layers > 0,
+        backend=platform.backend("cpu" if device.type == "cpu" else "gpu"),
+    )
