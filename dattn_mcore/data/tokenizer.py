@@ -104,7 +104,7 @@ class SentencePieceTokenizer:
         self._setting = setting
         unreadable = (
             f"{setting}: '{path}' is not a SentencePiece model; files of Tiktoken (tekken.json, or "
-            "a .model of base64 lines) are not read: give the Hugging Face folder with tokenizer.json"
+            "a .model of base64 lines) are not read: give a Hugging Face folder (tokenizer.json)"
         )
         raw = self.path.read_bytes()
         try:
