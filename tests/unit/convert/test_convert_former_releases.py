@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from dattn_mcore.checkpoint.load import check_same_model
 from dattn_mcore.checkpoint.manifest import read_manifest
@@ -22,6 +25,8 @@ from dattn_mcore.errors import CheckpointError
 from tests.fixtures.releases.answer_of_export import ROWS, logits_of
 from tests.former_releases import CHECKPOINT, NAMES, expected_of, unpack
 from tools.checkpoint_convert.__main__ import main
+from tools.checkpoint_convert.raw_folders import same_bits
+from tools.checkpoint_convert.tokenizers_out import SYSTEMS, TURNS, messages
 
 # A few orders of float32's rounding above what two releases of PyTorch differ by.
 BOUND = 2e-5
@@ -121,8 +126,15 @@ def test_a_checkpoint_becomes_the_export_that_it_became(release):
     new = Path(f"{release.name}_new")
     command = ["mcore-to-hf", CHECKPOINT, str(new), "--tokenizer", "data/tokenizer.model"]
     assert main(command) == 0
-    for file in ("model.safetensors", "tokenizer.json", "chat_template.jinja"):
-        assert (new / file).read_bytes() == (release / "export" / file).read_bytes()
+    made, before = (load_file(folder / "model.safetensors") for folder in (new, Path("export")))
+    assert made.keys() == before.keys()
+    assert all(same_bits(made[name], before[name]) for name in made)
+    assert (new / "tokenizer.json").read_bytes() == Path("export/tokenizer.json").read_bytes()
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (new, "export")]
+    for turns, system in itertools.product(TURNS, SYSTEMS):
+        asked = messages(turns, system)
+        ours, theirs = (t.apply_chat_template(asked, tokenize=False) for t in tokenizers)
+        assert ours == theirs and turns[0] in ours
     assert (logits(new) - own_logits(release)).abs().max() < BOUND
 
 
