@@ -18,7 +18,8 @@ fail() {
   exit 2
 }
 
-# The value of a flag in the #SBATCH lines of the file that was started, for a dry run outside of a job.
+# The value of a flag in the #SBATCH lines of the file that was started, for a dry run outside of
+# a job.
 directive() { sed -n "s/^#SBATCH.* --$1=\([^ ]*\).*/\1/p" "$0"; }
 
 prepare() {
