@@ -30,7 +30,12 @@ LEFT_OUT = {
 COMMANDS = {"fast": "make test-fast", "default": "make test", "all": "make test-all"}
 
 # A fixture's name, or the beginning of a test's id.
-BY_FIXTURE = {"pool": "pool", "matrix": "network"}
+BY_FIXTURE = {
+    "pool": "pool",
+    "matrix": "network",
+    "real": "network",
+    "real_mistral_v1": "network",
+}
 BY_PLACE = {
     "tests/distributed/test_health.py": "processes",
     "tests/distributed/test_killed.py": "processes",

@@ -102,16 +102,20 @@ class SentencePieceTokenizer:
         """
         self.path = Path(path)
         self._setting = setting
+        unreadable = (
+            f"{setting}: '{path}' is not a SentencePiece model; files of Tiktoken (tekken.json, or "
+            "a .model of base64 lines) are not read: give a Hugging Face folder (tokenizer.json)"
+        )
         raw = self.path.read_bytes()
         try:
             sentencepiece.SentencePieceProcessor(model_proto=raw)
         except (RuntimeError, ValueError):
-            raise DataError(f"{setting}: '{path}' is not a SentencePiece model") from None
+            raise DataError(unreadable) from None
         protocol: Any = sentencepiece_model_pb2  # generated code, which type checkers cannot see
         spec = protocol.ModelProto()
         spec.ParseFromString(raw)
         if not spec.pieces:  # an empty file is a valid message
-            raise DataError(f"{setting}: '{path}' is not a SentencePiece model")
+            raise DataError(unreadable)
         self.prefix_space = bool(spec.normalizer_spec.add_dummy_prefix)
         spec.normalizer_spec.add_dummy_prefix = False
         spec.normalizer_spec.remove_extra_whitespaces = False

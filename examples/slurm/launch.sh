@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the sbatch files share; each sets its settings, sources this file and calls
+# How a job runs: settings come from the file that sources this one (stages.sh), which calls
 #   launch_training ARGUMENT...    pretrain_dattn.py on every rank; done when the trainer says so
 #   launch COMMAND...              a Python command on every rank; done when it exits with 0
 # A job that was stopped before it was done (time limit, preemption), that failed after it had saved
@@ -18,8 +18,9 @@ fail() {
   exit 2
 }
 
-# The value of an #SBATCH line of the file that was started, for a dry run outside of a job.
-directive() { sed -n "s/^#SBATCH --$1=//p" "$0"; }
+# The value of a flag in the #SBATCH lines of the file that was started, for a dry run outside of
+# a job.
+directive() { sed -n "s/^#SBATCH.* --$1=\([^ ]*\).*/\1/p" "$0"; }
 
 prepare() {
   cd "$REPO" || exit

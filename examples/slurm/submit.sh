@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Submits the stages of a model, each to start when the one before has ended well:
 #   bash examples/slurm/submit.sh gemma [aln pt it] [-- FLAGS OF SBATCH]
-# Stages: import aln pt it export eval; without names the three stages of training.
+# A model is one that has files MODEL_STAGE.sbatch here. Stages: import aln pt it export eval; without
+# names the three stages of training.
 # If a stage fails, those after it are taken out of the queue. DATTN_DRY_RUN=1 submits dry runs.
 set -euo pipefail
 
@@ -11,14 +12,17 @@ fail() {
 }
 
 folder=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+models=("$folder"/*_pt.sbatch)
+models=("${models[@]##*/}")
+models=("${models[@]%_pt.sbatch}")
 model=${1:-}
-[[ $model == mistral || $model == gemma ]] ||
-  fail "model '$model' is unknown; bash $0 mistral|gemma [stage ...] [-- flags of sbatch]"
+[[ " ${models[*]} " == *" $model "* && $model != *" "* ]] ||
+  fail "model '$model' is unknown; use one of: ${models[*]}"
 shift
 stages=()
 while (($#)) && [[ $1 != -- ]]; do
   [[ -f $folder/${model}_$1.sbatch ]] ||
-    fail "stage '$1' is unknown; use import, aln, pt, it, export or eval"
+    fail "stage '$1' of $model is unknown; use import, aln, pt, it, export or eval"
   stages+=("$1")
   shift
 done

@@ -33,7 +33,7 @@ def replicas(path, config):
     if not script.exists():
         return 2
     nodes, ranks = (
-        int(re.search(rf"^#SBATCH --{flag}=(\d+)$", script.read_text(), re.MULTILINE).group(1))
+        int(re.search(rf"^#SBATCH.* --{flag}=(\d+)", script.read_text(), re.MULTILINE).group(1))
         for flag in ("nodes", "ntasks-per-node")
     )
     return nodes * ranks // processes_per_replica(config)
@@ -47,6 +47,8 @@ def scaled(path):
     layers = 2 * parallel.pp * parallel.vpp
     if first is not None:  # one layer less beside the tower than elsewhere
         first, layers = 1, 1 + 2 * (parallel.pp - 1)
+    if parallel.pp == 1:  # layers of every kind
+        layers = max(layers, len(llm.layer_pattern))
     sizes = {
         **{"num_layers": max(layers, 2), "hidden_size": 64, "ffn_hidden_size": 96},
         **{"num_attention_heads": 8, "num_query_groups": 4, "head_dim": 16, "vocab_size": 384},
@@ -68,6 +70,8 @@ def scaled(path):
         "train": {name: tree["train"][name] for name in FROM_TRAIN} | STEPS,
         "data": {"fixed_rows": config.data.fixed_rows, "pad_multiple": config.data.pad_multiple},
     }
+    if config.train.recompute_layers is not None:  # some of them
+        sections["train"]["recompute_layers"] = 1
     if parallel.tp_comm_overlap:  # needs Transformer Engine; changes no sum
         sections["parallel"]["tp_comm_overlap"] = False
     return sections, processes_per_replica(config) * min(2, replicas(path, config))

@@ -6,17 +6,13 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from dattn_mcore.hf import TESTED_TRANSFORMERS
+from tests.installed import cache, folder_with, pip
 
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = Path(__file__).with_name("constraints.txt")
@@ -37,10 +33,6 @@ CHANGES = {
 # Where they begin, releases need a newer Python than this project.
 NEEDS_PYTHON = (Version("5.21"), (3, 11))
 NO_PYTHON = "transformers 5.21 and later need Python 3.11"
-
-
-class Unavailable(Exception):
-    """A release cannot be installed here: no pip, no index, or no such release in it."""
 
 
 def releases() -> list[str]:
@@ -72,7 +64,7 @@ def newest_of_the_index() -> str:
     allowed = re.search(r'^\s*"(transformers[^"]*)"', text, re.MULTILINE)
     assert allowed is not None, "pyproject.toml names no transformers"
     arguments = ["--dry-run", "--ignore-installed", "--no-deps", "--report", "-"]
-    report = json.loads(_pip("install", *arguments, allowed[1]))
+    report = json.loads(pip("install", *arguments, allowed[1]))
     return str(report["install"][0]["metadata"]["version"])
 
 
@@ -89,73 +81,9 @@ def folder_of(release: str) -> Path | None:
         release = newest_of_the_index()
     if release == INSTALLED:
         return None
-    folder = _cache() / f"{release}-{sys.implementation.cache_tag}"
-    if folder.is_dir() and not unmet(folder):
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".installing-") as name:
-        made = Path(name) / "packages"
-        wanted: list[str] = []
-        missing = [f"transformers=={release}"]
-        while missing:
-            if missing == wanted:
-                raise Unavailable(f"transformers {release} needs {', '.join(missing)}")
-            wanted = missing
-            _install(made, wanted)
-            missing = unmet(made)
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            made.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
-    return folder
-
-
-def unmet(folder: Path) -> list[str]:
-    """Requirements of a folder's packages that neither it nor this environment meets."""
-    here = {_name(found): found.version for found in importlib.metadata.distributions()}
-    found = list(importlib.metadata.distributions(path=[str(folder)]))
-    here |= {_name(one): one.version for one in found}
-    missing = set()
-    for text in {text for one in found for text in one.requires or ()}:
-        requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        version = here.get(canonicalize_name(requirement.name))
-        if version is None or not requirement.specifier.contains(version, prereleases=True):
-            missing.add(f"{requirement.name}{requirement.specifier}")
-    return sorted(missing)
-
-
-def _name(distribution: importlib.metadata.Distribution) -> str:
-    return canonicalize_name(distribution.metadata["Name"])
-
-
-def _install(folder: Path, packages: list[str]) -> None:
-    # Without dependencies: pip would copy this environment's numpy and more into every folder.
-    limits = ["--constraint", str(CONSTRAINTS)]
-    _pip("install", "--no-deps", "--no-compile", *limits, "--target", str(folder), *packages)
-
-
-def _cache() -> Path:
-    """In a virtual environment, so that it goes with it; else the user's cache."""
-    named = os.environ.get(FOLDER_VARIABLE)
-    if named:
-        return Path(named)
-    if sys.prefix != sys.base_prefix:
-        return Path(sys.prefix) / "transformers-matrix"
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "dattn-mcore/transformers-matrix"
-
-
-def _pip(*arguments: str) -> str:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        last = (done.stderr.strip() or "pip failed").splitlines()[-1]
-        raise Unavailable(f"{' '.join(arguments[-1:])} cannot be installed from the index ({last})")
-    return done.stdout
+    folder = cache("transformers-matrix", FOLDER_VARIABLE)
+    folder /= f"{release}-{sys.implementation.cache_tag}"
+    return folder_with([f"transformers=={release}"], folder, CONSTRAINTS)
 
 
 def environment_of(folder: Path | None, home: Path) -> dict[str, str]:

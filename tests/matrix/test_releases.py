@@ -3,8 +3,9 @@
 import pytest
 from packaging.version import Version
 
+from tests.installed import Unavailable, unmet
 from tests.matrix import releases
-from tests.matrix.releases import INSTALLED, NEWEST, Unavailable, folder_of, unmet
+from tests.matrix.releases import INSTALLED, NEWEST, folder_of
 
 
 def package(folder, name, version, *requirements):

@@ -15,6 +15,7 @@ import pytest
 from packaging.version import Version
 
 from dattn_mcore.hf import TESTED_TRANSFORMERS
+from tests.installed import Unavailable
 from tests.matrix import releases
 from tests.matrix.checker import CHECKS
 from tests.matrix.exports import ARCHITECTURES, make_export
@@ -97,7 +98,7 @@ DattnForConditionalGeneration.forward = _forgetful_forward
 def report(matrix: Matrix, release: str, export: str) -> dict:
     try:
         return matrix.report(release, export)
-    except releases.Unavailable as error:
+    except Unavailable as error:
         pytest.skip(str(error))
 
 

@@ -12,7 +12,7 @@ from transformers.models.auto.image_processing_auto import (
     get_image_processor_class_from_name,
 )
 
-from dattn_mcore.architectures import vision_towers
+from dattn_mcore.architectures import language_model, vision_towers
 from dattn_mcore.architectures.tables import language_table, model_table, tower_table
 from dattn_mcore.config.checks import check_config, data_parallel_size, processes_per_replica
 from dattn_mcore.config.load import load_config
@@ -84,7 +84,24 @@ def test_the_embedded_default_is_the_pretrain_stage_of_the_digits_task():
     assert default.train.stage == pretrain.train.stage
 
 
-@pytest.mark.parametrize("llm", ["mistral", "gemma"])
+# The real models, with the published totals of their language models; the tables of the converter
+# and the dry run must both reach them.
+TOTALS = {
+    "mistral": 7_248_023_552,
+    "gemma": 9_241_705_984,
+    "qwen3_8b": 8_190_735_360,
+    "llama3_1_8b": 8_030_261_248,
+    "gemma3_4b": 3_880_263_168,
+}
+
+
+def test_every_real_model_is_among_those():
+    assert {path.stem.removesuffix("_aln") for path in CONFIGS if "_aln" in path.stem} == set(
+        TOTALS
+    )
+
+
+@pytest.mark.parametrize("llm", TOTALS)
 def test_the_stages_of_a_real_model_follow_each_other(llm):
     align, pretrain, instruct = (
         load_config(ROOT / f"configs/{llm}_{stage}.yaml") for stage in STAGES
@@ -96,13 +113,12 @@ def test_the_stages_of_a_real_model_follow_each_other(llm):
     assert align.train.trains == ("projector",)
     assert [c.optim.lr for c in (align, pretrain, instruct)] == [1e-3, 2e-5, 2e-5]
     assert [c.train.global_batch_size for c in (align, pretrain, instruct)] == [256, 256, 128]
-    assert [c.data.template for c in (align, pretrain, instruct)] == ["plain", "plain", llm]
+    own = language_model(align.model.family).chat.name
+    assert [c.data.template for c in (align, pretrain, instruct)] == ["plain", "plain", own]
     assert {c.data.prepare for c in (align, pretrain, instruct)} == {"none"}
 
 
 IDS = TokenIds(bos=1, eos=2, pad=0, image=3, stop=(2,))
-# The published totals; the tables of the converter and the dry run must both reach them.
-TOTALS = {"mistral": 7_248_023_552, "gemma": 9_241_705_984}
 
 
 @pytest.mark.parametrize("llm", TOTALS)

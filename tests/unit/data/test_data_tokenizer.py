@@ -160,6 +160,10 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.model").write_bytes(b"this is no model")
     with pytest.raises(DataError, match="is not a SentencePiece model"):
         load_tokenizer(tmp_path / "bad.model")
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # Tiktoken's, as Llama 3 has
+    with pytest.raises(DataError, match=r"Tiktoken .* give a Hugging Face folder") as raised:
+        load_tokenizer(tmp_path / "tokenizer.model")
+    assert "\n" not in str(raised.value)
     (tmp_path / "empty.model").write_bytes(b"")
     with pytest.raises(DataError, match="is not a SentencePiece model"):
         load_tokenizer(tmp_path / "empty.model")

@@ -144,7 +144,9 @@ def test_what_fp8_cannot_do_is_refused_in_one_line(settings, message):
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
-@pytest.mark.parametrize("model", ["gemma_pt", "mistral_it"])
+@pytest.mark.parametrize(
+    "model", ["gemma_pt", "mistral_it", "qwen3_8b_pt", "llama3_1_8b_pt", "gemma3_4b_it"]
+)
 def test_shipped_models_run_in_every_recipe(recipe, model):
     config = load_config(ROOT / f"configs/{model}.yaml", [f"train.fp8={recipe}"])
     check_config(config)

@@ -14,8 +14,11 @@ from dattn_mcore.config.load import load_config
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "examples/slurm"
 STAGES = ("import", "aln", "pt", "it", "export", "eval")
-KINDS = [f"{model}_{stage}" for model in ("mistral", "gemma") for stage in STAGES]
-TRAINING = [name for name in KINDS if name.endswith(("aln", "pt", "it"))]
+# Every model whose stages are in configs/.
+MODELS = sorted(path.stem.removesuffix("_aln") for path in (ROOT / "configs").glob("*_aln.yaml"))
+KINDS = [f"{model}_{stage}" for model in MODELS for stage in STAGES]
+TRAINING = [name for name in KINDS if name.endswith(("_aln", "_pt", "_it"))]
+SHARED = {"stages.sh", "launch.sh", "rank.sh", "submit.sh"}
 SCRIPTS = sorted(path.name for path in FOLDER.iterdir())
 
 
@@ -36,10 +39,29 @@ def python_arguments(output):
     return words[words.index(f"{sys.prefix}/bin/python") + 1 :]
 
 
+def flags_of(name):
+    """What sbatch reads in a file: each flag with its value, or None."""
+    lines = re.findall(r"^#SBATCH (.*)$", (FOLDER / f"{name}.sbatch").read_text(), re.MULTILINE)
+    parts = [part.partition("=") for line in lines for part in shlex.split(line)]
+    return {flag: value if equal else None for flag, equal, value in parts}
+
+
 def test_there_is_a_file_for_every_stage_of_every_model():
-    assert {f"{name}.sbatch" for name in KINDS} | {"launch.sh", "rank.sh", "submit.sh"} == set(
-        SCRIPTS
-    )
+    assert {"mistral", "gemma", "qwen3_8b", "llama3_1_8b", "gemma3_4b"} <= set(MODELS)
+    assert {f"{name}.sbatch" for name in KINDS} | SHARED == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_models_files_of_a_stage_differ_in_names_only(stage):
+    """What models share is in stages.sh: a file says no more than its names and what sbatch reads."""
+
+    def shape(model):
+        text = (FOLDER / f"{model}_{stage}.sbatch").read_text().replace(model, "MODEL")
+        text = re.sub(r"LLM=weights/\S+", "LLM=weights/NAME", text)
+        return re.sub(r"^(# .*)$", "# ", text, flags=re.MULTILINE)
+
+    assert len({shape(model) for model in MODELS}) == 1
+    assert len(shape(MODELS[0]).splitlines()) < 16
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -62,11 +84,11 @@ def test_shellcheck_finds_nothing():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_stopped_job_comes_back_and_keeps_its_output(name):
-    text = (FOLDER / f"{name}.sbatch").read_text()
-    for flag in ("--requeue", "--open-mode=append", f"--job-name={name}"):
-        assert f"#SBATCH {flag}\n" in text
-    warned = int(re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", text, re.MULTILINE).group(1))
-    assert warned >= 120
+    flags = flags_of(name)
+    assert flags["--requeue"] is None
+    assert (flags["--open-mode"], flags["--job-name"]) == ("append", name)
+    signal, _, seconds = flags["--signal"].partition("@")
+    assert signal == "B:USR1" and int(seconds) >= 120
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -80,10 +102,9 @@ def test_dry_run_of_a_training_stage(name):
         *("pretrain_dattn.py", "--config", f"configs/{name}.yaml"),
         f"log.run_dir={config.log.run_dir}",
     ]
-    text = (FOLDER / f"{name}.sbatch").read_text()
+    flags = flags_of(name)
     nodes, per_node, gpus = (
-        int(re.search(rf"^#SBATCH --{flag}=(\d+)$", text, re.MULTILINE).group(1))
-        for flag in ("nodes", "ntasks-per-node", "gpus-per-node")
+        int(flags[flag]) for flag in ("--nodes", "--ntasks-per-node", "--gpus-per-node")
     )
     assert per_node == gpus
     parallel = config.parallel
@@ -95,7 +116,7 @@ def test_dry_run_of_a_training_stage(name):
     assert f"srun --nodes={nodes} --ntasks={nodes * per_node} " in result.stdout
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name.endswith("port")])
+@pytest.mark.parametrize("name", [name for name in KINDS if name.endswith(("_import", "_export"))])
 def test_dry_run_of_a_conversion(name):
     """The converter's own parser takes the printed command, and folders fit the stages'."""
     from tools.checkpoint_convert.__main__ import _parser
@@ -105,7 +126,7 @@ def test_dry_run_of_a_conversion(name):
     module, *arguments = python_arguments(result.stdout)[1:]
     assert module == "tools.checkpoint_convert"
     chosen = _parser().parse_args(arguments)
-    model = name.split("_")[0]
+    model = name.rpartition("_")[0]
     if name.endswith("import"):
         config = load_config(ROOT / chosen.config)
         assert chosen.output == config.checkpoint.init_from
@@ -114,7 +135,7 @@ def test_dry_run_of_a_conversion(name):
         assert chosen.checkpoint == load_config(ROOT / f"configs/{model}_it.yaml").log.run_dir
 
 
-@pytest.mark.parametrize("model", ["mistral", "gemma"])
+@pytest.mark.parametrize("model", MODELS)
 def test_dry_run_of_an_evaluation(model):
     """The evaluation's own parser takes the printed command, for the folder that was exported."""
     from dattn_mcore.evaluation.__main__ import _parser

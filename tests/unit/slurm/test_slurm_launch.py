@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,11 +291,11 @@ echo "$(( $(wc -l < "$TEST_FOLDER/sbatch") + 100 ));cluster"
 """
 
 
-def submit(job, *arguments):
+def submit(job, *arguments, folder=FOLDER):
     (job.folder / "bin/sbatch").write_text(SBATCH)
     (job.folder / "bin/sbatch").chmod(0o755)
     return subprocess.run(
-        ["bash", str(FOLDER / "submit.sh"), *arguments],
+        ["bash", str(folder / "submit.sh"), *arguments],
         capture_output=True,
         text=True,
         cwd=job.folder,
@@ -315,17 +316,80 @@ def test_one_command_submits_the_three_stages(job):
     assert result.stdout.splitlines()[1] == "102  gemma_pt  after 101"
 
 
-def test_stages_can_be_named(job):
-    result = submit(job, "mistral", "import", "aln", "pt", "it", "export", "eval")
+@pytest.mark.parametrize("model", ["mistral", "gemma3_4b"])
+def test_stages_can_be_named(job, model):
+    result = submit(job, model, "import", "aln", "pt", "it", "export", "eval")
     assert result.returncode == 0, result.stderr
     assert [line.split("/")[-1] for line in job.read("sbatch")] == [
-        f"mistral_{stage}.sbatch|" for stage in ("import", "aln", "pt", "it", "export", "eval")
+        f"{model}_{stage}.sbatch|" for stage in ("import", "aln", "pt", "it", "export", "eval")
     ]
 
 
-@pytest.mark.parametrize("arguments", [[], ["llama"], ["gemma", "sft"]])
-def test_unknown_models_and_stages_submit_nothing(job, arguments):
+KNOWN = "use one of: gemma3_4b gemma llama3_1_8b mistral qwen3_8b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], f"model '' is unknown; {KNOWN}"),
+        (["llama"], f"model 'llama' is unknown; {KNOWN}"),
+        (["gemma mistral"], f"model 'gemma mistral' is unknown; {KNOWN}"),
+        (["*"], f"model '*' is unknown; {KNOWN}"),
+        (
+            ["gemma", "sft"],
+            "stage 'sft' of gemma is unknown; use import, aln, pt, it, export or eval",
+        ),
+    ],
+    ids=["none", "unknown", "two", "star", "stage"],
+)
+def test_unknown_models_and_stages_submit_nothing(job, arguments, message):
     result = submit(job, *arguments)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert (result.returncode, result.stderr) == (2, f"error: {message}\n")
     assert not (job.folder / "sbatch").exists()
+
+
+def test_a_file_of_a_further_model_is_all_that_submit_needs(job):
+    """A folder with one more model: submit.sh knows it by its files."""
+    folder = job.folder / "examples/slurm"
+    shutil.copytree(FOLDER, folder)
+    for stage in ("aln", "pt", "it"):
+        text = (folder / f"gemma_{stage}.sbatch").read_text()
+        (folder / f"other_1b_{stage}.sbatch").write_text(text.replace("gemma", "other_1b"))
+    assert submit(job, "other_1b", folder=folder).returncode == 0
+    assert [line.split("/")[-1] for line in job.read("sbatch")] == [
+        f"other_1b_{stage}.sbatch|" for stage in ("aln", "pt", "it")
+    ]
+
+
+# A batch file of before stages.sh: it sets everything itself and sources launch.sh.
+FORMER = """#!/usr/bin/env bash
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+set -euo pipefail
+CONFIG=configs/gemma_pt.yaml
+RUN_DIR=runs/mine
+REPO=${DATTN_REPO:-${SLURM_SUBMIT_DIR:-$PWD}}
+VENV=%s
+CONTAINER=
+CONTAINER_RUNTIME=pyxis
+CONTAINER_MOUNTS=
+ENV_FILE=
+MAX_RESTARTS=3
+source "$REPO/examples/slurm/launch.sh"
+launch_training "$@"
+"""
+
+
+def test_a_users_own_file_of_before_goes_on_working(job):
+    file = job.folder / "mine.sbatch"
+    file.write_text(FORMER % sys.prefix)
+    command = ["bash", str(file), f"log.run_dir={job.run_dir}"]
+    (job.folder / "step").write_text("exit 0")
+    (job.folder / "job").write_text("JobId=4711 JobState=RUNNING PreemptTime=None")
+    counted = {**job.environment, "SLURM_RESTART_COUNT": "3"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=job.folder, env=counted)
+    assert done.returncode == 2 and "3 restarts are enough" in done.stderr  # its own MAX_RESTARTS
+    outside = {"PATH": "/usr/bin:/bin", "DATTN_REPO": str(ROOT)}
+    dry = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, env=outside)
+    assert dry.returncode == 0, dry.stderr
+    assert "ranks: 2 nodes x 4 = 8\n" in dry.stdout
