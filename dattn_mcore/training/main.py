@@ -177,7 +177,8 @@ def _join(config: Config):
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     limit = config.health.start_timeout_seconds
     store, rank, world_size = groups.join_store(limit)
-    problem, device_kind = None, config.train.device
+    problem: DattnError | None = None
+    device_kind: str = config.train.device
     try:
         device_kind = platform.resolve_device(config.train.device)
         platform.check_device(device_kind, local_rank)

@@ -111,7 +111,7 @@ def _global_batch(config: Config, dp: int) -> list[str]:
 
 def _attention_lines(config: Config) -> list[str]:
     """The backends for the device of the run, which this machine need not have."""
-    device = config.train.device
+    device: str = config.train.device
     if device == "auto":
         device = resolve_device("auto")
     lines = []

@@ -22,6 +22,7 @@ from dattn_mcore.architectures import (
 )
 from dattn_mcore.architectures.records import Unsupported, shared_from_hf, shared_to_hf
 from dattn_mcore.architectures.shared_rules import check_stated
+from dattn_mcore.architectures.sizes import TowerActivation
 from dattn_mcore.config.export_rules import not_exportable
 from dattn_mcore.config.schema import (
     AttentionConfig,
@@ -35,7 +36,7 @@ from dattn_mcore.hf import AUTO_MAP, TESTED_TRANSFORMERS, DattnConfig
 from dattn_mcore.hf.configuration_dattn import TEXT_FEATURES, VISION_FEATURES
 
 # Of towers.
-ACTIVATIONS = {
+ACTIVATIONS: dict[TowerActivation, str] = {
     "gelu_tanh": "gelu_pytorch_tanh",
     "gelu": "gelu",
     "quick_gelu": "quick_gelu",
@@ -153,9 +154,8 @@ def from_hf(config: DattnConfig, vocab_pad_multiple: int) -> tuple[ModelConfig, 
         projector=projector,
     )
     _check_exportable(model)
-    return model, AttentionConfig(
-        v2v=config.v2v, t2v_position=config.t2v_position, merge=config.merge
-    )
+    words: Any = config  # which DattnConfig has checked
+    return model, AttentionConfig(v2v=words.v2v, t2v_position=words.t2v_position, merge=words.merge)
 
 
 def _check_exportable(model: ModelConfig) -> None:
