@@ -39,7 +39,7 @@ class LanguageModel:
 
     Attributes:
         name: `model.family`.
-        title: as people write it.
+        title: as people write it, for messages.
         model_type: of its text configuration in transformers.
         features: what all its models have in common.
         chat: its chat template.
@@ -68,7 +68,7 @@ class Tower:
 
     Attributes:
         name: `model.vision.kind`.
-        title: as people write it.
+        title: as people write it, for messages.
         model_type: of its configuration in transformers.
         folder_types: model types of folders that hold it, itself included.
         features: what all its models have in common.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dattn_mcore.architectures.records import Unsupported
-from dattn_mcore.architectures.sizes import RopeConfig
+from dattn_mcore.architectures.records import HfConfig, Unsupported
+from dattn_mcore.architectures.sizes import LlmConfig, RopeConfig
 
 
 def rope_to_hf(base: float, rope: RopeConfig) -> dict[str, Any]:
@@ -55,3 +55,18 @@ def rope_from_hf(
             high_frequency_factor=float(fields["high_freq_factor"]),
         )
     return float(fields["rope_theta"]), rope
+
+
+def one_rope_to_hf(llm: LlmConfig) -> dict[str, Any]:
+    """Fields of a Hugging Face configuration whose layers have the same rotary positions."""
+    return {"rope_parameters": rope_to_hf(llm.rotary_base, llm.rope)}
+
+
+def one_rope_from_hf(config: HfConfig, kinds: Sequence[str] = ("default",)) -> dict[str, Any]:
+    """Values of `LlmConfig`.
+
+    Raises:
+        Unsupported: the positions are of another kind.
+    """
+    base, rope = rope_from_hf(config.rope_parameters, kinds)
+    return {"rotary_base": base, "rope": rope}

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from dattn_mcore.architectures import language_models, nested, vision_tower, vision_towers
-from dattn_mcore.architectures.decoder import PREFIX
+from dattn_mcore.architectures.decoder import HEAD, PREFIX
 from dattn_mcore.architectures.parameters import PROJECTOR, TOWER, Shape
 from dattn_mcore.architectures.refused import why_refused
 from dattn_mcore.config.schema import DataConfig, LlmConfig, ModelConfig, VisionConfig
@@ -30,7 +30,7 @@ TEXT_TYPES = tuple(record.model_type for record in language_models().values())
 VISION_TYPES = {
     kind: record.model_type for record in vision_towers().values() for kind in record.folder_types
 }
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+EMBEDDING = "embed_tokens.weight"
 # Of a model of images and text: what is no part of its tower.
 NOT_THE_TOWER = (
     "text_model.",
