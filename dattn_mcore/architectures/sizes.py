@@ -11,13 +11,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """How rotary frequencies are stretched for sequences longer than those first trained on."""
+    """How rotary positions are stretched for sequences longer than those first trained on."""
 
-    kind: str = "default"  # default (not at all) | linear | llama3
+    kind: str = "default"  # default (not at all) | linear | llama3 | yarn
     factor: float = 1.0  # by which low frequencies are divided (linear: all)
-    original_length: int = 8192  # llama3: positions of the model before it was stretched
+    original_length: int = 8192  # llama3, yarn: positions of the model before it was stretched
     low_frequency_factor: float = 1.0  # llama3: original_length over this wave length: divided
     high_frequency_factor: float = 4.0  # llama3: original_length over this one: as they were
+    beta_slow: float = 1.0  # yarn: waves of fewer turns in original_length are divided
+    beta_fast: float = 32.0  # yarn: waves of more turns stay as they were
+    truncate: bool = True  # yarn: both borders are moved outwards to whole frequencies
+    attention_factor: float = 1.0  # yarn: on rotated queries and on rotated keys
+    query_scale_beta: float = 0.0  # yarn: a query at p times 1 + beta ln(1 + p // original_length)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ A model is trained to be used: one that no export can express is refused before 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,10 @@ def not_exportable(model: ModelConfig) -> Iterator[str]:
 
 
 def _yaml(value: Any) -> str:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        unlike = [f for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
+        said = unlike or dataclasses.fields(value)[:1]  # a section: what differs from its defaults
+        return f"{{{', '.join(f'{f.name}: {_yaml(getattr(value, f.name))}' for f in said)}}}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(_yaml, value))}]"
     if isinstance(value, bool):

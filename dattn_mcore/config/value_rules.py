@@ -14,7 +14,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.family": tuple(language_models()),
     "model.vision.kind": tuple(vision_towers()),
     "model.vision.activation": ("gelu_tanh", "gelu", "quick_gelu"),
-    "model.llm.rope.kind": ("default", "linear", "llama3"),
+    "model.llm.rope.kind": ("default", "linear", "llama3", "yarn"),
     "attention.v2v": ("diagonal", "causal"),
     "attention.t2v_position": ("none", "rope"),
     "attention.merge": ("alpha", "sum"),
@@ -41,7 +41,13 @@ _POSITIVE = {
         *("rotary_base", "init_std"),
     ),
     "model.llm.rope": (
-        *("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
+        "factor",
+        "original_length",
+        "low_frequency_factor",
+        "high_frequency_factor",
+        "beta_slow",
+        "beta_fast",
+        "attention_factor",
     ),
     "model.vision": (
         *("image_size", "patch_size", "num_layers", "hidden_size", "ffn_hidden_size"),
@@ -71,6 +77,7 @@ _POSITIVE_OR_NULL = {
     "train.steps": "null for train.epochs",
 }
 _AT_LEAST_ZERO = {
+    "model.llm.rope.query_scale_beta": "0: none",
     "health.step_timeout_seconds": "0: no limit",
     "health.checkpoint_timeout_seconds": "0: no limit",
     "optim.weight_decay": "0: none",

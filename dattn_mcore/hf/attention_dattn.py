@@ -18,7 +18,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_dattn import DattnCache
 from .configuration_dattn import DattnConfig
-from .layers_dattn import DattnMLP, DattnRMSNorm, Rotation, repeat_heads, rotate
+from .layers_dattn import (
+    DattnMLP,
+    DattnRMSNorm,
+    Rotation,
+    repeat_heads,
+    rotate,
+    rotate_queries,
+)
 from .layout_dattn import Layout
 
 
@@ -187,7 +194,7 @@ class DattnAttention(nn.Module):
         visual_key = self._heads(self.k_proj(visual), self.k_norm)
         new_value = visual_value = self._heads(self.v_proj(visual))
 
-        rotated, text_key = rotate(query, text_rotation), rotate(text_key, text_rotation)
+        rotated, text_key = rotate_queries(query, text_rotation), rotate(text_key, text_rotation)
         if rope and new_visual:
             visual_key = rotate(visual_key, visual_rotation)
         if dattn_cache is not None:
@@ -211,7 +218,7 @@ class DattnAttention(nn.Module):
             repeated = repeat_heads(new_value, self.num_heads // self.num_kv_heads)
             return text_out, self.o_proj(repeated.transpose(1, 2).flatten(2))
         assert layout.v2v is not None
-        reader = rotate(self._heads(self.q_proj(visual), self.q_norm), visual_rotation)
+        reader = rotate_queries(self._heads(self.q_proj(visual), self.q_norm), visual_rotation)
         if not rope:
             visual_key = rotate(visual_key, visual_rotation)
         parts = [Part(reader, visual_key, visual_value, layout.v2v)]

@@ -90,6 +90,7 @@ def decoder_layer_spec(config: Config, last: bool = False) -> ModuleSpec:
                     "rotary_kinds": [
                         llm.ropes.index(llm.rope_of(n)) for n in range(llm.num_layers)
                     ],
+                    "ropes": [llm.rope_of(n)[1] for n in range(llm.num_layers)],
                     "backend": config.attention.backend,
                     "fold": config.attention.fold_visual_projection,
                     "text_only": text_only,
