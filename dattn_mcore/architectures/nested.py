@@ -9,7 +9,7 @@ from __future__ import annotations
 from dattn_mcore.architectures import decoder, parameters
 
 # `model_type` of their folders. Their parts' own stand in `text_config` and `vision_config`.
-MODEL_TYPES = ("llava", "llava_next", "gemma3")
+MODEL_TYPES = ("llava", "llava_next", "gemma3", "mistral3")
 # Where names of a part begin.
 LANGUAGE = (decoder.PREFIX, "language_model.model.")
 TOWER = (parameters.TOWER, "vision_tower.")

@@ -46,7 +46,7 @@ class LanguageModel:
         breaches: sizes that its Hugging Face configuration cannot hold.
         to_hf: fields of its Hugging Face configuration beside those that all families share.
         from_hf: values of `LlmConfig` beside those that all families share; raises `Unsupported`.
-        max_positions: of the original models; informative only.
+        max_positions: of the original models, where `to_hf` says nothing of it; informative only.
         table: its parameters, from sizes and features.
     """
 

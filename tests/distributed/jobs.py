@@ -66,6 +66,21 @@ LLAMA: dict[str, Any] = {
     "family": "llama",
     "llm": {"rope": {"kind": "llama3", "factor": 8.0, "original_length": 32}},
 }
+MINISTRAL3: dict[str, Any] = {
+    "family": "ministral3",
+    "llm": {
+        "rope": {  # of eight frequencies some as they were, some divided, some between
+            "kind": "yarn",
+            "factor": 8.0,
+            "original_length": 8,
+            "beta_slow": 0.02,
+            "beta_fast": 1.0,
+            "truncate": False,
+            "attention_factor": 1.3,
+            "query_scale_beta": 0.4,
+        }
+    },
+}
 QWEN2: dict[str, Any] = {"family": "qwen2"}
 QWEN3: dict[str, Any] = {"family": "qwen3"}
 

@@ -77,6 +77,9 @@ ARCHITECTURES = {
     ),
     "gemma3_siglip_square": Architecture("gemma3", "siglip", "stretch", seed=0),
     "llama_siglip_square": Architecture("llama", "siglip", "stretch", template="mistral", seed=1),
+    "ministral3_siglip_square": Architecture(
+        "ministral3", "siglip", "stretch", template="mistral", seed=0
+    ),
     "qwen2_clip_anyres": Architecture(
         "qwen2", "clip", "anyres_letterbox", template="mistral", seed=0
     ),

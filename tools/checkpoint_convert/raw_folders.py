@@ -93,9 +93,15 @@ def text_config(folder: Path) -> tuple[str, LlmConfig]:
     Raises:
         CheckpointError: config.json is missing, or of a model that cannot be trained here.
     """
-    fields = read_json(folder / "config.json")
-    if is_nested(fields):
-        fields = dict(fields.get("text_config") or {})
+    whole = fields = read_json(folder / "config.json")
+    if is_nested(whole):
+        fields = dict(whole.get("text_config") or {})
+    if quantized := whole.get("quantization_config") or fields.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise CheckpointError(
+            f"{folder / 'config.json'}: weights are quantized (quantization_config: {method}); "
+            "give the model's folder in bf16"
+        )
     kind = fields.get("model_type")
     if kind not in TEXT_TYPES:
         raise CheckpointError(
@@ -104,7 +110,20 @@ def text_config(folder: Path) -> tuple[str, LlmConfig]:
         )
     fields.pop("model_type")
     with understanding(folder / "config.json"):
+        if is_nested(whole) and _tied_as_a_whole(folder, whole):
+            fields["tie_word_embeddings"] = True
         return text_from_hf(AutoConfig.for_model(kind, **fields), 1)
+
+
+def _tied_as_a_whole(folder: Path, fields: dict[str, Any]) -> bool:
+    """Whether a model of images and text has no head of its own, whatever `text_config` says.
+
+    transformers ties by the outer setting, which some architectures have on, and writes no head.
+    """
+    others = {name: value for name, value in fields.items() if name != "model_type"}
+    config = AutoConfig.for_model(fields["model_type"], **others)
+    names = SafetensorsFolder(folder).shapes
+    return bool(config.tie_word_embeddings) and not any(head in names for head in nested.HEADS)
 
 
 def vision_config(folder: Path, select_layer: int) -> VisionConfig:

@@ -15,6 +15,7 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     LlamaForCausalLM,
+    Ministral3ForCausalLM,
     MistralForCausalLM,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
@@ -32,6 +33,7 @@ LLMS = {
     "gemma2": Gemma2ForCausalLM,
     "gemma3": Gemma3ForCausalLM,
     "llama": LlamaForCausalLM,
+    "ministral3": Ministral3ForCausalLM,
     "qwen2": Qwen2ForCausalLM,
     "qwen3": Qwen3ForCausalLM,
 }

@@ -25,6 +25,7 @@ CASES = [
     ("llama", "siglip", {}),
     ("qwen2", "clip", {}),
     ("qwen3", "siglip", {}),
+    ("ministral3", "siglip", {}),
 ]
 
 

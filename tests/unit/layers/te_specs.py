@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.parallel import platform
-from tests.distributed.jobs import GEMMA, SMALL_MODEL, randomize_norms
+from tests.distributed.jobs import GEMMA, MINISTRAL3, SMALL_MODEL, randomize_norms
 
 CLIP = {"vision": {"kind": "clip", "activation": "quick_gelu", "select_layer": -2}}
 BASELINE = {"attention": {"v2v": "causal", "t2v_position": "rope"}}
@@ -28,6 +28,7 @@ CASES = {
     "mistral": (1, {}, {}),
     "gemma-clip": (1, merge(GEMMA, CLIP), {}),
     "baseline": (1, {}, BASELINE),
+    "scaled-queries": (1, MINISTRAL3, {}),
     "unfolded": (1, GEMMA, WHOLE),
     "tp2": (2, {}, TP),
     "gemma-tp2-sp": (2, GEMMA, SP),
