@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from dattn_mcore.architectures.records import HfConfig, Unsupported
 from dattn_mcore.architectures.sizes import LlmConfig
 
+Kind = TypeVar("Kind")
 _NAMES = {"sliding": "sliding_attention", "full": "full_attention"}
 
 
@@ -34,10 +36,12 @@ def windows_from_hf(config: HfConfig) -> dict[str, Any]:
     kinds = [ours[name] for name in types]
     if window is None or "sliding" not in kinds:
         return {"sliding_window": None, "layer_pattern": ()}
-    period = next(
-        n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds))
-    )
-    return {
-        "sliding_window": window,
-        "layer_pattern": () if period == 1 else tuple(kinds[:period]),
-    }
+    pattern = shortest_pattern(kinds)
+    return {"sliding_window": window, "layer_pattern": () if len(pattern) == 1 else pattern}
+
+
+def shortest_pattern(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+    """The least that, repeated over the layers, gives each of them its kind."""
+    repeats = range(1, len(kinds) + 1)
+    period = next(n for n in repeats if all(k == kinds[i % n] for i, k in enumerate(kinds)))
+    return tuple(kinds[:period])

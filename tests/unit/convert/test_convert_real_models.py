@@ -35,6 +35,7 @@ from dattn_mcore.parallel.groups import single_process
 from tests.unit.convert.convert_helpers import TRAITS as TRAITS_OF
 from tests.unit.convert.convert_helpers import make_tokenizer
 from tests.unit.convert.raw_models import (
+    LLMS,
     hugging_face_features,
     make_llm,
     make_tower,
@@ -44,6 +45,7 @@ from tests.unit.convert.raw_models import (
     raw_config,
     rename,
 )
+from tests.unit.hf.hf_models import TEXT_FEATURES
 from tools.checkpoint_convert.__main__ import main
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import convert_parts
@@ -153,6 +155,15 @@ OFF = {
     "qwen3": {"norms of heads": {"qk_norm": False}},
 }
 TRAITS = [(family, off) for family, traits in OFF.items() for off in (None, *traits)]
+
+
+def test_no_family_is_left_out():
+    """`mistral` is a plain decoder: it has nothing to turn off."""
+    records = language_models()
+    assert set(TRAITS_OF) == set(LLMS) == set(TEXT_FEATURES) == set(records)
+    assert set(OFF) == set(records) - {"mistral"}
+    for family, features in TEXT_FEATURES.items():
+        assert {name: getattr(records[family].features, name) for name in features} == features
 
 
 @pytest.fixture(scope="module")

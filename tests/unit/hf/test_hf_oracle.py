@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.unit.hf.hf_models import IMAGE, make_model, pixels
+from tests.unit.hf.hf_models import IMAGE, TEXT_FEATURES, make_model, pixels
 
 BASELINE = {"v2v": "causal", "t2v_position": "rope", "merge": "alpha"}
 TEXT_ONLY = [1, 30, 31, 32, 33, 34, 35, 36, 37, 38]
@@ -28,16 +28,11 @@ def stock_model(model):
 
 
 def families():
-    yield "mistral", {"sliding_window": None}
+    for family in TEXT_FEATURES:
+        yield family, {}
     yield "mistral", {"sliding_window": 5}
-    yield "gemma2", {}
     yield "gemma2", {"tie_word_embeddings": False, "attn_logit_softcapping": None}
-    yield "gemma3", {}
-    yield "llama", {}
-    yield "qwen2", {}
     yield "qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-    yield "qwen3", {}
-    yield "ministral3", {}
     yield "ministral3", {"sliding_window": 5}
 
 
