@@ -52,7 +52,9 @@ def one_rope(llm: LlmConfig, kinds: tuple[str, ...] = ("default",)) -> Iterator[
 
 
 def rope_kinds(llm: LlmConfig, kinds: tuple[str, ...]) -> Iterator[Breach]:
-    """Rotary positions that are stretched are so in one of the given ways."""
+    """All layers have rotary positions; where they are stretched, in one of the given ways."""
+    if not all(llm.rotary_pattern):
+        yield Breach("rotary_pattern", "rotary positions in all layers (rotary_pattern=[])")
     if llm.rope.kind not in kinds:
         yield Breach("rope", f"rope.kind={' or '.join(kinds)}")
 

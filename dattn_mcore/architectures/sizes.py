@@ -25,6 +25,9 @@ class RopeConfig:
     query_scale_beta: float = 0.0  # yarn: a query at p times 1 + beta ln(1 + p // original_length)
 
 
+NOT_ROTATED = RopeConfig(kind="none")  # of layers without rotary positions; no setting
+
+
 @dataclass(frozen=True)
 class LlmConfig:
     """The language model's sizes; what `model.family` says of all its models is not among them."""
@@ -41,6 +44,7 @@ class LlmConfig:
     rotary_base: float = 10000.0  # RoPE theta
     sliding_rotary_base: float | None = None  # of sliding layers, not stretched; null: as others
     rope: RopeConfig = field(default_factory=RopeConfig)
+    rotary_pattern: tuple[bool, ...] = ()  # has a layer rotary positions; repeated; []: all have
     attention_softcap: float | None = None  # Gemma 2: 50.0
     final_softcap: float | None = None  # Gemma 2: 30.0
     query_scale: float | None = None  # softmax scale is query_scale ** -0.5; None: head_dim
@@ -66,6 +70,9 @@ class LlmConfig:
 
     def rope_of(self, layer: int) -> tuple[float, RopeConfig]:
         """Rotary base of layer 0, 1, ..., and how its frequencies are stretched."""
+        pattern = self.rotary_pattern
+        if pattern and not pattern[layer % len(pattern)]:
+            return self.rotary_base, NOT_ROTATED
         if self.sliding_rotary_base is not None and self.window_of(layer) is not None:
             return self.sliding_rotary_base, RopeConfig()
         return self.rotary_base, self.rope

@@ -166,8 +166,8 @@ class DattnAttention(nn.Module):
         text: Tensor,
         visual: Tensor,
         layout: Layout,
-        text_rotation: Rotation,
-        visual_rotation: Rotation,
+        text_rotation: Rotation | None,
+        visual_rotation: Rotation | None,
         dattn_cache: DattnCache | None,
         visual_output: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -177,8 +177,8 @@ class DattnAttention(nn.Module):
             text: normed new text columns [batch, new_text, hidden].
             visual: normed new visual rows [batch, new_visual, hidden].
             layout: who sees whom (already windowed for this layer).
-            text_rotation: rotary factors of the new text columns.
-            visual_rotation: rotary factors of all visual rows.
+            text_rotation: rotary factors of the new text columns; None: the layer has none.
+            visual_rotation: those of all visual rows.
             dattn_cache: earlier keys and values; extended in place.
             visual_output: False in the last layer, where nobody reads the visual rows any more.
 

@@ -192,19 +192,25 @@ def _yarn(waves: Tensor, rope: dict[str, Any]) -> Tensor:
     return 1.0 / (rope["factor"] * waves) * (1 - kept) + 1.0 / waves * kept
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotates [batch, heads, rows, head_dim] by the last `rows` entries of `rotation`."""
+def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """Rotates [batch, heads, rows, head_dim] by the last `rows` entries of `rotation`.
+
+    None: the layer has no rotary positions.
+    """
+    if rotation is None:
+        return x
     rows, half = x.shape[2], x.shape[3] // 2
     cos, sin = (factor[:, None, factor.shape[1] - rows :] for factor in rotation[:2])
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return x * cos + turned * sin
 
 
-def rotate_queries(x: Tensor, rotation: Rotation) -> Tensor:
+def rotate_queries(x: Tensor, rotation: Rotation | None) -> Tensor:
     """`rotate`, with the scale that queries get and keys do not."""
-    rotated, scale = rotate(x, rotation), rotation.query_scale
-    if scale is None:
+    rotated = rotate(x, rotation)
+    if rotation is None or rotation.query_scale is None:
         return rotated
+    scale = rotation.query_scale
     return rotated * scale[:, None, scale.shape[1] - x.shape[2] :, None]
 
 

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from dattn_mcore.architectures.sizes import RopeConfig
+from dattn_mcore.architectures.sizes import NOT_ROTATED, RopeConfig
 
 
 def rotary_frequencies(head_dim: int, base: float, rope: RopeConfig) -> torch.Tensor:
@@ -24,6 +24,8 @@ def rotary_frequencies(head_dim: int, base: float, rope: RopeConfig) -> torch.Te
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = base**-exponent
+    if rope == NOT_ROTATED:
+        return torch.zeros_like(frequencies)  # all rows at one position: a rotation by 0, exactly
     if rope.kind == "linear":
         return frequencies / rope.factor
     if rope.kind == "llama3":

@@ -219,6 +219,11 @@ YARN = ["model.family=ministral3", "model.llm.rope.kind=yarn"]
         ),
         (["model.family=ministral3"], "model.llm.rope={kind: default} .* has rope.kind=yarn"),
         (
+            ["model.llm.rotary_pattern=[true, false]"],
+            r"rotary_pattern=\[true, false\] .* has rotary positions in all layers",
+        ),
+        (["model.llm.rope.kind=none"], "'none' is unknown; use one of default, linear, llama3, ya"),
+        (
             ["model.llm.rope.attention_factor=1.5"],
             "rope.attention_factor=1.5 has no effect with rope.kind=default; leave it out",
         ),

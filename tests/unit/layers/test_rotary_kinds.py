@@ -14,8 +14,9 @@ from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_
 
 from dattn_mcore.architectures.records import Unsupported
 from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
-from dattn_mcore.architectures.sizes import RopeConfig
+from dattn_mcore.architectures.sizes import NOT_ROTATED, LlmConfig, RopeConfig
 from dattn_mcore.layers.attention.frequencies import query_factor, rotary_frequencies
+from dattn_mcore.layers.attention.rotary import rotary_angles, rotate
 
 # As of published models; then what their blends and bounds leave out.
 STRETCHED = {
@@ -87,6 +88,23 @@ def test_the_factor_of_queries_is_that_of_ministral() -> None:
 @pytest.mark.parametrize("name", STRETCHED)
 def test_where_nothing_is_scaled_nothing_is_multiplied(name: str) -> None:
     assert query_factor(torch.arange(9), STRETCHED[name]) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_layer_without_rotary_positions_rotates_nothing(dtype: torch.dtype) -> None:
+    """To the last bit, and it scales no query, whatever the other layers do."""
+    llm = LlmConfig(rope=YARN, rotary_pattern=(True, True, False))
+    assert [llm.rope_of(layer) for layer in range(4)] == [
+        (10000.0, YARN),
+        (10000.0, YARN),
+        (10000.0, NOT_ROTATED),
+        (10000.0, YARN),
+    ]
+    frequencies = rotary_frequencies(16, *llm.rope_of(2))
+    positions = torch.tensor([0, 1, 77, 9000])
+    rows = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(rotate(rows, rotary_angles(positions, frequencies)), rows)
+    assert query_factor(positions, NOT_ROTATED) is None
 
 
 PUBLISHED = dict(Ministral3Config().rope_parameters)
