@@ -83,6 +83,10 @@ MINISTRAL3: dict[str, Any] = {
 }
 QWEN2: dict[str, Any] = {"family": "qwen2"}
 QWEN3: dict[str, Any] = {"family": "qwen3"}
+SMOLLM3: dict[str, Any] = {
+    "family": "smollm3",
+    "llm": {"rotary_pattern": [True, True, True, False], "tie_embeddings": True},
+}
 
 
 def small_config(data_dir: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from dattn_mcore.config.load import merge
@@ -27,6 +28,7 @@ from tests.distributed.jobs import (
     QWEN2,
     QWEN3,
     SMALL_MODEL,
+    SMOLLM3,
     model_outputs,
 )
 
@@ -104,6 +106,8 @@ def hugging_face_model(model, weights):
             "llama_4_scaling_beta": 0.4,
         }
         config = Ministral3Config(**common, rope_parameters=stretched)
+    elif family == "smollm3":  # every fourth layer is not rotated, by default
+        config = SmolLM3Config(**common, rope_parameters=rope)
     else:
         qwen = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
         config = qwen(**common, rope_parameters=rope)
@@ -209,8 +213,18 @@ TEXT_ONLY = (((False, 12),), ((False, 5),))
 @pytest.mark.parametrize("layouts", [IMAGE_FIRST, INTERLEAVED], ids=["first", "interleaved"])
 @pytest.mark.parametrize(
     "model",
-    [MISTRAL, WINDOWED_MISTRAL, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3, MINISTRAL3],
-    ids=["mistral", "windowed", "gemma2", "gemma3", "llama", "qwen2", "qwen3", "ministral3"],
+    [MISTRAL, WINDOWED_MISTRAL, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3, MINISTRAL3, SMOLLM3],
+    ids=[
+        "mistral",
+        "windowed",
+        "gemma2",
+        "gemma3",
+        "llama",
+        "qwen2",
+        "qwen3",
+        "ministral3",
+        "smollm3",
+    ],
 )
 def test_baseline_equals_hugging_face(pool, model, layouts):
     compare(pool, model, BASELINE, layouts)
@@ -230,8 +244,8 @@ def test_text_only_equals_hugging_face(pool, model, attention):
 
 @pytest.mark.parametrize(
     "model",
-    [WINDOWED_MISTRAL, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3, MINISTRAL3],
-    ids=["windowed", "gemma2", "gemma3", "llama", "qwen2", "qwen3", "ministral3"],
+    [WINDOWED_MISTRAL, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3, MINISTRAL3, SMOLLM3],
+    ids=["windowed", "gemma2", "gemma3", "llama", "qwen2", "qwen3", "ministral3", "smollm3"],
 )
 def test_baseline_in_parallel_equals_hugging_face(pool, model):
     compare(pool, model, BASELINE, IMAGE_FIRST, 4, {"tp": 2, "pp": 2, "sp": True})

@@ -84,6 +84,9 @@ ARCHITECTURES = {
         "qwen2", "clip", "anyres_letterbox", template="mistral", seed=0
     ),
     "qwen3_clip_square": Architecture("qwen3", "clip", "crop", template="mistral", seed=0),
+    "smollm3_siglip_anyres": Architecture(
+        "smollm3", "siglip", "anyres_stretch", template="mistral", seed=0
+    ),
 }
 
 

@@ -68,6 +68,7 @@ TRAITS: dict[str, dict[str, Any]] = {
     },
     "qwen2": {"tie_embeddings": True},
     "qwen3": {},
+    "smollm3": {"tie_embeddings": True, "rotary_pattern": (True, True, False)},
 }
 
 

@@ -22,6 +22,7 @@ from transformers import (
     SiglipConfig,
     SiglipModel,
     SiglipVisionModel,
+    SmolLM3ForCausalLM,
 )
 
 from dattn_mcore.config.schema import Config
@@ -36,6 +37,7 @@ LLMS = {
     "ministral3": Ministral3ForCausalLM,
     "qwen2": Qwen2ForCausalLM,
     "qwen3": Qwen3ForCausalLM,
+    "smollm3": SmolLM3ForCausalLM,
 }
 TOWERS = {"siglip": SiglipVisionModel, "clip": CLIPVisionModel}
 WHOLE = {"siglip": (SiglipConfig, SiglipModel), "clip": (CLIPConfig, CLIPModel)}

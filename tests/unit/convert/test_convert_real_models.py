@@ -153,6 +153,10 @@ OFF = {
     },
     "qwen2": {"biases": {"qkv_bias": False}},
     "qwen3": {"norms of heads": {"qk_norm": False}},
+    "smollm3": {
+        "layers without rotary positions": {"rotary_pattern": ()},
+        "which layers those are": {"rotary_pattern": (True, False, True)},
+    },
 }
 TRAITS = [(family, off) for family, traits in OFF.items() for off in (None, *traits)]
 

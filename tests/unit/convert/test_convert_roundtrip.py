@@ -26,6 +26,7 @@ CASES = [
     ("qwen2", "clip", {}),
     ("qwen3", "siglip", {}),
     ("ministral3", "siglip", {}),
+    ("smollm3", "clip", {}),
 ]
 
 

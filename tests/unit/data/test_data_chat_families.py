@@ -20,7 +20,7 @@ from tools.checkpoint_convert.chat_templates import chat_template
 from tools.checkpoint_convert.tokenizers_out import messages
 
 # Source: tokenizer_config.json of Qwen/Qwen2.5-7B-Instruct and Qwen/Qwen3-8B (thinking off), and
-# meta-llama/Meta-Llama-3-8B-Instruct; what mistral-common writes (InstructTokenizerV7 and V13, without
+# meta-llama/Meta-Llama-3-8B-Instruct; chat_template.jinja of HuggingFaceTB/SmolLM3-3B; what mistral-common writes (InstructTokenizerV7 and V13, without
 # tools).
 _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}"
@@ -38,6 +38,12 @@ OWN = {
         "{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
         "{{ m.content + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}"
         "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+    ),
+    "smollm3": (  # with /system_override, /no_think
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n' }}{% endif %}"
+        "{{ m.content + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n<think>\n\n</think>\n' }}{% endif %}"
     ),
     "llama3": (
         "{{ bos_token }}{% for m in messages %}"
@@ -61,12 +67,14 @@ PIECES = (
 FIRST = {
     "chatml": None,
     "qwen3": None,
+    "smollm3": None,
     "llama3": "<|begin_of_text|>",
     "mistral_tekken": "<s>",
 }
 END = {
     "chatml": "<|im_end|>",
     "qwen3": "<|im_end|>",
+    "smollm3": "<|im_end|>",
     "llama3": "<|end_of_text|>",
     "mistral_tekken": "</s>",
 }

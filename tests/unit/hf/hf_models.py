@@ -13,6 +13,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
+    SmolLM3Config,
 )
 
 from dattn_mcore.hf import DattnConfig, DattnForConditionalGeneration
@@ -46,6 +47,7 @@ TEXT_FEATURES = {
     "ministral3": features(),
     "qwen2": features(qkv_bias=True),
     "qwen3": features(qk_norm=True),
+    "smollm3": features(),
     "gemma2": features(**_GEMMA),
     "gemma3": features(**_GEMMA, qk_norm=True),
 }
@@ -96,6 +98,8 @@ def text_config(family: str, **changes):
         }
         ministral3 = {"rope_parameters": rope, "max_position_embeddings": 32}
         return Ministral3Config(**{**common, **ministral3, **changes})
+    if family == "smollm3":
+        return SmolLM3Config(**{**common, "no_rope_layers": [1, 0, 1], **changes})
     if family in ("qwen2", "qwen3"):
         return (Qwen2Config if family == "qwen2" else Qwen3Config)(**{**common, **changes})
     if family == "gemma3":
