@@ -7,6 +7,7 @@ silently because it did not fit.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from dattn_mcore.architectures import language_models, nested, vision_tower, vis
 from dattn_mcore.architectures.decoder import HEAD, PREFIX
 from dattn_mcore.architectures.parameters import PROJECTOR, TOWER, Shape
 from dattn_mcore.architectures.refused import why_refused
+from dattn_mcore.config.export_rules import as_yaml
 from dattn_mcore.config.schema import DataConfig, LlmConfig, ModelConfig, VisionConfig
 from dattn_mcore.errors import CheckpointError
 from tools.checkpoint_convert.configs import text_from_hf, understanding, vision_from_hf
@@ -264,6 +266,8 @@ def _differences(
         if name == "layer_pattern":  # several patterns may mean the same
             found, expected = theirs.windows, ours.windows
         if found != expected and name not in free:
+            if dataclasses.is_dataclass(found):
+                found, expected = as_yaml(found), as_yaml(expected)
             problems.append(f"{section}.{name} is {found} in {where} and {expected}")
     return problems
 
