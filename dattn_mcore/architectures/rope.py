@@ -83,8 +83,8 @@ def _yarn_from_hf(fields: Mapping[str, Any]) -> RopeConfig:
 
     attention_factor = fields.get("attention_factor")
     if attention_factor is None:
-        scale, scale_all = fields.get("mscale"), fields.get("mscale_all_dim")
-        both = scale and scale_all
+        scale, scale_all = fields.get("mscale") or 0, fields.get("mscale_all_dim") or 0
+        both = scale != 0 and scale_all != 0
         attention_factor = growth(scale) / growth(scale_all) if both else growth(1.0)
     truncate = fields.get("truncate")
     return RopeConfig(

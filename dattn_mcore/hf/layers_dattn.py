@@ -124,17 +124,17 @@ class DattnRotary(nn.Module):
                 f"text_config.rope_parameters are {rope}; rope_type must be one of "
                 f"{', '.join(kinds)}, and all of a head rotated"
             )
+        yarn = rope if kind == "yarn" else {"attention_factor": 1.0}
+        if yarn.get("attention_factor") is None:
+            raise ValueError(
+                f"text_config.rope_parameters are {rope}; they must have attention_factor, a "
+                "number (nothing is worked out of mscale here)"
+            )
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float, device="cpu")
         self.frequencies = kinds[kind](rope["rope_theta"] ** (exponent / head_dim), rope)
-        self.factor, self.beta = 1.0, None
-        if kind == "yarn":
-            self.factor, self.beta = rope.get("attention_factor"), rope.get("llama_4_scaling_beta")
-            if self.factor is None:
-                raise ValueError(
-                    f"text_config.rope_parameters are {rope}; they must have attention_factor, a "
-                    "number (nothing is worked out of mscale here)"
-                )
-        self.original_length = rope.get("original_max_position_embeddings")
+        self.factor: float = yarn["attention_factor"]
+        self.beta: float = yarn.get("llama_4_scaling_beta") or 0.0
+        self.original_length: int = yarn.get("original_max_position_embeddings", 0)
 
     def forward(self, position: Tensor, dtype: torch.dtype) -> Rotation:
         """Factors for int64 positions [batch, rows]."""
@@ -147,7 +147,7 @@ class DattnRotary(nn.Module):
 
     def _query_scale(self, position: Tensor, dtype: torch.dtype) -> Tensor | None:
         """1 for the first `original_length` positions, then slowly more."""
-        if not self.beta:
+        if self.beta == 0:
             return None
         lengths = torch.floor(position / self.original_length)
         return (1 + self.beta * torch.log(1 + lengths)).to(dtype)
