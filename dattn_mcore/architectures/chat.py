@@ -81,9 +81,8 @@ class ChatTemplate:
 
     def tokens(self) -> list[str]:
         """Spellings of the special tokens that a tokenizer must have, in order."""
-        segments = (*self.begin, *(self.system or ()), *self.user, *self.before_last_answer)
-        segments += self.answer
-        names = [item.name for item in segments if isinstance(item, Token)]
+        places = (self.begin, self.system or (), self.user, self.before_last_answer, self.answer)
+        names = [item.name for place in places for item in place if isinstance(item, Token)]
         return [name for name in dict.fromkeys(names) if name not in (BOS, EOS)]
 
 
@@ -110,8 +109,12 @@ def chatml(
         begin=(),
         system=(start, Text(before="system\n", holds="said"), end, line),
         user=(
-            *(start, Text(before="user\n", holds="said"), end, line),
-            *(start, Text("assistant\n")),
+            start,
+            Text(before="user\n", holds="said"),
+            end,
+            line,
+            start,
+            Text("assistant\n"),
         ),
         answer=(Text(holds="said", supervised=True), Token(end.name, supervised=True), line),
         stop=end,

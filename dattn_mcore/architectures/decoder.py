@@ -14,6 +14,7 @@ from dattn_mcore.architectures.sizes import LlmConfig
 
 PREFIX = "model.language_model."
 LAYER, IN_LAYER = "decoder.layers.", f"{PREFIX}layers.{{layer}}."
+HEAD = "lm_head.weight"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 # Norms of a layer: Megatron-Core key to Hugging Face name. Before each branch, or also after it.
 PRE_NORMS = {
@@ -51,7 +52,7 @@ def output_layer(llm: LlmConfig) -> Entry:
     """The output layer's weight. Tied to the embedding it is that, or a copy on the last stage."""
     return Entry(
         OUTPUT,
-        {"lm_head.weight": (llm.vocab_size, llm.hidden_size)},
+        {HEAD: (llm.vocab_size, llm.hidden_size)},
         Mix("padded", rows=llm.padded_vocab_size),
         tp_axis=0,
     )

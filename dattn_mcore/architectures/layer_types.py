@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
-from dattn_mcore.architectures.records import Unsupported
+from dattn_mcore.architectures.records import HfConfig, Unsupported
 from dattn_mcore.architectures.sizes import LlmConfig
 
+Kind = TypeVar("Kind")
 _NAMES = {"sliding": "sliding_attention", "full": "full_attention"}
 
 
-def layer_types(llm: LlmConfig) -> list[str]:
-    """`layer_types` of a Hugging Face configuration."""
-    return [_NAMES["full" if window is None else "sliding"] for window in llm.windows]
+def windows_to_hf(llm: LlmConfig) -> dict[str, Any]:
+    """Fields of a Hugging Face configuration."""
+    types = [_NAMES["full" if window is None else "sliding"] for window in llm.windows]
+    return {"sliding_window": llm.sliding_window, "layer_types": types}
 
 
-def windows_from(types: Sequence[str], window: int | None) -> dict[str, object]:
-    """`sliding_window` and `layer_pattern` of a Hugging Face configuration; the shortest pattern.
+def switched_windows_to_hf(llm: LlmConfig) -> dict[str, Any]:
+    """The same, for configurations in which a setting of its own turns windows on."""
+    return {"use_sliding_window": llm.sliding_window is not None, **windows_to_hf(llm)}
+
+
+def windows_from_hf(config: HfConfig) -> dict[str, Any]:
+    """Values of `LlmConfig`.
 
     Raises:
         Unsupported: a type of layer that has no counterpart.
     """
+    types, window = config.layer_types, config.sliding_window
     ours = {theirs: name for name, theirs in _NAMES.items()}
     if unknown := sorted(set(types) - ours.keys()):
         raise Unsupported(f"layer_types has {', '.join(unknown)}; only {', '.join(ours)} are known")
     kinds = [ours[name] for name in types]
     if window is None or "sliding" not in kinds:
         return {"sliding_window": None, "layer_pattern": ()}
-    period = next(
-        n for n in range(1, len(kinds) + 1) if all(k == kinds[i % n] for i, k in enumerate(kinds))
-    )
-    return {
-        "sliding_window": window,
-        "layer_pattern": () if period == 1 else tuple(kinds[:period]),
-    }
+    pattern = shortest_pattern(kinds)
+    return {"sliding_window": window, "layer_pattern": () if len(pattern) == 1 else pattern}
+
+
+def shortest_pattern(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+    """The least that, repeated over the layers, gives each of them its kind."""
+    repeats = range(1, len(kinds) + 1)
+    period = next(n for n in repeats if all(k == kinds[i % n] for i, k in enumerate(kinds)))
+    return tuple(kinds[:period])

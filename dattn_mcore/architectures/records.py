@@ -39,14 +39,14 @@ class LanguageModel:
 
     Attributes:
         name: `model.family`.
-        title: as people write it.
+        title: as people write it, for messages.
         model_type: of its text configuration in transformers.
         features: what all its models have in common.
         chat: its chat template.
         breaches: sizes that its Hugging Face configuration cannot hold.
         to_hf: fields of its Hugging Face configuration beside those that all families share.
         from_hf: values of `LlmConfig` beside those that all families share; raises `Unsupported`.
-        max_positions: of the original models; informative only.
+        max_positions: of the original models, where `to_hf` says nothing of it; informative only.
         table: its parameters, from sizes and features.
     """
 
@@ -68,7 +68,7 @@ class Tower:
 
     Attributes:
         name: `model.vision.kind`.
-        title: as people write it.
+        title: as people write it, for messages.
         model_type: of its configuration in transformers.
         folder_types: model types of folders that hold it, itself included.
         features: what all its models have in common.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from dattn_mcore.architectures.records import Breach, HfConfig, Unsupported
 from dattn_mcore.architectures.sizes import LlmConfig
@@ -47,8 +48,33 @@ def one_rope(llm: LlmConfig, kinds: tuple[str, ...] = ("default",)) -> Iterator[
     """All layers have the same rotary positions, of one of the given kinds."""
     if llm.sliding_rotary_base is not None:
         yield Breach("sliding_rotary_base", "sliding_rotary_base=null")
+    yield from rope_kinds(llm, kinds)
+
+
+def rope_kinds(llm: LlmConfig, kinds: tuple[str, ...]) -> Iterator[Breach]:
+    """All layers have rotary positions; where they are stretched, in one of the given ways."""
+    if not all(llm.rotary_pattern):
+        yield Breach("rotary_pattern", "rotary positions in all layers (rotary_pattern=[])")
     if llm.rope.kind not in kinds:
         yield Breach("rope", f"rope.kind={' or '.join(kinds)}")
+
+
+def caps_to_hf(llm: LlmConfig) -> dict[str, Any]:
+    """Caps of the logits, and the softmax scale, which is a whole number's."""
+    return {
+        "query_pre_attn_scalar": int(llm.query_scale or llm.head_dim),
+        "attn_logit_softcapping": llm.attention_softcap,
+        "final_logit_softcapping": llm.final_softcap,
+    }
+
+
+def caps_from_hf(config: HfConfig) -> dict[str, Any]:
+    """Values of `LlmConfig` for the fields of `caps_to_hf`."""
+    return {
+        "query_scale": float(config.query_pre_attn_scalar),
+        "attention_softcap": config.attn_logit_softcapping,
+        "final_softcap": config.final_logit_softcapping,
+    }
 
 
 def check_stated(config: HfConfig, **expected: object) -> None:

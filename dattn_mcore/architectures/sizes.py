@@ -18,13 +18,22 @@ AttentionBackend = Literal["auto", "reference", "sdpa", "flash", "triton"]
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """How rotary frequencies are stretched for sequences longer than those first trained on."""
+    """How rotary positions are stretched for sequences longer than those first trained on."""
 
-    kind: Literal["default", "linear", "llama3"] = "default"  # default: not at all
+    # default: not stretched; none: no rotary positions, of the layers that rotary_pattern names
+    kind: Literal["default", "linear", "llama3", "yarn", "none"] = "default"
     factor: float = 1.0  # by which low frequencies are divided (linear: all)
-    original_length: int = 8192  # llama3: positions of the model before it was stretched
+    original_length: int = 8192  # llama3, yarn: positions of the model before it was stretched
     low_frequency_factor: float = 1.0  # llama3: original_length over this wave length: divided
     high_frequency_factor: float = 4.0  # llama3: original_length over this one: as they were
+    beta_slow: float = 1.0  # yarn: waves of fewer turns in original_length are divided
+    beta_fast: float = 32.0  # yarn: waves of more turns stay as they were
+    truncate: bool = True  # yarn: both borders are moved outwards to whole frequencies
+    attention_factor: float = 1.0  # yarn: on rotated queries and on rotated keys
+    query_scale_beta: float = 0.0  # yarn: a query at p times 1 + beta ln(1 + p // original_length)
+
+
+NOT_ROTATED = RopeConfig(kind="none")  # of layers without rotary positions; no setting
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class LlmConfig:
     rotary_base: float = 10000.0  # RoPE theta
     sliding_rotary_base: float | None = None  # of sliding layers, not stretched; null: as others
     rope: RopeConfig = field(default_factory=RopeConfig)
+    rotary_pattern: tuple[bool, ...] = ()  # has a layer rotary positions; repeated; []: all have
     attention_softcap: float | None = None  # Gemma 2: 50.0
     final_softcap: float | None = None  # Gemma 2: 30.0
     query_scale: float | None = None  # softmax scale is query_scale ** -0.5; None: head_dim
@@ -68,6 +78,9 @@ class LlmConfig:
 
     def rope_of(self, layer: int) -> tuple[float, RopeConfig]:
         """Rotary base of layer 0, 1, ..., and how its frequencies are stretched."""
+        pattern = self.rotary_pattern
+        if pattern and not pattern[layer % len(pattern)]:
+            return self.rotary_base, NOT_ROTATED
         if self.sliding_rotary_base is not None and self.window_of(layer) is not None:
             return self.sliding_rotary_base, RopeConfig()
         return self.rotary_base, self.rope

@@ -5,6 +5,7 @@ A model is trained to be used: one that no export can express is refused before 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ def not_exportable(model: ModelConfig) -> Iterator[str]:
     if model.family not in language_models():
         return  # refused as a choice
     for breach in language_models()[model.family].breaches(model.llm):
-        value = _yaml(getattr(model.llm, breach.field))
+        value = as_yaml(getattr(model.llm, breach.field))
         yield (
             f"model.llm.{breach.field}={value} cannot be exported: model.family={model.family} has "
             f"{breach.rule}; use that, or another model.family"
@@ -36,9 +37,14 @@ def not_exportable(model: ModelConfig) -> Iterator[str]:
         )
 
 
-def _yaml(value: Any) -> str:
+def as_yaml(value: Any) -> str:
+    """A setting as in a YAML file, on one line; of a section what is not as by default."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        unlike = [f for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
+        names = [field.name for field in unlike or dataclasses.fields(value)[:1]]
+        return f"{{{', '.join(f'{name}: {as_yaml(getattr(value, name))}' for name in names)}}}"
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_yaml, value))}]"
+        return f"[{', '.join(map(as_yaml, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value)

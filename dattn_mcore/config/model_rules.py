@@ -47,6 +47,24 @@ def rope(config: Config) -> Iterator[str]:
             f"model.llm.rope.low_frequency_factor={rope.low_frequency_factor} must be less than "
             f"high_frequency_factor={rope.high_frequency_factor}"
         )
+    if rope.kind != "yarn":
+        for name, unset in (("attention_factor", 1), ("query_scale_beta", 0)):
+            if (value := getattr(rope, name)) != unset:
+                yield (
+                    f"model.llm.rope.{name}={value} has no effect with rope.kind={rope.kind}; "
+                    "leave it out, or use rope.kind=yarn"
+                )
+        return
+    if rope.beta_slow >= rope.beta_fast:
+        yield (
+            f"model.llm.rope.beta_slow={rope.beta_slow} must be less than "
+            f"beta_fast={rope.beta_fast}"
+        )
+    if config.model.llm.rotary_base <= 1:
+        yield (
+            f"model.llm.rotary_base={config.model.llm.rotary_base} must be greater than 1 with "
+            "rope.kind=yarn"
+        )
 
 
 def layers(config: Config) -> Iterator[str]:

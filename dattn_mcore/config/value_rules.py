@@ -29,6 +29,9 @@ _POSITIVE = {
         "original_length",
         "low_frequency_factor",
         "high_frequency_factor",
+        "beta_slow",
+        "beta_fast",
+        "attention_factor",
     ),
     "model.vision": (
         "image_size",
@@ -68,6 +71,7 @@ _POSITIVE_OR_NULL = {
     "train.steps": "null for train.epochs",
 }
 _AT_LEAST_ZERO = {
+    "model.llm.rope.query_scale_beta": "0: none",
     "health.step_timeout_seconds": "0: no limit",
     "health.checkpoint_timeout_seconds": "0: no limit",
     "optim.weight_decay": "0: none",

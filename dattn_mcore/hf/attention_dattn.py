@@ -18,7 +18,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_dattn import DattnCache
 from .configuration_dattn import DattnConfig
-from .layers_dattn import DattnMLP, DattnRMSNorm, Rotation, repeat_heads, rotate
+from .layers_dattn import (
+    DattnMLP,
+    DattnRMSNorm,
+    Rotation,
+    repeat_heads,
+    rotate,
+    rotate_queries,
+)
 from .layout_dattn import Layout
 
 
@@ -159,8 +166,8 @@ class DattnAttention(nn.Module):
         text: Tensor,
         visual: Tensor,
         layout: Layout,
-        text_rotation: Rotation,
-        visual_rotation: Rotation,
+        text_rotation: Rotation | None,
+        visual_rotation: Rotation | None,
         dattn_cache: DattnCache | None,
         visual_output: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -170,8 +177,8 @@ class DattnAttention(nn.Module):
             text: normed new text columns [batch, new_text, hidden].
             visual: normed new visual rows [batch, new_visual, hidden].
             layout: who sees whom (already windowed for this layer).
-            text_rotation: rotary factors of the new text columns.
-            visual_rotation: rotary factors of all visual rows.
+            text_rotation: rotary factors of the new text columns; None: the layer has none.
+            visual_rotation: those of all visual rows.
             dattn_cache: earlier keys and values; extended in place.
             visual_output: False in the last layer, where nobody reads the visual rows any more.
 
@@ -187,7 +194,7 @@ class DattnAttention(nn.Module):
         visual_key = self._heads(self.k_proj(visual), self.k_norm)
         new_value = visual_value = self._heads(self.v_proj(visual))
 
-        rotated, text_key = rotate(query, text_rotation), rotate(text_key, text_rotation)
+        rotated, text_key = rotate_queries(query, text_rotation), rotate(text_key, text_rotation)
         if rope and new_visual:
             visual_key = rotate(visual_key, visual_rotation)
         if dattn_cache is not None:
@@ -211,7 +218,7 @@ class DattnAttention(nn.Module):
             repeated = repeat_heads(new_value, self.num_heads // self.num_kv_heads)
             return text_out, self.o_proj(repeated.transpose(1, 2).flatten(2))
         assert layout.v2v is not None
-        reader = rotate(self._heads(self.q_proj(visual), self.q_norm), visual_rotation)
+        reader = rotate_queries(self._heads(self.q_proj(visual), self.q_norm), visual_rotation)
         if not rope:
             visual_key = rotate(visual_key, visual_rotation)
         parts = [Part(reader, visual_key, visual_value, layout.v2v)]

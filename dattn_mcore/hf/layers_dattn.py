@@ -7,13 +7,24 @@ models and changes them from release to release. Each gives the bits of transfor
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, [batch, rows, head_dim]
+
+class Rotation(NamedTuple):
+    """What rotates queries and keys to the positions of their rows.
+
+    Attributes:
+        cos, sin: [batch, rows, head_dim].
+        query_scale: [batch, rows], which rotated queries are multiplied by; None for 1.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    query_scale: Tensor | None = None
 
 
 class DattnRMSNorm(nn.Module):
@@ -93,7 +104,9 @@ class DattnRotary(nn.Module):
     Args:
         head_dim: size of a head, all of it rotated.
         rope: one entry of transformers' `rope_parameters`: `default`, `linear` (all frequencies
-            divided) or `llama3` (long waves divided, short ones not, those between blended).
+            divided), `llama3` or `yarn` (slow waves divided, fast ones not, those between blended).
+            The last scales what it rotates by `attention_factor`, and queries by their position
+            where `llama_4_scaling_beta` is given.
 
     The frequencies are no buffer: they are no weights, and a loader that builds models without
     memory and then fills in what a file holds must find nothing else to fill in.
@@ -104,34 +117,55 @@ class DattnRotary(nn.Module):
 
     def __init__(self, head_dim: int, rope: dict[str, Any]) -> None:
         super().__init__()
-        kinds = {"default": _as_they_are, "linear": _linear, "llama3": _llama3}
+        kinds = {"default": _as_they_are, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
         kind, share = rope["rope_type"], rope.get("partial_rotary_factor")
         if kind not in kinds or share not in (None, 1.0):
             raise ValueError(
                 f"text_config.rope_parameters are {rope}; rope_type must be one of "
                 f"{', '.join(kinds)}, and all of a head rotated"
             )
+        yarn = rope if kind == "yarn" else {"attention_factor": 1.0}
+        if yarn.get("attention_factor") is None:
+            raise ValueError(
+                f"text_config.rope_parameters are {rope}; they must have attention_factor, a "
+                "number (nothing is worked out of mscale here)"
+            )
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float, device="cpu")
-        self.frequencies = kinds[kind](1.0 / (rope["rope_theta"] ** (exponent / head_dim)), rope)
+        self.frequencies = kinds[kind](rope["rope_theta"] ** (exponent / head_dim), rope)
+        self.factor: float = yarn["attention_factor"]
+        self.beta: float = yarn.get("llama_4_scaling_beta") or 0.0
+        self.original_length: int = yarn.get("original_max_position_embeddings", 0)
 
     def forward(self, position: Tensor, dtype: torch.dtype) -> Rotation:
-        """Factors [batch, rows, head_dim] of int64 positions [batch, rows]."""
+        """Factors for int64 positions [batch, rows]."""
         if self.frequencies.device != position.device:
             self.frequencies = self.frequencies.to(position.device)
         angle = position[..., None].float() * self.frequencies
         angle = torch.cat([angle, angle], dim=-1)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        cos, sin = angle.cos() * self.factor, angle.sin() * self.factor
+        return Rotation(cos.to(dtype), sin.to(dtype), self._query_scale(position, dtype))
+
+    def _query_scale(self, position: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """1 for the first `original_length` positions, then slowly more."""
+        if self.beta == 0:
+            return None
+        lengths = torch.floor(position / self.original_length)
+        return (1 + self.beta * torch.log(1 + lengths)).to(dtype)
 
 
-def _as_they_are(frequencies: Tensor, rope: dict[str, Any]) -> Tensor:
-    return frequencies
+# Frequencies from wave lengths over 2 pi, in the operations of transformers.
 
 
-def _linear(frequencies: Tensor, rope: dict[str, Any]) -> Tensor:
-    return frequencies / rope["factor"]
+def _as_they_are(waves: Tensor, rope: dict[str, Any]) -> Tensor:
+    return 1.0 / waves
 
 
-def _llama3(frequencies: Tensor, rope: dict[str, Any]) -> Tensor:
+def _linear(waves: Tensor, rope: dict[str, Any]) -> Tensor:
+    return 1.0 / waves / rope["factor"]
+
+
+def _llama3(waves: Tensor, rope: dict[str, Any]) -> Tensor:
+    frequencies = 1.0 / waves
     factor, length = rope["factor"], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     wave = 2 * math.pi / frequencies
@@ -141,12 +175,43 @@ def _llama3(frequencies: Tensor, rope: dict[str, Any]) -> Tensor:
     return torch.where((wave < length / high) | (wave > length / low), divided, blended)
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotates [batch, heads, rows, head_dim] by the last `rows` entries of `rotation`."""
+def _yarn(waves: Tensor, rope: dict[str, Any]) -> Tensor:
+    theta, length = rope["rope_theta"], rope["original_max_position_embeddings"]
+    size = 2 * len(waves)
+
+    def place(turns: float) -> float:  # of the wave that turns so often in the original length
+        return size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = place(rope.get("beta_fast") or 32), place(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    width = last - first or 0.001
+    places = torch.arange(len(waves), dtype=torch.float, device=waves.device)
+    kept = 1 - ((places - first) / width).clamp(0, 1)
+    return 1.0 / (rope["factor"] * waves) * (1 - kept) + 1.0 / waves * kept
+
+
+def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """Rotates [batch, heads, rows, head_dim] by the last `rows` entries of `rotation`.
+
+    None: the layer has no rotary positions.
+    """
+    if rotation is None:
+        return x
     rows, half = x.shape[2], x.shape[3] // 2
-    cos, sin = (factor[:, None, factor.shape[1] - rows :] for factor in rotation)
+    cos, sin = (factor[:, None, factor.shape[1] - rows :] for factor in rotation[:2])
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return x * cos + turned * sin
+
+
+def rotate_queries(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """`rotate`, with the scale that queries get and keys do not."""
+    rotated = rotate(x, rotation)
+    if rotation is None or rotation.query_scale is None:
+        return rotated
+    scale = rotation.query_scale
+    return rotated * scale[:, None, scale.shape[1] - x.shape[2] :, None]
 
 
 def repeat_heads(x: Tensor, times: int) -> Tensor:
@@ -167,5 +232,6 @@ __all__ = [
     "Rotation",
     "repeat_heads",
     "rotate",
+    "rotate_queries",
     "scaled",
 ]

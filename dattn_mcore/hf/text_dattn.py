@@ -59,6 +59,11 @@ class DattnTextModel(nn.Module):
         sliding = self.layer_type(layer) == "sliding_attention"
         return self.config.text_config.sliding_window if sliding else None
 
+    def rotated(self, layer: int) -> bool:
+        """Whether a layer has rotary positions."""
+        rotated = getattr(self.config.text_config, "no_rope_layers", None)  # 0 where there are none
+        return rotated is None or bool(rotated[layer])
+
     def forward(
         self,
         text: Tensor,
@@ -116,7 +121,9 @@ class DattnTextModel(nn.Module):
         for number, layer in enumerate(self.layers):
             window = self.window(number)
             kind = "all_layers" if self.one_rope else self.layer_type(number)
-            text_rotation, visual_rotation = rotations[kind]
+            text_rotation, visual_rotation = (
+                rotations[kind] if self.rotated(number) else (None, None)
+            )
             if window is not None and window not in layouts:
                 layouts[window] = layout.windowed(window, shared_axis)
             text, visual = layer(

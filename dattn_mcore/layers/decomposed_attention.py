@@ -24,6 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 
+from dattn_mcore.architectures.sizes import RopeConfig
 from dattn_mcore.layers.attention import (
     BACKENDS,
     AttentionInputs,
@@ -73,6 +74,7 @@ class DecomposedSelfAttention(MegatronModule):
             has one.
         rotary_kinds: which of the kinds in `rotary_pos_emb` each layer of the whole model takes;
             empty: there is one.
+        ropes: how each layer of the whole model stretches its positions; empty: none does.
         backend: name of the attention backend, or auto.
         fold: project visual rows with folded weights (`layers.linear`); the `linear_proj` of
             `submodules` must be able to. Concerns `v2v=diagonal` only.
@@ -88,6 +90,7 @@ class DecomposedSelfAttention(MegatronModule):
         options: AttentionOptions,
         windows: Sequence[int | None] = (),
         rotary_kinds: Sequence[int] = (),
+        ropes: Sequence[RopeConfig] = (),
         backend: str = "auto",
         fold: bool = False,
         text_only: bool = False,
@@ -107,6 +110,7 @@ class DecomposedSelfAttention(MegatronModule):
         window = windows[layer_number - 1] if windows else None
         self.options = replace(options, window=window)
         self.rotary_kind = rotary_kinds[layer_number - 1] if rotary_kinds else 0
+        self.rope = ropes[layer_number - 1] if ropes else RopeConfig()
         self.fold, self.text_only = fold and options.v2v == "diagonal", text_only
         if text_only and self.options.window is None:
             # Nobody reads what visual rows would attend to. (The flash kernels know windows only
@@ -280,7 +284,7 @@ class DecomposedSelfAttention(MegatronModule):
                 k_visual=k_v,
                 v_visual=v_v,
                 q_visual=q_visual,
-                rotary=Rotary(text=angles[n:], visual=angles[:n]),
+                rotary=Rotary(text=angles[n:], visual=angles[:n], rope=self.rope),
                 params=params,
             )
             return backend.attend(inputs, self.options)

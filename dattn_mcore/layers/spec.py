@@ -93,6 +93,7 @@ def decoder_layer_spec(
                     "rotary_kinds": [
                         llm.ropes.index(llm.rope_of(n)) for n in range(llm.num_layers)
                     ],
+                    "ropes": [llm.rope_of(n)[1] for n in range(llm.num_layers)],
                     "backend": attention.backend,
                     "fold": attention.fold_visual_projection,
                     "text_only": text_only,

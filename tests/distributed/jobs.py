@@ -66,12 +66,31 @@ LLAMA: dict[str, Any] = {
     "family": "llama",
     "llm": {"rope": {"kind": "llama3", "factor": 8.0, "original_length": 32}},
 }
+MINISTRAL3: dict[str, Any] = {
+    "family": "ministral3",
+    "llm": {
+        "rope": {  # of eight frequencies some as they were, some divided, some between
+            "kind": "yarn",
+            "factor": 8.0,
+            "original_length": 8,
+            "beta_slow": 0.02,
+            "beta_fast": 1.0,
+            "truncate": False,
+            "attention_factor": 1.3,
+            "query_scale_beta": 0.4,
+        }
+    },
+}
 QWEN2: dict[str, Any] = {"family": "qwen2"}
 QWEN3: dict[str, Any] = {"family": "qwen3"}
 CLIP: dict[str, Any] = {
     "vision": {"kind": "clip", "activation": "quick_gelu", "select_layer": -2},
 }
 AIMV2: dict[str, Any] = {"vision": {"kind": "aimv2", "activation": "silu", "norm_eps": 1e-5}}
+SMOLLM3: dict[str, Any] = {
+    "family": "smollm3",
+    "llm": {"rotary_pattern": [True, True, True, False], "tie_embeddings": True},
+}
 
 
 def small_config(data_dir: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:

@@ -12,13 +12,25 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from dattn_mcore.config.load import merge
-from tests.distributed.jobs import GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3, SMALL_MODEL, model_outputs
+from tests.distributed.jobs import (
+    GEMMA,
+    GEMMA3,
+    LLAMA,
+    MINISTRAL3,
+    QWEN2,
+    QWEN3,
+    SMALL_MODEL,
+    SMOLLM3,
+    model_outputs,
+)
 
 MISTRAL = {"llm": {"sliding_window": None}}
 WINDOWED_MISTRAL = {"llm": {"sliding_window": 7}}
@@ -81,6 +93,21 @@ def hugging_face_model(model, weights):
             "original_max_position_embeddings": 32,
         }
         config = LlamaConfig(**common, rope_parameters=stretched)
+    elif family == "ministral3":
+        stretched = {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 8,
+            "beta_fast": 1.0,
+            "beta_slow": 0.02,
+            "truncate": False,
+            "attention_factor": 1.3,
+            "llama_4_scaling_beta": 0.4,
+        }
+        config = Ministral3Config(**common, rope_parameters=stretched)
+    elif family == "smollm3":  # every fourth layer is not rotated, by default
+        config = SmolLM3Config(**common, rope_parameters=rope)
     else:
         qwen = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
         config = qwen(**common, rope_parameters=rope)
@@ -186,8 +213,18 @@ TEXT_ONLY = (((False, 12),), ((False, 5),))
 @pytest.mark.parametrize("layouts", [IMAGE_FIRST, INTERLEAVED], ids=["first", "interleaved"])
 @pytest.mark.parametrize(
     "model",
-    [MISTRAL, WINDOWED_MISTRAL, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3],
-    ids=["mistral", "windowed", "gemma2", "gemma3", "llama", "qwen2", "qwen3"],
+    [MISTRAL, WINDOWED_MISTRAL, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3, MINISTRAL3, SMOLLM3],
+    ids=[
+        "mistral",
+        "windowed",
+        "gemma2",
+        "gemma3",
+        "llama",
+        "qwen2",
+        "qwen3",
+        "ministral3",
+        "smollm3",
+    ],
 )
 def test_baseline_equals_hugging_face(pool, model, layouts):
     compare(pool, model, BASELINE, layouts)
@@ -197,7 +234,9 @@ def test_baseline_equals_hugging_face(pool, model, layouts):
     "attention", [{}, {"merge": "sum"}, BASELINE], ids=["dattn", "sum", "baseline"]
 )
 @pytest.mark.parametrize(
-    "model", [MISTRAL, GEMMA, GEMMA3, QWEN2], ids=["mistral", "gemma2", "gemma3", "qwen2"]
+    "model",
+    [MISTRAL, GEMMA, GEMMA3, QWEN2, MINISTRAL3],
+    ids=["mistral", "gemma2", "gemma3", "qwen2", "ministral3"],
 )
 def test_text_only_equals_hugging_face(pool, model, attention):
     compare(pool, model, attention, TEXT_ONLY)
@@ -205,8 +244,8 @@ def test_text_only_equals_hugging_face(pool, model, attention):
 
 @pytest.mark.parametrize(
     "model",
-    [WINDOWED_MISTRAL, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3],
-    ids=["windowed", "gemma2", "gemma3", "llama", "qwen2", "qwen3"],
+    [WINDOWED_MISTRAL, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3, MINISTRAL3, SMOLLM3],
+    ids=["windowed", "gemma2", "gemma3", "llama", "qwen2", "qwen3", "ministral3", "smollm3"],
 )
 def test_baseline_in_parallel_equals_hugging_face(pool, model):
     compare(pool, model, BASELINE, IMAGE_FIRST, 4, {"tp": 2, "pp": 2, "sp": True})

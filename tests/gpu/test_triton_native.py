@@ -11,6 +11,7 @@ from dattn_mcore.layers.attention.triton_backend import TritonBackend
 from dattn_mcore.layers.attention.triton_tuning import Tuning
 from dattn_mcore.parallel import platform
 from tests.unit.layers import test_shared_visual_rows as shared
+from tests.unit.layers.test_attention import YARN
 from tests.unit.layers.test_triton_attention import DTYPES, check_joint, results_of_a_call
 
 PACKS = {
@@ -35,6 +36,20 @@ def test_equals_reference(pack, dtype, dim, softcap, window):
         softcap=softcap,
         window=window,
         multiple=8,
+        device=platform.current_device(),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotated_queries_are_scaled(dtype):
+    check_joint(
+        PACKS["interleaved"],
+        heads=4,
+        groups=2,
+        dim=128,
+        dtype=DTYPES[dtype],
+        multiple=8,
+        stretched=YARN,
         device=platform.current_device(),
     )
 

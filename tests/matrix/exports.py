@@ -77,12 +77,18 @@ ARCHITECTURES = {
     ),
     "gemma3_siglip_square": Architecture("gemma3", "siglip", "stretch", seed=0),
     "llama_siglip_square": Architecture("llama", "siglip", "stretch", template="mistral", seed=1),
+    "ministral3_siglip_square": Architecture(
+        "ministral3", "siglip", "stretch", template="mistral", seed=0
+    ),
     "qwen2_clip_anyres": Architecture(
         "qwen2", "clip", "anyres_letterbox", template="mistral", seed=0
     ),
     "qwen3_clip_square": Architecture("qwen3", "clip", "crop", template="mistral", seed=0),
     "qwen3_aimv2_anyres": Architecture(
         "qwen3", "aimv2", "anyres_stretch", template="mistral", seed=4
+    ),
+    "smollm3_siglip_anyres": Architecture(
+        "smollm3", "siglip", "anyres_stretch", template="mistral", seed=0
     ),
 }
 

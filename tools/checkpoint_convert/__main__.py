@@ -281,6 +281,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from dattn_mcore.architectures import language_model, vision_tower
     from tools.checkpoint_convert.inspect_path import inspect
 
     found = inspect(options.path)
@@ -290,12 +291,11 @@ def _inspect(options: argparse.Namespace) -> None:
         table.add_row("step", str(found.step))
     llm, vision = model.llm, model.vision
     if found.kind != "tower":
-        table.add_row(
-            "language model", f"{model.family}, {llm.num_layers} layers of {llm.hidden_size}"
-        )
+        what = f"{language_model(model.family).title} ({model.family})"
+        table.add_row("language model", f"{what}, {llm.num_layers} layers of {llm.hidden_size}")
     if found.kind != "language model":
-        what = f"{vision.kind}, {vision.num_layers} layers, {vision.image_size}px"
-        table.add_row("vision tower", what)
+        what = f"{vision_tower(vision.kind).title} ({vision.kind})"
+        table.add_row("vision tower", f"{what}, {vision.num_layers} layers, {vision.image_size}px")
     if attention is not None:
         modes = f"v2v {attention.v2v}, t2v_position {attention.t2v_position}"
         table.add_row("attention", f"{modes}, merge {attention.merge}")

@@ -176,9 +176,11 @@ def text_to_hf(model: ModelConfig, ids: TokenIds, dtype: torch.dtype) -> Any:
     record = language_model(model.family)
     return AutoConfig.for_model(
         record.model_type,
-        **shared_to_hf(model.llm),
-        **record.to_hf(model.llm),
-        max_position_embeddings=record.max_positions,
+        **{
+            "max_position_embeddings": record.max_positions,
+            **shared_to_hf(model.llm),
+            **record.to_hf(model.llm),
+        },
         bos_token_id=ids.bos,
         eos_token_id=ids.eos,
         pad_token_id=ids.pad if ids.pad < model.llm.vocab_size else None,

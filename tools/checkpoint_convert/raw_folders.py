@@ -7,6 +7,7 @@ silently because it did not fit.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -17,9 +18,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from dattn_mcore.architectures import language_models, nested, vision_tower, vision_towers
-from dattn_mcore.architectures.decoder import PREFIX
+from dattn_mcore.architectures.decoder import HEAD, PREFIX
 from dattn_mcore.architectures.parameters import PROJECTOR, TOWER, Shape
 from dattn_mcore.architectures.refused import why_refused, why_tower_refused
+from dattn_mcore.config.export_rules import as_yaml
 from dattn_mcore.config.schema import DataConfig, LlmConfig, ModelConfig, VisionConfig
 from dattn_mcore.errors import CheckpointError
 from tools.checkpoint_convert.configs import text_from_hf, understanding, vision_from_hf
@@ -32,7 +34,7 @@ VISION_TYPES = {
 }
 # Files with the settings of images; release 5 of transformers writes the first.
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+EMBEDDING = "embed_tokens.weight"
 # Of a model of images and text: what is no part of its tower.
 NOT_THE_TOWER = (
     "text_model.",
@@ -94,9 +96,15 @@ def text_config(folder: Path) -> tuple[str, LlmConfig]:
     Raises:
         CheckpointError: config.json is missing, or of a model that cannot be trained here.
     """
-    fields = read_json(folder / "config.json")
-    if is_nested(fields):
-        fields = dict(fields.get("text_config") or {})
+    whole = fields = read_json(folder / "config.json")
+    if is_nested(whole):
+        fields = dict(whole.get("text_config") or {})
+    if quantized := whole.get("quantization_config") or fields.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise CheckpointError(
+            f"{folder / 'config.json'}: weights are quantized (quantization_config: {method}); "
+            "give the model's folder in bf16"
+        )
     kind = fields.get("model_type")
     if kind not in TEXT_TYPES:
         raise CheckpointError(
@@ -105,7 +113,20 @@ def text_config(folder: Path) -> tuple[str, LlmConfig]:
         )
     fields.pop("model_type")
     with understanding(folder / "config.json"):
+        if is_nested(whole) and _tied_as_a_whole(folder, whole):
+            fields["tie_word_embeddings"] = True
         return text_from_hf(AutoConfig.for_model(kind, **fields), 1)
+
+
+def _tied_as_a_whole(folder: Path, fields: dict[str, Any]) -> bool:
+    """Whether a model of images and text has no head of its own, whatever `text_config` says.
+
+    transformers ties by the outer setting, which some architectures have on, and writes no head.
+    """
+    others = {name: value for name, value in fields.items() if name != "model_type"}
+    config = AutoConfig.for_model(fields["model_type"], **others)
+    names = SafetensorsFolder(folder).shapes
+    return bool(config.tie_word_embeddings) and not any(head in names for head in nested.HEADS)
 
 
 def vision_config(folder: Path, select_layer: int) -> VisionConfig:
@@ -267,6 +288,8 @@ def _differences(
         if name == "layer_pattern":  # several patterns may mean the same
             found, expected = theirs.windows, ours.windows
         if found != expected and name not in free:
+            if dataclasses.is_dataclass(found):
+                found, expected = as_yaml(found), as_yaml(expected)
             problems.append(f"{section}.{name} is {found} in {where} and {expected}")
     return problems
 

@@ -11,10 +11,17 @@ from typing import Any
 
 from dattn_mcore.architectures.chat import BOS, ChatTemplate, Text, Token
 from dattn_mcore.architectures.features import TextFeatures
-from dattn_mcore.architectures.layer_types import layer_types, windows_from
+from dattn_mcore.architectures.layer_types import windows_from_hf, windows_to_hf
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
-from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
-from dattn_mcore.architectures.shared_rules import check_stated, one_rope, whole_heads, whole_scale
+from dattn_mcore.architectures.rope import one_rope_from_hf, one_rope_to_hf
+from dattn_mcore.architectures.shared_rules import (
+    caps_from_hf,
+    caps_to_hf,
+    check_stated,
+    one_rope,
+    whole_heads,
+    whole_scale,
+)
 from dattn_mcore.architectures.sizes import LlmConfig
 
 FEATURES = TextFeatures(
@@ -51,28 +58,13 @@ def breaches(llm: LlmConfig) -> Iterator[Breach]:
 
 def to_hf(llm: LlmConfig) -> dict[str, Any]:
     """Fields of `Gemma2Config`."""
-    return {
-        "rope_parameters": rope_to_hf(llm.rotary_base, llm.rope),
-        "sliding_window": llm.sliding_window,
-        "layer_types": layer_types(llm),
-        "query_pre_attn_scalar": int(llm.query_scale or llm.head_dim),
-        "attn_logit_softcapping": llm.attention_softcap,
-        "final_logit_softcapping": llm.final_softcap,
-    }
+    return {**one_rope_to_hf(llm), **windows_to_hf(llm), **caps_to_hf(llm)}
 
 
 def from_hf(config: HfConfig) -> dict[str, Any]:
     """Values of `LlmConfig`."""
     check_stated(config, hidden_activation="gelu_pytorch_tanh", attention_bias=False)
-    base, rope = rope_from_hf(config.rope_parameters)
-    return {
-        "rotary_base": base,
-        "rope": rope,
-        **windows_from(config.layer_types, config.sliding_window),
-        "query_scale": float(config.query_pre_attn_scalar),
-        "attention_softcap": config.attn_logit_softcapping,
-        "final_softcap": config.final_logit_softcapping,
-    }
+    return {**one_rope_from_hf(config), **windows_from_hf(config), **caps_from_hf(config)}
 
 
 ARCHITECTURE = LanguageModel(

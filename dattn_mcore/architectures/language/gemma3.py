@@ -11,10 +11,17 @@ from typing import Any
 
 from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.language.gemma2 import CHAT
-from dattn_mcore.architectures.layer_types import layer_types, windows_from
+from dattn_mcore.architectures.layer_types import windows_from_hf, windows_to_hf
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
 from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
-from dattn_mcore.architectures.shared_rules import check_stated, whole_heads, whole_scale
+from dattn_mcore.architectures.shared_rules import (
+    caps_from_hf,
+    caps_to_hf,
+    check_stated,
+    rope_kinds,
+    whole_heads,
+    whole_scale,
+)
 from dattn_mcore.architectures.sizes import LlmConfig, RopeConfig
 
 KINDS = ("default", "linear")
@@ -24,8 +31,7 @@ def breaches(llm: LlmConfig) -> Iterator[Breach]:
     """Sizes that `Gemma3TextConfig` cannot hold."""
     yield from whole_scale(llm)
     yield from whole_heads(llm)
-    if llm.rope.kind not in KINDS:
-        yield Breach("rope", f"rope.kind={' or '.join(KINDS)}")
+    yield from rope_kinds(llm, KINDS)
 
 
 def to_hf(llm: LlmConfig) -> dict[str, Any]:
@@ -38,11 +44,8 @@ def to_hf(llm: LlmConfig) -> dict[str, Any]:
             "full_attention": rope_to_hf(llm.rotary_base, llm.rope),
             "sliding_attention": local,
         },
-        "sliding_window": llm.sliding_window,
-        "layer_types": layer_types(llm),
-        "query_pre_attn_scalar": int(llm.query_scale or llm.head_dim),
-        "attn_logit_softcapping": llm.attention_softcap,
-        "final_logit_softcapping": llm.final_softcap,
+        **windows_to_hf(llm),
+        **caps_to_hf(llm),
     }
 
 
@@ -56,7 +59,7 @@ def from_hf(config: HfConfig) -> dict[str, Any]:
     )
     base, rope = rope_from_hf(config.rope_parameters["full_attention"], KINDS)
     local_base, local_rope = rope_from_hf(config.rope_parameters["sliding_attention"], KINDS)
-    windows = windows_from(config.layer_types, config.sliding_window)
+    windows = windows_from_hf(config)
     local: float | None = None
     if windows["sliding_window"] is not None and (local_base, local_rope) != (base, rope):
         check_stated(local_rope, kind="default")
@@ -66,9 +69,7 @@ def from_hf(config: HfConfig) -> dict[str, Any]:
         "rope": rope,
         "sliding_rotary_base": local,
         **windows,
-        "query_scale": float(config.query_pre_attn_scalar),
-        "attention_softcap": config.attn_logit_softcapping,
-        "final_softcap": config.final_logit_softcapping,
+        **caps_from_hf(config),
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from dattn_mcore.architectures.chat import BOS, ChatTemplate, Text, Token
 from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
-from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
+from dattn_mcore.architectures.rope import one_rope_from_hf, one_rope_to_hf
 from dattn_mcore.architectures.shared_rules import (
     check_stated,
     no_window,
@@ -32,8 +32,15 @@ CHAT = ChatTemplate(
     begin=(Token(BOS),),
     system=(_START, Text("system"), _END, Text(before="\n\n", holds="said"), _STOP),
     user=(
-        *(_START, Text("user"), _END, Text(before="\n\n", holds="said"), _STOP),
-        *(_START, Text("assistant"), _END, Text("\n\n")),
+        _START,
+        Text("user"),
+        _END,
+        Text(before="\n\n", holds="said"),
+        _STOP,
+        _START,
+        Text("assistant"),
+        _END,
+        Text("\n\n"),
     ),
     answer=(Text(holds="said", supervised=True), Token(_STOP.name, supervised=True)),
     stop=_STOP,
@@ -50,14 +57,13 @@ def breaches(llm: LlmConfig) -> Iterator[Breach]:
 
 def to_hf(llm: LlmConfig) -> dict[str, Any]:
     """Fields of `LlamaConfig`."""
-    return {"rope_parameters": rope_to_hf(llm.rotary_base, llm.rope)}
+    return one_rope_to_hf(llm)
 
 
 def from_hf(config: HfConfig) -> dict[str, Any]:
     """Values of `LlmConfig`."""
     check_stated(config, hidden_act="silu", attention_bias=False, mlp_bias=False)
-    base, rope = rope_from_hf(config.rope_parameters, KINDS)
-    return {"rotary_base": base, "rope": rope}
+    return one_rope_from_hf(config, KINDS)
 
 
 ARCHITECTURE = LanguageModel(

@@ -11,7 +11,7 @@ from typing import Any
 from dattn_mcore.architectures.chat import BOS, EOS, ChatTemplate, Text, Token
 from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
-from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
+from dattn_mcore.architectures.rope import one_rope_from_hf, one_rope_to_hf
 from dattn_mcore.architectures.shared_rules import (
     check_stated,
     one_rope,
@@ -44,17 +44,13 @@ def breaches(llm: LlmConfig) -> Iterator[Breach]:
 
 def to_hf(llm: LlmConfig) -> dict[str, Any]:
     """Fields of `MistralConfig`."""
-    return {
-        "rope_parameters": rope_to_hf(llm.rotary_base, llm.rope),
-        "sliding_window": llm.window_of(0),
-    }
+    return {**one_rope_to_hf(llm), "sliding_window": llm.window_of(0)}
 
 
 def from_hf(config: HfConfig) -> dict[str, Any]:
     """Values of `LlmConfig`."""
     check_stated(config, hidden_act="silu", attention_bias=False)
-    base, rope = rope_from_hf(config.rope_parameters)
-    return {"rotary_base": base, "rope": rope, "sliding_window": config.sliding_window}
+    return {**one_rope_from_hf(config), "sliding_window": config.sliding_window}
 
 
 ARCHITECTURE = LanguageModel(

@@ -11,9 +11,9 @@ from typing import Any
 
 from dattn_mcore.architectures.chat import chatml
 from dattn_mcore.architectures.features import TextFeatures
-from dattn_mcore.architectures.layer_types import layer_types, windows_from
+from dattn_mcore.architectures.layer_types import switched_windows_to_hf, windows_from_hf
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
-from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
+from dattn_mcore.architectures.rope import one_rope_from_hf, one_rope_to_hf
 from dattn_mcore.architectures.shared_rules import check_stated, one_rope, without_caps
 from dattn_mcore.architectures.sizes import LlmConfig
 
@@ -32,20 +32,13 @@ def breaches(llm: LlmConfig) -> Iterator[Breach]:
 
 def to_hf(llm: LlmConfig) -> dict[str, Any]:
     """Fields of `Qwen2Config`."""
-    return {
-        "rope_parameters": rope_to_hf(llm.rotary_base, llm.rope),
-        "use_sliding_window": llm.sliding_window is not None,
-        "sliding_window": llm.sliding_window,
-        "layer_types": layer_types(llm),
-    }
+    return {**one_rope_to_hf(llm), **switched_windows_to_hf(llm)}
 
 
 def from_hf(config: HfConfig) -> dict[str, Any]:
     """Values of `LlmConfig`."""
     check_stated(config, hidden_act="silu")
-    base, rope = rope_from_hf(config.rope_parameters)
-    windows = windows_from(config.layer_types, config.sliding_window)
-    return {"rotary_base": base, "rope": rope, **windows}
+    return {**one_rope_from_hf(config), **windows_from_hf(config)}
 
 
 ARCHITECTURE = LanguageModel(

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from dattn_mcore.layers.attention.frequencies import query_factor
 from dattn_mcore.layers.attention.rotary import Rotary, rotate
 from dattn_mcore.layers.layout import DecomposedSeqParams
 
@@ -27,7 +28,7 @@ class AttentionInputs:
         k_text, v_text: [T, groups, head_dim].
         k_visual, v_visual: [V, groups, head_dim].
         q_visual: [V, heads, head_dim] with `v2v=causal`, else None.
-        rotary: angles of the text rows, and of the visual rows where the mode has them.
+        rotary: positions of the text rows, and of the visual rows where the mode has them.
         params: which row is what, and what text rows see of the visual rows.
     """
 
@@ -61,9 +62,13 @@ class AttentionInputs:
         text, visual = self.params.text_positions, self.params.visual_positions
         return self._take(kind, text=text, visual=visual)
 
+    def query_factor(self, kind: RowKind) -> torch.Tensor | None:
+        """What queries are multiplied by where they are rotated, [rows, 1, 1, 1]; None for 1."""
+        return query_factor(self.positions(kind), self.rotary.rope, self.rotary.text.dtype)
+
     def rotated_queries(self, kind: RowKind) -> torch.Tensor:
         """`queries` at their positions."""
-        return rotate(self.queries(kind), self.angles(kind))
+        return rotate(self.queries(kind), self.angles(kind), self.query_factor(kind))
 
     def rotated_keys(self, kind: RowKind) -> torch.Tensor:
         """`keys` at their positions."""

@@ -97,6 +97,7 @@ def _compute(
         k_visual=k_visual,
         v_visual=inputs.values("visual"),
         angles=inputs.angles(rows),
+        factor=inputs.query_factor(rows),
         schedule=schedule_of(softmax, inputs.params, inputs.q.device),
         setting=setting,
     )[0]
@@ -140,6 +141,7 @@ def joint(
     angles: torch.Tensor,
     schedule: Schedule,
     setting: Setting,
+    factor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of the rows of a schedule; the latter carries no gradient.
 
@@ -150,28 +152,36 @@ def joint(
         angles: [rows, 1, 1, head_dim] of q and k_text.
         schedule: who sees what.
         setting: what is computed.
+        factor: multiplies q where it is rotated, [rows, 1, 1, 1]; None for 1.
     """
     from dattn_mcore.layers.attention.triton_launch import rotation_tables
 
-    tables = rotation_tables(angles)
-    return _Joint.apply(q, k_text, v_text, k_visual, v_visual, tables, schedule, setting)
+    key_tables = rotation_tables(angles)
+    query_tables = key_tables if factor is None else rotation_tables(angles, factor)
+    return _Joint.apply(
+        q, k_text, v_text, k_visual, v_visual, query_tables, key_tables, schedule, setting
+    )
 
 
 class _Joint(torch.autograd.Function):
     """The kernels as one differentiable function."""
 
     @staticmethod
-    def forward(ctx, q, k_text, v_text, k_visual, v_visual, tables, schedule, setting):
+    def forward(
+        ctx, q, k_text, v_text, k_visual, v_visual, query_tables, key_tables, schedule, setting
+    ):
         from dattn_mcore.layers.attention.triton_launch import forward, rotated
 
         q, k_text, v_text, k_visual, v_visual = (
             x if x.stride(-1) == 1 else x.contiguous()
             for x in (q, k_text, v_text, k_visual, v_visual)
         )
-        k_rotated = rotated(k_text, tables) if setting.has_text else k_text
+        k_rotated = rotated(k_text, key_tables) if setting.has_text else k_text
         keys = Keys(k_rotated, v_text, k_visual, v_visual)
-        out, lse = forward(q, keys, tables, schedule, setting)
-        ctx.save_for_backward(q, k_text, v_text, k_visual, v_visual, tables, out, lse)
+        out, lse = forward(q, keys, query_tables, schedule, setting)
+        ctx.save_for_backward(
+            q, k_text, v_text, k_visual, v_visual, query_tables, key_tables, out, lse
+        )
         ctx.schedule, ctx.setting = schedule, setting
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -181,8 +191,11 @@ class _Joint(torch.autograd.Function):
         from dattn_mcore.layers.attention.triton_gradients import backward
         from dattn_mcore.layers.attention.triton_launch import rotated
 
-        q, k_text, v_text, k_visual, v_visual, tables, out, lse = ctx.saved_tensors
-        k_rotated = rotated(k_text, tables) if ctx.setting.has_text else k_text
+        q, k_text, v_text, k_visual, v_visual, tables, key_tables, out, lse = ctx.saved_tensors
+        k_rotated = rotated(k_text, key_tables) if ctx.setting.has_text else k_text
         keys = Keys(k_rotated, v_text, k_visual, v_visual)
-        grads = backward(d_out, q, keys, tables, out, lse, ctx.schedule, ctx.setting)
-        return *grads, None, None, None
+        d_q, d_rotated, *others = backward(
+            d_out, q, keys, tables, out, lse, ctx.schedule, ctx.setting
+        )
+        d_text = None if d_rotated is None else rotated(d_rotated, key_tables, -1.0)
+        return d_q, d_text, *others, None, None, None, None

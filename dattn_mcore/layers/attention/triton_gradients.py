@@ -30,7 +30,7 @@ def backward(
     schedule: Schedule,
     setting: Setting,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of q, text keys and values, visual keys and values; None for an absent set."""
+    """Gradients of q, rotated text keys, their values, visual keys and values; None for no set."""
     d_out = d_out.contiguous()
     delta = torch.empty_like(lse)
     d_q = _query_gradient(
@@ -44,7 +44,7 @@ def backward(
         schedule=schedule,
         setting=setting,
     )
-    d_text = d_text_values = d_visual = d_visual_values = None
+    d_rotated = d_text_values = d_visual = d_visual_values = None
     q_rotated = rotated(q, tables) if setting.has_text or not setting.debiased else q
     of_keys = functools.partial(
         _key_gradients, d_out=d_out, lse=lse, delta=delta, schedule=schedule, setting=setting
@@ -53,13 +53,12 @@ def backward(
         d_rotated, d_text_values = of_keys(
             "text", q=q_rotated, keys=keys.text, values=keys.text_values
         )
-        d_text = rotated(d_rotated, tables, -1.0)
     if setting.has_visual:
         asking = q if setting.debiased else q_rotated
         d_visual, d_visual_values = of_keys(
             "visual", q=asking, keys=keys.visual, values=keys.visual_values
         )
-    return d_q, d_text, d_text_values, d_visual, d_visual_values  # type: ignore[return-value]
+    return d_q, d_rotated, d_text_values, d_visual, d_visual_values  # type: ignore[return-value]
 
 
 def _query_gradient(

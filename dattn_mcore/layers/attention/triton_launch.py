@@ -13,12 +13,18 @@ from dattn_mcore.layers.attention.triton_tiles import rotate_kernel
 from dattn_mcore.layers.attention.triton_tuning import Blocks, candidates, fitted, splits
 
 
-def rotation_tables(angles: torch.Tensor) -> torch.Tensor:
-    """float32 [2, rows, head_dim] from angles [rows, 1, 1, head_dim]; see `rotated_tile`."""
+def rotation_tables(angles: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 [2, rows, head_dim] from angles [rows, 1, 1, head_dim]; see `rotated_tile`.
+
+    Args:
+        angles: see above.
+        factor: multiplies what is rotated, [rows, 1, 1, 1]; None for 1.
+    """
     angles = angles.to(torch.float32).flatten(1)
     sine = angles.sin()
     sine[:, : sine.shape[1] // 2].neg_()
-    return torch.stack([angles.cos(), sine])
+    tables = torch.stack([angles.cos(), sine])
+    return tables if factor is None else tables.mul_(factor.to(torch.float32).flatten(1))
 
 
 def rotated(

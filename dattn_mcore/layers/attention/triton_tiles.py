@@ -99,8 +99,9 @@ def rotated_tile(
 ):
     """Loads lines at pointers `source` and rotates them in float32 (GPT-NeoX style).
 
-    tables: float32 [2, rows, HEAD_DIM], cosines and sines of the angles of each row; sines of the
-    first half negative, so that a column needs only itself and its partner in the other half.
+    tables: float32 [2, rows, HEAD_DIM], cosines and sines of the angles of each row, times what the
+    row is multiplied by; sines of the first half negative, so that a column needs only itself and
+    its partner in the other half.
     """
     partner = (columns + HEAD_DIM // 2) % HEAD_DIM
     x = tl.load(source[:, None] + columns[None, :], mask=real[:, None], other=0.0).to(tl.float32)

@@ -208,6 +208,7 @@ def test_no_number_in_any_setting_is_a_traceback(value, others):
 
 
 GEMMA = ["model.family=gemma2"]
+YARN = ["model.family=ministral3", "model.llm.rope.kind=yarn"]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +216,24 @@ GEMMA = ["model.family=gemma2"]
     [
         (["model.llm.activation=gelu_tanh"], "model.family=mistral has activation=silu"),
         (["model.llm.post_norms=true"], "model.family=mistral has post_norms=false"),
+        (
+            ["model.llm.rope={kind: yarn, factor: 4}"],
+            "model.llm.rope={kind: yarn, factor: 4.0} cannot be exported: model.family=mistral has "
+            "rope.kind=default",
+        ),
+        (["model.family=ministral3"], "model.llm.rope={kind: default} .* has rope.kind=yarn"),
+        (
+            ["model.llm.rotary_pattern=[true, false]"],
+            r"rotary_pattern=\[true, false\] .* has rotary positions in all layers",
+        ),
+        (["model.llm.rope.kind=none"], "'none' is unknown; use one of default, linear, llama3, ya"),
+        (
+            ["model.llm.rope.attention_factor=1.5"],
+            "rope.attention_factor=1.5 has no effect with rope.kind=default; leave it out",
+        ),
+        ([*YARN, "model.llm.rope.beta_slow=40"], "beta_slow=40.0 must be less than beta_fast=32.0"),
+        ([*YARN, "model.llm.rotary_base=1"], "rotary_base=1.0 must be greater than 1 with rope.ki"),
+        ([*YARN, "model.llm.rope.query_scale_beta=-1"], "must be at least 0 .0: none."),
         (["model.llm.attention_softcap=50"], "model.family=mistral has attention_softcap=null"),
         (["model.llm.query_scale=24"], "has query_scale=null or head_dim .32.; use that, or"),
         (

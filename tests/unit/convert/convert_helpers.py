@@ -54,8 +54,21 @@ TRAITS: dict[str, dict[str, Any]] = {
         "rope": RopeConfig(kind="linear", factor=8.0),
     },
     "llama": {"rope": RopeConfig(kind="llama3", factor=8.0, original_length=64)},
+    "ministral3": {
+        "rope": RopeConfig(  # each of the four frequencies is stretched by another factor
+            kind="yarn",
+            factor=8.0,
+            original_length=4,
+            beta_slow=0.05,
+            beta_fast=0.5,
+            truncate=False,
+            attention_factor=1.3,
+            query_scale_beta=0.4,
+        )
+    },
     "qwen2": {"tie_embeddings": True},
     "qwen3": {},
+    "smollm3": {"tie_embeddings": True, "rotary_pattern": (True, True, False)},
 }
 # What sizes of a tower say beside widths and depths.
 TOWER_TRAITS: dict[str, dict[str, Any]] = {

@@ -18,12 +18,14 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     LlamaForCausalLM,
+    Ministral3ForCausalLM,
     MistralForCausalLM,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
     SiglipConfig,
     SiglipModel,
     SiglipVisionModel,
+    SmolLM3ForCausalLM,
 )
 
 from dattn_mcore.config.schema import Config
@@ -35,8 +37,10 @@ LLMS = {
     "gemma2": Gemma2ForCausalLM,
     "gemma3": Gemma3ForCausalLM,
     "llama": LlamaForCausalLM,
+    "ministral3": Ministral3ForCausalLM,
     "qwen2": Qwen2ForCausalLM,
     "qwen3": Qwen3ForCausalLM,
+    "smollm3": SmolLM3ForCausalLM,
 }
 TOWERS = {"siglip": SiglipVisionModel, "clip": CLIPVisionModel, "aimv2": Aimv2VisionModel}
 WHOLE = {

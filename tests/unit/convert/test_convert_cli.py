@@ -55,7 +55,7 @@ def test_inspect(run, capsys):
     """Both kinds, with the list of tensors."""
     assert main(["inspect", str(run), "--tensors"]) == 0
     out = capsys.readouterr().out
-    assert "linear_kv.weight" in out and "mistral, 3 layers of 32" in out
+    assert "linear_kv.weight" in out and "Mistral (mistral), 3 layers of 32" in out
     assert main(["inspect", str(run / "hf")]) == 0
     assert "Hugging Face folder" in capsys.readouterr().out
 

@@ -18,6 +18,9 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralVisionConfig,
 )
 
 from dattn_mcore.architectures import language_models, vision_towers
@@ -29,8 +32,10 @@ from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.training.model import build_from_config
+from tests.unit.convert.convert_helpers import TRAITS as TRAITS_OF
 from tests.unit.convert.convert_helpers import make_tokenizer
 from tests.unit.convert.raw_models import (
+    LLMS,
     hugging_face_features,
     make_llm,
     make_tower,
@@ -40,6 +45,7 @@ from tests.unit.convert.raw_models import (
     raw_config,
     rename,
 )
+from tests.unit.hf.hf_models import TEXT_FEATURES
 from tools.checkpoint_convert.__main__ import main
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import convert_parts
@@ -86,6 +92,7 @@ def load(path, config):
         ("gemma2", "clip", -1),
         ("gemma3", "siglip", -1),
         ("llama", "clip", -2),
+        ("ministral3", "siglip", -1),
         ("qwen2", "siglip", -2),
         ("qwen3", "siglip", -1),
         ("qwen3", "aimv2", -1),
@@ -116,6 +123,7 @@ def test_a_windowed_mistral(tmp_path):
     torch.testing.assert_close(load(tmp_path / "out", config)[0], expected, atol=1e-4, rtol=0)
 
 
+_YARN = TRAITS_OF["ministral3"]["rope"]
 # What makes each family itself, and what turns it off: a size, or a feature.
 OFF = {
     "gemma2": {
@@ -136,10 +144,32 @@ OFF = {
         "norms of heads": {"qk_norm": False},
     },
     "llama": {"llama3 rope": {"rope": RopeConfig()}},
+    "ministral3": {
+        "yarn": {"rope": RopeConfig()},
+        "frequencies": {"rope": replace(_YARN, factor=1.0)},
+        "border of fast waves": {"rope": replace(_YARN, beta_fast=5.0)},
+        "border of slow waves": {"rope": replace(_YARN, beta_slow=0.2)},
+        "whole frequencies": {"rope": replace(_YARN, truncate=True)},
+        "attention factor": {"rope": replace(_YARN, attention_factor=1.0)},
+        "scale by position": {"rope": replace(_YARN, query_scale_beta=0.0)},
+    },
     "qwen2": {"biases": {"qkv_bias": False}},
     "qwen3": {"norms of heads": {"qk_norm": False}},
+    "smollm3": {
+        "layers without rotary positions": {"rotary_pattern": ()},
+        "which layers those are": {"rotary_pattern": (True, False, True)},
+    },
 }
 TRAITS = [(family, off) for family, traits in OFF.items() for off in (None, *traits)]
+
+
+def test_no_family_is_left_out():
+    """`mistral` is a plain decoder: it has nothing to turn off."""
+    records = language_models()
+    assert set(TRAITS_OF) == set(LLMS) == set(TEXT_FEATURES) == set(records)
+    assert set(OFF) == set(records) - {"mistral"}
+    for family, features in TEXT_FEATURES.items():
+        assert {name: getattr(records[family].features, name) for name in features} == features
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +228,7 @@ def read_folder(folder):
         ("qwen2", "siglip"),
         ("gemma3", "clip"),
         ("qwen3", "aimv2"),
+        ("ministral3", "siglip"),
     ],
 )
 def test_there_and_back_is_bitwise(tmp_path, family, kind, names):
@@ -276,7 +307,8 @@ def test_a_bf16_run_starts_from_a_float32_tower(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [("gemma3", "siglip"), ("qwen3", "clip"), ("llama", "aimv2")]
+    ("family", "kind"),
+    [("gemma3", "siglip"), ("qwen3", "clip"), ("llama", "aimv2"), ("ministral3", "clip")],
 )
 def test_sizes_are_read_from_the_folders(tmp_path, capsys, family, kind):
     """Without --config: the model's settings are written, and a run of them finds the weights."""
@@ -363,3 +395,54 @@ def test_the_language_model_of_a_gemma3_with_images_is_taken(tmp_path):
     with torch.no_grad():
         expected = llm(text_ids(config)[None]).logits[0]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["mistral", "ministral3"])
+def test_the_language_model_of_a_mistral3_with_images_is_taken(tmp_path, capsys, family, tied):
+    """Its own tower is of another kind: one is named beside it.
+
+    Whether it has a head follows from the whole model's setting, not from its text's.
+    """
+    config = raw_config(family, "siglip", -2)
+    llm = make_llm(tmp_path / "llm", config)
+    make_tower(tmp_path / "vision", config)
+    pixtral = PixtralVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    sizes = Mistral3Config(
+        text_config=llm.config, vision_config=pixtral, dtype="float32", tie_word_embeddings=tied
+    )
+    whole = Mistral3ForConditionalGeneration(sizes).eval()
+    whole.model.language_model.load_state_dict(llm.model.state_dict())
+    if not tied:
+        whole.lm_head.load_state_dict(llm.lm_head.state_dict())
+    whole.save_pretrained(tmp_path / "whole")
+    folder = str(tmp_path / "whole")
+    parts = ["--llm", folder, "--vision", str(tmp_path / "vision")]
+    assert main(["hf-to-mcore", *parts, str(tmp_path / "out")]) == 0
+    written = load_config(tmp_path / "out.yaml")
+    assert written.model.llm.tie_embeddings is tied
+    logits, _ = load(tmp_path / "out", written)
+    with torch.no_grad():
+        expected = whole(text_ids(config)[None]).logits[0]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    capsys.readouterr()
+    assert main(["hf-to-mcore", "--llm", folder, "--vision", folder, str(tmp_path / "no")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model_type is 'pixtral'; a tower must be one of" in line
+
+
+def test_quantized_weights_are_refused(tmp_path, capsys):
+    """As some models are published, Ministral 3's instruct models among them."""
+    config = raw_config("ministral3", "siglip")
+    make_llm(tmp_path / "llm", config)
+    make_tower(tmp_path / "vision", config)
+    file = tmp_path / "llm/config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({**fields, "quantization_config": {"quant_method": "fp8"}}))
+    parts = ["--llm", str(tmp_path / "llm"), "--vision", str(tmp_path / "vision")]
+    capsys.readouterr()
+    assert main(["hf-to-mcore", *parts, str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "quantized (quantization_config: fp8); give the model's folder in bf16" in line

@@ -27,6 +27,8 @@ CASES = [
     ("qwen3", "siglip", {}),
     ("qwen3", "aimv2", {}),
     ("mistral", "aimv2", {"visual_positions": False}),
+    ("ministral3", "siglip", {}),
+    ("smollm3", "clip", {}),
 ]
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from dattn_mcore.architectures import language_model
 from dattn_mcore.config.schema import DataConfig
-from dattn_mcore.data.templates import TextRun, encode_conversation
+from dattn_mcore.data.templates import TextRun, encode_conversation, stop_id
 from dattn_mcore.data.tiles import POLICIES
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import CheckpointError
@@ -196,7 +196,7 @@ def test_a_tokenizer_without_the_templates_tokens(tmp_path, tokenizer):
     assert sorted(p.name for p in tmp_path.iterdir() if "hf" in p.name) == []
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "ministral3"])
 def test_a_byte_level_tokenizer_is_exported_with_its_family(tmp_path, family):
     """Some of them have no first token: neither the configuration nor a prompt gets one."""
     template = language_model(family).chat.name
@@ -215,4 +215,4 @@ def test_a_byte_level_tokenizer_is_exported_with_its_family(tmp_path, family):
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert config["text_config"]["bos_token_id"] == (ours.bos_id if ours.has_bos else None)
     stops = json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"]
-    assert ours.special_id(language_model(family).chat.stop.name) in stops
+    assert stop_id(ours, template) in stops

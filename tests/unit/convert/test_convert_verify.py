@@ -70,10 +70,10 @@ def test_inspect_shows_parts(sides, capsys):
     """A language model's and a tower's own folder, with what is left out by rule."""
     assert main(["inspect", str(sides / "llm")]) == 0
     out = capsys.readouterr().out
-    assert "gemma2, 3 layers of 32" in out and "vision tower" not in out
+    assert "Gemma 2 (gemma2), 3 layers of 32" in out and "vision tower" not in out
     assert main(["inspect", str(sides / "vision"), "--tensors"]) == 0
     out = capsys.readouterr().out
-    assert "siglip, 3 layers, 28px" in out and "language model" not in out
+    assert "SigLIP (siglip), 3 layers, 28px" in out and "language model" not in out
     assert "model.vision_tower.post_layernorm.weight" in out
 
 

@@ -20,7 +20,8 @@ from tools.checkpoint_convert.chat_templates import chat_template
 from tools.checkpoint_convert.tokenizers_out import messages
 
 # Source: tokenizer_config.json of Qwen/Qwen2.5-7B-Instruct and Qwen/Qwen3-8B (thinking off), and
-# meta-llama/Meta-Llama-3-8B-Instruct.
+# meta-llama/Meta-Llama-3-8B-Instruct; chat_template.jinja of HuggingFaceTB/SmolLM3-3B; what mistral-common writes (InstructTokenizerV7 and V13, without
+# tools).
 _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -38,11 +39,23 @@ OWN = {
         "{{ m.content + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}"
         "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
     ),
+    "smollm3": (  # with /system_override, /no_think
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n' }}{% endif %}"
+        "{{ m.content + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n<think>\n\n</think>\n' }}{% endif %}"
+    ),
     "llama3": (
         "{{ bos_token }}{% for m in messages %}"
         "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim"
         " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
         "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "mistral_tekken": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}{% elif m.role == 'user' %}"
+        "{{ '[INST]' + m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}"
+        "{% endfor %}"
     ),
 }
 # How a text is cut before merging; source: tokenizer.json of Qwen2.5 (Llama 3's differs in numbers).
@@ -51,8 +64,20 @@ PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-FIRST = {"chatml": None, "qwen3": None, "llama3": "<|begin_of_text|>"}
-END = {"chatml": "<|im_end|>", "qwen3": "<|im_end|>", "llama3": "<|end_of_text|>"}
+FIRST = {
+    "chatml": None,
+    "qwen3": None,
+    "smollm3": None,
+    "llama3": "<|begin_of_text|>",
+    "mistral_tekken": "<s>",
+}
+END = {
+    "chatml": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "smollm3": "<|im_end|>",
+    "llama3": "<|end_of_text|>",
+    "mistral_tekken": "</s>",
+}
 
 
 @pytest.fixture(scope="module", params=sorted(OWN))

@@ -9,10 +9,12 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
+    SmolLM3Config,
 )
 
 from dattn_mcore.hf import DattnConfig, DattnForConditionalGeneration
@@ -43,8 +45,10 @@ _GEMMA = {
 TEXT_FEATURES = {
     "mistral": features(),
     "llama": features(),
+    "ministral3": features(),
     "qwen2": features(qkv_bias=True),
     "qwen3": features(qk_norm=True),
+    "smollm3": features(),
     "gemma2": features(**_GEMMA),
     "gemma3": features(**_GEMMA, qk_norm=True),
 }
@@ -83,6 +87,22 @@ def text_config(family: str, **changes):
             "original_max_position_embeddings": 64,
         }
         return LlamaConfig(**{**common, "rope_parameters": rope, **changes})
+    if family == "ministral3":
+        rope = {  # four frequencies: one as it was, one divided, two between
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 4,
+            "beta_fast": 0.5,
+            "beta_slow": 0.05,
+            "truncate": False,
+            "attention_factor": 1.3,
+            "llama_4_scaling_beta": 0.4,
+        }
+        ministral3 = {"rope_parameters": rope, "max_position_embeddings": 32}
+        return Ministral3Config(**{**common, **ministral3, **changes})
+    if family == "smollm3":
+        return SmolLM3Config(**{**common, "no_rope_layers": [1, 0, 1], **changes})
     if family in ("qwen2", "qwen3"):
         return (Qwen2Config if family == "qwen2" else Qwen3Config)(**{**common, **changes})
     if family == "gemma3":

@@ -94,12 +94,35 @@ def project(w: dict[str, Tensor], config, features: Tensor, grids) -> list[Tenso
     return images
 
 
-def rotate(x: Tensor, position: int, base: float) -> Tensor:
+def rotate(x: Tensor, position: int, rope: dict) -> Tensor:
     """Rotary embedding of one head vector [d], half-split pairs."""
     half = x.shape[-1] // 2
-    angle = torch.tensor([position * base ** (-2 * i / x.shape[-1]) for i in range(half)]).double()
+    angle = torch.tensor([position * f for f in frequencies(rope, half)]).double()
     a, b = x[:half], x[half:]
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+    turned = [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()]
+    return torch.cat(turned, dim=-1) * rope.get("attention_factor", 1.0)
+
+
+def frequencies(rope: dict, half: int) -> list[float]:
+    """Angle a position of each pair; YaRN blends by the logarithm of the turns (not truncated)."""
+    plain = [rope["rope_theta"] ** (-i / half) for i in range(half)]
+    if rope["rope_type"] == "default":
+        return plain
+    fast, slow = math.log(rope["beta_fast"]), math.log(rope["beta_slow"])
+    found = []
+    for frequency in plain:
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        divided = min(max((fast - math.log(turns)) / (fast - slow), 0.0), 1.0)
+        found.append(frequency * (divided / rope["factor"] + 1 - divided))
+    return found
+
+
+def query_scale(rope: dict, position: int) -> float:
+    """Of a rotated query at a position."""
+    beta = rope.get("llama_4_scaling_beta")
+    if beta is None:
+        return 1.0
+    return 1 + beta * math.log(1 + position // rope["original_max_position_embeddings"])
 
 
 def decoder_layer(w: dict[str, Tensor], config, layer: int, order: list, x: Tensor) -> Tensor:
@@ -130,7 +153,7 @@ def attention(w: dict[str, Tensor], config, layer: int, order: list, x: Tensor) 
     q = (x @ w[p + "q_proj.weight"].T).view(-1, heads, d)
     k = (x @ w[p + "k_proj.weight"].T).view(-1, groups, d)
     v = (x @ w[p + "v_proj.weight"].T).view(-1, groups, d)
-    base = text.rope_parameters["rope_theta"]
+    rope_parameters = text.rope_parameters
     scale = (getattr(text, "query_pre_attn_scalar", None) or d) ** -0.5
     cap = getattr(text, "attn_logit_softcapping", None)
     types = getattr(text, "layer_types", None)
@@ -159,7 +182,8 @@ def attention(w: dict[str, Tensor], config, layer: int, order: list, x: Tensor) 
         if at is not None:
             if window is not None and at[0] - at[1] >= window:
                 return None
-            a, b = rotate(a, at[0], base), rotate(b, at[1], base)
+            a = rotate(a, at[0], rope_parameters) * query_scale(rope_parameters, at[0])
+            b = rotate(b, at[1], rope_parameters)
         value = scale * (a @ b)
         return value if cap is None else cap * torch.tanh(value / cap)
 

@@ -42,10 +42,13 @@ def generate(model, inputs, **changes):
     return output.sequences[:, -LENGTH:], torch.stack(output.logits, dim=1)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "ministral3"])
 @pytest.mark.parametrize(("v2v", "t2v_position", "merge"), MODES)
 def test_cached_equals_uncached_and_alone(v2v, t2v_position, merge, family):
-    """The same tokens and logits with and without cache, in a batch and alone."""
+    """The same tokens and logits with and without cache, in a batch and alone.
+
+    The last family scales queries by their positions, of which every step has others.
+    """
     text = {"sliding_window": 4} if family == "mistral" else {}
     model = make_model(family, text=text, v2v=v2v, t2v_position=t2v_position, merge=merge)
     tokens, logits = generate(model, batch())

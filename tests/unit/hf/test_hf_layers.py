@@ -6,6 +6,7 @@ from transformers.image_processing_utils import get_patch_output_size, select_be
 from transformers.image_utils import ChannelDimension
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.ministral3 import modeling_ministral3 as ministral3
 from transformers.models.mistral import modeling_mistral as mistral
 
 from dattn_mcore.hf.image_processing_dattn import inner_size
@@ -17,6 +18,7 @@ from dattn_mcore.hf.layers_dattn import (
     DattnRotary,
     repeat_heads,
     rotate,
+    rotate_queries,
 )
 from tests.unit.hf.hf_models import text_config
 
@@ -77,7 +79,8 @@ def test_rotary(family, theta, dtype):
     query, key = noise(2, 4, 9, 128, dtype=dtype), noise(2, 2, 9, 128, seed=1, dtype=dtype)
     expected = stock(text)(query, position)
     found = rotary_of(text)(position, dtype)
-    for ours, theirs in zip(found, expected, strict=True):
+    assert found.query_scale is None
+    for ours, theirs in zip(found[:2], expected, strict=True):
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(
         (rotate(query, found), rotate(key, found)), apply(query, key, *expected), strict=True
@@ -96,6 +99,21 @@ def test_rotary(family, theta, dtype):
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
+        {
+            "rope_type": "yarn",
+            "factor": 40.0,
+            "original_max_position_embeddings": 4096,
+            "attention_factor": 1.37,
+        },
+        {
+            "rope_type": "yarn",
+            "factor": 3.0,
+            "original_max_position_embeddings": 5000,
+            "attention_factor": 1.0,
+            "beta_fast": 20.0,
+            "beta_slow": 3.0,
+            "truncate": False,
+        },
     ],
 )
 def test_stretched_rotary(rope):
@@ -104,8 +122,23 @@ def test_stretched_rotary(rope):
     position = torch.tensor([[0, 1, 77, 8191, 100000]])
     expected = llama.LlamaRotaryEmbedding(text)(noise(1, 5, 8), position)
     found = rotary_of(text)(position, torch.float32)
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(found[:2], expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_are_scaled_by_their_position(dtype):
+    """With the bits of transformers' layer; keys are not, and a step scales by its own rows."""
+    text = text_config("ministral3", head_dim=128)
+    position = torch.tensor([[0, 3, 4, 7, 8, 30, 31, 32, 4000]])
+    query = noise(1, 4, 9, 128, dtype=dtype)
+    expected = ministral3.Ministral3RotaryEmbedding(text)(query, position)
+    turned, _ = ministral3.apply_rotary_pos_emb(query, query, *expected)
+    scale = ministral3.get_llama_4_attn_scale(position, 0.4, 4).to(dtype)
+    found = rotary_of(text)(position, dtype)
+    assert torch.equal(rotate_queries(query, found), turned * scale)
+    assert torch.equal(rotate(query, found), turned)
+    assert torch.equal(rotate_queries(query[:, :, 5:], found), (turned * scale)[:, :, 5:])
 
 
 def test_rotary_takes_the_last_rows():
@@ -123,7 +156,7 @@ def test_a_model_in_bf16_keeps_its_positions():
     position = torch.tensor([[3000]])
     expected = rotary(position, torch.float32)
     found = rotary.to(torch.bfloat16)(position, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected[:2], found[:2], strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,8 +190,11 @@ def test_another_activation_is_refused(family, changes, message):
 
 def test_other_rotary_positions_are_refused():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
-    with pytest.raises(ValueError, match="rope_type must be one of default, linear, llama3"):
+    with pytest.raises(ValueError, match="rope_type must be one of default, linear, llama3, yarn"):
         rotary_of(text_config("mistral", rope_parameters=rope))
+    rope = {**text_config("ministral3").rope_parameters, "attention_factor": None, "mscale": 1.0}
+    with pytest.raises(ValueError, match="they must have attention_factor"):
+        rotary_of(text_config("ministral3", rope_parameters=rope))
 
 
 @pytest.mark.parametrize("image", [(100, 30), (30, 100), (384, 384), (1, 999), (1000, 667)])

@@ -19,7 +19,7 @@ SAMPLES = {
 MODES = list(itertools.product(("diagonal", "causal"), ("none", "rope"), ("alpha", "sum")))
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "ministral3"])
 @pytest.mark.parametrize(("v2v", "t2v_position", "merge"), MODES)
 def test_modes_equal_reference(v2v, t2v_position, merge, family):
     """Logits of a left-padded batch of all samples equal the reference's, sample by sample."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.unit.hf.hf_models import IMAGE, make_model, pixels
+from tests.unit.hf.hf_models import IMAGE, TEXT_FEATURES, make_model, pixels
 
 BASELINE = {"v2v": "causal", "t2v_position": "rope", "merge": "alpha"}
 TEXT_ONLY = [1, 30, 31, 32, 33, 34, 35, 36, 37, 38]
@@ -28,15 +28,12 @@ def stock_model(model):
 
 
 def families():
-    yield "mistral", {"sliding_window": None}
+    for family in TEXT_FEATURES:
+        yield family, {}
     yield "mistral", {"sliding_window": 5}
-    yield "gemma2", {}
     yield "gemma2", {"tie_word_embeddings": False, "attn_logit_softcapping": None}
-    yield "gemma3", {}
-    yield "llama", {}
-    yield "qwen2", {}
     yield "qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
-    yield "qwen3", {}
+    yield "ministral3", {"sliding_window": 5}
 
 
 @pytest.mark.parametrize(("family", "text"), list(families()))
@@ -49,6 +46,22 @@ def test_text_only_equals_stock_model(family, text, implementation):
         ours = model(torch.tensor([TEXT_ONLY])).logits
         theirs = stock_model(model)(torch.tensor([TEXT_ONLY])).logits
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("field", ["attention_factor", "llama_4_scaling_beta", "factor"])
+@pytest.mark.parametrize("mode", [{}, BASELINE], ids=["dattn", "baseline"])
+def test_every_field_of_yarn_is_seen(mode, field):
+    """The comparisons here would not see one that does nothing."""
+    rope = dict(make_model("ministral3").config.text_config.rope_parameters)
+    off = {"attention_factor": 1.0, "llama_4_scaling_beta": 0.0, "factor": 1.0}
+    changed = {"rope_parameters": {**rope, field: off[field]}}
+    prompt = torch.tensor([[IMAGE, *TEXT_ONLY]])
+    with torch.no_grad():
+        first, second = (
+            make_model("ministral3", text=text, **mode)(prompt, pixels(1)).logits
+            for text in ({}, changed)
+        )
+    assert (first - second).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("family", "text"), list(families()))

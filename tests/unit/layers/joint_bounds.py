@@ -55,13 +55,17 @@ def visibility(params, window):
     return sees
 
 
-def dense(inputs, d_out, angles, params, options, eps):
-    """See the module; inputs are q, k_text, v_text, k_visual, v_visual in float64."""
+def dense(inputs, d_out, angles, params, options, eps, factor=None):
+    """See the module; inputs are q, k_text, v_text, k_visual, v_visual in float64.
+
+    A factor [T, 1, 1, 1] multiplies rotated queries.
+    """
     q, k_text, v_text, k_visual, v_visual = (x.detach() for x in inputs)
     tiny = torch.finfo(torch.float32).eps
     heads, groups, dim, split = q.shape[1], k_text.shape[1], q.shape[2], k_visual.shape[0]
     repeat = heads // groups
-    q_turned, k_turned = rotate(q, angles), rotate(k_text, angles)
+    q_turned, k_turned = rotate(q, angles, factor), rotate(k_text, angles)
+    times = 1.0 if factor is None else factor[:, 0]
 
     def grouped(visual, text):
         return torch.cat([visual, text]).repeat_interleave(repeat, dim=1)
@@ -127,10 +131,10 @@ def dense(inputs, d_out, angles, params, options, eps):
         return x + x.roll(dim // 2, dims=-1)
 
     d_q_visual, d_q_text = to_queries(d_logits)
-    d_q = d_q_visual + rotate(d_q_text, -angles)
+    d_q = d_q_visual + rotate(d_q_text, -angles, factor)
     eq_visual, eq_text = to_queries(d_logits_error + 16 * tiny * d_logits.abs(), True)
     _, q_key_rounding = to_queries(eps * d_logits.abs(), True)
-    d_q_error = eq_visual + unrotated_bound(eq_text + q_key_rounding) + eps * d_q.abs()
+    d_q_error = eq_visual + unrotated_bound(eq_text + q_key_rounding) * times + eps * d_q.abs()
 
     d_k_visual, d_k_turned = to_keys(d_logits, q, q_turned)
     d_k_text = rotate(d_k_turned, -angles)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.parallel import platform
-from tests.distributed.jobs import AIMV2, CLIP, GEMMA, SMALL_MODEL, randomize_norms
+from tests.distributed.jobs import AIMV2, CLIP, GEMMA, MINISTRAL3, SMALL_MODEL, randomize_norms
 
 BASELINE = {"attention": {"v2v": "causal", "t2v_position": "rope"}}
 WHOLE = {"attention": {"fold_visual_projection": False, "skip_last_visual_rows": False}}
@@ -27,6 +27,7 @@ CASES = {
     "mistral": (1, {}, {}),
     "gemma-clip": (1, merge(GEMMA, CLIP), {}),
     "baseline": (1, {}, BASELINE),
+    "scaled-queries": (1, MINISTRAL3, {}),
     "unfolded": (1, GEMMA, WHOLE),
     "tp2": (2, {}, TP),
     "gemma-tp2-sp": (2, GEMMA, SP),

@@ -5,12 +5,14 @@ it shares neither the decomposition, nor the merge, nor the packing with the cod
 """
 
 import itertools
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dattn_mcore.architectures.sizes import RopeConfig
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.layers.attention import (
     BACKENDS,
@@ -32,6 +34,9 @@ LAYOUTS = (
 )
 MODES = list(itertools.product(("diagonal", "causal"), ("none", "rope"), ("alpha", "sum")))
 NAMES = ("q", "k_text", "v_text", "k_visual", "v_visual", "q_visual")
+NOT_STRETCHED = RopeConfig()
+# Both factors matter, and the samples below reach into the third of its lengths.
+YARN = RopeConfig(kind="yarn", original_length=3, attention_factor=1.2, query_scale_beta=0.5)
 
 
 def options_for(mode, **extra):
@@ -50,12 +55,13 @@ def make_inputs(params, dtype=torch.float64, seed=0, dim=DIM):
     return [rows(n, heads).requires_grad_() for n, heads in sizes]
 
 
-def run(backend, inputs, params, options):
+def run(backend, inputs, params, options, stretched=NOT_STRETCHED):
     dim, device = inputs[0].shape[2], inputs[0].device
     inv_freq = 100.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
     rotary = Rotary(
         text=rotary_angles(params.text_positions, inv_freq),
         visual=rotary_angles(params.visual_positions, inv_freq),
+        rope=stretched,
     )
     of_pack = AttentionInputs(
         q=inputs[0],
@@ -78,7 +84,15 @@ def rope(x, position):
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=1)
 
 
-def oracle(inputs, layouts, params, options):
+def scale_of_a_pair(stretched, q_pos):
+    """What YaRN and the scale by position make of the logit of a query and a key at positions."""
+    if stretched.kind == "default":
+        return 1.0
+    scale = 1 + stretched.query_scale_beta * math.log(1 + q_pos // stretched.original_length)
+    return stretched.attention_factor**2 * scale  # the factor once for the query, once for the key
+
+
+def oracle(inputs, layouts, params, options, stretched=NOT_STRETCHED):
     q, k_t, v_t, k_v, v_v, q_v = inputs
     text_out = torch.zeros_like(q)
     visual_out = torch.zeros_like(q_v)
@@ -114,6 +128,8 @@ def oracle(inputs, layouts, params, options):
                     pair = query, key
                 logit = (pair[0] * pair[1].repeat_interleave(HEADS // GROUPS, 0)).sum(-1)
                 logit = logit * options.scale
+                if positioned:
+                    logit = logit * scale_of_a_pair(stretched, q_pos)
                 if options.softcap is not None:
                     logit = options.softcap * torch.tanh(logit / options.softcap)
                 logits.append(logit)
@@ -148,13 +164,21 @@ def gradients(outputs, inputs):
     return torch.autograd.grad(total, inputs, allow_unused=True)
 
 
-def compare(backend, layouts, options, multiple=4, dtype=torch.float64, atol=1e-11):
+def compare(
+    backend,
+    layouts,
+    options,
+    multiple=4,
+    dtype=torch.float64,
+    atol=1e-11,
+    stretched=NOT_STRETCHED,
+):
     params = build_seq_params(layouts, t2v_position=options.t2v_position, multiple=multiple)
     expected_inputs = make_inputs(params)
-    expected = oracle(expected_inputs, layouts, params, options)
+    expected = oracle(expected_inputs, layouts, params, options, stretched)
     expected_grads = gradients(expected, expected_inputs)
     inputs = [x.detach().to(dtype).requires_grad_() for x in expected_inputs]
-    actual = run(backend, inputs, params, options)
+    actual = run(backend, inputs, params, options, stretched)
     real_t, real_v = sum(params.text_lengths), sum(params.visual_lengths)
     for out, want, real in zip(actual, expected, (real_t, real_v), strict=True):
         assert (out is None) == (want is None)
@@ -192,6 +216,36 @@ def test_sliding_window_equals_oracle(backend, mode):
             choose_backend("sdpa", options, "cpu", torch.float32, DIM)
         return
     compare(backend, LAYOUTS, options)
+
+
+@pytest.mark.parametrize("mode", MODES, ids="-".join)
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_scaled_queries_equal_oracle(backend, mode):
+    """What is rotated is scaled; text that looks at visual rows without positions is not."""
+    compare(backend, LAYOUTS, options_for(mode), stretched=YARN)
+
+
+@pytest.mark.parametrize("mode", MODES, ids="-".join)
+def test_scaled_queries_within_a_window_and_below_a_cap(mode):
+    compare("reference", LAYOUTS, options_for(mode, window=3, softcap=0.8), stretched=YARN)
+
+
+def test_each_scale_matters():
+    """In D-Attn's own mode, for rows beyond the first length; those before have the factor only."""
+    layouts = LAYOUTS[:1]
+    params = build_seq_params(layouts, t2v_position="none")
+    inputs = [x.detach() for x in make_inputs(params)]
+    variants = [
+        NOT_STRETCHED,
+        RopeConfig(kind="yarn", original_length=3, attention_factor=1.2),
+        RopeConfig(kind="yarn", original_length=3, query_scale_beta=0.5),
+    ]
+    plain, factor, by_position = (
+        run("sdpa", inputs, params, options_for(MODES[0]), stretched)[0] for stretched in variants
+    )
+    assert (plain - factor)[1:].abs().amax((1, 2)).min() > 1e-4
+    assert torch.equal(plain[:3], by_position[:3])
+    assert (plain - by_position)[3:10].abs().amax((1, 2)).min() > 1e-4
 
 
 # Samples with nothing visual, nothing but one text row, images first, last and between.

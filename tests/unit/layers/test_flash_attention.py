@@ -8,7 +8,7 @@ import torch
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.layers.attention import choose_backend, flash
 from tests.unit.layers import flash_stand_in
-from tests.unit.layers.test_attention import LAYOUTS, MODES, compare, options_for
+from tests.unit.layers.test_attention import LAYOUTS, MODES, YARN, compare, options_for
 
 STAND_INS = {2: flash_stand_in.flash_attn_2, 3: flash_stand_in.flash_attn_3}
 
@@ -31,6 +31,11 @@ TOLERANCE = 1e-5
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
 def test_equals_oracle(version, mode, softcap):
     compare("flash", LAYOUTS, options_for(mode, softcap=softcap), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", MODES, ids="-".join)
+def test_scaled_queries_equal_oracle(version, mode):
+    compare("flash", LAYOUTS, options_for(mode), atol=TOLERANCE, stretched=YARN)
 
 
 @pytest.mark.parametrize("mode", MODES, ids="-".join)

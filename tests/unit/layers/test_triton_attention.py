@@ -9,13 +9,21 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from dattn_mcore.layers.attention import BACKENDS, AttentionInputs, AttentionOptions, Rotary
+from dattn_mcore.layers.attention.frequencies import query_factor
 from dattn_mcore.layers.attention.modes import softmaxes
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.attention.triton_tuning import Blocks, Tuning
 from dattn_mcore.layers.layout import build_seq_params
 from tests.pairwise import pairwise
 from tests.unit.layers.joint_bounds import dense, samples_and_reading
-from tests.unit.layers.test_attention import LAYOUTS, MODES, compare, options_for
+from tests.unit.layers.test_attention import (
+    LAYOUTS,
+    MODES,
+    NOT_STRETCHED,
+    YARN,
+    compare,
+    options_for,
+)
 
 triton = pytest.importorskip("triton", reason="needs triton (pip install triton)")
 pytestmark = pytest.mark.skipif(
@@ -61,6 +69,7 @@ def check_joint(
     seed=0,
     device="cpu",
     even=False,
+    stretched=NOT_STRETCHED,
 ):
     """Outputs, log-sum-exps and all gradients of one pack, element by element.
 
@@ -84,19 +93,26 @@ def check_joint(
     angles = rotary_angles(params.text_positions, 100.0 ** -(torch.arange(0, dim, 2) / dim))
 
     exact = [x.double().requires_grad_() for x in inputs]
-    rotary = Rotary(angles.double(), torch.zeros(v, 1, 1, dim, dtype=torch.float64))
+    rotary = Rotary(
+        text=angles.double(),
+        visual=torch.zeros(v, 1, 1, dim, dtype=torch.float64),
+        rope=stretched,
+    )
+    factor = query_factor(params.text_positions, stretched, torch.float64)
     rows_of_pack = AttentionInputs(**named(exact), q_visual=None, rotary=rotary, params=params)
     want_out, _ = BACKENDS["reference"].attend(rows_of_pack, options)
     want = (None,) * len(exact)
     if want_out.requires_grad:
         want = torch.autograd.grad(want_out, exact, d_out.double(), allow_unused=True)
-    oracle = dense(exact, d_out.double(), angles.double(), params, options, torch.finfo(dtype).eps)
+    eps = torch.finfo(dtype).eps
+    oracle = dense(exact, d_out.double(), angles.double(), params, options, eps, factor)
     reference = dict(zip(("out", *GRADIENTS), (want_out.detach(), *want), strict=True))
 
     leaves = [x.to(device).requires_grad_() for x in inputs]
     there = build_seq_params(layouts, t2v_position="none", multiple=multiple, device=device)
     computed = text_softmax(there, options, tuned)
-    out, lse = joint(**named(leaves), angles=angles.to(device), **computed)
+    factor = query_factor(there.text_positions, stretched)
+    out, lse = joint(**named(leaves), angles=angles.to(device), factor=factor, **computed)
     assert out.dtype == dtype and lse.dtype == torch.float32
     grads = torch.autograd.grad(out, leaves, d_out.to(device), allow_unused=True)
 
@@ -133,6 +149,7 @@ FACTORS = {
     "layouts": PACKS,
     "heads": ((2, 1), (2, 2), (3, 1)),  # of queries, and of keys and values
     "multiple": (1, 8),
+    "stretched": (NOT_STRETCHED, YARN),
 }
 CASES = pairwise(FACTORS)
 
@@ -141,6 +158,7 @@ def case_id(case):
     heads, groups = case["heads"]
     named = [name for name in ("softcap", "window") if case[name]]
     named += ["split"] if case["splits"] > 1 else []
+    named += ["scaled"] if case["stretched"] == YARN else []
     return "-".join([f"{case['dtype']}-{case['dim']}-heads{heads}of{groups}", *named])
 
 
@@ -156,6 +174,7 @@ def test_every_pair_of_settings_equals_reference(case):
         softcap=case["softcap"],
         window=case["window"],
         multiple=case["multiple"],
+        stretched=case["stretched"],
         tuned=tuning(queries=32, visual_splits=case["splits"], key_splits=case["splits"]),
     )
 
@@ -179,9 +198,10 @@ samples = st.tuples(runs, st.integers(0, 21))
     keys=st.sampled_from([8, 16]),
     splits=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     seed=st.integers(0, 9),
+    stretched=st.sampled_from([NOT_STRETCHED, YARN]),
 )
 def test_drawn_packs_equal_reference(
-    drawn, shape, dim, dtype, softcap, window, multiple, queries, keys, splits, seed
+    drawn, shape, dim, dtype, softcap, window, multiple, queries, keys, splits, seed, stretched
 ):
     layouts = []
     for images, last in drawn:
@@ -198,6 +218,7 @@ def test_drawn_packs_equal_reference(
         multiple=multiple,
         tuned=tuning(queries, keys, *splits),
         seed=seed,
+        stretched=stretched,
     )
 
 
@@ -228,7 +249,14 @@ def test_all_modes_equal_the_oracle(mode):
     """In float32, through the backend's own signature; the tolerance is that of `test_float32`."""
     window = 3 if mode[1] == "none" or mode == ("causal", "rope", "alpha") else None
     options = options_for(mode, softcap=0.8, window=window)
-    compare("triton", LAYOUTS[:1] + LAYOUTS[2:4], options, dtype=torch.float32, atol=2e-5)
+    compare(
+        "triton",
+        LAYOUTS[:1] + LAYOUTS[2:4],
+        options,
+        dtype=torch.float32,
+        atol=2e-5,
+        stretched=YARN,
+    )
 
 
 def results_of_a_call(device, rows, dim, tuned=None):
