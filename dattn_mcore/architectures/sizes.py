@@ -13,6 +13,7 @@ from dattn_mcore.types import V2V, Implementation, Merge, T2VPosition
 
 LayerKind = Literal["sliding", "full"]
 TowerActivation = Literal["gelu_tanh", "gelu", "quick_gelu", "silu"]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "none"]
 AttentionBackend = Literal["auto", "reference", "sdpa", "flash", "triton"]
 
 
@@ -20,8 +21,7 @@ AttentionBackend = Literal["auto", "reference", "sdpa", "flash", "triton"]
 class RopeConfig:
     """How rotary positions are stretched for sequences longer than those first trained on."""
 
-    # default: not stretched; none: no rotary positions, of the layers that rotary_pattern names
-    kind: Literal["default", "linear", "llama3", "yarn", "none"] = "default"
+    kind: RopeKind = "default"  # default: not stretched; none: of layers without rotary positions
     factor: float = 1.0  # by which low frequencies are divided (linear: all)
     original_length: int = 8192  # llama3, yarn: positions of the model before it was stretched
     low_frequency_factor: float = 1.0  # llama3: original_length over this wave length: divided

@@ -124,7 +124,7 @@ class DattnRotary(nn.Module):
                 f"text_config.rope_parameters are {rope}; rope_type must be one of "
                 f"{', '.join(kinds)}, and all of a head rotated"
             )
-        yarn = rope if kind == "yarn" else {"attention_factor": 1.0}
+        yarn: dict[str, Any] = rope if kind == "yarn" else {"attention_factor": 1.0}
         if yarn.get("attention_factor") is None:
             raise ValueError(
                 f"text_config.rope_parameters are {rope}; they must have attention_factor, a "
