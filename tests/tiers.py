@@ -77,6 +77,7 @@ SLOW = (
         for tens in (1, 2, 3)
     ),
     "tests/distributed/test_killed.py::test_sigkill_at_any_moment",
+    "tests/distributed/test_rotary_by_layout.py",
     "tests/end_to_end/test_dattn_command.py::test_trains_under_torchrun_alone_and_with_a_restart",
     "tests/end_to_end/test_command_line.py::test_one_process_restarts_itself_under_eight",
     "tests/end_to_end/test_command_line.py::test_ranks_of_a_killed_torchrun_save_and_end",
