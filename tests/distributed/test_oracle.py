@@ -107,7 +107,7 @@ def hugging_face_model(model, weights):
         }
         config = Ministral3Config(**common, rope_parameters=stretched)
     elif family == "smollm3":  # every fourth layer is not rotated, by default
-        config = SmolLM3Config(**common, rope_parameters=rope)
+        config = SmolLM3Config(**common, rope_parameters=rope, pad_token_id=None)
     else:
         qwen = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
         config = qwen(**common, rope_parameters=rope)
