@@ -31,7 +31,7 @@ from benchmarks.results import markdown_table, provenance
 from dattn_mcore.console import say
 from dattn_mcore.errors import DattnError, told
 from dattn_mcore.quickstart.run import StepError, make_run_dir, run_step
-from dattn_mcore.quickstart.steps import PROCESSES, STAGES, make_plan
+from dattn_mcore.quickstart.steps import PROCESSES, STAGES, make_run
 from dattn_mcore.units import duration
 
 FIELDS = ("loss", "grad_norm")
@@ -143,13 +143,13 @@ def train(checkout: Checkout, job: Job, out: Path) -> dict[tuple[str, str], list
         console = Console(file=output)
         for layout in job.layouts:
             settings, processes = LAYOUTS[layout]
-            plan = make_plan(
+            run = make_run(
                 run_dir=out / layout,
                 data=out / "digits",
                 overrides=[*job.settings, *settings],
                 processes=processes,
             )
-            for step in plan.steps:
+            for step in run.steps:
                 if step.name not in ("data", *job.stages):
                     continue
                 started = time.monotonic()
@@ -159,7 +159,7 @@ def train(checkout: Checkout, job: Job, out: Path) -> dict[tuple[str, str], list
                     raise DattnError(f"{checkout.name}, layout {layout}: {error}") from None
                 if step.name == "data":
                     continue
-                trained[step.name, layout] = read_metrics(plan.metrics(step.name))
+                trained[step.name, layout] = read_metrics(run.metrics(step.name))
                 taken = duration(time.monotonic() - started)
                 say(f"{checkout.name}, layout {layout}, stage {step.name}: {taken}")
                 sys.stdout.flush()

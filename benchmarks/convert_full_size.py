@@ -125,12 +125,26 @@ def _there_and_back(folder: Path, options: argparse.Namespace) -> list[str]:
     sources = [folder / "llm", folder / "vision"]
     several = ("--processes", options.processes)
     there = [
-        *("hf-to-mcore", "--llm", sources[0], "--vision", sources[1], *several),
-        *("--config", folder / "run.yaml", folder / "mcore"),
+        "hf-to-mcore",
+        "--llm",
+        sources[0],
+        "--vision",
+        sources[1],
+        *several,
+        "--config",
+        folder / "run.yaml",
+        folder / "mcore",
     ]
     back = [
-        *("mcore-to-hf", folder / "mcore", folder / "hf", *several),
-        *("--tokenizer", folder / "tokenizer.model", "--template", "plain", NO_CHECK),
+        "mcore-to-hf",
+        folder / "mcore",
+        folder / "hf",
+        *several,
+        "--tokenizer",
+        folder / "tokenizer.model",
+        "--template",
+        "plain",
+        NO_CHECK,
     ]
     rows: list[Measured] = []
     missed = []

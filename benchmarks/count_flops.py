@@ -26,7 +26,8 @@ from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import decoder_work
-from dattn_mcore.plan.rows import Layout, rows_of
+from dattn_mcore.plan.rows import rows_of
+from dattn_mcore.types import Layout
 
 BOUND = 0.03
 # The soft-cap of Gemma 2 needs a backend whose products the counter sees.
@@ -111,9 +112,11 @@ def main(arguments: list[str] | None = None) -> int:
                 config = load_config(
                     ROOT / "configs" / "models" / f"{file}.yaml",
                     [
-                        *(f"model.llm.num_layers={args.layers}", "train.precision=bf16"),
+                        f"model.llm.num_layers={args.layers}",
+                        "train.precision=bf16",
                         f"attention.backend={backend}",
-                        *("model.vision.num_layers=1", *overrides),
+                        "model.vision.num_layers=1",
+                        *overrides,
                     ],
                 )
                 (model,) = build_model(config, groups, torch.device("meta"), initialize=False)

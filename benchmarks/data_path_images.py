@@ -20,7 +20,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from dattn_mcore.config.schema import ANYRES_GRIDS
 from dattn_mcore.data.images import ImageLoader, ImageRequest
-from dattn_mcore.data.tiles import plan_tiles
+from dattn_mcore.data.tiles import choose_tiling
 
 SIZE = 384
 THREADS = 2
@@ -34,7 +34,8 @@ def images(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"images": len(paths)}
     for name, policy in (("square", "stretch"), ("anyres", "anyres_letterbox")):
         plans = [
-            plan_tiles(*size, policy=policy, tile_size=SIZE, grids=ANYRES_GRIDS) for size in sizes
+            choose_tiling(*size, policy=policy, tile_size=SIZE, grids=ANYRES_GRIDS)
+            for size in sizes
         ]
         requests = [
             ImageRequest(path.name, path.read_bytes, plan.num_tiles, plan.grid)

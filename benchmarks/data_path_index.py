@@ -60,8 +60,10 @@ def index(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
             record = {"id": str(number), "image": image, "conversations": turns}
             lines.write(json.dumps(record) + "\n")
     settings = [
-        *(f"data.annotations={folder / 'lines.jsonl'}", "data.prepare=none"),
-        *(f"data.image_folder={folder / 'images'}", f"data.tokenizer={folder / 'tokenizer.model'}"),
+        f"data.annotations={folder / 'lines.jsonl'}",
+        "data.prepare=none",
+        f"data.image_folder={folder / 'images'}",
+        f"data.tokenizer={folder / 'tokenizer.model'}",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     started = time.perf_counter()
@@ -98,13 +100,16 @@ def wait(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The share of a digits training run's time that is spent waiting for data."""
     subprocess.run(
         [
-            *(sys.executable, str(ROOT / "pretrain_dattn.py"), f"train.steps={chosen.steps}"),
-            *(
-                f"log.run_dir={folder / 'run'}",
-                f"data.annotations={folder / 'digits/pretrain.json'}",
-            ),
-            *(f"data.image_folder={folder / 'digits/images'}", "log.tensorboard=false"),
-            *(f"data.tokenizer={folder / 'digits/tokenizer.model'}", "--device", "cpu"),
+            sys.executable,
+            str(ROOT / "pretrain_dattn.py"),
+            f"train.steps={chosen.steps}",
+            f"log.run_dir={folder / 'run'}",
+            f"data.annotations={folder / 'digits/pretrain.json'}",
+            f"data.image_folder={folder / 'digits/images'}",
+            "log.tensorboard=false",
+            f"data.tokenizer={folder / 'digits/tokenizer.model'}",
+            "--device",
+            "cpu",
         ],
         check=True,
         stdout=subprocess.DEVNULL,

@@ -36,8 +36,20 @@ SMALL = Blocks(16, 16)
 _INTEGERS = ("tiles", "intervals", "bounds")
 _FLOATS = ("tables", "lse_rows", "delta_rows", "d_visual", "d_text", "lse_lines", "lse_parts")
 _TENSORS = (
-    *("q_rows", "text_keys", "text_values", "visual_keys", "visual_values", "keys", "values"),
-    *("out_rows", "d_out_rows", "d_keys", "d_values", "out_lines", "rows_in", "rows_out"),
+    "q_rows",
+    "text_keys",
+    "text_values",
+    "visual_keys",
+    "visual_values",
+    "keys",
+    "values",
+    "out_rows",
+    "d_out_rows",
+    "d_keys",
+    "d_values",
+    "out_lines",
+    "rows_in",
+    "rows_out",
 )
 
 

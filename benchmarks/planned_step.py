@@ -147,10 +147,16 @@ def cells(row: dict[str, Any]) -> list[str]:
     measured, planned = row["tokens_per_second"], row["planned_tokens_per_second"]
     mfu, peak = row["mfu"], row["peak_bytes"]
     return [
-        *(row["precision"], str(row["layers"]), str(row["visual"])),
-        *(f"{measured:,.0f}", f"{planned:,.0f}", f"{measured / planned:.2f}"),
-        *("" if mfu is None else f"{mfu:.1%}", f"{row['planned_mfu']:.1%}"),
-        *("" if peak is None else f"{peak / GIB:.1f}", f"{row['planned_bytes'] / GIB:.1f}"),
+        row["precision"],
+        str(row["layers"]),
+        str(row["visual"]),
+        f"{measured:,.0f}",
+        f"{planned:,.0f}",
+        f"{measured / planned:.2f}",
+        "" if mfu is None else f"{mfu:.1%}",
+        f"{row['planned_mfu']:.1%}",
+        "" if peak is None else f"{peak / GIB:.1f}",
+        f"{row['planned_bytes'] / GIB:.1f}",
     ]
 
 
@@ -178,8 +184,16 @@ def main(arguments: list[str] | None = None) -> int:
     rows = measure(args, gpu)
     table = markdown_table(
         (
-            *("linears", "layers", "visual rows", "tokens/s", f"planned, {gpu.name}"),
-            *("measured / planned", "MFU", "planned MFU", "GiB", "planned GiB"),
+            "linears",
+            "layers",
+            "visual rows",
+            "tokens/s",
+            f"planned, {gpu.name}",
+            "measured / planned",
+            "MFU",
+            "planned MFU",
+            "GiB",
+            "planned GiB",
         ),
         map(cells, rows),
     )

@@ -86,8 +86,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     table = markdown_table(
         (
-            *("visual rows", "D-Attn, s", "baseline, s", "LLaVA, s", "baseline / D-Attn"),
-            *("LLaVA / D-Attn", "in FLOPs: baseline / D-Attn", "D-Attn, TFLOP/s"),
+            "visual rows",
+            "D-Attn, s",
+            "baseline, s",
+            "LLaVA, s",
+            "baseline / D-Attn",
+            "LLaVA / D-Attn",
+            "in FLOPs: baseline / D-Attn",
+            "D-Attn, TFLOP/s",
         ),
         map(cells, rows),
     )

@@ -85,9 +85,18 @@ def told(error: DattnError, kind: str = "error") -> str:
     return "".join(f"{kind}: {printable(mistake)}\n" for mistake in mistakes)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # A subclass stands before its base. A rank's own error becomes a fault that all ranks know.
 KINDS: tuple[type[DattnError], ...] = (
-    *(ConfigError, DataError, CheckpointError, FaultError, DattnError),
+    ConfigError,
+    DataError,
+    CheckpointError,
+    FaultError,
+    DattnError,
 )
 
 

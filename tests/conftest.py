@@ -58,8 +58,8 @@ def pool():
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """A small digits data set: images, LLaVA annotations, tokenizer."""
-    from dattn_mcore.data.digits import DigitsPlan, prepare_digits
+    from dattn_mcore.data.digits import DigitsSizes, prepare_digits
 
     folder = tmp_path_factory.mktemp("data") / "digits"
-    plan = DigitsPlan(align=64, pretrain=64, instruct=96, heldout=16)
-    return prepare_digits(folder, plan)
+    sizes = DigitsSizes(align=64, pretrain=64, instruct=96, heldout=16)
+    return prepare_digits(folder, sizes)

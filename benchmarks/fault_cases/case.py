@@ -68,12 +68,12 @@ class Workshop:
 
 def make_workshop(folder: Path) -> Workshop:
     """Draws the data set and trains the run that others are compared with."""
-    from dattn_mcore.data.digits import DigitsPlan, prepare_digits
+    from dattn_mcore.data.digits import DigitsSizes, prepare_digits
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    plan = DigitsPlan(align=16, pretrain=16, instruct=48, heldout=8)
-    workshop = Workshop(folder, Path(prepare_digits(folder / "digits", plan)))
+    sizes = DigitsSizes(align=16, pretrain=16, instruct=48, heldout=8)
+    workshop = Workshop(folder, Path(prepare_digits(folder / "digits", sizes)))
     status, said = train(workshop.tree(workshop.whole), folder / "whole_log")
     if status != 0:
         raise SystemExit(f"the run that nothing happens to ended with {status}:\n{said}")

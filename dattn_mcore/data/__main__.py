@@ -83,10 +83,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _prepare_digits(chosen: argparse.Namespace) -> int:
-    from dattn_mcore.data.digits import DigitsPlan, prepare_digits
+    from dattn_mcore.data.digits import DigitsSizes, prepare_digits
 
-    seed = DigitsPlan.seed if chosen.seed is None else chosen.seed
-    folder = prepare_digits(chosen.output, DigitsPlan(seed=seed))
+    seed = DigitsSizes.seed if chosen.seed is None else chosen.seed
+    folder = prepare_digits(chosen.output, DigitsSizes(seed=seed))
     say(f"digits data set: {folder}")
     return 0
 

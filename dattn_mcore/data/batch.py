@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dattn_mcore.types import Layout
+
 if TYPE_CHECKING:  # importing torch takes seconds, and making an index needs none of it
     from torch import Tensor
 
     from dattn_mcore.data.failures import SampleFailure
-
-# (is_visual, rows) of each run of a sample, in reading order. The same alias as in
-# dattn_mcore.layers.layout; spelled again so that the data path imports no model code.
-Layout = tuple[tuple[bool, int], ...]
 
 
 @dataclass

@@ -59,7 +59,10 @@ def check(
     allowed = int(config.data.max_bad_share * len(index))
     _LOG.info(
         "%s samples, %s images: %s cannot be trained on (data.max_bad_share allows %s)%s",
-        *(f"{len(index):,}", f"{index.content['num_images']:,}", f"{found:,}", f"{allowed:,}"),
+        f"{len(index):,}",
+        f"{index.content['num_images']:,}",
+        f"{found:,}",
+        f"{allowed:,}",
         "" if decode else "; images' headers were read, --decode decodes them",
     )
     if ignored := index.content["ignored"]:
@@ -108,8 +111,11 @@ def _over_budget(index: Index, config: Config) -> Iterator[SampleFailure]:
     for number in np.flatnonzero(over & (np.asarray(index.usable) == 1)):
         row: Any = index.samples[number]
         yield SampleFailure(
-            *(int(number), index.name(row), None, "budget"),
-            f"{int(row['text_rows'])} text and {int(visual[number])} visual rows; "
+            sample=int(number),
+            id=index.name(row),
+            path=None,
+            stage="budget",
+            reason=f"{int(row['text_rows'])} text and {int(visual[number])} visual rows; "
             f"data.text_budget is {data.text_budget}, data.visual_budget is {data.visual_budget} "
             f"(data.over_budget={data.over_budget})",
         )
@@ -130,7 +136,11 @@ def _decoded(index: Index, config: Config, tokenizer: Tokenizer) -> Iterator[Sam
             for failure in failures:
                 sample, image = shown[failure.index]
                 yield SampleFailure(
-                    *(sample.number, sample.id, image.place.name, failure.stage, failure.reason)
+                    sample=sample.number,
+                    id=sample.id,
+                    path=image.place.name,
+                    stage=failure.stage,
+                    reason=failure.reason,
                 )
             now, done = time.monotonic(), start + len(samples)
             if now - said >= _SECONDS_BETWEEN_LINES:

@@ -47,7 +47,7 @@ from dattn_mcore.data.tokenizer import train_tokenizer
 from dattn_mcore.errors import DataError
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 3  # raise it when the same plan would write other files
+_VERSION = 3  # raise it when the same sizes would write other files
 CELL_PIXELS = 28
 ANNOTATIONS = ("align.json", "pretrain.json", "instruct.json")
 _HELD_OUT_SHARE = 0.2
@@ -55,8 +55,8 @@ _JPEG_QUALITY = 92
 
 
 @dataclass(frozen=True)
-class DigitsPlan:
-    """What is made; the same plan gives the same files.
+class DigitsSizes:
+    """What is made; the same values give the same files.
 
     Attributes:
         align: Captioned mosaics of the align stage, of one digit each.
@@ -75,7 +75,7 @@ class DigitsPlan:
     vocab_size: int = 384
 
 
-def prepare_digits(output: str | Path, plan: DigitsPlan | None = None) -> Path:
+def prepare_digits(output: str | Path, sizes: DigitsSizes | None = None) -> Path:
     """Writes the data set, unless it is there already.
 
     It is written to a temporary folder beside `output` and renamed when whole, so that a killed
@@ -83,7 +83,7 @@ def prepare_digits(output: str | Path, plan: DigitsPlan | None = None) -> Path:
 
     Args:
         output: Folder to make, for example `data/digits`.
-        plan: Sizes and seed; None: the defaults.
+        sizes: Sizes and seed; None: the defaults.
 
     Returns:
         The folder.
@@ -91,8 +91,8 @@ def prepare_digits(output: str | Path, plan: DigitsPlan | None = None) -> Path:
     Raises:
         DataError: The folder exists and holds something else, or cannot be written.
     """
-    output, plan = Path(output), plan or DigitsPlan()
-    made_of = {"version": _VERSION, "plan": asdict(plan)}
+    output, sizes = Path(output), sizes or DigitsSizes()
+    made_of = {"version": _VERSION, "plan": asdict(sizes)}  # the key of folders that exist
     if _is_prepared(output, made_of):
         return output
     foreign = output.exists() and not (output / "prepared.json").exists()
@@ -107,7 +107,7 @@ def prepare_digits(output: str | Path, plan: DigitsPlan | None = None) -> Path:
             dir=output.parent, prefix=f".{output.name}.", ignore_cleanup_errors=True
         ) as scratch:
             made = Path(scratch) / "made"
-            _write(made, plan)
+            _write(made, sizes)
             (made / "prepared.json").write_text(json.dumps(made_of) + "\n", encoding="utf-8")
             _move_into_place(made, output, Path(scratch) / "old", made_of)
     except OSError as error:
@@ -150,26 +150,26 @@ def _move_into_place(made: Path, output: Path, old: Path, made_of: dict[str, Any
             raise
 
 
-def _write(folder: Path, plan: DigitsPlan) -> None:
+def _write(folder: Path, sizes: DigitsSizes) -> None:
     """Makes `folder` with everything in it but the marker."""
     folder.mkdir()
-    rng = np.random.Generator(np.random.PCG64(plan.seed))
+    rng = np.random.Generator(np.random.PCG64(sizes.seed))
     images, labels = _load_digits()
     held_out = round(len(labels) * _HELD_OUT_SHARE)
-    train_count = max(plan.pretrain, plan.instruct)
+    train_count = max(sizes.pretrain, sizes.instruct)
     heldout_images, heldout_labels = images[:held_out], labels[:held_out]
     images, labels = images[held_out:], labels[held_out:]
     train = _write_mosaics(folder, "train", images, labels, train_count, rng, vary=True)
     heldout = _write_mosaics(
-        folder, "heldout", heldout_images, heldout_labels, plan.heldout, rng, vary=False
+        folder, "heldout", heldout_images, heldout_labels, sizes.heldout, rng, vary=False
     )
-    instruct = [conversation(i, train, rng) for i in range(plan.instruct)]
+    instruct = [conversation(i, train, rng) for i in range(sizes.instruct)]
     questions = [held_out_question(i, mosaic, rng) for i, mosaic in enumerate(heldout)]
-    alike = _write_mosaics(folder, "align", images, labels, plan.align, rng, vary=True, alike=True)
+    alike = _write_mosaics(folder, "align", images, labels, sizes.align, rng, vary=True, alike=True)
     align = [caption("align", i, mosaic) for i, mosaic in enumerate(alike)]
     pretrain = [
         caption_with_places("pretrain", i, mosaic, rng) if i % 2 else caption("pretrain", i, mosaic)
-        for i, mosaic in enumerate(train[: plan.pretrain])
+        for i, mosaic in enumerate(train[: sizes.pretrain])
     ]
     for name, records in (("align", align), ("pretrain", pretrain), ("instruct", instruct)):
         (folder / f"{name}.json").write_text(
@@ -178,7 +178,7 @@ def _write(folder: Path, plan: DigitsPlan) -> None:
     (folder / "heldout_questions.jsonl").write_text(
         "".join(json.dumps(question) + "\n" for question in questions), "utf-8"
     )
-    train_tokenizer(all_texts(), folder / "tokenizer.model", plan.vocab_size)
+    train_tokenizer(all_texts(), folder / "tokenizer.model", sizes.vocab_size)
 
 
 def _load_digits() -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,8 @@ from typing import Any
 from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.data.image_files import check_folder
 from dattn_mcore.data.index.store import Index
-from dattn_mcore.data.templates import NO_LOSS
 from dattn_mcore.errors import DataError
+from dattn_mcore.types import IGNORED_LABEL
 
 _NAMED = 3  # in an error's one line
 _MOST_KINDS = 1000
@@ -187,6 +187,6 @@ def mask(micro_batch: MicroBatch, failed: Collection[int]) -> MicroBatch:
     for number, layout in zip(micro_batch.samples, micro_batch.layouts, strict=True):
         rows = sum(count for is_visual, count in layout if not is_visual)
         if number in failed:
-            labels[row : row + rows] = NO_LOSS
+            labels[row : row + rows] = IGNORED_LABEL
         row += rows
     return replace(micro_batch, labels=labels)

@@ -24,7 +24,7 @@ from dattn_mcore.data.decode_pillow import PillowDecoder
 from dattn_mcore.data.image_files import ImageFile, check_image
 from dattn_mcore.data.image_rules import DEFAULT_RULES, rules_of
 from dattn_mcore.data.resize import to_tiles
-from dattn_mcore.data.tiles import POLICIES, Grid, plan_image
+from dattn_mcore.data.tiles import POLICIES, Grid, tiling_of_image
 from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.hf.image_rules_dattn import ImageRules
 
@@ -293,11 +293,13 @@ class ImageLoader:
         return failures
 
     def _read(self, request: ImageRequest) -> ImageFile | DataError:
-        """Reads and checks one image; its plan must be the one that its sample was packed with."""
+        """Reads and checks one image; its tiling must be the one it was packed with."""
         try:
             file = check_image(request.who, request.read(), self._max_pixels, self._rules)
-            plan = plan_image(
-                *(request.who, file.width, file.height),
+            tiling = tiling_of_image(
+                who=request.who,
+                width=file.width,
+                height=file.height,
                 policy=self._policy,
                 tile_size=self._size,
                 grids=self._grids,
@@ -306,11 +308,11 @@ class ImageLoader:
             )
         except DataError as error:
             return error
-        if plan.grid != request.grid:
+        if tiling.grid != request.grid:
             return DataError(
                 f"{request.who} is {file.width} x {file.height} pixels, a canvas of "
-                f"{list(plan.grid)} tiles, but {list(request.grid)} were planned; it changed since "
-                "the index was made"
+                f"{list(tiling.grid)} tiles, but {list(request.grid)} were planned; it changed "
+                "since the index was made"
             )
         return file
 

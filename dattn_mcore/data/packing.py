@@ -19,7 +19,7 @@ Pack = tuple[int, ...]  # sample positions within the global batch, ascending
 Order = Callable[[int, int, tuple[int, int]], float]
 
 
-def plan_packs(
+def make_packs(
     lengths: Lengths, text_budget: int, visual_budget: int, multiple: int
 ) -> tuple[Pack, ...]:
     """Distributes samples over as few packs as fit, in a count that is a multiple of `multiple`.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dattn_mcore.data.balance import split_over_ranks
-from dattn_mcore.data.packing import Lengths, plan_packs
+from dattn_mcore.data.packing import Lengths, make_packs
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def measure_packing(
     """
     samples, packs, rows, heaviest = [], [], [], []
     for lengths in steps:
-        made = plan_packs(lengths, *budgets, dp_size)
+        made = make_packs(lengths, *budgets, dp_size)
         samples.append(len(lengths))
         packs.append(len(made))
         text, visual = (sum(pair[kind] for pair in lengths) / budgets[kind] for kind in (0, 1))

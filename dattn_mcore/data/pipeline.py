@@ -1,6 +1,6 @@
 """The data path as the training loop sees it: step in, packed micro-batches out, ahead of time.
 
-Everything but text and pixels is planned by every rank alike from the index and the step, so ranks
+Everything but text and pixels is decided by every rank alike from the index and the step, so ranks
 never talk about data. A rank reads the text of its own packs only, and only ranks with
 `needs_pixels` open their images. A sample that cannot be read or decoded keeps its place and its
 shapes: its labels and tiles are blank, and it is among the batch's failures, which the training
@@ -25,9 +25,9 @@ from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.identity import identity_of
 from dattn_mcore.data.index.store import open_index
 from dattn_mcore.data.order import SampleOrder
-from dattn_mcore.data.packing import Pack, plan_packs
+from dattn_mcore.data.packing import Pack, make_packs
 from dattn_mcore.data.prefetch import Prefetcher
-from dattn_mcore.data.samples import PlannedSample, SampleReader
+from dattn_mcore.data.samples import FittedSample, SampleReader
 from dattn_mcore.data.steps import FullSteps, shares_of, steps_of
 from dattn_mcore.data.templates import EncodedSample, check_symbols
 from dattn_mcore.data.tokenizer import Tokenizer
@@ -105,13 +105,16 @@ class DataPipeline:
         if isinstance(self.steps, FullSteps):
             _LOG.info(
                 "a step is %d packs, %.0f %% full: %d samples in the first one",
-                *(self.steps.packs, 100 * self.steps.fill, self.steps.bounds(0)[1]),
+                self.steps.packs,
+                100 * self.steps.fill,
+                self.steps.bounds(0)[1],
             )
             if self.steps.packs % self._multiple:
                 _LOG.warning(
                     "%d packs cannot be dealt evenly: they are rounded up to a multiple of %d and "
                     "less full; set data.step_packs_multiple to a multiple of it",
-                    *(self.steps.packs, self._multiple),
+                    self.steps.packs,
+                    self._multiple,
                 )
         self.num_samples = self.order.epoch_size
         self.identity = identity_of(self.index, data)
@@ -147,8 +150,8 @@ class DataPipeline:
             self._images.close()
         self._reader.close()
 
-    def plan(self, step: int) -> tuple[list[int], list[PlannedSample], list[SampleFailure]]:
-        """Plans a step from the index alone.
+    def samples_of(self, step: int) -> tuple[list[int], list[FittedSample], list[SampleFailure]]:
+        """The samples of a step, from the index alone.
 
         Returns:
             Numbers of its samples in order; those that take part; those that fit no micro-batch.
@@ -158,47 +161,47 @@ class DataPipeline:
         """
         numbers = self.order.numbers(*self.steps.bounds(step))
         rows = self.index.samples[np.array(numbers)]
-        planned, skipped = [], []
+        fitted, skipped = [], []
         for number, row in zip(numbers, rows, strict=True):
             found = self._fit(number, row)
-            if isinstance(found, PlannedSample):
-                planned.append(found)
+            if isinstance(found, FittedSample):
+                fitted.append(found)
             else:
                 skipped.append(found)
-        return numbers, planned, skipped
+        return numbers, fitted, skipped
 
     def _build(self, step: int) -> GlobalBatch:
         """Makes one global batch, start to end."""
         self._reader.make_room()
-        numbers, planned, skipped = self.plan(step)
+        numbers, fitted, skipped = self.samples_of(step)
         data = self._config.data
         budgets = (data.text_budget, data.visual_budget)
-        lengths = [(item.text_rows, item.num_tiles * self._rows_per_tile) for item in planned]
-        packs = plan_packs(lengths, *budgets, self._multiple)
+        lengths = [(item.text_rows, item.num_tiles * self._rows_per_tile) for item in fitted]
+        packs = make_packs(lengths, *budgets, self._multiple)
         work = row_work(self._config)
         mine = split_over_ranks(packs, lengths, self._dp_size, budgets, work)[self._dp_rank]
         failures: list[SampleFailure] = []
-        tiles = self._tiles([planned[index] for pack in mine for index in pack], failures)
+        tiles = self._tiles([fitted[index] for pack in mine for index in pack], failures)
         return GlobalBatch(
             step=step,
-            microbatches=[self._micro_batch(planned, pack, tiles, failures) for pack in mine],
+            microbatches=[self._micro_batch(fitted, pack, tiles, failures) for pack in mine],
             samples=tuple(numbers),
             sample_ids=tuple(self.index.ids(numbers)),
             skipped=tuple(skipped),
             truncated=tuple(
-                item.indexed.id for item in planned if item.text_rows < item.indexed.text_rows
+                item.indexed.id for item in fitted if item.text_rows < item.indexed.text_rows
             ),
             failures=tuple(failures),
             text_tokens=sum(text for text, _ in lengths),
             visual_tokens=sum(visual for _, visual in lengths),
         )
 
-    def _fit(self, number: int, row: np.void) -> PlannedSample | SampleFailure:
+    def _fit(self, number: int, row: np.void) -> FittedSample | SampleFailure:
         """Applies `data.over_budget` to a sample that fits no pack (see `skipped_samples`)."""
         data = self._config.data
         if not self._skipped[number]:
             cuts = data.over_budget == "truncate"
-            return self._reader.plan(number, data.text_budget if cuts else None)
+            return self._reader.fit(number, data.text_budget if cuts else None)
         name = self.index.name(self.index.samples[number])
         text, visual = int(row["text_rows"]), int(row["num_tiles"]) * self._rows_per_tile
         reason = (
@@ -209,34 +212,36 @@ class DataPipeline:
             raise DataError(
                 f"annotation {name!r} has {reason}; raise them or set data.over_budget=skip"
             )
-        return SampleFailure(number, name, None, "budget", reason)
+        return SampleFailure(sample=number, id=name, path=None, stage="budget", reason=reason)
 
-    def _tiles(
-        self, planned: list[PlannedSample], failures: list[SampleFailure]
-    ) -> Iterator[Tensor]:
+    def _tiles(self, fitted: list[FittedSample], failures: list[SampleFailure]) -> Iterator[Tensor]:
         """Loads the images of a rank's packs together; yields the tiles of each sample in order."""
         if self._images is None:
             return iter(())
-        shown = [(item.indexed, image) for item in planned for image in item.images]
+        shown = [(item.indexed, image) for item in fitted for image in item.images]
         tiles, bad = self._images.load([self._reader.request(*pair) for pair in shown])
         for failure in bad:
             sample, image = shown[failure.index]
             failures.append(
                 SampleFailure(
-                    *(sample.number, sample.id, image.place.name, failure.stage, failure.reason)
+                    sample=sample.number,
+                    id=sample.id,
+                    path=image.place.name,
+                    stage=failure.stage,
+                    reason=failure.reason,
                 )
             )
-        return iter(tiles.split([item.num_tiles for item in planned]))
+        return iter(tiles.split([item.num_tiles for item in fitted]))
 
     def _micro_batch(
         self,
-        planned: list[PlannedSample],
+        fitted: list[FittedSample],
         pack: Pack,
         tiles: Iterator[Tensor],
         failures: list[SampleFailure],
     ) -> MicroBatch:
         """Concatenates the samples of a pack."""
-        members = [planned[index] for index in pack]
+        members = [fitted[index] for index in pack]
         encoded = [self._encode(item, failures) for item in members]
         pixels = [next(tiles) for _ in members] if self._images is not None else []
         num_tiles = sum(item.num_tiles for item in members)
@@ -252,15 +257,15 @@ class DataPipeline:
             image_grids=tuple(image.grid for item in members for image in item.images),
         )
 
-    def _encode(self, planned: PlannedSample, failures: list[SampleFailure]) -> EncodedSample:
+    def _encode(self, fitted: FittedSample, failures: list[SampleFailure]) -> EncodedSample:
         """Reads a sample's text; one that cannot be read any more is blank and a failure."""
         try:
-            return self._reader.encode(planned)
+            return self._reader.encode(fitted)
         except (DataError, OSError) as error:
-            indexed = planned.indexed
+            indexed = fitted.indexed
             failures.append(
                 SampleFailure(
                     indexed.number, indexed.id, None, "read", f"annotation {indexed.id!r}: {error}"
                 )
             )
-            return self._reader.blank(planned)
+            return self._reader.blank(fitted)

@@ -1,4 +1,4 @@
-"""A decoded image to the tiles of its plan: resized, padded, cut.
+"""A decoded image to its tiles: resized, padded, cut.
 
 Resizing is torch's antialiased bicubic on uint8, which follows Pillow's within two grey levels
 (DALI's own cubic resize is much further off). It works along x, then along y, as Pillow did up to
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dattn_mcore.data.tiles import ANYRES_POLICIES, Grid, plan_tiles
+from dattn_mcore.data.tiles import ANYRES_POLICIES, Grid, choose_tiling
 
 _BAND = 4_000_000  # pixels of `pad`'s square that are made at once on a CPU
 _MOST_ON_GPU = 100_000_000  # pixels of a square that is made whole on a GPU, in float32
@@ -28,7 +28,7 @@ def to_tiles(
     grids: Sequence[Grid] = (),
     ties: str = "aspect",
 ) -> Tensor:
-    """Makes an image the tiles of its plan (`plan_tiles`).
+    """Cuts an image into its tiles (`choose_tiling`).
 
     Args:
         image: uint8 [3, height, width].
@@ -44,11 +44,11 @@ def to_tiles(
     if policy not in ANYRES_POLICIES:
         return to_tile(image, size, policy, fill)[None]
     height, width = image.shape[-2:]
-    plan = plan_tiles(width, height, policy=policy, tile_size=size, grids=grids, ties=ties)
-    (x, y), (wide, high) = plan.offset, plan.resized
-    canvas = image.new_zeros(3, plan.rows * size, plan.columns * size)
+    tiling = choose_tiling(width, height, policy=policy, tile_size=size, grids=grids, ties=ties)
+    (x, y), (wide, high) = tiling.offset, tiling.resized
+    canvas = image.new_zeros(3, tiling.rows * size, tiling.columns * size)
     canvas[:, y : y + high, x : x + wide] = _resize(image, high, wide)
-    cut = canvas.view(3, plan.rows, size, plan.columns, size).permute(1, 3, 0, 2, 4)
+    cut = canvas.view(3, tiling.rows, size, tiling.columns, size).permute(1, 3, 0, 2, 4)
     return torch.cat([_resize(image, size, size)[None], cut.flatten(0, 1)]).contiguous()
 
 
@@ -70,8 +70,8 @@ def to_tile(image: Tensor, size: int, policy: str, fill: Sequence[int]) -> Tenso
     """
     height, width = image.shape[-2:]
     if policy == "crop":
-        plan = plan_tiles(width, height, policy=policy, tile_size=size, grids=())
-        (wide, high), left, top = plan.resized, -plan.offset[0], -plan.offset[1]
+        tiling = choose_tiling(width, height, policy=policy, tile_size=size, grids=())
+        (wide, high), left, top = tiling.resized, -tiling.offset[0], -tiling.offset[1]
         return _resize(image, high, wide)[:, top : top + size, left : left + size].contiguous()
     if policy == "pad" and height != width:
         return _padded(image, size, fill)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dattn_mcore.data.batch import Layout
 from dattn_mcore.data.image_files import check_folder, read_bytes
 from dattn_mcore.data.images import ImageRequest
 from dattn_mcore.data.index.store import Index, IndexedImage, IndexedSample
+from dattn_mcore.data.sources.open_files import OpenFiles
 from dattn_mcore.data.sources.record import Sample
-from dattn_mcore.data.sources.source import ImagePlace, SourceFile, open_source_file
+from dattn_mcore.data.sources.source import ImagePlace
 from dattn_mcore.data.templates import (
-    NO_LOSS,
     EncodedSample,
     encode_conversation,
     encode_sample,
@@ -24,13 +21,14 @@ from dattn_mcore.data.templates import (
 )
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError
+from dattn_mcore.types import IGNORED_LABEL, Layout
 
-_MOST_OPEN = 256  # files of sources; shards can be thousands
+_MOST_OPEN = 256  # files of sources
 
 
 @dataclass(frozen=True)
-class PlannedSample:
-    """A sample of a step, as the index plans it: shapes are known, nothing is read yet.
+class FittedSample:
+    """A sample of a step, cut to the budget: shapes are known, nothing is read yet.
 
     Attributes:
         indexed: What the index says.
@@ -76,8 +74,7 @@ class SampleReader:
         self._index, self._tokenizer = index, tokenizer
         self._rows_per_tile, self._max_pixels = rows_per_tile, max_pixels
         self._sources = index.settings.files
-        self._files: OrderedDict[int, SourceFile] = OrderedDict()
-        self._lock = threading.Lock()  # of the files: images are read by threads
+        self._files = OpenFiles(self._sources, _MOST_OPEN)
         self._folders: dict[str, Path] = {}
 
     def check_folders(self) -> None:
@@ -90,16 +87,16 @@ class SampleReader:
             if source.format == "json":
                 self._folder(source.image_folder)
 
-    def plan(self, number: int, text_budget: int | None = None) -> PlannedSample:
-        """Plans a sample, cut after `text_budget` text rows if that is given.
+    def fit(self, number: int, text_budget: int | None = None) -> FittedSample:
+        """A sample of a step, cut after `text_budget` text rows if that is given.
 
         Images that stand behind the cut go as well: no row that is left can see them.
         """
         indexed = self._index.sample(number)
         if text_budget is None or indexed.text_rows <= text_budget:
-            return PlannedSample(indexed, indexed.text_rows, indexed.images)
+            return FittedSample(indexed, indexed.text_rows, indexed.images)
         images = tuple(image for image in indexed.images if image.text_before < text_budget)
-        return PlannedSample(indexed, text_budget, images)
+        return FittedSample(indexed, text_budget, images)
 
     def record(self, sample: IndexedSample) -> Sample:
         """Reads and checks a sample's record.
@@ -107,43 +104,40 @@ class SampleReader:
         Raises:
             DataError: It cannot be read any more.
         """
-        return self._file(sample.file).read(sample.place)[0]
+        return self._files.get(sample.file).read(sample.place)[0]
 
-    def encode(self, planned: PlannedSample) -> EncodedSample:
+    def encode(self, fitted: FittedSample) -> EncodedSample:
         """Reads a sample's text and turns it into ids, labels and a layout.
 
         Raises:
             DataError: The record cannot be read, or is no longer what was indexed.
         """
-        record = self.record(planned.indexed)
-        rows = [image.num_tiles * self._rows_per_tile for image in planned.indexed.images]
+        record = self.record(fitted.indexed)
+        rows = [image.num_tiles * self._rows_per_tile for image in fitted.indexed.images]
         template = self._index.settings.template
         runs = encode_conversation(self._tokenizer, template, record.turns, record.system)
         if len(record.images) == len(rows):
-            encoded = truncate(encode_sample(runs, rows), planned.text_rows)
-            if encoded.layout == planned.layout(self._rows_per_tile):
+            encoded = truncate(encode_sample(runs, rows), fitted.text_rows)
+            if encoded.layout == fitted.layout(self._rows_per_tile):
                 return encoded
         raise DataError("the record is no longer the one that was indexed")
 
-    def blank(self, planned: PlannedSample) -> EncodedSample:
+    def blank(self, fitted: FittedSample) -> EncodedSample:
         """What stands in for a sample whose text cannot be read: the same shapes, no loss."""
         return EncodedSample(
-            text_ids=(self._tokenizer.bos_id,) * planned.text_rows,
-            labels=(NO_LOSS,) * planned.text_rows,
-            layout=planned.layout(self._rows_per_tile),
-            image_rows=tuple(image.num_tiles * self._rows_per_tile for image in planned.images),
+            text_ids=(self._tokenizer.bos_id,) * fitted.text_rows,
+            labels=(IGNORED_LABEL,) * fitted.text_rows,
+            layout=fitted.layout(self._rows_per_tile),
+            image_rows=tuple(image.num_tiles * self._rows_per_tile for image in fitted.images),
         )
 
     def make_room(self) -> None:
         """Closes files not used lately; only while no request is being served."""
-        while len(self._files) > _MOST_OPEN:
-            self._files.popitem(last=False)[1].close()
+        self._files.make_room()
 
     def close(self) -> None:
         """Closes all files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._files.close()
 
     def request(self, sample: IndexedSample, image: IndexedImage) -> ImageRequest:
         """What loads an image of a sample; reading happens in the loader's threads."""
@@ -158,7 +152,7 @@ class SampleReader:
 
     def _read_inside(self, sample: IndexedSample, image: ImagePlace, who: str) -> bytes:
         try:
-            return self._file(sample.file).image(sample.place, image)
+            return self._files.get(sample.file).image(sample.place, image)
         except DataError as error:
             raise DataError(f"{who}: {error}") from None
 
@@ -169,11 +163,3 @@ class SampleReader:
         if folder not in self._folders:
             self._folders[folder] = check_folder(folder)
         return self._folders[folder]
-
-    def _file(self, number: int) -> SourceFile:
-        with self._lock:
-            if number not in self._files:
-                within, source = self._sources[number]
-                self._files[number] = open_source_file(source, within)
-            self._files.move_to_end(number)
-            return self._files[number]

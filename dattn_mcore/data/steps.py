@@ -20,7 +20,7 @@ import numpy as np
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.store import Index
 from dattn_mcore.data.order import SampleOrder, Share
-from dattn_mcore.data.packing import Lengths, pack_into, plan_packs
+from dattn_mcore.data.packing import Lengths, make_packs, pack_into
 from dattn_mcore.errors import ConfigError, DataError
 
 _WINDOWS = 8  # parts of the first epoch that are packed to see how full packs can get
@@ -188,7 +188,7 @@ def full_steps(
     numbers, most = order.epoch(0), 2 * size
     starts = [order.epoch_size * window // _WINDOWS for window in range(_WINDOWS)]
     windows = [rows[numbers.take(range(at, at + most), mode="wrap")] for at in starts]
-    needed = sum(len(plan_packs(_some(w), *budgets, 1)) for w in windows) / _WINDOWS / 2
+    needed = sum(len(make_packs(_some(w), *budgets, 1)) for w in windows) / _WINDOWS / 2
     packs = max(1, round(needed / multiple)) * multiple
     if abs(packs - needed) > MOST_OFF * needed:
         raise ConfigError(

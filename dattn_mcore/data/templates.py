@@ -17,12 +17,9 @@ from dataclasses import dataclass
 
 from dattn_mcore.architectures import chat_templates
 from dattn_mcore.architectures.chat import BOS, EOS, ChatTemplate, Images, Segment, Token
-from dattn_mcore.data.batch import Layout
-from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import ConfigError, DataError
-
-NO_LOSS = -100
+from dattn_mcore.types import IGNORED_LABEL, IMAGE_MARK, Layout
 
 
 @dataclass(frozen=True)
@@ -177,9 +174,10 @@ def encode_sample(runs: Sequence[Run], image_rows: int | Sequence[int]) -> Encod
         else:
             layout.append((True, next(left)))
     labels = [
-        after if counts else NO_LOSS for after, counts in zip(ids[1:], supervised[1:], strict=True)
+        after if counts else IGNORED_LABEL
+        for after, counts in zip(ids[1:], supervised[1:], strict=True)
     ]
-    labels.append(NO_LOSS)
+    labels.append(IGNORED_LABEL)
     return EncodedSample(tuple(ids), tuple(labels), merge_runs(layout), rows_of)
 
 
@@ -213,7 +211,7 @@ def truncate(sample: EncodedSample, text_rows: int) -> EncodedSample:
     ends = itertools.accumulate(sample.image_rows)
     return EncodedSample(
         sample.text_ids[:text_rows],
-        sample.labels[: text_rows - 1] + (NO_LOSS,),
+        sample.labels[: text_rows - 1] + (IGNORED_LABEL,),
         tuple(layout),
         sample.image_rows[: sum(end <= visual for end in ends)],
     )

@@ -30,7 +30,7 @@ _ALWAYS = 32_000_000  # pixels that resizing may always take, however low data.m
 
 
 @dataclass(frozen=True)
-class TilePlan:
+class Tiling:
     """The views of one image.
 
     Attributes:
@@ -60,7 +60,7 @@ class TilePlan:
         return (self.columns, self.rows) if self.base_view else (0, 0)
 
 
-def plan_tiles(
+def choose_tiling(
     width: int,
     height: int,
     *,
@@ -68,7 +68,7 @@ def plan_tiles(
     tile_size: int,
     grids: Sequence[Grid],
     ties: str = "aspect",
-) -> TilePlan:
+) -> Tiling:
     """Chooses the views of an image.
 
     Args:
@@ -88,20 +88,20 @@ def plan_tiles(
     if policy == "crop":
         return _crop(width, height, tile_size)
     if policy not in ANYRES_POLICIES:
-        return TilePlan(1, 1, False, (tile_size, tile_size), (0, 0))
+        return Tiling(1, 1, False, (tile_size, tile_size), (0, 0))
     if not grids:
         raise ConfigError(f"data.anyres_grids: data.image_policy={policy} needs at least one grid")
     ties = ties if policy == "anyres_stretch" else "first"
     columns, rows = best_grid((width, height), (tile_size, tile_size), grids, ties)
     canvas = (columns * tile_size, rows * tile_size)
     if policy == "anyres_stretch":
-        return TilePlan(columns, rows, True, canvas, (0, 0))
+        return Tiling(columns, rows, True, canvas, (0, 0))
     resized = _fit(width, height, *canvas)
     offset = ((canvas[0] - resized[0]) // 2, (canvas[1] - resized[1]) // 2)
-    return TilePlan(columns, rows, True, resized, offset)
+    return Tiling(columns, rows, True, resized, offset)
 
 
-def plan_image(
+def tiling_of_image(
     who: str,
     width: int,
     height: int,
@@ -111,7 +111,7 @@ def plan_image(
     grids: Sequence[Grid],
     max_pixels: int,
     ties: str = "aspect",
-) -> TilePlan:
+) -> Tiling:
     """Chooses the views of an image, or refuses one whose resizing would take too much memory.
 
     Few pixels are no protection: of an image of 65000 x 1, `crop` makes 25,000,000 x 384.
@@ -120,29 +120,31 @@ def plan_image(
         who: How messages name it.
         width: Pixels of the image, at least 1.
         height: Pixels of the image, at least 1.
-        policy: As for `plan_tiles`.
-        tile_size: As for `plan_tiles`.
-        grids: As for `plan_tiles`.
+        policy: As for `choose_tiling`.
+        tile_size: As for `choose_tiling`.
+        grids: As for `choose_tiling`.
         max_pixels: Most pixels of an image (setting data.max_image_pixels).
-        ties: As for `plan_tiles`.
+        ties: As for `choose_tiling`.
 
     Raises:
-        ConfigError: As `plan_tiles`.
+        ConfigError: As `choose_tiling`.
         DataError: One line that starts with `who`.
     """
-    plan = plan_tiles(width, height, policy=policy, tile_size=tile_size, grids=grids, ties=ties)
-    wide, high = resized_between(width, height, plan, policy, tile_size)
+    tiling = choose_tiling(
+        width, height, policy=policy, tile_size=tile_size, grids=grids, ties=ties
+    )
+    wide, high = resized_between(width, height, tiling, policy, tile_size)
     most = max(max_pixels, _ALWAYS) * (_BANDS if policy == "pad" else 1)
     if wide * high > most:
         raise DataError(
             f"{who} is too thin: {width} x {height} pixels become {wide} x {high} while "
             f"data.image_policy={policy} resizes it, and data.max_image_pixels is {max_pixels}"
         )
-    return plan
+    return tiling
 
 
 def resized_between(
-    width: int, height: int, plan: TilePlan, policy: str, tile_size: int
+    width: int, height: int, tiling: Tiling, policy: str, tile_size: int
 ) -> tuple[int, int]:
     """Width and height of the largest picture between an image and its tiles.
 
@@ -151,8 +153,8 @@ def resized_between(
     """
     if policy == "pad":
         return max(width, height), max(width, height)
-    wide = max(plan.resized[0], tile_size) if plan.base_view else plan.resized[0]
-    return wide, max(height, plan.resized[1])
+    wide = max(tiling.resized[0], tile_size) if tiling.base_view else tiling.resized[0]
+    return wide, max(height, tiling.resized[1])
 
 
 def _fit(width: int, height: int, canvas_width: int, canvas_height: int) -> tuple[int, int]:
@@ -163,9 +165,9 @@ def _fit(width: int, height: int, canvas_width: int, canvas_height: int) -> tupl
     return min(math.ceil(width * scale_y), canvas_width), canvas_height
 
 
-def _crop(width: int, height: int, tile_size: int) -> TilePlan:
+def _crop(width: int, height: int, tile_size: int) -> Tiling:
     """Shortest edge to the tile's side, the middle cut out; CLIP's processor's own rounding."""
     long = int(tile_size * max(width, height) / min(width, height))
     resized = (tile_size, long) if width <= height else (long, tile_size)
     offset = (-((resized[0] - tile_size) // 2), -((resized[1] - tile_size) // 2))
-    return TilePlan(1, 1, False, resized, offset)
+    return Tiling(1, 1, False, resized, offset)

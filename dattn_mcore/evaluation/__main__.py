@@ -178,7 +178,7 @@ def _answer(options: argparse.Namespace) -> None:
 
 
 def _score_digits(options: argparse.Namespace) -> int:
-    from dattn_mcore.evaluation.score import Tally, score_digits, write_score
+    from dattn_mcore.evaluation.digits_score import Tally, score_digits, write_score
 
     score = score_digits(options.questions, options.answers)
     columns = ("category", "correct", "total", "accuracy", "guessing")

@@ -137,9 +137,9 @@ class AnswerStore:
             )
         return record
 
-    def open_part(self, rank: int) -> Part:
+    def open_answers(self, rank: int) -> AnswersFile:
         """The part file of a process, without a cut last line."""
-        return Part(self, self.parts / f"{rank}.jsonl")
+        return AnswersFile(self, self.parts / f"{rank}.jsonl")
 
     def line(self, number: int, text: str) -> dict[str, Any]:
         """An answer in LLaVA's form."""
@@ -173,7 +173,7 @@ class AnswerStore:
         return [record["text"] for record in records]
 
 
-class Part:
+class AnswersFile:
     """An answer file that grows batch by batch, on disk after each."""
 
     def __init__(self, store: AnswerStore, path: Path) -> None:
@@ -203,7 +203,7 @@ class Part:
                 "can be, what is answered is kept"
             ) from None
 
-    def __enter__(self) -> Part:
+    def __enter__(self) -> AnswersFile:
         return self
 
     def __exit__(self, *_: object) -> None:

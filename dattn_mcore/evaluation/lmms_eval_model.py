@@ -17,9 +17,10 @@ from dattn_mcore.evaluation.guessing import FEWEST, look_at
 from dattn_mcore.evaluation.images import MAX_PIXELS, SEEN
 from dattn_mcore.evaluation.lmms_eval_failures import TaskFailures, logger
 from dattn_mcore.evaluation.progress import bars
-from dattn_mcore.evaluation.questions import IMAGE_MARK, mark_images
+from dattn_mcore.evaluation.questions import mark_images
 from dattn_mcore.evaluation.self_check import SelfCheckError
 from dattn_mcore.hf.image_rules_dattn import ImageRules, to_rgb
+from dattn_mcore.types import IMAGE_MARK
 
 DEFAULT_NEW_TOKENS = 1024  # what lmms-eval's own models take where a task says nothing
 

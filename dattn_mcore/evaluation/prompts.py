@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dattn_mcore.evaluation.questions import IMAGE_MARK
+from dattn_mcore.types import IMAGE_MARK
 
 OCR_MARK = "Reference OCR token:"
 # Lines that harnesses put around a question: with or without them it is the same question.

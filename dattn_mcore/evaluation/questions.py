@@ -13,8 +13,7 @@ from typing import Any
 
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.files import read_json_lines, write_json_lines
-
-IMAGE_MARK = "<image>"
+from dattn_mcore.types import IMAGE_MARK
 
 
 def mark_images(text: str, images: int) -> str:

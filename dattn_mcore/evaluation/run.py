@@ -214,12 +214,12 @@ class Share:
             Request(f"{name}, question {rows[i].question_id!r}", rows[i].text, rows[i].pictures)
             for i in mine
         ]
-        with self.store.open_part(processes.rank) as part:
+        with self.store.open_answers(processes.rank) as answered:
             try:
                 for batch in self.generator.generate(
                     requests, self.settings.batch_size, self.tokens
                 ):
-                    part.append({mine[i]: text for i, text in batch.items()})
+                    answered.append({mine[i]: text for i, text in batch.items()})
                     self._show(processes.add(self.benchmark.name, len(batch)))
             except torch.OutOfMemoryError:
                 raise ConfigError(

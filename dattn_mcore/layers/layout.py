@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-Layout = tuple[tuple[bool, int], ...]  # ((is_visual, rows), ...) of one sample, in reading order
+from dattn_mcore.types import Layout
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,7 @@ from dattn_mcore.layers.visual_rows import DecomposedBlock
 from dattn_mcore.layers.vocabulary import cap_and_mask, chunked_cross_entropy
 from dattn_mcore.models.projector import Projector
 from dattn_mcore.models.vision import VisionTower, normalize_pixels
-
-IGNORED_LABEL = -100
+from dattn_mcore.types import IGNORED_LABEL
 
 
 @dataclass

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.config.schema import ParallelConfig
-from dattn_mcore.errors import ConfigError, RankError
+from dattn_mcore.errors import ConfigError, RankError, first_line
 from dattn_mcore.parallel import platform, torch_adam
 
 _POLL_SECONDS = 0.1
@@ -31,7 +31,7 @@ def join_store(timeout_seconds: float) -> tuple[dist.Store, int, int]:
     try:
         return next(dist.rendezvous("env://", timeout=timeout))
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         kind = ConfigError if isinstance(error, ValueError) else RankError
         raise kind(
             f"rank {os.environ.get('RANK')} on {socket.gethostname()} cannot join the run at "

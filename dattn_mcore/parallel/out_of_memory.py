@@ -9,8 +9,11 @@ import torch
 # PyTorch has a type for the device's own allocator; the CPU's and the vendor's libraries raise a
 # RuntimeError of many meanings.
 _SAID = (
-    *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
-    *("error: out of memory", "failure 'out of memory'", "_STATUS_ALLOC_FAILED"),
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "error: out of memory",
+    "failure 'out of memory'",
+    "_STATUS_ALLOC_FAILED",
 )
 
 

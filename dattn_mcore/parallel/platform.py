@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dattn_mcore.errors import ConfigError, FaultError
+from dattn_mcore.errors import ConfigError, FaultError, first_line
 
 _CPU = torch.device("cpu")
 _installed: str | None = None
@@ -105,7 +105,7 @@ def check_device(device: str, local_rank: int) -> None:
     try:
         torch.zeros(1024, device=torch.device("cuda", index)).sum().item()
     except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise FaultError(
             f"GPU {local_rank} does not compute ({reason}); take this machine out of the run"
         ) from None

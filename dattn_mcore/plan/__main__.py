@@ -17,7 +17,7 @@ from dattn_mcore.config.checks import check_config, processes_per_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.console import cell
-from dattn_mcore.errors import ConfigError, DattnError, told
+from dattn_mcore.errors import ConfigError, DattnError, first_line, told
 from dattn_mcore.plan.data_size import data_size
 from dattn_mcore.plan.estimate import Plan, as_dict, make_plan
 from dattn_mcore.plan.hardware import GPUS, Cluster
@@ -170,7 +170,7 @@ def _plot(
     try:
         draw(points, Path(path), title)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"--plot {path} cannot be written ({reason}); name a .png file") from None
 
 

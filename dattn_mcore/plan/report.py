@@ -134,8 +134,15 @@ def _summary(console: Console, plans: list[Plan], data: DataSize) -> None:
     first = plans[0]
     table = _table(
         None,
-        *("GPU", "linears", "GiB a GPU", "fits", "s a step", "tokens/s/GPU", "TFLOP/s/GPU"),
-        *("MFU", "days"),
+        "GPU",
+        "linears",
+        "GiB a GPU",
+        "fits",
+        "s a step",
+        "tokens/s/GPU",
+        "TFLOP/s/GPU",
+        "MFU",
+        "days",
     )
     for plan in plans:
         table.add_row(
@@ -165,8 +172,17 @@ def _count(micro_batches: int) -> str:
 def _memory(console: Console, plan: Plan) -> None:
     table = _table(
         f"GiB a GPU by stage, {_precision(plan)}",
-        *("stage", "parameters", "weights", "gradients", "optimizer", "activations", "working"),
-        *("logits", "FP8 copies", "buffers", "total"),
+        "stage",
+        "parameters",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "working",
+        "logits",
+        "FP8 copies",
+        "buffers",
+        "total",
     )
     for stage in plan.memory:
         state, working = stage.state, stage.working

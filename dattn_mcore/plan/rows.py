@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dattn_mcore.config.schema import Config
-
-Layout = tuple[tuple[bool, int], ...]  # ((is_visual, rows), ...) of one sample, in reading order
+from dattn_mcore.types import Layout
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from dattn_mcore.errors import DattnError, told
 from dattn_mcore.quickstart.expectation import ExpectationError, expectation
 from dattn_mcore.quickstart.run import StepError, make_run_dir, run_steps
-from dattn_mcore.quickstart.steps import DATA, ROOT, make_plan
+from dattn_mcore.quickstart.steps import DATA, ROOT, make_run
 
 PROGRAM = "python -m dattn_mcore.quickstart"
 
@@ -45,17 +45,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     console = Console(highlight=False)
     started = time.perf_counter()
     try:
-        plan = make_plan(chosen.run_dir, chosen.data, chosen.overrides)
+        run = make_run(chosen.run_dir, chosen.data, chosen.overrides)
         expected = expectation(chosen.overrides)
-        make_run_dir(ROOT / plan.run_dir, {"overrides": list(chosen.overrides)})
-        seconds = run_steps(plan, console)
+        make_run_dir(ROOT / run.run_dir, {"overrides": list(chosen.overrides)})
+        seconds = run_steps(run, console)
 
         from dattn_mcore.quickstart.picture import draw
         from dattn_mcore.quickstart.summary import score, show
 
-        result = score(plan)
-        draw(plan, result)
-        show(plan, result, seconds, time.perf_counter() - started, console)
+        result = score(run)
+        draw(run, result)
+        show(run, result, seconds, time.perf_counter() - started, console)
         expected.check(result.overall)
     except DattnError as error:
         sys.stdout.flush()

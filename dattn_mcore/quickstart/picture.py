@@ -16,9 +16,9 @@ from PIL import Image
 
 from dattn_mcore.data.digits_questions import bag_of_digits_ceiling
 from dattn_mcore.errors import DataError
+from dattn_mcore.evaluation.digits_score import DigitsScore
 from dattn_mcore.evaluation.questions import Question, read_answers, read_questions
-from dattn_mcore.evaluation.score import Score
-from dattn_mcore.quickstart.steps import STAGES, Plan
+from dattn_mcore.quickstart.steps import STAGES, QuickstartRun
 
 _COLUMNS, _ROWS = 6, 2
 _INK, _MUTED, _GRID = "#1f2933", "#6b7280", "#e5e7eb"
@@ -26,7 +26,7 @@ _RIGHT, _WRONG = "#1a7f4b", "#c2362b"
 _STAGE_COLOURS = dict(zip(STAGES, ("#8a9bb0", "#3b6fb6", "#d97a1e"), strict=True))
 
 
-def draw(plan: Plan, result: Score) -> Path:
+def draw(run: QuickstartRun, result: DigitsScore) -> Path:
     """Draws the picture.
 
     Raises:
@@ -46,18 +46,18 @@ def draw(plan: Plan, result: Score) -> Path:
     ):
         figure = plt.figure(figsize=(13, 9.4), dpi=130, facecolor="white")
         upper, lower = figure.subfigures(2, 1, height_ratios=(1.75, 1))
-        _draw_examples(upper, plan)
+        _draw_examples(upper, run)
         left, right = lower.subplots(1, 2, width_ratios=(2.1, 1))
         lower.subplots_adjust(left=0.06, right=0.97, bottom=0.17, top=0.86, wspace=0.2)
-        _draw_losses(left, plan)
+        _draw_losses(left, run)
         _draw_accuracy(right, result)
         try:
-            figure.savefig(plan.picture)
+            figure.savefig(run.picture)
         except OSError as error:
-            raise DataError(f"{plan.picture} cannot be written ({error.strerror})") from None
+            raise DataError(f"{run.picture} cannot be written ({error.strerror})") from None
         finally:
             plt.close(figure)
-    return plan.picture
+    return run.picture
 
 
 def choose_examples(
@@ -83,9 +83,9 @@ def read_losses(path: Path) -> tuple[list[int], list[float]]:
     return [row["step"] for row in rows], [row["loss"] for row in rows]
 
 
-def _draw_examples(figure: Any, plan: Plan) -> None:
-    answers = read_answers(plan.answers)
-    examples = choose_examples(read_questions(plan.questions), answers, _COLUMNS * _ROWS)
+def _draw_examples(figure: Any, run: QuickstartRun) -> None:
+    answers = read_answers(run.answers)
+    examples = choose_examples(read_questions(run.questions), answers, _COLUMNS * _ROWS)
     figure.suptitle(
         "Held-out handwriting: question and generated answer",
         x=0.03,
@@ -101,7 +101,7 @@ def _draw_examples(figure: Any, plan: Plan) -> None:
     for axes, question in zip(grid.flat, examples, strict=False):
         answer = answers[question.question_id].strip()
         right = answer == question.answer
-        with Image.open(plan.image_folder / question.images[0]) as image:
+        with Image.open(run.image_folder / question.images[0]) as image:
             axes.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
         height, width = image.height, image.width
         axes.axhline(height / 2 - 0.5, color="#3f4a5a", linewidth=1)
@@ -110,7 +110,9 @@ def _draw_examples(figure: Any, plan: Plan) -> None:
         axes.text(0, 1.21, wrapped, transform=axes.transAxes, fontsize=9.5, va="center")
         said = f"{answer or '(nothing)'}" + ("" if right else f"   (it is {question.answer})")
         axes.text(
-            *(0, 1.01, said),
+            0,
+            1.01,
+            said,
             transform=axes.transAxes,
             fontsize=11,
             fontweight="bold",
@@ -119,17 +121,19 @@ def _draw_examples(figure: Any, plan: Plan) -> None:
         )
 
 
-def _draw_losses(axes: Any, plan: Plan) -> None:
+def _draw_losses(axes: Any, run: QuickstartRun) -> None:
     start, highest = 0, 0.0
     for stage in STAGES:
-        steps, losses = read_losses(plan.metrics(stage))
+        steps, losses = read_losses(run.metrics(stage))
         at = [start + step for step in steps]
         axes.plot(at, losses, color=_STAGE_COLOURS[stage], linewidth=2)
         highest = max(highest, *losses)
         if start:
             axes.axvline(start, color=_GRID, linewidth=1, zorder=0)
         axes.text(
-            *((start + at[-1]) / 2, 1.02, stage),
+            (start + at[-1]) / 2,
+            1.02,
+            stage,
             transform=axes.get_xaxis_transform(),
             ha="center",
             color=_STAGE_COLOURS[stage],
@@ -142,7 +146,7 @@ def _draw_losses(axes: Any, plan: Plan) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_accuracy(axes: Any, result: Score) -> None:
+def _draw_accuracy(axes: Any, result: DigitsScore) -> None:
     names = list(result.categories)
     values = [result.categories[name].accuracy * 100 for name in names]
     ceilings = [bag_of_digits_ceiling(name) * 100 for name in names]
@@ -156,7 +160,9 @@ def _draw_accuracy(axes: Any, result: Score) -> None:
         inside = value > ceiling + 20
         at = value - 2 if inside else max(value, ceiling) + 2
         axes.text(
-            *(at, place, f"{value:.1f} %"),
+            at,
+            place,
+            f"{value:.1f} %",
             va="center",
             ha="right" if inside else "left",
             color="white" if inside else _INK,

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dattn_mcore.console import cell
 from dattn_mcore.errors import DattnError
-from dattn_mcore.quickstart.steps import ROOT, Plan, Step
+from dattn_mcore.quickstart.steps import ROOT, QuickstartRun, Step
 
 _MARKER = "quickstart.json"  # only a folder that holds it is ever removed
 
@@ -40,7 +40,7 @@ def make_run_dir(folder: Path, made_by: Mapping[str, object]) -> None:
         raise DattnError(f"{folder} cannot be written ({error.strerror})") from None
 
 
-def run_steps(plan: Plan, console: Console) -> dict[str, float]:
+def run_steps(run: QuickstartRun, console: Console) -> dict[str, float]:
     """Runs all steps.
 
     Returns:
@@ -50,11 +50,11 @@ def run_steps(plan: Plan, console: Console) -> dict[str, float]:
         StepError: the first step that fails.
     """
     seconds = {}
-    for number, step in enumerate(plan.steps, start=1):
-        console.print(f"\n[bold]{number}/{len(plan.steps)}  {step.title}[/bold]")
+    for number, step in enumerate(run.steps, start=1):
+        console.print(f"\n[bold]{number}/{len(run.steps)}  {step.title}[/bold]")
         console.print(cell(f"   $ {step.typed}"), style="dim", highlight=False, soft_wrap=True)
         started = time.perf_counter()
-        run_step(step, ROOT / plan.run_dir / "logs", console)
+        run_step(step, ROOT / run.run_dir / "logs", console)
         seconds[step.name] = time.perf_counter() - started
         console.print(f"   {seconds[step.name]:.0f} s", style="green", highlight=False)
     return seconds

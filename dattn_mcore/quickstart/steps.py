@@ -17,8 +17,12 @@ STAGES = ("align", "pretrain", "instruct")
 PROCESSES = 2  # the quickstart's machine has two cores
 DATA = Path("data/digits")  # what configs/digits_*.yaml name
 _OWN_SETTINGS = (
-    *("log.run_dir", "checkpoint.init_from", "train.stage"),
-    *("data.annotations", "data.image_folder", "data.tokenizer"),
+    "log.run_dir",
+    "checkpoint.init_from",
+    "train.stage",
+    "data.annotations",
+    "data.image_folder",
+    "data.tokenizer",
 )
 
 
@@ -40,7 +44,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuickstartRun:
     """The steps, and where they leave their results."""
 
     run_dir: Path
@@ -56,9 +60,9 @@ class Plan:
         return self.run_dir / stage / "metrics.jsonl"
 
 
-def make_plan(
+def make_run(
     run_dir: Path, data: Path, overrides: Sequence[str] = (), processes: int = PROCESSES
-) -> Plan:
+) -> QuickstartRun:
     """Turns the settings of the three stages into commands.
 
     Args:
@@ -95,7 +99,7 @@ def make_plan(
         before = run_dir / stage
     questions, exported = data / "heldout_questions.jsonl", run_dir / "hf"
     answers, score = run_dir / "answers.jsonl", run_dir / "score.json"
-    return Plan(
+    return QuickstartRun(
         run_dir=run_dir,
         steps=(
             _python(
@@ -113,10 +117,22 @@ def make_plan(
                 "answer",
                 "generate answers to questions about digits never trained on",
                 (
-                    *("dattn_mcore.evaluation", "answer", "--model", str(exported)),
-                    *("--questions", str(questions), "--image-folder", str(data / "images")),
-                    *("--answers", str(answers), "--batch-size", "100", "--max-new-tokens", "8"),
-                    *("--device", config.train.device),
+                    "dattn_mcore.evaluation",
+                    "answer",
+                    "--model",
+                    str(exported),
+                    "--questions",
+                    str(questions),
+                    "--image-folder",
+                    str(data / "images"),
+                    "--answers",
+                    str(answers),
+                    "--batch-size",
+                    "100",
+                    "--max-new-tokens",
+                    "8",
+                    "--device",
+                    config.train.device,
                 ),
             ),
         ),
@@ -147,8 +163,12 @@ def _train(stage: str, config: Config, overrides: Sequence[str], processes: int)
         if size > 1
     ]
     arguments = (
-        *("--nproc-per-node", str(processes), "pretrain_dattn.py"),
-        *("--config", f"configs/digits_{stage}.yaml", *overrides),
+        "--nproc-per-node",
+        str(processes),
+        "pretrain_dattn.py",
+        "--config",
+        f"configs/digits_{stage}.yaml",
+        *overrides,
     )
     return Step(
         stage,

@@ -7,24 +7,28 @@ from rich.table import Table
 
 from dattn_mcore.console import cell
 from dattn_mcore.data.digits_questions import bag_of_digits_ceiling
-from dattn_mcore.evaluation.score import Score, Tally, score_digits, write_score
-from dattn_mcore.quickstart.steps import Plan
+from dattn_mcore.evaluation.digits_score import DigitsScore, Tally, score_digits, write_score
+from dattn_mcore.quickstart.steps import QuickstartRun
 
 
-def score(plan: Plan) -> Score:
+def score(run: QuickstartRun) -> DigitsScore:
     """Compares the answers with the expected ones; writes score.json."""
-    result = score_digits(plan.questions, plan.answers)
-    write_score(plan.score, result)
+    result = score_digits(run.questions, run.answers)
+    write_score(run.score, result)
     return result
 
 
 def show(
-    plan: Plan, result: Score, seconds: dict[str, float], total: float, console: Console
+    run: QuickstartRun,
+    result: DigitsScore,
+    seconds: dict[str, float],
+    total: float,
+    console: Console,
 ) -> None:
     """Prints the table, the time taken and where the results are.
 
     Args:
-        plan: where things are.
+        run: where things are.
         result: the score.
         seconds: of each step.
         total: seconds of everything.
@@ -46,9 +50,9 @@ def show(
     console.print()
     steps = ", ".join(f"{name} {taken:.0f} s" for name, taken in seconds.items())
     console.print(f"time      {total:.0f} s ({steps})", soft_wrap=True)
-    console.print(cell(f"picture   {plan.run_dir / 'report.png'}"), soft_wrap=True)
-    console.print(cell(f"model     {plan.run_dir / 'hf'} (a Hugging Face folder)"), soft_wrap=True)
-    console.print(cell(f"answers   {plan.run_dir / 'answers.jsonl'}"), soft_wrap=True)
+    console.print(cell(f"picture   {run.run_dir / 'report.png'}"), soft_wrap=True)
+    console.print(cell(f"model     {run.run_dir / 'hf'} (a Hugging Face folder)"), soft_wrap=True)
+    console.print(cell(f"answers   {run.run_dir / 'answers.jsonl'}"), soft_wrap=True)
 
 
 def _row(name: str, tally: Tally) -> tuple[str, str, str, str]:

@@ -12,7 +12,8 @@ from dattn_mcore.config.checks import row_multiple
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.layers.layout import build_seq_params, padded_rows, round_up
-from dattn_mcore.models.dattn import IGNORED_LABEL, ModelInputs
+from dattn_mcore.models.dattn import ModelInputs
+from dattn_mcore.types import IGNORED_LABEL
 
 
 def needs_pixels(pg_collection: ProcessGroupCollection) -> bool:

@@ -16,7 +16,6 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.failures import mask
 from dattn_mcore.errors import CheckpointError, DattnError
-from dattn_mcore.models.dattn import IGNORED_LABEL
 from dattn_mcore.parallel import platform
 from dattn_mcore.plan.flops import step_work
 from dattn_mcore.plan.rows import rows_of
@@ -32,6 +31,7 @@ from dattn_mcore.training.setup import FINISHED, Run, cannot_report, set_up
 from dattn_mcore.training.signals import StopRequest
 from dattn_mcore.training.step import StepResult, train_step
 from dattn_mcore.training.watchdog import Watchdog
+from dattn_mcore.types import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,14 @@ import torch.distributed as dist
 import dattn_mcore
 from dattn_mcore.config.load import to_dict
 from dattn_mcore.config.schema import Config
-from dattn_mcore.errors import CheckpointError, ConfigError, DattnError, FaultError, RankError
+from dattn_mcore.errors import (
+    CheckpointError,
+    ConfigError,
+    DattnError,
+    FaultError,
+    RankError,
+    first_line,
+)
 from dattn_mcore.training.agreement import agree
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "flash-attn", "triton")
@@ -173,7 +180,7 @@ def check_all_reduce(device: torch.device) -> None:
         dist.all_reduce(value)
         found = value.tolist()
     except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise RankError(
             f"{where}: an all-reduce over {world_size} ranks fails ({reason}); {advice}"
         ) from None

@@ -18,10 +18,11 @@ from megatron.core.pipeline_parallel.utils import is_pp_last_stage
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank
 
-from dattn_mcore.models.dattn import IGNORED_LABEL, ModelInputs
+from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.parallel.out_of_memory import is_out_of_memory
 from dattn_mcore.training.memory import Begun, StepMemoryError
 from dattn_mcore.training.not_finite import NotFiniteError
+from dattn_mcore.types import IGNORED_LABEL
 
 
 @dataclass(frozen=True)

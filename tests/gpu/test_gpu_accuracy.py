@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dattn_mcore.data.digits import DigitsPlan, prepare_digits
-from dattn_mcore.evaluation.score import score_digits
+from dattn_mcore.data.digits import DigitsSizes, prepare_digits
+from dattn_mcore.evaluation.digits_score import score_digits
 from dattn_mcore.layers.implementation import transformer_engine_missing
 from dattn_mcore.quickstart.expectation import LEAST
 
@@ -68,7 +68,7 @@ def accuracy(data, folder, device, settings, steps=STEPS):
 def many_questions(tmp_path_factory):
     """The embedded data set with 4,000 questions: chance moves an accuracy by 0.5 % then."""
     folder = tmp_path_factory.mktemp("data") / "digits"
-    return prepare_digits(folder, DigitsPlan(heldout=4000))
+    return prepare_digits(folder, DigitsSizes(heldout=4000))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -29,7 +29,7 @@ from dattn_mcore.data.templates import (
     merge_runs,
     stop_id,
 )
-from dattn_mcore.data.tiles import plan_tiles
+from dattn_mcore.data.tiles import choose_tiling
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.models.build import build_model
 from dattn_mcore.parallel.groups import single_process
@@ -199,7 +199,7 @@ def picture(number: int) -> Image.Image:
 def tiles_of(image: Image.Image, config: Config) -> Tiles:
     """The trainer's tiles of a picture."""
     data, side = config.data, config.model.vision.image_size
-    plan = plan_tiles(
+    tiling = choose_tiling(
         image.width,
         image.height,
         policy=data.image_policy,
@@ -208,7 +208,7 @@ def tiles_of(image: Image.Image, config: Config) -> Tiles:
     )
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     fill = [int(255 * mean) for mean in data.image_mean]  # as the trainer's image loader
-    return Tiles(to_tiles(pixels, side, data.image_policy, fill, data.anyres_grids), plan.grid)
+    return Tiles(to_tiles(pixels, side, data.image_policy, fill, data.anyres_grids), tiling.grid)
 
 
 def _normalised(images: list[Tiles], config: Config) -> Tensor:

@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "dattn_mcore"
 ORDER = [
     "console",
     "errors",
+    "types",
     "units",
     "log",
     "orphans",

@@ -30,7 +30,6 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.data.image_rules import rules_of
 from dattn_mcore.data.resize import to_tiles
-from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.data.tiles import ANYRES_POLICIES
 from dattn_mcore.evaluation.self_check import (
     BOUND,
@@ -43,6 +42,7 @@ from dattn_mcore.evaluation.self_check import (
 )
 from dattn_mcore.hf.image_rules_dattn import ORIENTATION, to_rgb
 from dattn_mcore.models.dattn import DattnModel
+from dattn_mcore.types import IMAGE_MARK
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.first_layers import (
     LAYERS,

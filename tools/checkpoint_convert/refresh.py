@@ -16,9 +16,9 @@ import transformers
 from transformers import AutoTokenizer
 
 import dattn_mcore.hf
-from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.hf import NO_FOREIGN_CODE, REMOTE_CODE_FILES, DattnProcessor
+from dattn_mcore.types import IMAGE_MARK
 from tools.checkpoint_convert.configs import records, understanding, with_features
 from tools.checkpoint_convert.hf_to_mcore import image_settings
 from tools.checkpoint_convert.inspect_path import inspect

@@ -16,7 +16,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dattn_mcore.config.schema import DataConfig, ModelConfig
 from dattn_mcore.data.image_rules import rules_of
-from dattn_mcore.data.sources.record import IMAGE_MARK
 from dattn_mcore.data.templates import TextRun, encode_conversation, stop_id
 from dattn_mcore.data.tiles import POLICIES
 from dattn_mcore.data.tokenizer import (
@@ -32,6 +31,7 @@ from dattn_mcore.hf import (
     DattnImageProcessor,
     DattnProcessor,
 )
+from dattn_mcore.types import IMAGE_MARK
 from tools.checkpoint_convert.chat_templates import chat_template
 from tools.checkpoint_convert.configs import TokenIds
 

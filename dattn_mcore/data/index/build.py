@@ -48,10 +48,10 @@ def build_index(
     begun = folder.with_name(folder.name + ".partial")
     try:
         files = [describe_file(settings, number) for number in range(len(settings.files))]
-        plan = {"settings": settings.as_json(), "files": files, "part": PART}
-        _begin(begun, plan)
+        made_from = {"settings": settings.as_json(), "files": files, "part": PART}
+        _begin(begun, made_from)
         counts = _make_parts(begun, settings, tokenizer, workers)
-        join_parts(begun, settings, counts, plan)
+        join_parts(begun, settings, counts, made_from)
         _replace(begun, folder)
     except OSError as error:
         raise DataError(
@@ -95,17 +95,17 @@ def describe_file(settings: IndexSettings, number: int) -> dict[str, Any]:
     }
 
 
-def _begin(begun: Path, plan: dict[str, Any]) -> None:
-    """Makes the folder of parts; parts of another plan go."""
+def _begin(begun: Path, made_from: dict[str, Any]) -> None:
+    """Makes the folder of parts; parts made from something else go."""
     marker = begun / "plan.json"
     try:
-        same = json.loads(marker.read_text("utf-8")) == plan
+        same = json.loads(marker.read_text("utf-8")) == made_from
     except (OSError, ValueError):
         same = False
     if not same:
         shutil.rmtree(begun, ignore_errors=True)
         begun.mkdir(parents=True)
-        marker.write_text(json.dumps(plan), encoding="utf-8")
+        marker.write_text(json.dumps(made_from), encoding="utf-8")
 
 
 def _jobs(settings: IndexSettings) -> Iterator[tuple[int, list[Place], float]]:
@@ -186,7 +186,7 @@ def _work(path: Path, file: int, places: list[Place]) -> int:
 
 def _write_part(maker: RowMaker, path: Path, file: int, places: list[Place]) -> int:
     """Writes one part, whole or not at all."""
-    part = maker.part(file, places)
+    part = maker.rows_of(file, places)
     temporary = path.with_suffix(".tmp")
     arrays: dict[str, Any] = part.arrays()
     for name, value in (("bad", part.bad), ("ignored", part.ignored)):
@@ -232,7 +232,10 @@ class _Progress:
         left = f"  ETA {duration(seconds * (1 - self._share) / fresh)}" if fresh > 0 else ""
         _LOG.info(
             "index  %s samples  %.0f%%  %s samples/s%s",
-            *(f"{self._made + self._found:,}", 100 * self._share, rate(self._made / seconds), left),
+            f"{self._made + self._found:,}",
+            100 * self._share,
+            rate(self._made / seconds),
+            left,
         )
 
     def close(self) -> None:

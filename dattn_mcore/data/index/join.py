@@ -15,7 +15,7 @@ from dattn_mcore.data.sources.source import open_source_file
 
 
 def join_parts(
-    begun: Path, settings: IndexSettings, parts: list[Path], plan: dict[str, Any]
+    begun: Path, settings: IndexSettings, parts: list[Path], made_from: dict[str, Any]
 ) -> None:
     """Writes the final files beside the parts; counted first, so that nothing is held in memory."""
     counts = []
@@ -56,14 +56,14 @@ def join_parts(
     for table in (samples, images, usable):
         table.flush()
     content = {
-        **plan,
+        **made_from,
         "num_samples": totals[0],
         "num_images": totals[1],
         "num_usable": totals[0] - num_bad,
         "ignored": dict(sorted(ignored.items(), key=lambda item: (-item[1], item[0]))),
         "records": per_file[:, 0].tolist(),
         "usable": hashlib.sha256(np.asarray(usable).tobytes()).hexdigest(),
-        "content": digest([file["digest"] for file in plan["files"]]),
+        "content": digest([file["digest"] for file in made_from["files"]]),
     }
     (begun / "index.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     places.close()

@@ -98,8 +98,19 @@ class ImageRow(NamedTuple):
 
 
 FORMATS = (
-    *("OTHER", "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"),
-    *("JPEG2000", "PPM", "AVIF", "ICO", "MPO", "HEIF"),
+    "OTHER",
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "JPEG2000",
+    "PPM",
+    "AVIF",
+    "ICO",
+    "MPO",
+    "HEIF",
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter, OrderedDict
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from dattn_mcore.data.index.layout import (
     IndexSettings,
     SampleRow,
 )
+from dattn_mcore.data.sources.open_files import OpenFiles
 from dattn_mcore.data.sources.record import RecordError, Sample
-from dattn_mcore.data.sources.source import ImagePlace, Place, SourceFile, open_source_file
+from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.data.templates import TextRun, encode_conversation
-from dattn_mcore.data.tiles import TilePlan, plan_image
+from dattn_mcore.data.tiles import Tiling, tiling_of_image
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import DataError
 
@@ -38,7 +39,7 @@ _MOST_OPEN = 8  # files; parts come in the order of files, and shards can be tho
 
 
 @dataclass
-class Part:
+class IndexPart:
     """Rows of some neighbouring records.
 
     Attributes:
@@ -97,15 +98,17 @@ class RowMaker:
         """
         self._settings = settings
         self._tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
-        self._files: OrderedDict[int, SourceFile] = OrderedDict()
+        self._sources = settings.files
+        self._files = OpenFiles(self._sources, _MOST_OPEN, in_order=True)
         self._folders: dict[str, Path] = {}
         # Conversations about one image stand near each other in the usual data sets.
         self._probe = functools.lru_cache(maxsize=4096)(self._probe_file)
 
-    def part(self, file: int, places: list[Place]) -> Part:
+    def rows_of(self, file: int, places: list[Place]) -> IndexPart:
         """Makes the rows of some records of one file."""
-        made = Part()
-        source = self._open(file)
+        made = IndexPart()
+        self._files.make_room()
+        source = self._files.get(file)
         for number, place in enumerate(places):
             found: tuple[ImagePlace, ...] = ()
             name, stage, path, reason = place.key, "annotation", None, None
@@ -155,23 +158,14 @@ class RowMaker:
     def still_bad(self, path: str, file: int) -> bool:
         """Whether an image file that was unusable still is (images in shards always are)."""
         try:
-            folder = self._open(file).image_folder
+            folder = self._files.get(file).image_folder
             if folder is not None:
                 header = self._probe_file(folder, path, hint=False)
-                self._plan(f"image '{path}'", header)
+                self._tiling(f"image '{path}'", header)
                 return False
         except DataError:
             pass
         return True
-
-    def _open(self, file: int) -> SourceFile:
-        if file not in self._files:
-            while len(self._files) >= _MOST_OPEN:
-                self._files.popitem(last=False)[1].close()
-            number, source = self._settings.files[file]
-            self._files[file] = open_source_file(source, number, in_order=True)
-        self._files.move_to_end(file)
-        return self._files[file]
 
     def _encode(self, sample: Sample) -> _Encoded:
         template = self._settings.template
@@ -191,10 +185,10 @@ class RowMaker:
         return _Encoded(rows, first, supervised, tuple(before))
 
     def _image_row(
-        self, made: Part, file: int, place: Place, image: ImagePlace, before: int
+        self, made: IndexPart, file: int, place: Place, image: ImagePlace, before: int
     ) -> ImageRow:
-        settings, source = self._settings, self._open(file)
-        within, described = settings.files[file]
+        settings, source = self._settings, self._files.get(file)
+        within, described = self._sources[file]
         identity = identity_of_image(described, within, place, image)
         who = f"image '{image.name}'"
         if image.length or source.image_folder is None:
@@ -202,9 +196,9 @@ class RowMaker:
             header = probe_image(who, data, settings.max_pixels, settings.rules)
         else:
             header = self._probe(source.image_folder, image.name)
-        plan = self._plan(who, header)
+        tiling = self._tiling(who, header)
         start, length = made.name(image.name)
-        columns, rows = plan.grid
+        columns, rows = tiling.grid
         kind = FORMATS.index(header.format) if header.format in FORMATS else 0
         return ImageRow(
             offset=image.offset,
@@ -213,7 +207,7 @@ class RowMaker:
             width=header.width,
             height=header.height,
             text_before=before,
-            num_tiles=plan.num_tiles,
+            num_tiles=tiling.num_tiles,
             name_length=length,
             columns=columns,
             rows=rows,
@@ -221,10 +215,12 @@ class RowMaker:
             identity=identity.digest,
         )
 
-    def _plan(self, who: str, header: ImageHeader) -> TilePlan:
+    def _tiling(self, who: str, header: ImageHeader) -> Tiling:
         settings = self._settings
-        return plan_image(
-            *(who, header.width, header.height),
+        return tiling_of_image(
+            who=who,
+            width=header.width,
+            height=header.height,
             policy=settings.policy,
             tile_size=settings.tile_size,
             grids=settings.grids,

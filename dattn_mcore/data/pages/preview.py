@@ -20,12 +20,13 @@ from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.order import SampleOrder
 from dattn_mcore.data.pages.html import escape, page, picture, write_page
-from dattn_mcore.data.samples import PlannedSample, SampleReader
+from dattn_mcore.data.samples import FittedSample, SampleReader
 from dattn_mcore.data.steps import shares_of
-from dattn_mcore.data.templates import NO_LOSS, EncodedSample
+from dattn_mcore.data.templates import EncodedSample
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError
 from dattn_mcore.hf.image_rules_dattn import ImageRules, to_rgb
+from dattn_mcore.types import IGNORED_LABEL
 
 _WIDTH = 280  # pixels of an image on the page
 _TILE = 112
@@ -69,7 +70,7 @@ def write_preview(
     ]
     try:
         for number in numbers:
-            body += _sample(reader, loader, tokenizer, reader.plan(number), rules_of(data))
+            body += _sample(reader, loader, tokenizer, reader.fit(number), rules_of(data))
     finally:
         loader.close()
         reader.close()
@@ -96,23 +97,23 @@ def _sample(
     reader: SampleReader,
     loader: ImageLoader,
     tokenizer: Tokenizer,
-    planned: PlannedSample,
+    fitted: FittedSample,
     rules: ImageRules,
 ) -> Iterator[str]:
-    indexed = planned.indexed
-    encoded = reader.encode(planned)
-    requests = [reader.request(indexed, image) for image in planned.images]
+    indexed = fitted.indexed
+    encoded = reader.encode(fitted)
+    requests = [reader.request(indexed, image) for image in fitted.images]
     tiles, failures = loader.load(requests)
     yield (
         f'<section class="sample"><h2>{escape(indexed.id)}</h2><p class="note">sample '
-        f"{indexed.number:,}: {planned.text_rows} text rows, {encoded.visual_rows} visual rows, "
-        f"{sum(label != NO_LOSS for label in encoded.labels)} predicted</p>"
+        f"{indexed.number:,}: {fitted.text_rows} text rows, {encoded.visual_rows} visual rows, "
+        f"{sum(label != IGNORED_LABEL for label in encoded.labels)} predicted</p>"
     )
     for failure in failures:
         yield f'<p class="bad">{escape(failure.reason)}</p>'
     failed = {failure.index for failure in failures}
     first = 0
-    for number, (image, request) in enumerate(zip(planned.images, requests, strict=True)):
+    for number, (image, request) in enumerate(zip(fitted.images, requests, strict=True)):
         grid = f", canvas {image.grid[0]} x {image.grid[1]}" if image.grid[0] else ""
         yield (
             f'<p class="note">image {number + 1}: {escape(image.place.name)}, {image.width} x '
@@ -165,7 +166,7 @@ def _run(tokenizer: Tokenizer, encoded: EncodedSample, start: int, end: int) -> 
             continue
     groups: list[tuple[str, bool, list[int]]] = []
     for row in range(start, end):
-        predicted = row > 0 and encoded.labels[row - 1] != NO_LOSS
+        predicted = row > 0 and encoded.labels[row - 1] != IGNORED_LABEL
         kind = "supervised" if predicted else "masked"
         is_special = encoded.text_ids[row] in special
         if groups and not is_special and groups[-1][:2] == (kind, False):

@@ -15,8 +15,8 @@ from typing import Any
 
 from dattn_mcore.data.sources.metadata import METADATA, is_filled, left_aside
 from dattn_mcore.errors import DataError
+from dattn_mcore.types import IMAGE_MARK
 
-IMAGE_MARK = "<image>"
 GREETING = "a first turn from gpt"  # how `Sample.ignored` calls one
 _SPEAKERS = ("human", "gpt")
 _USED = frozenset(("id", "image", "system", "conversations"))

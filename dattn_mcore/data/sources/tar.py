@@ -22,17 +22,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dattn_mcore.data.sources.metadata import METADATA
-from dattn_mcore.data.sources.record import (
-    IMAGE_MARK,
-    RecordError,
-    Sample,
-    decode_json,
-    parse_record,
-)
+from dattn_mcore.data.sources.record import RecordError, Sample, decode_json, parse_record
 from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.data.sources.tar_members import tar_members
 from dattn_mcore.data.sources.tar_roles import TEXT, roles, suffix
 from dattn_mcore.errors import DataError
+from dattn_mcore.types import IMAGE_MARK
 
 
 class TarFile:

@@ -17,8 +17,21 @@ from dattn_mcore.errors import DataError
 
 TEXT = ("json", "txt", "caption")
 IMAGES = (
-    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif"),
-    *("tiff", "jp2", "ppm", "pgm", "avif", "ico", "heic", "heif"),
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "bmp",
+    "gif",
+    "tif",
+    "tiff",
+    "jp2",
+    "ppm",
+    "pgm",
+    "avif",
+    "ico",
+    "heic",
+    "heif",
 )
 _DOTS = "members of a sample share their name up to its first dot"
 

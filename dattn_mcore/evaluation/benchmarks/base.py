@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.evaluation.files import read_json_lines, write_text
 from dattn_mcore.evaluation.images import Picture
-from dattn_mcore.evaluation.questions import IMAGE_MARK, mark_images
+from dattn_mcore.evaluation.questions import mark_images
 from dattn_mcore.evaluation.scores import Score
+from dattn_mcore.types import IMAGE_MARK
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dattn_mcore.errors import first_line
 from dattn_mcore.layers.attention.calls import attend_by_calls
 from dattn_mcore.layers.attention.flash_sequences import Sequences, make_sequences
 from dattn_mcore.layers.attention.inputs import AttentionInputs
@@ -129,7 +130,7 @@ def _problem(version: int) -> str | None:
     try:
         importlib.import_module(name)
     except Exception as error:  # noqa: BLE001 (a build for another PyTorch raises anything)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return f"cannot be imported ({reason})"
     return None
 

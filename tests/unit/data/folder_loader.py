@@ -13,7 +13,7 @@ from torch import Tensor
 from dattn_mcore.data.image_files import check_folder, probe_image_file, read_bytes
 from dattn_mcore.data.image_rules import DEFAULT_RULES
 from dattn_mcore.data.images import ImageLoader, ImageRequest
-from dattn_mcore.data.tiles import Grid, plan_tiles
+from dattn_mcore.data.tiles import Grid, choose_tiling
 from dattn_mcore.errors import DataError
 
 
@@ -33,13 +33,13 @@ class FolderLoader:
         for name, path in items:
             who = f"annotation {name!r}: image '{path}'"
             read = partial(read_bytes, self.folder, path, who, self.max_pixels)
-            made.append(ImageRequest(who, read, *self._plan(path)))
+            made.append(ImageRequest(who, read, *self._tiling(path)))
         return made
 
-    def load(self, items: Sequence[tuple[str, str]], planned: Sequence[Grid] = ()) -> Tensor:
+    def load(self, items: Sequence[tuple[str, str]], grids: Sequence[Grid] = ()) -> Tensor:
         requests = self.requests(items)
-        if planned:  # other than the index would have planned
-            requests = [replace(r, grid=g) for r, g in zip(requests, planned, strict=True)]
+        if grids:  # other than the index would have
+            requests = [replace(r, grid=g) for r, g in zip(requests, grids, strict=True)]
         tiles, failures = self.inner.load(requests)
         if failures:
             raise DataError(failures[0].reason)
@@ -48,13 +48,13 @@ class FolderLoader:
     def close(self) -> None:
         self.inner.close()
 
-    def _plan(self, path: str) -> tuple[int, Grid]:
+    def _tiling(self, path: str) -> tuple[int, Grid]:
         policy = self.options.get("policy", "stretch")
         if not policy.startswith("anyres"):
             return 1, (0, 0)
         rules = self.options.get("rules", DEFAULT_RULES)
         header = probe_image_file(self.folder, path, self.max_pixels, rules=rules)
-        plan = plan_tiles(
+        tiling = choose_tiling(
             header.width,
             header.height,
             policy=policy,
@@ -62,4 +62,4 @@ class FolderLoader:
             grids=self.options["grids"],
             ties=rules.anyres_ties,
         )
-        return plan.num_tiles, plan.grid
+        return tiling.num_tiles, tiling.grid

@@ -14,7 +14,7 @@ from PIL import Image
 from dattn_mcore.config.schema import Config, DataConfig
 from dattn_mcore.data.image_files import probe_image_file
 from dattn_mcore.data.pipeline import DataPipeline
-from dattn_mcore.data.tiles import plan_tiles
+from dattn_mcore.data.tiles import choose_tiling
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import DataError
 from tests.unit.data.folder_loader import FolderLoader as ImageLoader
@@ -101,16 +101,16 @@ def test_packs_hold_each_image_as_planned(
             rows = 0
             for image in images:
                 with Image.open(wide_data / "images" / f"{image}.png") as opened:
-                    plan = plan_tiles(
+                    tiling = choose_tiling(
                         *opened.size, policy=policy, tile_size=56, grids=config.data.anyres_grids
                     )
-                assert next(grids) == plan.grid == (plan.columns, plan.rows)
+                assert next(grids) == tiling.grid == (tiling.columns, tiling.rows)
                 assert micro.tiles is not None
-                mine = micro.tiles[tile : tile + plan.num_tiles]
+                mine = micro.tiles[tile : tile + tiling.num_tiles]
                 assert set(mine[:, 0].unique().tolist()) - {0} == {image + 1}
-                tile += plan.num_tiles
-                rows += plan.num_tiles * ROWS
-                seen.add(plan.grid)
+                tile += tiling.num_tiles
+                rows += tiling.num_tiles * ROWS
+                seen.add(tiling.grid)
             assert sum(n for is_visual, n in layout if is_visual) == rows
             several |= len(images) > 1
         assert (tile, next(grids, None)) == (micro.num_tiles, None)
@@ -152,7 +152,9 @@ def test_an_image_that_changed_since_it_was_planned(tmp_path: Path) -> None:
     picture(200, 100).save(tmp_path / "a.png")
     loader = ImageLoader(tmp_path, size=56, policy="anyres_stretch", grids=GRIDS, backend="pillow")
     assert loader.load([("a", "a.png")], [(2, 1)]).shape[0] == 3
-    with pytest.raises(DataError, match="'a': image 'a.png' is 200 x 100 .* but .1, 2. were plan"):
+    with pytest.raises(
+        DataError, match="'a': image 'a.png' is 200 x 100 .* but .1, 2. were planned"
+    ):
         loader.load([("a", "a.png")], [(1, 2)])
     loader.close()
 

@@ -70,9 +70,9 @@ def test_images_behind_the_cut_count_no_more(
         [record("behind", ["00.png"] * 5, *turns)],
     )
     pipeline = opened(config, toy_tokenizer)
-    _, (planned, *_), skipped = pipeline.plan(0)
+    _, (fitted, *_), skipped = pipeline.samples_of(0)
     pipeline.close()
-    assert not skipped and planned.num_tiles == 1
+    assert not skipped and fitted.num_tiles == 1
 
 
 def test_the_share_that_may_be_skipped_is_bounded(

@@ -15,19 +15,19 @@ from sklearn import datasets
 from dattn_mcore.config.load import from_dict
 from dattn_mcore.data import digits
 from dattn_mcore.data.__main__ import main
-from dattn_mcore.data.digits import DigitsPlan, prepare_configured, prepare_digits
+from dattn_mcore.data.digits import DigitsSizes, prepare_configured, prepare_digits
 from dattn_mcore.data.digits_questions import CELLS, bag_of_digits_ceiling
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import DataError
 from tests.unit.data.read_json import read_json
 
-PLAN = DigitsPlan(align=40, pretrain=60, instruct=300, heldout=200)
+SIZES = DigitsSizes(align=40, pretrain=60, instruct=300, heldout=200)
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set."""
-    return prepare_digits(tmp_path_factory.mktemp("digits") / "digits", PLAN)
+    return prepare_digits(tmp_path_factory.mktemp("digits") / "digits", SIZES)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -38,13 +38,13 @@ def _contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_same_plan_same_bytes(prepared: Path, tmp_path: Path) -> None:
-    assert _contents(prepare_digits(tmp_path / "again", PLAN)) == _contents(prepared)
+def test_same_sizes_same_bytes(prepared: Path, tmp_path: Path) -> None:
+    assert _contents(prepare_digits(tmp_path / "again", SIZES)) == _contents(prepared)
 
 
 def test_another_seed_another_set(prepared: Path, tmp_path: Path) -> None:
-    plan = DigitsPlan(align=40, pretrain=60, instruct=300, heldout=200, seed=1)
-    other = _contents(prepare_digits(tmp_path / "other", plan))
+    sizes = DigitsSizes(align=40, pretrain=60, instruct=300, heldout=200, seed=1)
+    other = _contents(prepare_digits(tmp_path / "other", sizes))
     mine = _contents(prepared)
     assert other["align.json"] != mine["align.json"]
     assert other["tokenizer.model"] == mine["tokenizer.model"]
@@ -151,8 +151,8 @@ def test_held_out_digits_are_in_no_training_mosaic(
     marked = np.full_like(images, 16)
     marked[:held_out] = 0
     monkeypatch.setattr(datasets, "load_digits", lambda return_X_y: (marked, labels))
-    folder = prepare_digits(tmp_path / "made", PLAN)
-    counts = {"align": PLAN.align, "train": PLAN.instruct, "heldout": PLAN.heldout}
+    folder = prepare_digits(tmp_path / "made", SIZES)
+    counts = {"align": SIZES.align, "train": SIZES.instruct, "heldout": SIZES.heldout}
     for split, count in counts.items():
         paths = list((folder / "images" / split).rglob("*.jpg"))
         assert len(paths) == count
@@ -198,12 +198,12 @@ def test_words_are_not_cut_to_pieces(prepared: Path) -> None:
 
 def test_prepared_folder_is_left_alone(prepared: Path) -> None:
     before = (prepared / "align.json").stat().st_mtime_ns
-    prepare_digits(prepared, PLAN)
+    prepare_digits(prepared, SIZES)
     assert (prepared / "align.json").stat().st_mtime_ns == before
 
 
 def test_an_older_version_is_replaced(tmp_path: Path) -> None:
-    small = DigitsPlan(align=2, pretrain=2, instruct=2, heldout=2)
+    small = DigitsSizes(align=2, pretrain=2, instruct=2, heldout=2)
     folder = prepare_digits(tmp_path / "digits", small)
     (folder / "prepared.json").write_text('{"version": 0}')
     (folder / "stale.txt").write_text("old")
@@ -217,7 +217,7 @@ def test_a_killed_run_leaves_no_data_set(tmp_path: Path, monkeypatch: pytest.Mon
     def killed(*args: object) -> None:
         raise KeyboardInterrupt
 
-    small = DigitsPlan(align=2, pretrain=2, instruct=2, heldout=2)
+    small = DigitsSizes(align=2, pretrain=2, instruct=2, heldout=2)
     with monkeypatch.context() as patch:
         patch.setattr(digits, "train_tokenizer", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -227,7 +227,7 @@ def test_a_killed_run_leaves_no_data_set(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_rival_that_was_faster_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = DigitsPlan(align=2, pretrain=2, instruct=2, heldout=2)
+    small = DigitsSizes(align=2, pretrain=2, instruct=2, heldout=2)
     train = digits.train_tokenizer
 
     def after_a_rival(*args: Any) -> None:
@@ -245,7 +245,7 @@ def test_a_rival_that_was_faster_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_folder_of_something_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(DataError, match="holds something else than the digits data set"):
-        prepare_digits(tmp_path, PLAN)
+        prepare_digits(tmp_path, SIZES)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -258,10 +258,10 @@ def test_command(
     made = []
     monkeypatch.setattr(
         "dattn_mcore.data.digits.prepare_digits",
-        lambda output, plan: made.append((output, plan)) or output,
+        lambda output, sizes: made.append((output, sizes)) or output,
     )
     assert main(["prepare-digits", "--output", "x", "--seed", "3"]) == 0
-    assert made == [("x", DigitsPlan(seed=3))]
+    assert made == [("x", DigitsSizes(seed=3))]
 
 
 @pytest.mark.parametrize(

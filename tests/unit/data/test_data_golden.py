@@ -25,7 +25,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from dattn_mcore.config.schema import ANYRES_GRIDS
-from dattn_mcore.data.tiles import plan_tiles
+from dattn_mcore.data.tiles import choose_tiling
 from tests.unit.data.folder_loader import FolderLoader as ImageLoader
 from tests.unit.data.golden import BACKENDS, picture
 
@@ -71,9 +71,11 @@ def stretched(size: int, mean: list[float], std: list[float]) -> Oracle:
     """SigLIP's resize to the square and to the canvas that LLaVA-NeXT chooses."""
 
     def views(image: Image.Image) -> Tensor:
-        plan = plan_tiles(*image.size, policy="anyres_stretch", tile_size=size, grids=ANYRES_GRIDS)
+        tiling = choose_tiling(
+            *image.size, policy="anyres_stretch", tile_size=size, grids=ANYRES_GRIDS
+        )
         tiles = []
-        for columns, rows in ((1, 1), (plan.columns, plan.rows)):
+        for columns, rows in ((1, 1), (tiling.columns, tiling.rows)):
             processor = SiglipImageProcessorPil(
                 size={"height": rows * size, "width": columns * size},
                 image_mean=mean,

@@ -26,9 +26,9 @@ from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.samples import SampleReader
 from dattn_mcore.data.sources.record import RecordError
 from dattn_mcore.data.steps import shares_of
-from dattn_mcore.data.templates import NO_LOSS
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import DataError
+from dattn_mcore.types import IGNORED_LABEL
 
 MakeConfig = Callable[..., Config]
 
@@ -63,14 +63,14 @@ def contents(index: Index, tokenizer: SentencePieceTokenizer) -> list[Any]:
     reader = SampleReader(index, tokenizer, 16, 10**8)
     seen = []
     for number in np.flatnonzero(index.usable):
-        planned = reader.plan(int(number))
-        encoded = reader.encode(planned)
+        fitted = reader.fit(int(number))
+        encoded = reader.encode(fitted)
         pixels = []
-        for image in planned.images:
-            with Image.open(io.BytesIO(reader.request(planned.indexed, image).read())) as opened:
+        for image in fitted.images:
+            with Image.open(io.BytesIO(reader.request(fitted.indexed, image).read())) as opened:
                 assert opened.size == (image.width, image.height)
                 pixels.append(np.asarray(opened).tolist()[0][0])
-        seen.append((planned.indexed.id, encoded.text_ids, encoded.labels, encoded.layout, pixels))
+        seen.append((fitted.indexed.id, encoded.text_ids, encoded.labels, encoded.layout, pixels))
     reader.close()
     return seen
 
@@ -223,14 +223,14 @@ def test_the_index_knows_what_encoding_gives(
         index = open_index(make_config(template=template), toy_tokenizer)
         reader = SampleReader(index, toy_tokenizer, 16, 10**8)
         for number in range(len(index)):
-            planned = reader.plan(number)
-            encoded = reader.encode(planned)  # raises where the planned layout differs
+            fitted = reader.fit(number)
+            encoded = reader.encode(fitted)  # raises where the fitted layout differs
             row = index.samples[number]
-            labels = [i for i, label in enumerate(encoded.labels) if label != NO_LOSS]
+            labels = [i for i, label in enumerate(encoded.labels) if label != IGNORED_LABEL]
             assert int(row["text_rows"]) == len(encoded.text_ids)
             assert (int(row["first_label"]), int(row["supervised"])) == (labels[0], len(labels))
             for budget in (3, 9, len(encoded.text_ids) - 1):
-                cut = reader.plan(number, budget)
+                cut = reader.fit(number, budget)
                 assert reader.encode(cut).layout == cut.layout(16)
         reader.close()
 

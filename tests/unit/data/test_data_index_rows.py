@@ -41,7 +41,7 @@ class Failing:
     def __init__(self, error: DattnError) -> None:
         self.error = error
 
-    def part(self, *_: object) -> None:
+    def rows_of(self, *_: object) -> None:
         raise self.error
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dattn_mcore.data import packing
 from dattn_mcore.data.balance import split_over_ranks
-from dattn_mcore.data.packing import pack_into, plan_packs
+from dattn_mcore.data.packing import make_packs, pack_into
 from tests.counted_lines import lines_of
 from tests.unit.data import plain_packing
 
@@ -26,7 +26,7 @@ def test_every_sample_once_within_both_budgets(
     lengths: list[tuple[int, int]], dp_size: int, group: int
 ) -> None:
     multiple = dp_size * group
-    packs = plan_packs(lengths, TEXT, VISUAL, multiple)
+    packs = make_packs(lengths, TEXT, VISUAL, multiple)
     assert len(packs) > 0
     assert len(packs) % multiple == 0
     assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
@@ -34,7 +34,7 @@ def test_every_sample_once_within_both_budgets(
         assert sum(lengths[i][0] for i in pack) <= TEXT
         assert sum(lengths[i][1] for i in pack) <= VISUAL
         assert list(pack) == sorted(pack)
-    assert plan_packs(list(lengths), TEXT, VISUAL, multiple) == packs
+    assert make_packs(list(lengths), TEXT, VISUAL, multiple) == packs
     shares = split_over_ranks(packs, lengths, dp_size, (TEXT, VISUAL))
     assert len(shares) == dp_size
     assert {len(share) for share in shares} == {len(packs) // dp_size}
@@ -51,20 +51,20 @@ def test_every_sample_once_within_both_budgets(
 @given(lengths=LENGTHS)
 def test_few_packs(lengths: list[tuple[int, int]]) -> None:
     # First-fit keeps all packs but one more than half full in one of the two budgets.
-    packs = plan_packs(lengths, TEXT, VISUAL, 1)
+    packs = make_packs(lengths, TEXT, VISUAL, 1)
     bound = sum(t for t, _ in lengths) / TEXT + sum(v for _, v in lengths) / VISUAL
     assert len(packs) <= 2 * bound + 1
 
 
 def test_no_more_packs_than_needed_for_equal_samples() -> None:
-    assert len(plan_packs([(10, 16)] * 20, 50, 64, 1)) == 5
-    assert len(plan_packs([(10, 16)] * 20, 40, 64, 2)) == 6
+    assert len(make_packs([(10, 16)] * 20, 50, 64, 1)) == 5
+    assert len(make_packs([(10, 16)] * 20, 40, 64, 2)) == 6
 
 
 def test_loads_are_balanced() -> None:
     rng = random.Random(1)
     lengths = [(rng.randint(10, 60), 16) for _ in range(256)]
-    packs = plan_packs(lengths, 512, 512, 4)
+    packs = make_packs(lengths, 512, 512, 4)
     rows = [sum(sum(lengths[i]) for i in pack) for pack in packs]
     longest = max(sum(one) for one in lengths)
     assert max(rows) - min(rows) <= longest
@@ -74,13 +74,13 @@ def test_loads_are_balanced() -> None:
 
 
 def test_fewer_samples_than_packs_leaves_empty_ones() -> None:
-    packs = plan_packs([(5, 16)], 50, 64, 4)
+    packs = make_packs([(5, 16)], 50, 64, 4)
     assert sorted(packs) == [(), (), (), (0,)]
 
 
 def test_a_sample_over_a_budget_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(ValueError, match="fits no pack"):
-        plan_packs([(51, 0)], 50, 64, 1)
+        make_packs([(51, 0)], 50, 64, 1)
 
 
 def test_packs_that_cannot_be_dealt() -> None:
@@ -97,7 +97,7 @@ def test_ranks_of_unlike_samples_have_equal_work() -> None:
     ]
     budgets, work = (4096, 11664), (1.0, 1.4)
     for dp_size in (2, 4, 8):
-        packs = plan_packs(lengths, *budgets, dp_size)
+        packs = make_packs(lengths, *budgets, dp_size)
         shares = split_over_ranks(packs, lengths, dp_size, budgets, work)
         loads = [
             sum(lengths[i][0] + 1.4 * lengths[i][1] for pack in share for i in pack)

@@ -11,8 +11,8 @@ from PIL import Image
 from dattn_mcore.config.load import load_config
 from dattn_mcore.data.__main__ import main
 from dattn_mcore.data.pipeline import DataPipeline
-from dattn_mcore.data.templates import NO_LOSS
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
+from dattn_mcore.types import IGNORED_LABEL
 from tests.unit.data.golden import picture
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -95,7 +95,7 @@ def test_a_stage_reads_its_file_and_folders(
                 rows for layout in micro.layouts for is_visual, rows in layout if is_visual
             )
             assert visual == 729 * micro.num_tiles
-            assert (micro.labels != NO_LOSS).any()
+            assert (micro.labels != IGNORED_LABEL).any()
             if micro.num_tiles:
                 assert micro.tiles is not None and micro.tiles.shape[1:] == (3, 384, 384)
                 assert float(micro.tiles.float().std()) > 20  # pictures, no grey stand-ins

@@ -16,7 +16,7 @@ from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.balance import row_work, split_over_ranks
 from dattn_mcore.data.order import SampleOrder, Share
-from dattn_mcore.data.packing import plan_packs
+from dattn_mcore.data.packing import make_packs
 from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.steps import FixedSteps, FullSteps, Steps, full_steps
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
@@ -85,7 +85,7 @@ def test_packs_of_a_llava_like_mix_are_full_and_ranks_even(
     rows, made = np.zeros(2), 0
     for lengths in steps:
         shares = split_over_ranks(
-            plan_packs(lengths, *budgets, dp_size), lengths, dp_size, budgets, work
+            make_packs(lengths, *budgets, dp_size), lengths, dp_size, budgets, work
         )
         packs = [pack for share in shares for pack in share]
         assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))

@@ -19,7 +19,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from dattn_mcore.config.schema import DataConfig
 from dattn_mcore.data import resize
 from dattn_mcore.data.resize import to_tile
-from dattn_mcore.data.tiles import POLICIES, plan_image, plan_tiles
+from dattn_mcore.data.tiles import POLICIES, choose_tiling, tiling_of_image
 from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.hf.image_processing_dattn import DattnImageProcessor
 from dattn_mcore.hf.image_rules_dattn import best_grid
@@ -48,22 +48,24 @@ def test_the_grid_is_transformers_choice(width, height, tile_size):
 @settings(max_examples=200, deadline=None)
 @given(SIZE, SIZE, TILE)
 def test_the_letterbox_is_transformers_size_and_place(width, height, tile_size):
-    plan = plan_tiles(width, height, policy="anyres_letterbox", tile_size=tile_size, grids=GRIDS)
-    target = (plan.rows * tile_size, plan.columns * tile_size)
+    tiling = choose_tiling(
+        width, height, policy="anyres_letterbox", tile_size=tile_size, grids=GRIDS
+    )
+    target = (tiling.rows * tile_size, tiling.columns * tile_size)
     image = np.broadcast_to(np.uint8(0), (3, height, width))
     new_height, new_width = get_patch_output_size(image, target, ChannelDimension.FIRST)
-    assert plan.resized == (new_width, new_height)
+    assert tiling.resized == (new_width, new_height)
     (top, _), (left, _) = LlavaNextImageProcessorPil()._get_padding_size(
         (new_height, new_width), target
     )
-    assert plan.offset == (left, top)
+    assert tiling.offset == (left, top)
 
 
 @pytest.mark.parametrize("size", [(40, 90), (90, 40), (60, 60), (300, 20), (21, 300), (500, 480)])
 def test_tiles_of_a_white_image_are_llava_nexts(size):
     """Count and placement end to end: white where the image is, 0 around it."""
     tile_size = 28
-    plan = plan_tiles(*size, policy="anyres_letterbox", tile_size=tile_size, grids=GRIDS)
+    tiling = choose_tiling(*size, policy="anyres_letterbox", tile_size=tile_size, grids=GRIDS)
     processor = LlavaNextImageProcessorPil(
         size={"shortest_edge": tile_size},
         crop_size={"height": tile_size, "width": tile_size},
@@ -72,9 +74,9 @@ def test_tiles_of_a_white_image_are_llava_nexts(size):
         do_normalize=False,
     )
     found = processor(Image.new("RGB", size, "white"), return_tensors="np").pixel_values[0]
-    assert len(found) == plan.num_tiles
-    canvas = np.zeros((plan.rows * tile_size, plan.columns * tile_size))
-    (x, y), (width, height) = plan.offset, plan.resized
+    assert len(found) == tiling.num_tiles
+    canvas = np.zeros((tiling.rows * tile_size, tiling.columns * tile_size))
+    (x, y), (width, height) = tiling.offset, tiling.resized
     canvas[y : y + height, x : x + width] = 255
     tiles = [
         canvas[r : r + tile_size, c : c + tile_size]
@@ -89,9 +91,9 @@ def test_tiles_of_a_white_image_are_llava_nexts(size):
 def test_crop_is_clips_window(size):
     """A column and row ramp shows which pixels CLIP's processor keeps."""
     tile_size = 28
-    plan = plan_tiles(*size, policy="crop", tile_size=tile_size, grids=GRIDS)
-    assert min(plan.resized) == tile_size and plan.num_tiles == 1
-    ramp = np.zeros((plan.resized[1], plan.resized[0], 3), np.uint8)
+    tiling = choose_tiling(*size, policy="crop", tile_size=tile_size, grids=GRIDS)
+    assert min(tiling.resized) == tile_size and tiling.num_tiles == 1
+    ramp = np.zeros((tiling.resized[1], tiling.resized[0], 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.indices(ramp.shape[:2])
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": tile_size},
@@ -100,7 +102,7 @@ def test_crop_is_clips_window(size):
         do_normalize=False,
     )
     found = processor(Image.fromarray(ramp), return_tensors="np").pixel_values[0]
-    assert (-int(found[1, 0, 0]), -int(found[0, 0, 0])) == plan.offset
+    assert (-int(found[1, 0, 0]), -int(found[0, 0, 0])) == tiling.offset
 
 
 @pytest.mark.parametrize("size", [(40, 90), (91, 40), (28, 28), (29, 28), (300, 7)])
@@ -119,7 +121,7 @@ def test_pad_is_llavas_square(size):
     image = torch.zeros(3, size[1], size[0], dtype=torch.uint8)
     fill = tuple(int(channel * 255) for channel in mean)
     assert torch.equal(to_tile(image, side, "pad", fill), found.to(torch.uint8))
-    assert plan_tiles(*size, policy="pad", tile_size=side, grids=GRIDS).num_tiles == 1
+    assert choose_tiling(*size, policy="pad", tile_size=side, grids=GRIDS).num_tiles == 1
 
 
 @pytest.mark.parametrize("size", [(300, 7), (7, 300), (131, 97), (97, 131), (1, 2000)])
@@ -152,40 +154,42 @@ def test_pad_in_bands_is_the_squares_resize(size, monkeypatch):
 def test_a_thin_image_is_refused_by_what_it_would_become(policy, size, between):
     args = dict(policy=policy, tile_size=384, grids=GRIDS)
     with pytest.raises(DataError, match=f"^x is too thin: .* {between} .*={policy} .* 100000000$"):
-        plan_image("x", *size, **args, max_pixels=10**8)
+        tiling_of_image("x", *size, **args, max_pixels=10**8)
     # What is not thin passes: a panorama, all the pixels allowed, and small ones under a low cap.
     for fine in ((30_000, 3000), (3000, 30_000), (10_000, 10_000)):
-        assert plan_image("x", *fine, **args, max_pixels=10**8) == plan_tiles(*fine, **args)
-    assert plan_image("x", 600, 20, **args, max_pixels=20_000) == plan_tiles(600, 20, **args)
+        assert tiling_of_image("x", *fine, **args, max_pixels=10**8) == choose_tiling(*fine, **args)
+    assert tiling_of_image("x", 600, 20, **args, max_pixels=20_000) == choose_tiling(
+        600, 20, **args
+    )
 
 
 def test_what_a_plan_says():
     """Figures worked out by hand."""
     args = dict(tile_size=384, grids=GRIDS)
-    plan = plan_tiles(1000, 500, policy="anyres_stretch", **args)
-    assert (plan.grid, plan.num_tiles) == ((2, 1), 3)
-    assert (plan.resized, plan.offset) == ((768, 384), (0, 0))
-    plan = plan_tiles(900, 700, policy="anyres_letterbox", **args)
-    assert (plan.grid, plan.num_tiles) == ((2, 2), 5)
-    assert (plan.resized, plan.offset) == ((768, 598), (0, 85))
+    tiling = choose_tiling(1000, 500, policy="anyres_stretch", **args)
+    assert (tiling.grid, tiling.num_tiles) == ((2, 1), 3)
+    assert (tiling.resized, tiling.offset) == ((768, 384), (0, 0))
+    tiling = choose_tiling(900, 700, policy="anyres_letterbox", **args)
+    assert (tiling.grid, tiling.num_tiles) == ((2, 2), 5)
+    assert (tiling.resized, tiling.offset) == ((768, 598), (0, 85))
     for policy in ("stretch", "pad", "crop"):
-        plan = plan_tiles(900, 700, policy=policy, **args)
-        assert (plan.grid, plan.num_tiles, plan.base_view) == ((0, 0), 1, False)
+        tiling = choose_tiling(900, 700, policy=policy, **args)
+        assert (tiling.grid, tiling.num_tiles, tiling.base_view) == ((0, 0), 1, False)
 
 
 def test_bad_settings():
     with pytest.raises(ConfigError, match="data.image_policy: 'anyres' is unknown; use stretch"):
-        plan_tiles(3, 4, policy="anyres", tile_size=8, grids=GRIDS)
+        choose_tiling(3, 4, policy="anyres", tile_size=8, grids=GRIDS)
     with pytest.raises(ConfigError, match="data.anyres_grids: .*=anyres_stretch needs at least"):
-        plan_tiles(3, 4, policy="anyres_stretch", tile_size=8, grids=())
+        choose_tiling(3, 4, policy="anyres_stretch", tile_size=8, grids=())
 
 
 @given(SIZE, SIZE, st.sampled_from(POLICIES))
 @settings(max_examples=200, deadline=None)
 def test_no_plan_exceeds_the_largest(width, height, policy):
     """The bound that the visual budget is checked against."""
-    plan = plan_tiles(width, height, policy=policy, tile_size=56, grids=GRIDS)
-    assert 1 <= plan.num_tiles <= DataConfig(image_policy=policy).max_tiles
+    tiling = choose_tiling(width, height, policy=policy, tile_size=56, grids=GRIDS)
+    assert 1 <= tiling.num_tiles <= DataConfig(image_policy=policy).max_tiles
 
 
 def squeezed(width: int, height: int, grid: tuple[int, int]) -> float:
@@ -206,9 +210,9 @@ def squeezed(width: int, height: int, grid: tuple[int, int]) -> float:
 )
 def test_stretching_takes_the_nearest_of_equal_canvases(size, expected):
     args = {"tile_size": 384, "grids": GRIDS}
-    assert plan_tiles(*size, policy="anyres_stretch", **args).grid == expected
-    by_order = plan_tiles(*size, policy="anyres_stretch", ties="first", **args).grid
-    assert plan_tiles(*size, policy="anyres_letterbox", **args).grid == by_order
+    assert choose_tiling(*size, policy="anyres_stretch", **args).grid == expected
+    by_order = choose_tiling(*size, policy="anyres_stretch", ties="first", **args).grid
+    assert choose_tiling(*size, policy="anyres_letterbox", **args).grid == by_order
 
 
 @settings(max_examples=300, deadline=None)
@@ -217,9 +221,9 @@ def test_stretching_takes_the_nearest_of_equal_canvases(size, expected):
 def test_ties_alone_are_decided_by_the_aspect_ratio(width, height, tile_size):
     """What a canvas shows and wastes stays the best there is; only equals trade places."""
     args = {"tile_size": tile_size, "grids": GRIDS}
-    near = plan_tiles(width, height, policy="anyres_stretch", **args)
-    first = plan_tiles(width, height, policy="anyres_stretch", ties="first", **args)
-    both = [(plan.columns, plan.rows) for plan in (near, first)]
+    near = choose_tiling(width, height, policy="anyres_stretch", **args)
+    first = choose_tiling(width, height, policy="anyres_stretch", ties="first", **args)
+    both = [(tiling.columns, tiling.rows) for tiling in (near, first)]
     shown = [
         min(int(width * scale) * int(height * scale), width * height)
         for columns, rows in both
@@ -228,7 +232,7 @@ def test_ties_alone_are_decided_by_the_aspect_ratio(width, height, tile_size):
     assert shown[0] == shown[1]
     assert both[0][0] * both[0][1] == both[1][0] * both[1][1]
     assert squeezed(width, height, both[0]) <= squeezed(width, height, both[1]) * (1 + 1e-12)
-    letterbox = plan_tiles(width, height, policy="anyres_letterbox", **args)
+    letterbox = choose_tiling(width, height, policy="anyres_letterbox", **args)
     assert (letterbox.columns, letterbox.rows) == both[1]
 
 
@@ -244,5 +248,5 @@ def test_the_exported_processor_takes_the_same_canvas(width, height, ties):
             anyres_grids=[list(grid) for grid in GRIDS],
         )
         found = processor([image], return_tensors="np")["image_grids"].tolist()
-        plan = plan_tiles(width, height, policy=policy, tile_size=8, grids=GRIDS, ties=ties)
-        assert found == [list(plan.grid)]
+        tiling = choose_tiling(width, height, policy=policy, tile_size=8, grids=GRIDS, ties=ties)
+        assert found == [list(tiling.grid)]

@@ -3,7 +3,7 @@
 import json
 
 from dattn_mcore.evaluation.__main__ import main
-from dattn_mcore.evaluation.score import score_digits
+from dattn_mcore.evaluation.digits_score import score_digits
 
 QUESTIONS = [
     {"question_id": "a", "text": "?", "category": "cell", "answer": "7"},

@@ -3,11 +3,12 @@
 import pytest
 
 from dattn_mcore.errors import ConfigError
+from dattn_mcore.evaluation.digits_score import Tally
 from dattn_mcore.evaluation.questions import Answer, read_questions, write_answers
-from dattn_mcore.evaluation.score import Tally
 from dattn_mcore.quickstart import __main__ as command
-from dattn_mcore.quickstart import picture, run
+from dattn_mcore.quickstart import picture
 from dattn_mcore.quickstart.expectation import ExpectationError, expectation
+from dattn_mcore.quickstart.run import StepError
 
 
 @pytest.mark.parametrize(
@@ -50,18 +51,18 @@ def finished(monkeypatch, digits, tmp_path):
     def run_with(right: int, *overrides: str) -> int:
         folder = tmp_path / "run"
 
-        def leave_answers(plan, console):
-            questions = read_questions(plan.questions)
+        def leave_answers(run, console):
+            questions = read_questions(run.questions)
             texts = [q.answer if i < right else "no" for i, q in enumerate(questions)]
             answers = [
                 Answer(q.question_id, q.text, text, "a", "m", {})
                 for q, text in zip(questions, texts, strict=True)
             ]
-            write_answers(plan.answers, answers)
+            write_answers(run.answers, answers)
             return {}
 
         monkeypatch.setattr(command, "run_steps", leave_answers)
-        monkeypatch.setattr(picture, "draw", lambda plan, result: plan.picture)
+        monkeypatch.setattr(picture, "draw", lambda run, result: run.picture)
         return command.main(["--run-dir", str(folder), "--data", str(digits), *overrides])
 
     return run_with
@@ -87,8 +88,8 @@ def test_a_blind_run_that_sees_ends_with_status_1(finished, capsys):
 
 
 def test_a_failed_step_ends_with_status_1(monkeypatch, digits, tmp_path, capsys):
-    def fail(plan, console):
-        raise run.StepError("step 'convert' failed with status 1: the export does not agree")
+    def fail(run, console):
+        raise StepError("step 'convert' failed with status 1: the export does not agree")
 
     monkeypatch.setattr(command, "run_steps", fail)
     assert command.main(["--run-dir", str(tmp_path / "run"), "--data", str(digits)]) == 1

@@ -1,4 +1,4 @@
-"""The plan of the quickstart: its commands, and the settings that are not the user's."""
+"""The commands of the quickstart, and the settings that are not the user's."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ import pytest
 
 from dattn_mcore.config.load import load_config
 from dattn_mcore.errors import ConfigError
-from dattn_mcore.quickstart.steps import DATA, ROOT, STAGES, make_plan, processes_of
+from dattn_mcore.quickstart.steps import DATA, ROOT, STAGES, make_run, processes_of
 from dattn_mcore.training.main import parse_arguments
 
 
 def _plan(*overrides, data=DATA):
-    return make_plan(Path("runs/quickstart"), data, overrides)
+    return make_run(Path("runs/quickstart"), data, overrides)
 
 
 def test_the_stages_stand_between_data_and_evaluation():

@@ -32,7 +32,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Score:
+class DigitsScore:
     """Tallies by category, sorted by name, and over everything.
 
     Attributes:
@@ -70,7 +70,7 @@ class Score:
         return json.dumps(value, indent=2) + "\n"
 
 
-def score_digits(questions_path: str | Path, answers_path: str | Path) -> Score:
+def score_digits(questions_path: str | Path, answers_path: str | Path) -> DigitsScore:
     """Compares answers with the expected ones, character by character (outer space aside).
 
     Raises:
@@ -97,7 +97,7 @@ def score_digits(questions_path: str | Path, answers_path: str | Path) -> Score:
     return _tally(questions, answers)
 
 
-def _tally(questions: Sequence[Question], answers: dict[str | int, str]) -> Score:
+def _tally(questions: Sequence[Question], answers: dict[str | int, str]) -> DigitsScore:
     right: dict[str, list[bool]] = {}
     for question in questions:
         assert question.answer is not None
@@ -120,7 +120,7 @@ def _tally(questions: Sequence[Question], answers: dict[str | int, str]) -> Scor
     outcomes = [Outcome(float(hit), "", "") for group in right.values() for hit in group]
     odd, broken = look_at([answers[q.question_id] for q in questions], outcomes)
     notes = (*odd, *(note for guess in guesses if (note := guess.note())))
-    return Score(categories, total, tuple(guesses), notes, broken)
+    return DigitsScore(categories, total, tuple(guesses), notes, broken)
 
 
 def _chance(category: str) -> float | None:
@@ -130,7 +130,7 @@ def _chance(category: str) -> float | None:
         return None
 
 
-def write_score(path: str | Path, score: Score) -> None:
+def write_score(path: str | Path, score: DigitsScore) -> None:
     """Writes the score as JSON; it appears under its name when whole.
 
     Raises:
