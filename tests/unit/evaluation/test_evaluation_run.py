@@ -344,7 +344,9 @@ def test_no_megatron():
     import ast
 
     files = list((ROOT / "dattn_mcore/evaluation").rglob("*.py"))
-    ours = tuple(f"dattn_mcore.{room}" for room in ("evaluation", "errors", "types", "console", "log", "hf"))
+    ours = tuple(
+        f"dattn_mcore.{room}" for room in ("evaluation", "errors", "types", "console", "log", "hf")
+    )
     # What guessing gives there, with numpy alone; why an image cannot be read, with Pillow alone.
     light = ("dattn_mcore.data.digits_questions", "dattn_mcore.data.image_signatures")
     for path in files:
