@@ -87,6 +87,9 @@ SLOW = (
     "tests/distributed/test_features_by_layout.py::test_losses_are_those_of_one_process[1",
     "tests/distributed/test_features_by_layout.py::test_losses_are_those_of_one_process[2",
     "tests/distributed/test_features_by_layout.py::test_losses_are_those_of_one_process[3",
+    "tests/distributed/test_former_releases.py::test_a_run_goes_on_to_the_same_losses[before_architectures-dp2",
+    "tests/distributed/test_former_releases.py::test_a_run_goes_on_to_the_same_losses[before_architectures-tp2",
+    "tests/distributed/test_former_releases.py::test_a_run_goes_on_to_the_same_losses[with_architectures-dp2",
     "tests/distributed/test_health.py::test_a_rank_that_stands_still_ends_the_run[dead_loader",
     "tests/distributed/test_health.py::test_communication_share_is_measured_where_it_is_asked_for",
     "tests/distributed/test_killed.py::test_sigkill_at_any_moment",
@@ -132,6 +135,9 @@ SLOW = (
     "tests/unit/layers/test_triton_attention.py::test_drawn_packs_equal_reference",
     "tests/unit/layers/test_triton_compiles.py",
     "tests/unit/slurm/test_batch_files.py::test_dry_run_of_a_training_stage[gemma",
+    "tests/unit/slurm/test_batch_files.py::test_dry_run_of_a_training_stage[llama3",
+    "tests/unit/slurm/test_batch_files.py::test_dry_run_of_a_training_stage[qwen3_8b_aln",
+    "tests/unit/slurm/test_batch_files.py::test_dry_run_of_a_training_stage[qwen3_8b_it",
 )
 
 
