@@ -15,8 +15,10 @@ from typing import Any
 
 PRELOAD = [
     "tests.conftest",  # what a test process does before it imports Megatron-Core
-    *("dattn_mcore.training.loop", "dattn_mcore.parallel.platform"),
-    *("dattn_mcore.evaluation.run", "dattn_mcore.evaluation.__main__"),
+    "dattn_mcore.training.loop",
+    "dattn_mcore.parallel.platform",
+    "dattn_mcore.evaluation.run",
+    "dattn_mcore.evaluation.__main__",
 ]
 
 

@@ -8,7 +8,9 @@ from dattn_mcore.errors import ConfigError
 
 # The shipped run with pipeline stages, without what it overlaps and FP8.
 STAGES = [
-    *("parallel.pp=2", "train.fp8=none", "parallel.overlap_grad_reduce=false"),
+    "parallel.pp=2",
+    "train.fp8=none",
+    "parallel.overlap_grad_reduce=false",
     "parallel.overlap_param_gather=false",
 ]
 
@@ -25,14 +27,16 @@ STAGES = [
         (["parallel.tp_comm_overlap=true", "parallel.sp=false"], "needs parallel.sp=true"),
         (
             [
-                *("parallel.tp_comm_overlap=true", "data.fixed_rows=true"),
+                "parallel.tp_comm_overlap=true",
+                "data.fixed_rows=true",
                 "model.transformer_impl=local",
             ],
             "needs Transformer Engine",
         ),
         (
             [
-                *("parallel.tp_comm_overlap=true", "data.fixed_rows=true"),
+                "parallel.tp_comm_overlap=true",
+                "data.fixed_rows=true",
                 "train.fp8=blockwise",
             ],
             "cannot go with train.fp8=blockwise",
@@ -46,7 +50,8 @@ STAGES = [
         (["train.recompute=selective", "train.recompute_modules=[]"], "at least one"),
         (
             [
-                *("train.recompute=selective", "train.recompute_modules=[layernorm]"),
+                "train.recompute=selective",
+                "train.recompute_modules=[layernorm]",
                 "model.transformer_impl=local",
             ],
             "needs Transformer Engine",

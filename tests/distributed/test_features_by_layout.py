@@ -27,7 +27,7 @@ from tests.distributed.jobs import (
     train_without_last_save,
 )
 
-BF16 = with_every_value([*LAYOUT, *("family", "trains", "overlap", "recompute")])
+BF16 = with_every_value([*LAYOUT, "family", "trains", "overlap", "recompute"])
 
 
 @pytest.fixture(scope="module")

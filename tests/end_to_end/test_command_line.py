@@ -17,7 +17,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    *("train.steps=2", "train.global_batch_size=8", "log.interval=1", "log.tensorboard=false"),
+    "train.steps=2",
+    "train.global_batch_size=8",
+    "log.interval=1",
+    "log.tensorboard=false",
     "data.image_backend=pillow",
 ]
 

@@ -10,8 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    *("train.steps=2", "train.global_batch_size=8", "log.interval=1", "log.tensorboard=false"),
-    *("data.image_backend=pillow", "--device", "cpu"),
+    "train.steps=2",
+    "train.global_batch_size=8",
+    "log.interval=1",
+    "log.tensorboard=false",
+    "data.image_backend=pillow",
+    "--device",
+    "cpu",
 ]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 # What pip writes for a console command.

@@ -69,10 +69,20 @@ class Job:
         self.cluster, self.run_dir = cluster, cluster.folder / name
         self.output = cluster.folder / f"{name}.out"
         self.number = cluster.run(
-            *("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"),
-            *("--cpus-per-task=1", "--time=60", f"--job-name={name}", f"--output={self.output}"),
-            *(str(FOLDER / "gemma_pt.sbatch"), "--config", str(configuration)),
-            *(f"log.run_dir={self.run_dir}", *arguments),
+            "sbatch",
+            "--parsable",
+            "--nodes=2",
+            "--ntasks-per-node=2",
+            "--gpus-per-node=2",
+            "--cpus-per-task=1",
+            "--time=60",
+            f"--job-name={name}",
+            f"--output={self.output}",
+            str(FOLDER / "gemma_pt.sbatch"),
+            "--config",
+            str(configuration),
+            f"log.run_dir={self.run_dir}",
+            *arguments,
             cwd=cluster.folder,
             environment={"DATTN_REPO": str(ROOT), "DATTN_VENV": sys.prefix},
         ).stdout.strip()
@@ -136,7 +146,10 @@ class Job:
 def submit_stages(cluster, name, **environment):
     """submit.sh as a user types it; returns the three jobs' numbers and a pattern of outputs."""
     result = cluster.run(
-        *("bash", str(FOLDER / "submit.sh"), "gemma", "--"),
+        "bash",
+        str(FOLDER / "submit.sh"),
+        "gemma",
+        "--",
         f"--output={cluster.folder}/{name}-%x.out",
         environment={"DATTN_VENV": sys.prefix, **environment},
     )
@@ -202,8 +215,13 @@ def lives(cluster, configuration):
         job.hold(1)
         nodes = cluster.job(job.number)["NodeList"]
         urgent = cluster.run(
-            *("sbatch", "--parsable", "--partition=high", f"--nodelist={nodes}", "--exclusive"),
-            *(f"--output={cluster.folder}/urgent.out", "--wrap=sleep 1"),
+            "sbatch",
+            "--parsable",
+            "--partition=high",
+            f"--nodelist={nodes}",
+            "--exclusive",
+            f"--output={cluster.folder}/urgent.out",
+            "--wrap=sleep 1",
         ).stdout.strip()
         saved.append(job.go_on(2))
         wait_until(lambda: cluster.job(urgent)["JobState"] == "COMPLETED", "the urgent job")

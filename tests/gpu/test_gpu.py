@@ -49,13 +49,17 @@ def losses(digits, run_dir, *arguments):
     """Three fp32 steps of the digits model in a process of its own."""
     subprocess.run(
         [
-            *(sys.executable, str(ROOT / "pretrain_dattn.py"), *arguments, "train.steps=3"),
-            *(f"data.annotations={digits / 'pretrain.json'}", f"log.run_dir={run_dir}"),
-            *(
-                f"data.image_folder={digits / 'images'}",
-                f"data.tokenizer={digits / 'tokenizer.model'}",
-            ),
-            *("log.interval=1", "log.tensorboard=false", "data.prepare=none"),
+            sys.executable,
+            str(ROOT / "pretrain_dattn.py"),
+            *arguments,
+            "train.steps=3",
+            f"data.annotations={digits / 'pretrain.json'}",
+            f"log.run_dir={run_dir}",
+            f"data.image_folder={digits / 'images'}",
+            f"data.tokenizer={digits / 'tokenizer.model'}",
+            "log.interval=1",
+            "log.tensorboard=false",
+            "data.prepare=none",
             "data.image_backend=pillow",
         ],
         check=True,

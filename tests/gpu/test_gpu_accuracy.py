@@ -47,19 +47,46 @@ def accuracy(data, folder, device, settings, steps=STEPS):
     before = []
     for stage, number in steps.items():
         run(
-            *("pretrain_dattn.py", "--config", f"configs/digits_{stage}.yaml"),
-            *("--tp", "1", "--pp", "1", "--device", device, f"train.steps={number}", *before),
-            *(f"data.annotations={data / stage}.json", f"data.image_folder={data / 'images'}"),
-            *(f"data.tokenizer={data / 'tokenizer.model'}", f"log.run_dir={folder / stage}"),
-            *("log.tensorboard=false", *SIZES, *settings),
+            "pretrain_dattn.py",
+            "--config",
+            f"configs/digits_{stage}.yaml",
+            "--tp",
+            "1",
+            "--pp",
+            "1",
+            "--device",
+            device,
+            f"train.steps={number}",
+            *before,
+            f"data.annotations={data / stage}.json",
+            f"data.image_folder={data / 'images'}",
+            f"data.tokenizer={data / 'tokenizer.model'}",
+            f"log.run_dir={folder / stage}",
+            "log.tensorboard=false",
+            *SIZES,
+            *settings,
         )
         before = [f"checkpoint.init_from={folder / stage}"]
     run("-m", "tools.checkpoint_convert", "mcore-to-hf", folder / "instruct", folder / "hf")
     questions, answers = data / "heldout_questions.jsonl", folder / "answers.jsonl"
     run(
-        *("-m", "dattn_mcore.evaluation", "answer", "--model", folder / "hf"),
-        *("--questions", questions, "--image-folder", data / "images", "--answers", answers),
-        *("--batch-size", "100", "--max-new-tokens", "8", "--device", device),
+        "-m",
+        "dattn_mcore.evaluation",
+        "answer",
+        "--model",
+        folder / "hf",
+        "--questions",
+        questions,
+        "--image-folder",
+        data / "images",
+        "--answers",
+        answers,
+        "--batch-size",
+        "100",
+        "--max-new-tokens",
+        "8",
+        "--device",
+        device,
     )
     return score_digits(questions, answers).overall.accuracy
 

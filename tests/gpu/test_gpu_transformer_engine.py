@@ -13,8 +13,11 @@ from dattn_mcore.training.implementation import transformer_engine_missing
 ROOT = Path(__file__).parents[2]
 # The digits model with sizes that FP8 products take: multiples of 16, blocks of 128.
 SIZES = [
-    *("model.llm.hidden_size=256", "model.llm.ffn_hidden_size=512", "model.llm.head_dim=64"),
-    *("model.llm.init_std=0.04", "model.projector.ffn_hidden_size=256"),
+    "model.llm.hidden_size=256",
+    "model.llm.ffn_hidden_size=512",
+    "model.llm.head_dim=64",
+    "model.llm.init_std=0.04",
+    "model.projector.ffn_hidden_size=256",
 ]
 RECIPES = ("delayed", "tensorwise", "blockwise")
 
@@ -29,12 +32,22 @@ def train(digits, run_dir, *arguments, steps=3):
     """Trains the digits model in a process of its own and returns its losses."""
     subprocess.run(
         [
-            *(sys.executable, str(ROOT / "pretrain_dattn.py"), "--device", "gpu", *SIZES),
-            *(f"data.annotations={digits / 'pretrain.json'}", f"log.run_dir={run_dir}"),
-            *(f"data.image_folder={digits / 'images'}", "data.image_backend=pillow"),
-            *(f"data.tokenizer={digits / 'tokenizer.model'}", "data.prepare=none"),
-            *(f"train.steps={steps}", "log.interval=1", "log.tensorboard=false"),
-            *("train.precision=bf16", *arguments),
+            sys.executable,
+            str(ROOT / "pretrain_dattn.py"),
+            "--device",
+            "gpu",
+            *SIZES,
+            f"data.annotations={digits / 'pretrain.json'}",
+            f"log.run_dir={run_dir}",
+            f"data.image_folder={digits / 'images'}",
+            "data.image_backend=pillow",
+            f"data.tokenizer={digits / 'tokenizer.model'}",
+            "data.prepare=none",
+            f"train.steps={steps}",
+            "log.interval=1",
+            "log.tensorboard=false",
+            "train.precision=bf16",
+            *arguments,
         ],
         check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -58,7 +71,10 @@ def test_a_checkpoint_of_one_spec_resumes_in_the_other(digits, tmp_path, first):
     whole = train(digits, tmp_path / "whole", f"model.transformer_impl={first}", steps=6)
     run_dir = tmp_path / "parts"
     train(
-        *(digits, run_dir, f"model.transformer_impl={first}", "checkpoint.save_interval=3"),
+        digits,
+        run_dir,
+        f"model.transformer_impl={first}",
+        "checkpoint.save_interval=3",
         "checkpoint.keep=5",
         steps=6,
     )

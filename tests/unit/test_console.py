@@ -90,10 +90,14 @@ def test_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records[-1]["conversations"][1][EVIL] = 1
     (tmp_path / f"{EVIL}.json").write_text(json.dumps(records))
     settings = [
-        *(f'data.annotations={json.dumps(str(tmp_path / EVIL))[:-1]}.json"', "data.prepare=none"),
-        *(f"data.image_folder={tmp_path}", f"data.tokenizer={toy_model}"),
-        *("data.template=mistral", f"data.metadata_keys={json.dumps([EVIL])}"),
-        *("model.vision.image_size=56", "model.vision.patch_size=14"),
+        f'data.annotations={json.dumps(str(tmp_path / EVIL))[:-1]}.json"',
+        "data.prepare=none",
+        f"data.image_folder={tmp_path}",
+        f"data.tokenizer={toy_model}",
+        "data.template=mistral",
+        f"data.metadata_keys={json.dumps([EVIL])}",
+        "model.vision.image_size=56",
+        "model.vision.patch_size=14",
     ]
     assert data_main(["check", "--workers", "0", "--decode", *settings]) == 1
     assert data_main(["index", "--workers", "0", *settings]) == 2

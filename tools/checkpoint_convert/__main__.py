@@ -229,8 +229,11 @@ def _hf_to_mcore(options: argparse.Namespace) -> None:
     if options.folder is not None:
         with _progress("hf-to-mcore") as progress:
             convert(
-                *(options.folder, options.output, options.vocab_pad_multiple),
-                *(progress, options.processes),
+                options.folder,
+                options.output,
+                options.vocab_pad_multiple,
+                progress,
+                options.processes,
             )
         say(f"{options.folder} -> {options.output}")
         return

@@ -157,7 +157,14 @@ def open_weights(path: Path, select_layer: int) -> Weights:
         shapes, dtypes = folder.shapes, folder.dtypes
         return Weights(path, "export", ALL, model, attention, shapes, dtypes, folder.read)
     return Weights(
-        *(path, name, parts, model, None, opened.shapes, opened.dtypes, opened.read),
+        path,
+        name,
+        parts,
+        model,
+        None,
+        opened.shapes,
+        opened.dtypes,
+        opened.read,
         ignored=len(opened.ignored),
     )
 

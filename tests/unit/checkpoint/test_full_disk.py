@@ -77,5 +77,10 @@ def test_nothing_of_the_reserve_is_left(checkpoints, small_configuration, caplog
     assert names(checkpoints) == ["step_00000002", "step_00000003"]
     assert "Overwriting" not in caplog.text
     assert names(folder) == [
-        *(".metadata", "__0_0.distcp", "__0_1.distcp", "common.pt", "dattn.json", "metadata.json")
+        ".metadata",
+        "__0_0.distcp",
+        "__0_1.distcp",
+        "common.pt",
+        "dattn.json",
+        "metadata.json",
     ]

@@ -70,7 +70,10 @@ WRONG = [
     *({"files": value} for value in ({}, [], None, {"a": 1}, {"a": [1]}, {"a": [1, "b"]}, ...)),
     *({"config": value} for value in ({}, [], None, {"model": 1}, ...)),
     *({"data_fingerprint": value} for value in (3, None, [], ...)),
-    *({"data": 3}, {"tokenizer": 3}, {"tokenizer": {"path": 3}}, {"unknown": 3}),
+    {"data": 3},
+    {"tokenizer": 3},
+    {"tokenizer": {"path": 3}},
+    {"unknown": 3},
 ]
 
 

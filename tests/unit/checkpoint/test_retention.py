@@ -81,8 +81,17 @@ def test_damaged_ones_do_not_count(checkpoints, keep):
 
 
 USERS = (
-    *("step_best", "step_00000006_backup", "step_6", "step_0000006", "step_000000006", "step_"),
-    *("step_00000006.bak", "step_best.tmp", "step_00000006x.tmp", "step_٠٠٠٠٠٠٠٦", "step_-0000006"),
+    "step_best",
+    "step_00000006_backup",
+    "step_6",
+    "step_0000006",
+    "step_000000006",
+    "step_",
+    "step_00000006.bak",
+    "step_best.tmp",
+    "step_00000006x.tmp",
+    "step_٠٠٠٠٠٠٠٦",
+    "step_-0000006",
 )
 
 
@@ -100,7 +109,10 @@ def test_a_users_folders_are_not_touched(checkpoints, keep):
     (root / "step_00000004.tmp").mkdir()  # an interrupted save's
     (root / "step_00000001.old.tmp").mkdir()
     assert [path.name for path in list_checkpoints(root)] == [
-        *("step_00000008", "step_00000005", "step_00000002", "step_00000001")
+        "step_00000008",
+        "step_00000005",
+        "step_00000002",
+        "step_00000001",
     ]
     with small_run(root, keep(1)) as run:
         assert run.resume() == 2
@@ -116,7 +128,9 @@ def test_newest_is_by_number_beyond_eight_digits(tmp_path):
     for name in ("step_99999999", "step_100000000", "step_00000003"):
         (tmp_path / name).mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == [
-        *("step_100000000", "step_99999999", "step_00000003")
+        "step_100000000",
+        "step_99999999",
+        "step_00000003",
     ]
 
 

@@ -37,9 +37,12 @@ def sides(tmp_path_factory):
     make_tower(folder / "vision", config)
     (folder / "run.yaml").write_text(to_yaml(config))
     parts = [
-        *("--llm", str(folder / "llm")),
-        *("--vision", str(folder / "vision")),
-        *("--config", str(folder / "run.yaml")),
+        "--llm",
+        str(folder / "llm"),
+        "--vision",
+        str(folder / "vision"),
+        "--config",
+        str(folder / "run.yaml"),
     ]
     assert main(["hf-to-mcore", *parts, str(folder / "mcore")]) == 0
     assert main(["mcore-to-hf", "--no-check", str(folder / "mcore"), str(folder / "hf")]) == 0

@@ -29,9 +29,13 @@ def command(tmp_path: Path, toy_model: Path) -> Callable[..., int]:
 
     def run(name: str, *arguments: str, tokenizer: Path = toy_model) -> int:
         settings = [
-            *(f"data.annotations={tmp_path / 'a.json'}", f"data.image_folder={tmp_path}"),
-            *(f"data.tokenizer={tokenizer}", "data.template=mistral", "data.prepare=none"),
-            *("model.vision.image_size=56", "model.vision.patch_size=14"),
+            f"data.annotations={tmp_path / 'a.json'}",
+            f"data.image_folder={tmp_path}",
+            f"data.tokenizer={tokenizer}",
+            "data.template=mistral",
+            "data.prepare=none",
+            "model.vision.image_size=56",
+            "model.vision.patch_size=14",
         ]
         return main([name, "--workers", "0", *arguments, *settings])
 

@@ -378,9 +378,13 @@ def test_the_command(
     toy_data: Path, toy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = [
-        *(f"data.annotations={toy_data / 'toy.json'}", f"data.image_folder={toy_data / 'images'}"),
-        *(f"data.tokenizer={toy_model}", "data.template=mistral", f"data.index_dir={tmp_path}"),
-        *("model.vision.image_size=56", "data.prepare=none"),
+        f"data.annotations={toy_data / 'toy.json'}",
+        f"data.image_folder={toy_data / 'images'}",
+        f"data.tokenizer={toy_model}",
+        "data.template=mistral",
+        f"data.index_dir={tmp_path}",
+        "model.vision.image_size=56",
+        "data.prepare=none",
     ]
     assert main(["index", "--workers", "1", *settings]) == 0
     assert "40 samples, 40 usable, 40 images: " in capsys.readouterr().out

@@ -197,8 +197,12 @@ def test_check_counts_what_is_left_aside(
     path = tmp_path / "a.json"
     path.write_text(json.dumps(records))
     settings = [
-        *(f"data.annotations={path}", f"data.image_folder={tmp_path}", "data.prepare=none"),
-        *(f"data.tokenizer={toy_model}", "data.template=mistral", "data.metadata_keys=[my_note]"),
+        f"data.annotations={path}",
+        f"data.image_folder={tmp_path}",
+        "data.prepare=none",
+        f"data.tokenizer={toy_model}",
+        "data.template=mistral",
+        "data.metadata_keys=[my_note]",
     ]
     assert main(["check", "--workers", "0", *settings]) == 0
     assert (

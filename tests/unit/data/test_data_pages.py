@@ -46,10 +46,17 @@ def command(data: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", True)
     settings = [
-        *(f"data.annotations={data / 'toy.json'}", f"data.image_folder={data / 'images'}"),
-        *(f"data.tokenizer={toy_model}", "data.template=mistral", "data.prepare=none"),
-        *("model.vision.image_size=56", "model.vision.patch_size=14", "data.text_budget=160"),
-        *("data.visual_budget=64", "train.global_batch_size=12", "data.image_backend=pillow"),
+        f"data.annotations={data / 'toy.json'}",
+        f"data.image_folder={data / 'images'}",
+        f"data.tokenizer={toy_model}",
+        "data.template=mistral",
+        "data.prepare=none",
+        "model.vision.image_size=56",
+        "model.vision.patch_size=14",
+        "data.text_budget=160",
+        "data.visual_budget=64",
+        "train.global_batch_size=12",
+        "data.image_backend=pillow",
     ]
 
     def run(name: str, *arguments: Any, last: Sequence[str] = ()) -> int:
@@ -80,13 +87,17 @@ def shown(page: Path, tmp_path: Path) -> tuple[str, Image.Image]:
     assert CHROMIUM is not None
     picture = tmp_path / "page.png"
     flags = [
-        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
-        *(
-            "--window-size=1100,3000",
-            "--hide-scrollbars",
-            f"--user-data-dir={tmp_path / 'profile'}",
-        ),
-        *("--host-resolver-rules=MAP * ~NOTFOUND", "--timeout=20000", "--log-level=0"),
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--window-size=1100,3000",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--timeout=20000",
+        "--log-level=0",
     ]
     done = subprocess.run(
         [*flags, "--dump-dom", f"--screenshot={picture}", page.as_uri()],

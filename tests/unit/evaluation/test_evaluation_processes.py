@@ -18,8 +18,13 @@ from tests.unit.evaluation.test_evaluation_run import answers, scores
 def arguments(world, out, *more):
     """Of a run over all benchmarks."""
     return [
-        *("run", f"--model={world / 'tiny'}", f"--data={world / 'val'}", f"--out={out}"),
-        *("--max-new-tokens=6", "--device=cpu", *more),
+        "run",
+        f"--model={world / 'tiny'}",
+        f"--data={world / 'val'}",
+        f"--out={out}",
+        "--max-new-tokens=6",
+        "--device=cpu",
+        *more,
     ]
 
 

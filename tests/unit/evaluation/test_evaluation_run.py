@@ -25,8 +25,13 @@ ROWS = {"scienceqa": 3, "mme": 8, "pope": 6, "llava-bench": 3, "vqav2": 9, "mmbe
 def run(world, out, *more, data=None):
     return main(
         [
-            *("run", f"--model={world / 'tiny'}", f"--data={data or world / 'val'}"),
-            *(f"--out={out}", "--max-new-tokens=6", "--device=cpu", *more),
+            "run",
+            f"--model={world / 'tiny'}",
+            f"--data={data or world / 'val'}",
+            f"--out={out}",
+            "--max-new-tokens=6",
+            "--device=cpu",
+            *more,
         ]
     )
 

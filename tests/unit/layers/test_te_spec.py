@@ -101,8 +101,10 @@ def test_a_gpu_without_fp8_is_told_in_one_line(monkeypatch):
     driver = getattr(torch, "cu" + "da")
     monkeypatch.setattr(driver, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
     for capability, recipe, refused in (
-        *(((8, 0), "tensorwise", True), ((8, 9), "delayed", False)),
-        *(((8, 9), "blockwise", True), ((9, 0), "blockwise", False)),
+        ((8, 0), "tensorwise", True),
+        ((8, 9), "delayed", False),
+        ((8, 9), "blockwise", True),
+        ((9, 0), "blockwise", False),
     ):
         monkeypatch.setattr(
             driver, "get_device_capability", lambda capability=capability: capability
@@ -118,7 +120,8 @@ def test_a_gpu_without_fp8_is_told_in_one_line(monkeypatch):
 
 GEMMA = ROOT / "configs/gemma_pt.yaml"
 CHUNKS = [
-    *("train.recompute_visual_chunk=4096", "parallel.overlap_grad_reduce=false"),
+    "train.recompute_visual_chunk=4096",
+    "parallel.overlap_grad_reduce=false",
     "parallel.overlap_param_gather=false",
 ]
 

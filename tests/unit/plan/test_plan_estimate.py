@@ -27,8 +27,11 @@ SHIPPED = sorted(
     for path in (ROOT / "configs").glob(f"*_{stage}.yaml")
 )
 OVERLAPPED = [
-    *("parallel.tp=4", "parallel.sp=true", "parallel.tp_comm_overlap=true"),
-    *("data.fixed_rows=true", "data.visual_budget=4"),
+    "parallel.tp=4",
+    "parallel.sp=true",
+    "parallel.tp_comm_overlap=true",
+    "data.fixed_rows=true",
+    "data.visual_budget=4",
 ]
 
 

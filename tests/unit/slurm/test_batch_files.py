@@ -99,7 +99,9 @@ def test_dry_run_of_a_training_stage(name):
     config = load_config(ROOT / f"configs/{name}.yaml")
     arguments = python_arguments(result.stdout)
     assert arguments == [
-        *("pretrain_dattn.py", "--config", f"configs/{name}.yaml"),
+        "pretrain_dattn.py",
+        "--config",
+        f"configs/{name}.yaml",
         f"log.run_dir={config.log.run_dir}",
     ]
     flags = flags_of(name)
@@ -151,13 +153,21 @@ def test_dry_run_of_an_evaluation(model):
 def test_flags_and_settings_reach_the_command():
     """Any number of nodes, arguments for the trainer, another run folder."""
     result = dry_run(
-        *("gemma_pt", "optim.lr=1e-6", "log.run_dir=runs/two words"),
-        *("--config", "configs/gemma_it.yaml"),
+        "gemma_pt",
+        "optim.lr=1e-6",
+        "log.run_dir=runs/two words",
+        "--config",
+        "configs/gemma_it.yaml",
     )
     assert result.returncode == 0, result.stderr
     assert python_arguments(result.stdout) == [
-        *("pretrain_dattn.py", "--config", "configs/gemma_pt.yaml", "log.run_dir=runs/two words"),
-        *("optim.lr=1e-6", "--config", "configs/gemma_it.yaml"),
+        "pretrain_dattn.py",
+        "--config",
+        "configs/gemma_pt.yaml",
+        "log.run_dir=runs/two words",
+        "optim.lr=1e-6",
+        "--config",
+        "configs/gemma_it.yaml",
     ]
     assert "run_dir: runs/two words" in result.stdout
     assert "stage: instruct" in result.stdout

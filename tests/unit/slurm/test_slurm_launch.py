@@ -114,7 +114,10 @@ def test_ranks_are_told_where_they_are(job):
     assert words[:3] == ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2"]
     assert f"--output={job.run_dir}/logs/4711.0/rank-%4t.log" in words
     assert words[-5:] == [
-        *(f"{sys.prefix}/bin/python", "pretrain_dattn.py", "--config", "configs/gemma_pt.yaml"),
+        f"{sys.prefix}/bin/python",
+        "pretrain_dattn.py",
+        "--config",
+        "configs/gemma_pt.yaml",
         f"log.run_dir={job.run_dir}",
     ]
 
@@ -253,15 +256,28 @@ def test_a_job_does_not_come_back_for_ever(job):
         (
             "pyxis",
             [
-                *("--container-image=/images/my image", "--container-mounts={0}:{0},/data:/data"),
-                *("--container-workdir={0}", "bash", "{0}/examples/slurm/rank.sh", "python3"),
+                "--container-image=/images/my image",
+                "--container-mounts={0}:{0},/data:/data",
+                "--container-workdir={0}",
+                "bash",
+                "{0}/examples/slurm/rank.sh",
+                "python3",
             ],
         ),
         (
             "apptainer",
             [
-                *("apptainer", "exec", "--nv", "--bind", "{0}:{0},/data:/data", "--pwd", "{0}"),
-                *("/images/my image", "bash", "{0}/examples/slurm/rank.sh", "python3"),
+                "apptainer",
+                "exec",
+                "--nv",
+                "--bind",
+                "{0}:{0},/data:/data",
+                "--pwd",
+                "{0}",
+                "/images/my image",
+                "bash",
+                "{0}/examples/slurm/rank.sh",
+                "python3",
             ],
         ),
     ],
