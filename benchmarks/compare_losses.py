@@ -29,7 +29,7 @@ from rich.console import Console
 from benchmarks.checkouts import WORKING_TREE, Checkout, checked_out
 from benchmarks.results import markdown_table, provenance
 from dattn_mcore.console import say
-from dattn_mcore.errors import DattnError, told
+from dattn_mcore.errors import DattnError, error_lines
 from dattn_mcore.quickstart.run import StepError, make_run_dir, run_step
 from dattn_mcore.quickstart.steps import PROCESSES, STAGES, make_run
 from dattn_mcore.units import duration
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"BASE {base.name}, HEAD {head.name}")
             trained = [train(base, job, out / "base"), train(head, job, out / "head")]
     except DattnError as error:
-        sys.stderr.write(told(error))
+        sys.stderr.write(error_lines(error))
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from dattn_mcore import __version__
 from dattn_mcore.console import complain, say
-from dattn_mcore.errors import ConfigError, DattnError, told
+from dattn_mcore.errors import ConfigError, DattnError, error_lines
 
 
 class Command(NamedTuple):
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _function(name)(rest, prog=f"dattn {name}")
     except DattnError as error:
-        sys.stderr.write(told(error))
+        sys.stderr.write(error_lines(error))
         return 2
     except KeyboardInterrupt:
         complain("stopped")

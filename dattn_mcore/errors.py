@@ -9,7 +9,7 @@ from dattn_mcore.console import printable
 
 
 class DattnError(Exception):
-    """A mistake the user can mend; its message is one printable line, whatever names it holds.
+    """A mistake the user can fix; its message is one printable line, whatever names it holds.
 
     Attributes:
         shared: Every rank raises it, and one says it; otherwise it is this rank's alone.
@@ -74,7 +74,7 @@ class CheckpointError(DattnError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
 
 
-def told(error: DattnError, kind: str = "error") -> str:
+def error_lines(error: DattnError, kind: str = "error") -> str:
     """What an entry point writes of an error: a line for each mistake.
 
     Args:

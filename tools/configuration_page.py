@@ -19,8 +19,8 @@ _INTRODUCTION = """# Configuration
 Settings come from the defaults below, then `--config FILE` (a file may name another, or a list of
 others, as `base:`; later ones win), then `section.key=value` on the command line, then the short
 flags `--tp --pp --cp --device`.
-YAML's merge keys (`<<: *name`) work. All mistakes are told at once, one on a line; an unknown key
-is told with the nearest known one. `--dry-run` prints the result, the layout and the sizes, and
+YAML's merge keys (`<<: *name`) work. All mistakes are reported at once, one on a line; an unknown
+key is reported with the nearest known one. `--dry-run` prints the result, the layout and the sizes, and
 stops. The resolved settings are written to `config.yaml` in the run's folder and into every
 checkpoint.
 

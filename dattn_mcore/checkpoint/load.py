@@ -72,7 +72,7 @@ def choose_checkpoint(path: Path, fall_back: bool = True) -> tuple[Path, dict[st
         except CheckpointError:
             candidates = [[]]
         except OSError as error:
-            candidates = [f"{path} cannot be read ({error.strerror}); mend its permissions"]
+            candidates = [f"{path} cannot be read ({error.strerror}); fix its permissions"]
     dist.broadcast_object_list(candidates, src=0)
     if isinstance(candidates[0], str):
         raise CheckpointError(candidates[0])

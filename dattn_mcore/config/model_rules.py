@@ -81,7 +81,7 @@ def layers(config: Config) -> Iterator[str]:
             yield f"{name} must leave layers of model.llm.num_layers={layers} to other stages"
         elif pp > 1 and (layers - first) % (pp - 1):
             yield (
-                f"{name} leaves {layers - first} layers, which cannot be dealt evenly to "
+                f"{name} leaves {layers - first} layers, which cannot be divided evenly to "
                 f"{pp - 1} stages; choose another number or another --pp"
             )
     elif layers % (pp * vpp):

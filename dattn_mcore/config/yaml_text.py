@@ -51,7 +51,7 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[st
         except Exception as error:  # constructors of numbers, dates and so on raise what they like
             raise ConfigError(
                 f"{where}: the value of {key[:_SHOWN]!r} cannot be read as "
-                f"{value_node.tag.rpartition(':')[2]}; mend it, or quote it if it is text"
+                f"{value_node.tag.rpartition(':')[2]}; correct it, or quote it if it is text"
             ) from error
         if key_node.tag == _MERGE:
             merged = {**_mappings(value, where), **merged}
@@ -96,14 +96,14 @@ def parse_yaml(text: str, place: str, is_file: bool) -> Any:
         line = f":{mark.line + 1}" if is_file and mark else ""
         problem = " ".join((getattr(error, "problem", None) or "no reason given").split())
         raise ConfigError(
-            f"{place}{line}: not valid YAML ({problem[:200]}); mend the YAML"
+            f"{place}{line}: not valid YAML ({problem[:200]}); correct the YAML"
         ) from None
     except RecursionError:
         raise ConfigError(
-            f"{place}: is nested too deeply for settings, which have a handful of levels; mend it"
+            f"{place}: is nested too deeply for settings, which have a handful of levels; flatten it"
         ) from None
     except Exception as error:  # as above, of a value that stands alone
         raise ConfigError(
-            f"{place}: a value cannot be read ({type(error).__name__}); mend it, or quote it if it "
+            f"{place}: a value cannot be read ({type(error).__name__}); correct or quote it if it "
             "is text"
         ) from error

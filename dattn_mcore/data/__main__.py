@@ -13,7 +13,7 @@ from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.console import say
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
-from dattn_mcore.errors import DattnError, told
+from dattn_mcore.errors import DattnError, error_lines
 from dattn_mcore.log import log_to_stdout
 
 PROGRAM = "python -m dattn_mcore.data"
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     try:
         return int(chosen.run(chosen))
     except DattnError as error:
-        sys.stderr.write(told(error))
+        sys.stderr.write(error_lines(error))
         return 2
 
 

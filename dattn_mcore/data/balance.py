@@ -1,8 +1,8 @@
-"""Deals the packs of a step to data-parallel ranks so that all have nearly the same work.
+"""Divides the packs of a step among data-parallel ranks so that all have nearly the same work.
 
-All ranks wait for the slowest at the end of a step. Packs are dealt by falling work in snake order
-(0 1 2 2 1 0 ...); then samples are moved or exchanged between the heaviest and the lightest rank as
-long as that helps. A pure function of the lengths, so ranks need not talk to agree on it.
+All ranks wait for the slowest at the end of a step. Packs are assigned by falling work in snake
+order (0 1 2 2 1 0 ...); then samples are moved or exchanged between the heaviest and the lightest
+rank as long as that helps. A pure function of the lengths, so ranks need not talk to agree on it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def split_over_ranks(
         For each rank its packs.
     """
     if len(packs) % dp_size:
-        raise ValueError(f"{len(packs)} packs cannot be dealt evenly to {dp_size} ranks")
+        raise ValueError(f"{len(packs)} packs cannot be divided evenly to {dp_size} ranks")
     works = [text * work[0] + visual * work[1] for text, visual in lengths]
     ranked = sorted(packs, key=lambda pack: (-sum(works[i] for i in pack), pack))
     shares: list[list[Pack]] = [[] for _ in range(dp_size)]

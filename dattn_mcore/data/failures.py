@@ -160,7 +160,7 @@ def too_many(
     more = f"; and {left} more" if left else ""
     return DataError(
         f"{bad} of {total} samples are unusable, data.max_bad_share={max_share:g} allows "
-        f"{int(max_share * total)}: {'; '.join(named)}{more}; all are in '{where}'; mend them, or "
+        f"{int(max_share * total)}: {'; '.join(named)}{more}; all are in '{where}'; fix them, or "
         "raise data.max_bad_share"
     )
 
@@ -170,7 +170,7 @@ def nothing_to_train(bad: int, total: int, named: list[str], left: int, where: s
     more = f"; and {left} more" if left else ""
     return DataError(
         f"nothing can be trained: {bad} of {total} samples are unusable and no other fits a "
-        f"micro-batch: {'; '.join(named)}{more}; all are in '{where}'; mend them"
+        f"micro-batch: {'; '.join(named)}{more}; all are in '{where}'; fix them"
     )
 
 

@@ -111,8 +111,8 @@ class DataPipeline:
             )
             if self.steps.packs % self._multiple:
                 _LOG.warning(
-                    "%d packs cannot be dealt evenly: they are rounded up to a multiple of %d and "
-                    "less full; set data.step_packs_multiple to a multiple of it",
+                    "%d packs cannot be divided evenly: they are rounded up to a multiple of %d, "
+                    "and less full; set data.step_packs_multiple to a multiple of it",
                     self.steps.packs,
                     self._multiple,
                 )

@@ -207,5 +207,5 @@ class AnswersFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # what a full disk left over; `append` has told it
+        with contextlib.suppress(OSError):  # what a full disk left over; `append` has reported it
             self.file.close()

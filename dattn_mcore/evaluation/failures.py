@@ -1,4 +1,4 @@
-"""What is told of a benchmark that failed: a mistake in one line, a defect with a traceback."""
+"""What is reported of a benchmark that failed: a mistake in one line, a defect with a traceback."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def _self_check(generator: Generator, benchmarks: Sequence[Benchmark], batch_siz
             request = Request(f"{benchmark.title}, the first question", row.text, row.pictures)
             for picture in row.pictures:
                 picture.open(request.who)
-        except Exception:  # told with the results of that benchmark
+        except Exception:  # reported with the results of that benchmark
             continue
         try:
             return generator.self_check(request, batch_size)
@@ -166,7 +166,7 @@ class Share:
         generator: the model.
         folder: of the run.
         processes: this one among all.
-        progress: told after each batch.
+        progress: updated after each batch.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Share:
 
     @cached_property
     def store(self) -> AnswerStore:
-        """The answers; a question file that cannot be read is told when they are used."""
+        """The answers; a question file that cannot be read is reported when they are used."""
         metadata = {**greedy(self.tokens), **self.benchmark.asked_with()}
         model_id = self.generator.model_id
         return AnswerStore(self.folder.answers, self.benchmark, model_id, metadata)

@@ -1,1 +1,1 @@
-"""Where the processes are: device platform, process groups, mends for CPU-only machines."""
+"""Where the processes are: device platform, process groups, fixes for CPU-only machines."""

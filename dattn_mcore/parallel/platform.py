@@ -76,7 +76,7 @@ def gpu_index(local_rank: int) -> int:
     raise ConfigError(
         f"GPU {local_rank} is not visible (this process sees {count}"
         + (f", CUDA_VISIBLE_DEVICES={shown}" if shown else "")
-        + "); start no more processes on a machine than it has GPUs, or mend its driver"
+        + "); start no more processes on a machine than it has GPUs, or fix its driver"
     )
 
 

@@ -1,4 +1,4 @@
-"""Mends for resuming Megatron-Core's distributed optimizer with PyTorch's own Adam.
+"""Fixes for resuming Megatron-Core's distributed optimizer with PyTorch's own Adam.
 
 With Transformer Engine or Apex installed Megatron-Core keeps Adam's step count in the parameter
 group and none of this applies. With PyTorch's Adam, megatron-core 0.16.1 saves and loads the
@@ -22,7 +22,7 @@ _installed = False
 
 
 def install() -> None:
-    """Applies the mends once per process; does nothing where Apex or Transformer Engine is."""
+    """Applies the fixes once per process; does nothing where Apex or Transformer Engine is."""
     global _installed
     from megatron.core.optimizer import distrib_optimizer
 

@@ -17,7 +17,7 @@ from dattn_mcore.config.checks import check_config, processes_per_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.console import cell
-from dattn_mcore.errors import ConfigError, DattnError, first_line, told
+from dattn_mcore.errors import ConfigError, DattnError, error_lines, first_line
 from dattn_mcore.plan.data_size import data_size
 from dattn_mcore.plan.estimate import Plan, as_dict, make_plan
 from dattn_mcore.plan.hardware import GPUS, Cluster
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         _run(_parse(arguments, prog))
         return 0
     except DattnError as error:
-        sys.stderr.write(told(error))
+        sys.stderr.write(error_lines(error))
         return 2
 
 

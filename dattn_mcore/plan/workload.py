@@ -79,7 +79,7 @@ def full_budget_sample(config: Config, images: float = 1.0) -> float:
 def step_of(config: Config, sample: Sample, dp: int) -> Step:
     """Packs the global batch as the data pipeline would, with every sample the average one.
 
-    Samples stay whole: where they cannot be dealt evenly, the largest pack sets the pace.
+    Samples stay whole: where they cannot be divided evenly, the largest pack sets the pace.
 
     Args:
         config: budgets, global batch, layout.

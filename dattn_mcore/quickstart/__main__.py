@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dattn_mcore.errors import DattnError, told
+from dattn_mcore.errors import DattnError, error_lines
 from dattn_mcore.quickstart.expectation import ExpectationError, expectation
 from dattn_mcore.quickstart.run import StepError, make_run_dir, run_steps
 from dattn_mcore.quickstart.steps import DATA, ROOT, make_run
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         expected.check(result.overall)
     except DattnError as error:
         sys.stdout.flush()
-        sys.stderr.write(told(error))
+        sys.stderr.write(error_lines(error))
         return 1 if isinstance(error, StepError | ExpectationError) else 2
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")

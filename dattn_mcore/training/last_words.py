@@ -57,7 +57,7 @@ def speaking(watchdog: Watchdog) -> Iterator[None]:
             watchdog.ended("out of memory")
         raise
     except Exception as error:
-        if watchdog.has_ended:  # told by an inner block
+        if watchdog.has_ended:  # reported by an inner block
             raise
         doing = watchdog.doing
         if is_out_of_memory(error):

@@ -16,7 +16,7 @@ from dattn_mcore.config.checks import check_config, data_parallel_size, processe
 from dattn_mcore.config.hints import SHORT_FLAGS, unknown_flag
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
-from dattn_mcore.errors import ConfigError, DattnError, FaultError, told
+from dattn_mcore.errors import ConfigError, DattnError, FaultError, error_lines
 from dattn_mcore.log import log_to_stdout
 from dattn_mcore.orphans import signal_when_parent_ends
 from dattn_mcore.training.launch import restart_under_torchrun
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         fault = isinstance(error, FaultError)
         if rank == 0 if error.shared else error.speaks:
             # Most mistakes are the same on all ranks, and one says so.
-            sys.stderr.write(told(error, "fault" if fault else "error"))
+            sys.stderr.write(error_lines(error, "fault" if fault else "error"))
         else:
             # torchrun ends all ranks when the first one ends: let that be the one that speaks.
             time.sleep(SPEAKER_SECONDS)
@@ -105,7 +105,7 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
         program = () if prog == PROGRAM else ("-m", "dattn_mcore.cli", "train")
         return restart_under_torchrun(needed, config.train.device, arguments, program)
     data_parallel_size(config, world_size, _under_torchrun(prog))
-    # Importing PyTorch and Megatron-Core takes seconds; mistakes above are told at once.
+    # Importing PyTorch and Megatron-Core takes seconds; mistakes above are reported at once.
     import torch.distributed as dist
 
     from dattn_mcore.parallel import platform
@@ -134,7 +134,7 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
     together = True
     try:
         with speaking(watchdog):
-            # What cannot run is told before anything is built.
+            # What cannot run is reported before anything is built.
             attention_backends(config, device_kind)
             runtime = decide_runtime(config)
             limit = config.health.start_timeout_seconds

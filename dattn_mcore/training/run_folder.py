@@ -109,7 +109,7 @@ def _lock(run_dir: Path) -> IO[str] | None:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / LOCK).open("a+", encoding="utf-8")
     except OSError:
-        return None  # told by check_checkpoint_folder
+        return None  # reported by check_checkpoint_folder
     end = None
     while True:
         try:

@@ -165,7 +165,7 @@ def cannot_report(config: Config, error: OSError) -> CheckpointError:
     """The error that ends a run whose reports cannot be written, a full disk above all."""
     return CheckpointError(
         f"log.run_dir={config.log.run_dir}: reports cannot be written there "
-        f"({error.strerror or error}); free space, or mend its permissions, and start again to go "
+        f"({error.strerror or error}); free space, or fix its permissions, and start again to go "
         "on from the newest checkpoint"
     )
 

@@ -210,7 +210,7 @@ def check_checkpoint_folder(run_dir: Path, device: torch.device) -> None:
     except OSError as error:
         problem = CheckpointError(
             f"log.run_dir={run_dir}: checkpoints cannot be written there ({error.strerror}); "
-            "choose another folder, or mend its permissions or free space"
+            "choose another folder, or fix its permissions or free space"
         )
     try:
         agree(problem, device)

@@ -18,10 +18,10 @@ from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.models import ModelInputs, build_model
 from dattn_mcore.parallel.groups import single_process
+from dattn_mcore.types import IGNORED_LABEL
 
 STEPS = 8
 TEXT_ROWS = 12  # of each sample
-IGNORED = -100  # label of a row without a loss
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def pack(model: ModelConfig, attention: AttentionConfig) -> ModelInputs:
     params = build_seq_params([sample, sample], t2v_position=attention.t2v_position)
     ids = torch.randint(0, model.llm.vocab_size, (params.num_text,), generator=generator)
     labels = ids.roll(-1)  # each row predicts the next one
-    labels[TEXT_ROWS - 1 :: TEXT_ROWS] = IGNORED  # the last row of a sample has none
+    labels[TEXT_ROWS - 1 :: TEXT_ROWS] = IGNORED_LABEL  # the last row of a sample has none
     size = (2, 3, vision.image_size, vision.image_size)
     tiles = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
     return ModelInputs(params=params, text_ids=ids, labels=labels, tiles=tiles)

@@ -43,7 +43,7 @@ STAGES = [
         ),
         (["parallel.first_stage_layers=42"], "must leave layers"),
         (["parallel.first_stage_layers=20", "parallel.pp=1"], "needs --pp of at least 2"),
-        (["parallel.first_stage_layers=3", "parallel.pp=3"], "cannot be dealt evenly"),
+        (["parallel.first_stage_layers=3", "parallel.pp=3"], "cannot be divided evenly"),
         (["parallel.first_stage_layers=21", "parallel.vpp=2"], "parallel.vpp"),
         (["train.recompute_modules=[layernorm]"], "train.recompute=selective"),
         (["train.recompute=selective", "train.recompute_modules=[norms]"], "is unknown"),

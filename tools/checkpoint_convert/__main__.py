@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from dattn_mcore.console import cell, complain, say
-from dattn_mcore.errors import CheckpointError, DattnError, told
+from dattn_mcore.errors import CheckpointError, DattnError, error_lines
 from dattn_mcore.log import log_to_stderr
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     try:
         return options.run(options) or 0
     except DattnError as error:
-        sys.stderr.write(told(error))
+        sys.stderr.write(error_lines(error))
         return 2
 
 

@@ -117,7 +117,7 @@ def _worker(job: Callable[[int, Report], Any], share: int, pipe: Connection, par
         pipe.send(("result", job(share, report)))
     except (DattnError, OSError) as error:
         pipe.send(("error", error))
-    except BaseException:  # noqa: BLE001 (a defect: told with its own traceback)
+    except BaseException:  # noqa: BLE001 (a defect: reported with its own traceback)
         pipe.send(("error", RuntimeError(f"process {share} failed:\n{traceback.format_exc()}")))
 
 

@@ -1,4 +1,4 @@
-"""Which image an image is, so that samples which show the same one can be told from the index."""
+"""Which image an image is, so that samples which show the same one can be found from the index."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def why_stale(folder: Path, settings: IndexSettings, tokenizer: Tokenizer) -> st
     """Why an index cannot be used; None where it can.
 
     Its folder's name stands for the settings, so what is left to check is whether the files are
-    what they were, and whether an image that was unusable has been mended.
+    what they were, and whether an image that was unusable has been fixed.
     """
     try:
         content = json.loads((folder / "index.json").read_text("utf-8"))
@@ -253,5 +253,5 @@ def _mended(folder: Path, settings: IndexSettings, tokenizer: Tokenizer) -> str 
                 continue
             maker = maker or RowMaker(settings, tokenizer)
             if not maker.still_bad(entry["path"], entry["file"]):
-                return f"image '{entry['path']}' was unusable and has been mended"
+                return f"image '{entry['path']}' was unusable and has been fixed"
     return None

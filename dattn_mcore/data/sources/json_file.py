@@ -145,7 +145,7 @@ class JsonFile:
         raise self._malformed(start, "this record never ends")
 
     def _check_first_line(self, data: mmap.mmap, start: int) -> None:
-        """Refuses an object over several lines: each of them would be told as a bad sample."""
+        """Refuses an object over several lines: each of them would be reported as a bad sample."""
         if data[start : start + 1] != b"{" or len(data) > _MOST_LOOKED_AT:
             return
         text = data[start:].decode("utf-8", "replace")

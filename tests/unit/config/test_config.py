@@ -7,7 +7,7 @@ import pytest
 from dattn_mcore.config.checks import check_config, data_parallel_size
 from dattn_mcore.config.load import from_dict, load_config, to_dict, to_yaml
 from dattn_mcore.config.schema import Config
-from dattn_mcore.errors import ConfigError, told
+from dattn_mcore.errors import ConfigError, error_lines
 from dattn_mcore.training.main import parse_arguments
 
 
@@ -162,7 +162,7 @@ def test_all_mistakes_are_told_at_once():
         "positions come in pairs)",
         "parallel.sp=true needs --tp of at least 2; use parallel.sp=false",
     )
-    assert told(caught.value).splitlines() == [f"error: {x}" for x in caught.value.mistakes]
+    assert error_lines(caught.value).splitlines() == [f"error: {x}" for x in caught.value.mistakes]
     assert "\n" not in str(caught.value)
 
 
@@ -312,7 +312,7 @@ def test_visual_chunks_need_rows_that_see_only_themselves():
         ("optim: [\n", r"bad.yaml:2: "),
         ("- a\n", "holds no sections"),
         ("base: bad.yaml\n", "break the circle"),
-        ("!!python/object/apply:os.system ['true']\n", "mend the YAML"),
+        ("!!python/object/apply:os.system ['true']\n", "correct the YAML"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
