@@ -20,8 +20,8 @@ Settings come from the defaults below, then `--config FILE` (a file may name ano
 others, as `base:`; later ones win), then `section.key=value` on the command line, then the short
 flags `--tp --pp --cp --device`.
 YAML's merge keys (`<<: *name`) work. All mistakes are reported at once, one on a line; an unknown
-key is reported with the nearest known one. `--dry-run` prints the result, the layout and the sizes, and
-stops. The resolved settings are written to `config.yaml` in the run's folder and into every
+key is reported with the nearest known one. `--dry-run` prints the result, the layout and the sizes,
+and stops. The resolved settings are written to `config.yaml` in the run's folder and into every
 checkpoint.
 
 This page is generated from `dattn_mcore/config/schema.py` and

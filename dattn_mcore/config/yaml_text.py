@@ -100,7 +100,7 @@ def parse_yaml(text: str, place: str, is_file: bool) -> Any:
         ) from None
     except RecursionError:
         raise ConfigError(
-            f"{place}: is nested too deeply for settings, which have a handful of levels; flatten it"
+            f"{place}: is nested too deeply for settings, which have few levels; flatten it"
         ) from None
     except Exception as error:  # as above, of a value that stands alone
         raise ConfigError(
