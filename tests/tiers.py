@@ -77,6 +77,19 @@ BY_PLACE = {
 # Those of more than 15 s, and of many alike: `make test` runs enough of each kind to see it break.
 SLOW = (
     "tests/distributed/test_anyres.py::test_views_change_what_is_learned",
+    # `make test` runs the families of the paper, and of baselines in parallel one layout.
+    *(
+        f"tests/distributed/test_convert_parallel.py::{test}[{family}"
+        for test in (
+            "test_logits_and_features_equal_hugging_faces",
+            "test_there_and_back_through_tp2_and_pp2_is_bitwise",
+        )
+        for family in ("gemma3", "llama", "ministral3", "qwen", "smollm3")
+    ),
+    *(
+        f"tests/distributed/test_oracle.py::test_baseline_in_parallel_equals_hugging_face[{layout}-"
+        for layout in ("tp2", "pp2")
+    ),
     "tests/distributed/test_corrupt_corpus.py::test_killed_twice_with_another_dp_across_an_epochs_end",
     "tests/distributed/test_features_by_layout.py::test_bf16_follows_fp32",
     "tests/distributed/test_features_by_layout.py::test_losses_are_those_of_one_process[02",

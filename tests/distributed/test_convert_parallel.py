@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dattn_mcore.architectures import language_models, vision_towers
 from dattn_mcore.config.load import from_dict, merge, to_dict
 from tests.distributed.jobs import load_and_save, model_outputs
 from tests.unit.convert.convert_helpers import make_tokenizer
@@ -23,8 +24,22 @@ from tools.checkpoint_convert.mcore_to_hf import convert as export
 from tools.checkpoint_convert.verify import verify
 
 LENGTH = 16
-# SigLIP and AIMv2 with all layers and their last norm, CLIP without its last layer.
-MODELS = [("mistral", "clip", -2), ("gemma2", "siglip", -1), ("qwen3", "aimv2", -1)]
+# Every family once. SigLIP and AIMv2 with all layers and their last norm, CLIP without its last layer.
+MODELS = [
+    ("mistral", "clip", -2),
+    ("gemma2", "siglip", -1),
+    ("qwen3", "aimv2", -1),
+    ("gemma3", "clip", -2),
+    ("llama", "siglip", -1),
+    ("ministral3", "siglip", -1),
+    ("qwen2", "clip", -2),
+    ("smollm3", "aimv2", -1),
+]
+
+
+def test_every_family_and_tower_is_here():
+    assert {family for family, *_ in MODELS} == set(language_models())
+    assert {kind for _, kind, _ in MODELS} == set(vision_towers())
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda model: "-".join(model[:2]))

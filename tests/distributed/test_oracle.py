@@ -208,6 +208,12 @@ def compare(pool, model, attention, layouts, world_size=1, parallel=None):
 IMAGE_FIRST = (((True, 16), (False, 9)), ((True, 32), (False, 5)))
 INTERLEAVED = (((False, 4), (True, 16), (False, 6), (True, 16), (False, 3)),)
 TEXT_ONLY = (((False, 12),), ((False, 5),))
+LAYOUTS = {
+    "sp-tp2-pp2": {"tp": 2, "pp": 2, "sp": True},
+    "tp2": {"tp": 2},
+    "tp2-sp": {"tp": 2, "sp": True},
+    "pp2": {"pp": 2},
+}
 
 
 @pytest.mark.parametrize("layouts", [IMAGE_FIRST, INTERLEAVED], ids=["first", "interleaved"])
@@ -247,8 +253,10 @@ def test_text_only_equals_hugging_face(pool, model, attention):
     [WINDOWED_MISTRAL, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3, MINISTRAL3, SMOLLM3],
     ids=["windowed", "gemma2", "gemma3", "llama", "qwen2", "qwen3", "ministral3", "smollm3"],
 )
-def test_baseline_in_parallel_equals_hugging_face(pool, model):
-    compare(pool, model, BASELINE, IMAGE_FIRST, 4, {"tp": 2, "pp": 2, "sp": True})
+@pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
+def test_baseline_in_parallel_equals_hugging_face(pool, model, parallel):
+    ranks = parallel.get("tp", 1) * parallel.get("pp", 1)
+    compare(pool, model, BASELINE, IMAGE_FIRST, ranks, parallel)
 
 
 def test_dattn_differs_from_baseline(pool):
