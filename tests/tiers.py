@@ -48,6 +48,7 @@ BY_PLACE = {
     "tests/unit/checkpoint/test_optimizer_settings.py": "trains",
     "tests/unit/checkpoint/test_retention.py": "trains",
     "tests/unit/convert/test_convert_check.py": "processes",
+    "tests/unit/convert/test_convert_former_releases.py::test_an_export_answers_as_it_did_and_is_upgraded_by_one_command": "processes",
     "tests/unit/convert/test_convert_processes.py": "processes",
     "tests/unit/convert/test_convert_refresh.py::test_a_signal_waits_until_all_files_are_in_place": "processes",
     "tests/unit/convert/test_convert_standalone.py": "processes",

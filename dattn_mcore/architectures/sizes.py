@@ -13,7 +13,7 @@ from dattn_mcore.types import V2V, Implementation, Merge, T2VPosition
 
 LayerKind = Literal["sliding", "full"]
 TowerActivation = Literal["gelu_tanh", "gelu", "quick_gelu", "silu"]
-RopeKind = Literal["default", "linear", "llama3", "yarn", "none"]
+RopeKind = Literal["default", "linear", "llama3", "yarn"]
 AttentionBackend = Literal["auto", "reference", "sdpa", "flash", "triton"]
 
 
@@ -21,7 +21,7 @@ AttentionBackend = Literal["auto", "reference", "sdpa", "flash", "triton"]
 class RopeConfig:
     """How rotary positions are stretched for sequences longer than those first trained on."""
 
-    kind: RopeKind = "default"  # default: not stretched; none: of layers without rotary positions
+    kind: RopeKind = "default"  # default: not at all
     factor: float = 1.0  # by which low frequencies are divided (linear: all)
     original_length: int = 8192  # llama3, yarn: positions of the model before it was stretched
     low_frequency_factor: float = 1.0  # llama3: original_length over this wave length: divided
@@ -33,7 +33,8 @@ class RopeConfig:
     query_scale_beta: float = 0.0  # yarn: a query at p times 1 + beta ln(1 + p // original_length)
 
 
-NOT_ROTATED = RopeConfig(kind="none")  # of layers without rotary positions; no setting
+# Of layers without rotary positions. No setting: a setting's values are those of its annotation.
+NOT_ROTATED = RopeConfig(kind="none")  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

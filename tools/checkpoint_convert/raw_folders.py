@@ -125,8 +125,11 @@ def _tied_as_a_whole(folder: Path, fields: dict[str, Any]) -> bool:
     """
     others = {name: value for name, value in fields.items() if name != "model_type"}
     config = AutoConfig.for_model(fields["model_type"], **others)
-    names = SafetensorsFolder(folder).shapes
-    return bool(config.tie_word_embeddings) and not any(head in names for head in nested.HEADS)
+    if not config.tie_word_embeddings:
+        return False
+    # A folder of settings alone has no weights that could say otherwise.
+    names = SafetensorsFolder(folder).shapes if any(folder.glob("*.safetensors*")) else ()
+    return not any(head in names for head in nested.HEADS)
 
 
 def vision_config(folder: Path, select_layer: int) -> VisionConfig:

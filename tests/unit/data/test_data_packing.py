@@ -83,8 +83,8 @@ def test_a_sample_over_a_budget_is_a_mistake_of_the_caller() -> None:
         make_packs([(51, 0)], 50, 64, 1)
 
 
-def test_packs_that_cannot_be_dealt() -> None:
-    with pytest.raises(ValueError, match="dealt"):
+def test_packs_that_cannot_be_divided() -> None:
+    with pytest.raises(ValueError, match="divided"):
         split_over_ranks([(0,), (1,), (2,)], [(1, 0)] * 3, 2, (TEXT, VISUAL))
 
 

@@ -74,11 +74,13 @@ def test_no_step_has_rate_zero_wherever_the_run_goes_on(
     steps, warmup_ratio, min_lr_ratio, peak, data
 ):
     used, after = rates(steps, warmup_ratio, min_lr_ratio, peak=peak)
-    top = used.index(max(used))
+    top = max(round(warmup_ratio * steps), 1) - 1
     assert used[top] == pytest.approx(peak, rel=1e-12)
-    assert top == max(round(warmup_ratio * steps), 1) - 1
+    assert max(used) == pytest.approx(peak, rel=1e-12)
     assert all(a < b for a, b in zip(used[:top], used[1 : top + 1], strict=True))
-    assert all(a >= b for a, b in zip(used[top:], used[top + 1 :], strict=False))
+    # Where the minimum is the peak, the rates after it differ from it in the last bit only.
+    falls = [a * (1 + 1e-12) >= b for a, b in zip(used[top:], used[top + 1 :], strict=False)]
+    assert all(falls)
     assert min(used) > 0 and after == pytest.approx(peak * min_lr_ratio, rel=1e-12)
     first = data.draw(st.integers(0, steps))
     assert rates(steps, warmup_ratio, min_lr_ratio, first, peak) == (used[first:], after)
