@@ -134,7 +134,7 @@ class DattnRotary(nn.Module):
         self.frequencies = kinds[kind](rope["rope_theta"] ** (exponent / head_dim), rope)
         self.factor: float = yarn["attention_factor"]
         self.beta: float = yarn.get("llama_4_scaling_beta") or 0.0
-        self.original_length: int = yarn.get("original_max_position_embeddings", 0)
+        self.original_length: float = yarn.get("original_max_position_embeddings", 0.0)
 
     def forward(self, position: Tensor, dtype: torch.dtype) -> Rotation:
         """Factors for int64 positions [batch, rows]."""

@@ -27,6 +27,7 @@ from tools.checkpoint_convert.tokenizers_out import PROBES, TURNS, from_sentence
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
+    register()  # exports are opened here without their own code
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
