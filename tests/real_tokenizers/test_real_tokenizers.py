@@ -37,6 +37,7 @@ if "mistral_tekken" in chat_templates():
 NO_ORACLE = {
     "plain": "image and caption, which is nobody's chat",
     "gemma": "Gemma's tokenizer is in no package",
+    "smollm3": "SmolLM3's tokenizer is in no package",
 }
 # Mistral's own puts a system message in front of the last user's turn, this project in front of the
 # first, which all answers can see (architectures/language/mistral.py): compared where both are one.
@@ -187,4 +188,5 @@ def real_mistral_v1(tmp_path) -> str:
 
 
 def test_every_template_has_an_oracle_or_a_reason():
-    assert set(chat_templates()) == set(TEMPLATES.values()) | set(NO_ORACLE)
+    assert set(chat_templates()) <= set(TEMPLATES.values()) | set(NO_ORACLE)
+    assert not set(TEMPLATES.values()) & set(NO_ORACLE)
