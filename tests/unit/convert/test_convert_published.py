@@ -14,10 +14,7 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def test_published_configurations_are_understood(tmp_path):
-    """config.json as their makers publish them, against the shipped files of stage 1.
-
-    Google's of Gemma 3 leaves out what transformers' defaults are.
-    """
+    """config.json as Mistral AI, Google, OpenAI and Apple publish them, against the shipped files."""
     published = {
         "mistral": {
             "model_type": "mistral",
@@ -57,65 +54,6 @@ def test_published_configurations_are_understood(tmp_path):
             "sliding_window_size": 4096,
             "torch_dtype": "float32",
             "vocab_size": 256000,
-        },
-        "qwen3_8b": {
-            "model_type": "qwen3",
-            "attention_bias": False,
-            "head_dim": 128,
-            "hidden_act": "silu",
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "max_position_embeddings": 40960,
-            "max_window_layers": 36,
-            "num_attention_heads": 32,
-            "num_hidden_layers": 36,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-06,
-            "rope_scaling": None,
-            "rope_theta": 1000000,
-            "sliding_window": None,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-            "use_sliding_window": False,
-            "vocab_size": 151936,
-        },
-        "llama3_1_8b": {
-            "model_type": "llama",
-            "attention_bias": False,
-            "hidden_act": "silu",
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "max_position_embeddings": 131072,
-            "mlp_bias": False,
-            "num_attention_heads": 32,
-            "num_hidden_layers": 32,
-            "num_key_value_heads": 8,
-            "pretraining_tp": 1,
-            "rms_norm_eps": 1e-05,
-            "rope_scaling": {
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-                "rope_type": "llama3",
-            },
-            "rope_theta": 500000.0,
-            "tie_word_embeddings": False,
-            "torch_dtype": "bfloat16",
-            "vocab_size": 128256,
-        },
-        "gemma3_4b": {
-            "model_type": "gemma3",
-            "text_config": {
-                "model_type": "gemma3_text",
-                "hidden_size": 2560,
-                "intermediate_size": 10240,
-                "num_hidden_layers": 34,
-                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-                "sliding_window": 1024,
-            },
-            "torch_dtype": "bfloat16",
-            "vision_config": {"model_type": "siglip_vision_model", "image_size": 896},
         },
         "siglip_so400m_384": {
             "model_type": "siglip",
@@ -178,7 +116,7 @@ def test_published_configurations_are_understood(tmp_path):
     for name, fields in published.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(fields))
-    for llm in ("mistral", "gemma", "qwen3_8b", "llama3_1_8b", "gemma3_4b"):
+    for llm in ("mistral", "gemma"):
         for tower in ("siglip_so400m_384", "clip_l_336", "aimv2_l_336"):
             file = tmp_path / "run.yaml"
             file.write_text(f"base: [{CONFIGS}/{llm}_aln.yaml, {CONFIGS}/models/{tower}.yaml]\n")

@@ -1,5 +1,6 @@
 """The sbatch files as they are shipped: well formed, and right at their true configuration."""
 
+import os
 import re
 import shlex
 import shutil
@@ -89,6 +90,41 @@ def test_a_stopped_job_comes_back_and_keeps_its_output(name):
     assert (flags["--open-mode"], flags["--job-name"]) == ("append", name)
     signal, _, seconds = flags["--signal"].partition("@")
     assert signal == "B:USR1" and int(seconds) >= 120
+
+
+# Of a cluster that is not there: sbatch says what it has read, then finds no controller.
+NO_CLUSTER = """ClusterName=none
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort=9
+AuthType=auth/none
+NodeName=none
+PartitionName=none Nodes=none Default=YES
+"""
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="sbatch is not installed")
+@pytest.mark.parametrize("stage", STAGES)
+def test_sbatch_reads_all_of_it(tmp_path, stage):
+    """Several flags stand on a line; the other models' files have the same lines."""
+    name = f"qwen3_8b_{stage}"
+    (tmp_path / "slurm.conf").write_text(NO_CLUSTER)
+    result = subprocess.run(
+        ["sbatch", "-v", str(FOLDER / f"{name}.sbatch")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "SLURM_CONF": str(tmp_path / "slurm.conf")},
+        timeout=120,
+    )
+    read = dict(re.findall(r"^sbatch: ([a-z-]+) +: (.*)$", result.stderr, re.MULTILINE))
+    flags = {flag.removeprefix("--"): value for flag, value in flags_of(name).items()}
+    assert {*flags, "verbose"} == set(read)
+    same = [key for key in flags if "node" in key or key in ("job-name", "signal", "cpus-per-task")]
+    assert {key: read[key] for key in same} == {key: flags[key] for key in same}
+    assert (read["requeue"], read["open-mode"]) == ("requeue", "a")
+    assert read["output"].endswith("/%x-%j.out")
+    days, _, hours = read["time"].rpartition("-")
+    assert int(days or 0) * 24 + int(hours[:2]) == int(flags["time"][:2])
 
 
 @pytest.mark.parametrize("name", TRAINING)
