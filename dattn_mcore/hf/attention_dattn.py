@@ -30,7 +30,7 @@ from .layout_dattn import Layout
 
 
 @dataclass
-class Part:
+class KeySet:
     """A set of keys with the queries that read it.
 
     Attributes:
@@ -46,19 +46,19 @@ class Part:
 
 
 def attend(
-    parts: list[Part],
+    key_sets: list[KeySet],
     scale: float,
     softcap: float | None,
     merge: str,
     implementation: str,
 ) -> Tensor:
-    """Attention over all parts: one softmax over their union (`alpha`), or one each (`sum`).
+    """Attention over all key sets: one softmax over their union (`alpha`), or one each (`sum`).
 
     The union's softmax is the exact merge a * XA + (1 - a) * SA with a = sigmoid(lse_V - lse_T);
-    a query that sees no key of a part gets nothing from it.
+    a query that sees no key of a set gets nothing from it.
 
     Args:
-        parts: key sets; parts without keys are skipped.
+        key_sets: those without keys are skipped.
         scale: factor of the logits.
         softcap: logits become softcap * tanh(logits / softcap); None: not capped.
         merge: `alpha` or `sum`.
@@ -67,65 +67,71 @@ def attend(
     Returns:
         [batch, queries, heads * head_dim].
     """
-    parts = [part for part in parts if part.key.shape[2] > 0]
-    few = parts[0].query.shape[2] == 1  # a decoding step: its scores are small
+    key_sets = [key_set for key_set in key_sets if key_set.key.shape[2] > 0]
+    few = key_sets[0].query.shape[2] == 1  # a decoding step: its scores are small
     kernel = _sdpa if implementation == "sdpa" and softcap is None and not few else _eager
-    if merge == "alpha" or len(parts) == 1:
-        output = kernel(parts, scale, softcap)
+    if merge == "alpha" or len(key_sets) == 1:
+        output = kernel(key_sets, scale, softcap)
     else:
-        outputs = [_zero_if_blind(part, scale, softcap, kernel) for part in parts]
+        outputs = [_zero_if_blind(key_set, scale, softcap, kernel) for key_set in key_sets]
         output = torch.stack(outputs).sum(0)
     batch, _, queries, _ = output.shape
     return output.transpose(1, 2).reshape(batch, queries, -1)
 
 
-def _zero_if_blind(part: Part, scale: float, softcap: float | None, kernel) -> Tensor:
-    """One part's own softmax; zero for queries that see none of its keys."""
-    seeing = part.visible.any(-1, keepdim=True)
+def _zero_if_blind(key_set: KeySet, scale: float, softcap: float | None, kernel) -> Tensor:
+    """The softmax of one set; zero for queries that see none of its keys."""
+    seeing = key_set.visible.any(-1, keepdim=True)
     output = kernel(
-        [Part(part.query, part.key, part.value, part.visible | ~seeing)], scale, softcap
+        [KeySet(key_set.query, key_set.key, key_set.value, key_set.visible | ~seeing)],
+        scale,
+        softcap,
     )
     return torch.where(seeing, output, torch.zeros_like(output))
 
 
-def _eager(parts: list[Part], scale: float, softcap: float | None) -> Tensor:
+def _eager(key_sets: list[KeySet], scale: float, softcap: float | None) -> Tensor:
     """Plain attention with the scores in memory, softmax in at least float32; copies no keys."""
-    batch, heads, queries, _ = parts[0].query.shape
-    groups = parts[0].key.shape[1]
+    batch, heads, queries, _ = key_sets[0].query.shape
+    groups = key_sets[0].key.shape[1]
 
     def by_group(x: Tensor) -> Tensor:  # the heads of a group become rows
         return x.reshape(batch, groups, -1, x.shape[-1])
 
-    logits = torch.cat([by_group(p.query) @ p.key.transpose(2, 3) for p in parts], dim=-1) * scale
+    logits = (
+        torch.cat([by_group(p.query) @ p.key.transpose(2, 3) for p in key_sets], dim=-1) * scale
+    )
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    visible = torch.cat([p.visible for p in parts], dim=-1)
+    visible = torch.cat([p.visible for p in key_sets], dim=-1)
     logits = logits.view(batch, heads, queries, -1)
     logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
     wide = torch.promote_types(logits.dtype, torch.float32)
     weights = by_group(torch.softmax(logits, dim=-1, dtype=wide).to(logits.dtype))
-    shares = weights.split([p.key.shape[2] for p in parts], dim=-1)
-    outputs = [share @ p.value for share, p in zip(shares, parts, strict=True)]
+    shares = weights.split([p.key.shape[2] for p in key_sets], dim=-1)
+    outputs = [share @ p.value for share, p in zip(shares, key_sets, strict=True)]
     return torch.stack(outputs).sum(0).view(batch, heads, queries, -1)
 
 
-def _sdpa(parts: list[Part], scale: float, softcap: float | None) -> Tensor:
+def _sdpa(key_sets: list[KeySet], scale: float, softcap: float | None) -> Tensor:
     """The same through PyTorch's kernels.
 
-    Two parts with different queries (rotated for text, plain for visual keys) become one by
+    Two key sets with different queries (rotated for text, plain for visual keys) become one by
     stacking features: [q_a, q_b] . [k_a, 0] = q_a . k_a and [q_a, q_b] . [0, k_b] = q_b . k_b.
     """
-    query, keys = parts[0].query, [p.key for p in parts]
-    if any(p.query is not query for p in parts):
-        query = torch.cat([p.query for p in parts], dim=-1)
+    query, keys = key_sets[0].query, [p.key for p in key_sets]
+    if any(p.query is not query for p in key_sets):
+        query = torch.cat([p.query for p in key_sets], dim=-1)
         width = keys[0].shape[-1]
-        keys = [F.pad(key, (i * width, (len(parts) - 1 - i) * width)) for i, key in enumerate(keys)]
+        keys = [
+            F.pad(key, (i * width, (len(key_sets) - 1 - i) * width)) for i, key in enumerate(keys)
+        ]
     groups = query.shape[1] // keys[0].shape[1]
     return F.scaled_dot_product_attention(
         query,
         repeat_heads(torch.cat(keys, dim=2), groups),
-        repeat_heads(torch.cat([p.value for p in parts], dim=2), groups),
-        attn_mask=torch.cat([p.visible for p in parts], dim=-1),
+        repeat_heads(torch.cat([p.value for p in key_sets], dim=2), groups),
+        attn_mask=torch.cat([p.visible for p in key_sets], dim=-1),
         scale=scale,
     )
 
@@ -204,13 +210,13 @@ class DattnAttention(nn.Module):
             )
 
         implementation = self.config._attn_implementation or "eager"
-        text_part = Part(rotated, text_key, text_value, layout.t2t)
-        parts = [
-            Part(rotated if rope else query, visual_key, visual_value, layout.t2v),
-            text_part,
+        text_keys = KeySet(rotated, text_key, text_value, layout.t2t)
+        key_sets = [
+            KeySet(rotated if rope else query, visual_key, visual_value, layout.t2v),
+            text_keys,
         ]
         text_out = self.o_proj(
-            attend(parts, self.scale, self.softcap, self.config.merge, implementation)
+            attend(key_sets, self.scale, self.softcap, self.config.merge, implementation)
         )
         if not visual_output or not new_visual:
             return text_out, None
@@ -221,11 +227,11 @@ class DattnAttention(nn.Module):
         reader = rotate_queries(self._heads(self.q_proj(visual), self.q_norm), visual_rotation)
         if not rope:
             visual_key = rotate(visual_key, visual_rotation)
-        parts = [Part(reader, visual_key, visual_value, layout.v2v)]
+        key_sets = [KeySet(reader, visual_key, visual_value, layout.v2v)]
         if layout.v2t is not None:
-            parts.append(Part(reader, text_key, text_value, layout.v2t))
+            key_sets.append(KeySet(reader, text_key, text_value, layout.v2t))
         return text_out, self.o_proj(
-            attend(parts, self.scale, self.softcap, "alpha", implementation)
+            attend(key_sets, self.scale, self.softcap, "alpha", implementation)
         )
 
 
@@ -270,4 +276,4 @@ class DattnDecoderLayer(GradientCheckpointingLayer):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-__all__ = ["DattnAttention", "DattnDecoderLayer", "Part", "attend"]
+__all__ = ["DattnAttention", "DattnDecoderLayer", "KeySet", "attend"]
