@@ -93,8 +93,8 @@ def text_config(family: str, **changes):
             "beta_fast": 0.5,
             "beta_slow": 0.05,
             "truncate": False,
-            "attention_factor": 1.3,
-            "llama_4_scaling_beta": 0.4,
+            "attention_factor": 1.1,
+            "llama_4_scaling_beta": 0.2,
         }
         ministral3 = {"rope_parameters": rope, "max_position_embeddings": 32}
         return Ministral3Config(**{**common, **ministral3, **changes})
