@@ -88,7 +88,7 @@ ARCHITECTURES = {
         "qwen3", "aimv2", "anyres_stretch", template="mistral", seed=4
     ),
     "smollm3_siglip_anyres": Architecture(
-        "smollm3", "siglip", "anyres_stretch", template="mistral", seed=0
+        "smollm3", "siglip", "anyres_stretch", template="mistral", seed=1
     ),
 }
 
