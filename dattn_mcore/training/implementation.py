@@ -8,7 +8,7 @@ import importlib.util
 import logging
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.errors import ConfigError
+from dattn_mcore.errors import ConfigError, first_line
 from dattn_mcore.parallel.platform import current_device, fp8_problem
 from dattn_mcore.types import Implementation
 
@@ -23,7 +23,7 @@ def transformer_engine_missing() -> str | None:
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # noqa: BLE001 (a build for another PyTorch raises anything)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return f"its import fails ({reason})"
     return None
 
