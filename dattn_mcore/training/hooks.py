@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from dattn_mcore.errors import CheckpointError, DattnError
 from dattn_mcore.training.agreement import Agreement
 from dattn_mcore.training.last_words import unexpected
 from dattn_mcore.training.step import StepResult
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,11 @@ class Hook:
     def before_save(self, step: int) -> None:
         """Before the checkpoint of this step is written."""
 
-    def after_save(self, step: int, folder: Path | None) -> None:
-        """After it; the folder is None while an asynchronous save goes on."""
+    def after_save(self, step: int) -> None:
+        """After it; an asynchronous save goes on beside training."""
+
+    def saved(self, folder: Path) -> None:
+        """A checkpoint is whole, on every rank."""
 
     def metrics(self) -> dict[str, float]:
         """Newest value of each metric of this hook; the checkpoint's manifest keeps them."""
@@ -120,10 +126,17 @@ class Hooks:
         for hook in self._hooks:
             hook.before_save(step)
 
-    def after_save(self, step: int, folder: Path | None) -> None:
+    def after_save(self, step: int) -> None:
         """Calls all hooks after it."""
         for hook in self._hooks:
-            hook.after_save(step, folder)
+            hook.after_save(step)
+
+    def saved(self, folder: Path | None) -> None:
+        """Calls all hooks when a checkpoint has become whole; None: none has."""
+        if folder is not None:
+            logger.info("saved %s", folder)
+            for hook in self._hooks:
+                hook.saved(folder)
 
     def metrics(self) -> dict[str, float]:
         """Newest values of the metrics of all hooks."""

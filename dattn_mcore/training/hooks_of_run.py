@@ -97,7 +97,16 @@ def build_hooks(
     agree(problem, device)
     if held_out is not None:
         hooks.append(
-            Validation(config, held_out, model, pg_collection, device, watchdog, sinks, interval)
+            Validation(
+                config,
+                held_out,
+                model,
+                pg_collection,
+                device=device,
+                watchdog=watchdog,
+                sinks=sinks,
+                interval=interval,
+            )
         )
     if dist.get_rank() == 0:
         hooks.append(Finished(run_dir))

@@ -67,7 +67,7 @@ class IntervalReport(Hook):
         """Leaves time out of the rates in which nothing was trained."""
         self._started += seconds
 
-    def after_save(self, step: int, folder: object) -> None:
+    def after_save(self, step: int) -> None:
         """Leaves the time of a save out of the rates: the next interval starts here."""
         self._begin(step)
 

@@ -81,11 +81,11 @@ def _train(run: Run, claim: Claim) -> bool:
     try:
         with speaking(run.watchdog):
             step = _all_steps(run, stop, claim)
-            _say_saved(run.saver.poll(blocking=True))
+            run.hooks.saved(run.saver.poll(blocking=True))
             agree(claim.problem(), run.device)
     except DattnError as error:
         if error.shared:  # the same on every rank: a save that is under way is finished
-            _say_saved(run.saver.poll(blocking=True))
+            run.hooks.saved(run.saver.poll(blocking=True))
         raise
     finally:
         run.saver.close()
@@ -132,7 +132,7 @@ def _all_steps(run: Run, stop: StopRequest, claim: Claim) -> int:
 def _finish_pending(run: Run, claim: Claim, blocking: bool = False) -> None:
     """Finishes an asynchronous save; one that lost its folder on the way is given up."""
     try:
-        _say_saved(run.saver.poll(blocking=blocking))
+        run.hooks.saved(run.saver.poll(blocking=blocking))
     except CheckpointError:
         if not _said_by_first(claim.is_gone()):
             raise
@@ -223,14 +223,9 @@ def _save(run: Run, step: int, claim: Claim, unsaved: bool = True) -> bool:
     run.hooks.before_save(step)
     with gathered_weights(run.model, run.config):
         folder = run.saver.save(step, metrics=run.hooks.metrics(), hooks=run.hooks.state())
-    _say_saved(folder)
-    run.hooks.after_save(step, folder)
+    run.hooks.saved(folder)
+    run.hooks.after_save(step)
     return True
-
-
-def _say_saved(folder: Path | None) -> None:
-    if folder is not None:
-        logger.info("saved %s", folder)
 
 
 def _close(run: Run, step: int) -> None:

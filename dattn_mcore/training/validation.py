@@ -54,6 +54,7 @@ class Validation(Hook):
         data: ValidationData,
         model: list[DistributedDataParallel],
         pg_collection: ProcessGroupCollection,
+        *,
         device: torch.device,
         watchdog: Watchdog,
         sinks: list[Sink],
