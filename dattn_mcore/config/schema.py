@@ -190,6 +190,7 @@ class LogConfig:
     wandb_server: str | None = None  # its address; null: that of WANDB_BASE_URL, or offline
     mlflow: bool = False  # MLflow; in run_dir/mlruns unless a server is named
     mlflow_server: str | None = None  # its tracking URI; null: MLFLOW_TRACKING_URI, or the folder
+    update_ratio: bool = False  # of each part; copies the main weights in the last step of one
     communication_share: bool = False  # measured by a profiler in the last step of an interval
 
 

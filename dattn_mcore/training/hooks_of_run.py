@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.config.load import to_yaml
@@ -21,6 +22,7 @@ from dattn_mcore.training.hooks import Hook, Hooks, cannot_report
 from dattn_mcore.training.interval import IntervalReport
 from dattn_mcore.training.last_words import unexpected
 from dattn_mcore.training.ledger import SampleLedger
+from dattn_mcore.training.part_norms import PartNorms
 from dattn_mcore.training.sample_log import SampleLog
 from dattn_mcore.training.sinks.build import build_sinks, check_trackers
 from dattn_mcore.training.sinks.run_facts import facts_of
@@ -52,11 +54,13 @@ def build_hooks(
     data: DataPipeline,
     held_out: ValidationData | None,
     model: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
     pg_collection: ProcessGroupCollection,
     *,
     device: torch.device,
     watchdog: Watchdog,
     first_step: int,
+    last_step: int,
 ) -> Hooks:
     """Opens what reports and measures; called by all ranks.
 
@@ -65,15 +69,26 @@ def build_hooks(
         data: this rank's training data.
         held_out: this rank's held-out data, where the run has some.
         model: this stage's chunks.
+        optimizer: of these.
         pg_collection: process groups.
         device: of this process.
         watchdog: of this process.
         first_step: step the run starts or resumes at.
+        last_step: steps after which it is complete.
 
     Raises:
         DattnError: on every rank, what any rank ran into.
     """
-    hooks: list[Hook] = []
+    parts = PartNorms(
+        optimizer,
+        model,
+        pg_collection,
+        device=device,
+        interval=config.log.interval,
+        last_step=last_step,
+        updates=config.log.update_ratio,
+    )
+    hooks: list[Hook] = [parts]
     sinks: list[Sink] = []
     interval: IntervalReport | None = None
     problem: DattnError | None = None
@@ -86,7 +101,7 @@ def build_hooks(
             facts = facts_of(config, first_step=first_step, data_fingerprint=fingerprint)
             sinks = build_sinks(config, facts)
             samples = SampleLog(config, run_dir, first_step)
-            interval = IntervalReport(config, sinks, samples, data.groups, first_step)
+            interval = IntervalReport(config, sinks, samples, data.groups, parts, first_step)
             hooks += [samples, interval, SampleLedger(config, data, first_step)]
     except DattnError as error:
         problem = error

@@ -12,6 +12,7 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.parallel import platform
 from dattn_mcore.plan.hardware import peak_flops
 from dattn_mcore.training.hooks import Hook, StepDone
+from dattn_mcore.training.part_norms import PartNorms
 from dattn_mcore.training.sample_log import LEFT_OUT, SampleLog
 from dattn_mcore.training.sinks.sink import Row, Sink, Value
 from dattn_mcore.units import duration
@@ -27,6 +28,7 @@ class IntervalReport(Hook):
         sinks: where rows go; closed with the run.
         samples: counts what was left out.
         groups: (source, kind) of each group of samples.
+        parts: measures each part of the model; it stands before this hook.
         first_step: step the run starts or resumes at.
     """
 
@@ -36,9 +38,11 @@ class IntervalReport(Hook):
         sinks: list[Sink],
         samples: SampleLog,
         groups: tuple[tuple[str, str], ...],
+        parts: PartNorms,
         first_step: int,
     ) -> None:
         self._config, self._sinks, self._samples = config, sinks, samples
+        self._parts = parts
         self._groups, self._first_step = groups, first_step
         fp8 = config.train.fp8 != "none"
         self._peak = peak_flops(platform.device_name(), "fp8" if fp8 else config.train.precision)
@@ -110,7 +114,7 @@ class IntervalReport(Hook):
             values["communication_share"] = done.communication_share
         if self._peak is not None:
             values["mfu"] = per_process / self._peak
-        return {**values, **by_source(self._groups, self._by_group)}
+        return {**values, **self._parts.values(), **by_source(self._groups, self._by_group)}
 
 
 def by_source(groups: tuple[tuple[str, str], ...], sums: torch.Tensor) -> dict[str, Value]:

@@ -127,10 +127,12 @@ def set_up(
         data,
         held_out,
         model,
+        optimizer,
         pg_collection,
         device=device,
         watchdog=watchdog,
         first_step=first,
+        last_step=last,
     )
     if found is not None:
         hooks.restore(found[1].get("hooks", {}))
