@@ -24,6 +24,8 @@ EXTRAS = (
     "dali",
     "parquet",
     "heif",
+    "trackers",
+    "adapters",
     "triton",
     "eval",
     "dev",

@@ -27,6 +27,9 @@ _OTHER_NAMES = {
 }
 # What others have a setting for and this project has not: words of such a setting, and what to say.
 _ABSENT: dict[frozenset[str], str] = {
+    frozenset({"val", "valid", "validate", "eval", "evaluation", "evaluate"}): (
+        "the held-out loss has settings in validation (validation.share, validation.interval)"
+    ),
     frozenset({"comet", "neptune", "swanlab", "clearml", "aim"}): (
         "metrics go to metrics.jsonl, TensorBoard, Weights & Biases and MLflow (log.tensorboard, "
         "log.wandb, log.mlflow), nowhere else"
