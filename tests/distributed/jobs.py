@@ -147,9 +147,9 @@ def wait_for_a_slow_rank(folder: str) -> bool:
     return came.exists()
 
 
-def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl."""
-    text = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8")
+def read_metrics(run_dir: str | Path, name: str = "metrics") -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl, or of another file of the same form."""
+    text = (Path(run_dir) / f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -211,9 +211,9 @@ def saves_until_killed(tree: dict[str, Any], step: int) -> list[int]:
     original = CheckpointSaver.save
     saved: list[int] = []
 
-    def noted(saver: CheckpointSaver, at: int) -> Any:
+    def noted(saver: CheckpointSaver, at: int, **kwargs: Any) -> Any:
         saved.append(at)
-        return original(saver, at)
+        return original(saver, at, **kwargs)
 
     CheckpointSaver.save = noted
     try:

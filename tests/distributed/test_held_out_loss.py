@@ -1,7 +1,6 @@
 """The held-out loss: the same in every layout and split, never trained on, whole over a resume."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +21,7 @@ LAYOUTS = [
 
 
 def read(run_dir, name="validation"):
-    text = (Path(run_dir) / f"{name}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return read_metrics(run_dir, name)
 
 
 def losses(row):
