@@ -1,7 +1,7 @@
 """Checks of a whole configuration, each rule a small function that gives one line per breach.
 
 The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules`,
-`export_rules` and `optim_groups`; what depends on the number of processes stands here.
+`export_rules`, `optim_groups` and `schedule`; what depends on the number of processes stands here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dattn_mcore.config import (
     export_rules,
     model_rules,
     optim_groups,
+    schedule,
     training_rules,
     value_rules,
 )
@@ -31,6 +32,8 @@ _ACROSS = (
     export_rules.export,
     training_rules.visual_chunk,
     optim_groups.mistakes,
+    schedule.mistakes,
+    schedule.lengths,
     training_rules.overlap,
     training_rules.recompute,
     training_rules.fp8,

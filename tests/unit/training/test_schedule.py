@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from dattn_mcore.config.load import load_config
-from dattn_mcore.training.optimizer import build_scheduler
+from dattn_mcore.training.schedule import build_scheduler
 from dattn_mcore.training.report import _learning_rates
 
 PEAK = 2e-3
