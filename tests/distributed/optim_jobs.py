@@ -24,6 +24,7 @@ def weights_by_plain_adamw(
         rules: for each parameter the first whose pattern is found in its name; None: frozen.
         rates: of each step, relative to the peak.
     """
+    from dattn_mcore.checkpoint.save import CheckpointSaver
     from dattn_mcore.training import loop
     from dattn_mcore.training.step import StepResult, run_schedule, sum_reports
 
@@ -62,5 +63,8 @@ def weights_by_plain_adamw(
         loss = float(sums[0] / sums[1])
         return StepResult(loss, float(norm), int(sums[1]), 0.0, {1.0: 1.0})
 
-    with mock.patch.object(loop, "train_step", step):
+    with (
+        mock.patch.object(loop, "train_step", step),
+        mock.patch.object(CheckpointSaver, "save", lambda saver, step: None),
+    ):
         return weights_by_step(tree)
