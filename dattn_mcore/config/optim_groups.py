@@ -230,11 +230,11 @@ def _matched(name: str, group: OptimGroup, tensors: list[tuple[Entry, int | None
                 f"{name}.patterns={pattern[:100]!r} matches no parameter of this model; did you "
                 f"mean {_nearest(pattern, tensors)!r}?"
             )
-    for (key, layer), parts in meant.items():
-        if not all(parts):
+    for (key, layer), which in meant.items():
+        if not all(which):
             names = [n[-1] for n in exported_names(entry_of[key, layer], layer)]
-            yes = " and ".join(n for n, part in zip(names, parts, strict=True) if part)
-            no = " and ".join(n for n, part in zip(names, parts, strict=True) if not part)
+            yes = " and ".join(n for n, part in zip(names, which, strict=True) if part)
+            no = " and ".join(n for n, part in zip(names, which, strict=True) if not part)
             raise ConfigError(
                 f"{name}.patterns={list(group.patterns)} matches {yes} and not {no}: here they are "
                 f"one tensor ({key}) with the same settings; match all of them or none"

@@ -12,8 +12,9 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dattn_mcore.architectures.decoder import OUTPUT
 from dattn_mcore.architectures.parameters import part_of
-from dattn_mcore.config.optim_groups import Tensor, TensorSettings, resolved
+from dattn_mcore.config.optim_groups import Tensor, TensorSettings, learns, resolved
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.parameters import layers_of_stage
 
@@ -91,9 +92,33 @@ def decoder_gradients(config: Config) -> tuple[Gradients, ...]:
     return tuple(layers)
 
 
-def tower_learns(config: Config) -> bool:
-    """Whether features need a gradient: anything of the tower learns."""
-    return any(it.trains for (key, _), it in resolved(config).items() if part_of(key) == "vision")
+@dataclass(frozen=True)
+class Outside:
+    """What learns outside of the layers.
+
+    Attributes:
+        keys: tensors that stand in no layer and learn; a tied output layer's among them.
+        features: anything of the tower learns.
+        before_head: anything but the output layer learns.
+    """
+
+    keys: frozenset[str]
+    features: bool
+    before_head: bool
+
+
+@functools.lru_cache(maxsize=32)
+def learning_outside(config: Config) -> Outside:
+    """What learns outside of the layers."""
+    learning = [tensor for tensor, settings in resolved(config).items() if settings.trains]
+    keys = {key for key, layer in learning if layer is None}
+    if learns(config, OUTPUT, None):
+        keys.add(OUTPUT)
+    return Outside(
+        keys=frozenset(keys),
+        features=any(part_of(key) == "vision" for key, _ in learning),
+        before_head=any(key != OUTPUT for key, _ in learning),
+    )
 
 
 def _chunks(config: Config) -> dict[int, list[int]]:

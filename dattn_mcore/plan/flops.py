@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 from dattn_mcore.architectures import tower_features
 from dattn_mcore.architectures.decoder import OUTPUT
-from dattn_mcore.config.optim_groups import learns, resolved, settings_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.backward import (
     DECODER,
@@ -34,8 +33,8 @@ from dattn_mcore.plan.backward import (
     TOWER,
     Gradients,
     decoder_gradients,
+    learning_outside,
     tower_gradients,
-    tower_learns,
 )
 from dattn_mcore.plan.parameters import layers_of_stage
 from dattn_mcore.plan.rows import Rows
@@ -209,9 +208,8 @@ def _head(config: Config, rows: Rows) -> Work:
     """The output layer, for labelled rows; backward computes the logits again."""
     llm = config.model.llm
     product = 2 * llm.hidden_size * llm.padded_vocab_size * rows.labelled
-    learning = {key for (key, _), settings in resolved(config).items() if settings.trains}
-    weight = settings_of(config, OUTPUT, None).trains
-    before = bool(learning - {OUTPUT})
+    outside = learning_outside(config)
+    weight, before = OUTPUT in outside.keys, outside.before_head
     return Work(product, product * before, product * weight, product * (before or weight))
 
 
@@ -229,7 +227,8 @@ def _tower(config: Config, rows: Rows) -> Work:
     }
     patches = 2 * 3 * vision.patch_size**2 * v * p
     # Nobody needs a gradient of pixels.
-    work = Work(patches, weights=patches * learns(config, "vision.patch_embedding.weight", None))
+    learning = learning_outside(config).keys
+    work = Work(patches, weights=patches * ("vision.patch_embedding.weight" in learning))
     for gradients in tower_gradients(config):
         for linear, forward in linears.items():
             work += _product(gradients, linear, forward)
@@ -242,28 +241,27 @@ def _projector(config: Config, rows: Rows) -> Work:
     width = config.model.projector.ffn_hidden_size
     first = 2 * vision.hidden_size * width * rows.tiles * vision.rows_per_tile
     second = 2 * width * h * rows.tiles * vision.rows_per_tile
-    mlp = "projector.mlp."
-    trained = {
-        name: learns(config, f"{mlp}{name}", None)
+    outside = learning_outside(config)
+    features, learning = outside.features, outside.keys
+    one, bias, two = (
+        f"projector.mlp.{name}" in learning
         for name in ("linear_fc1.weight", "linear_fc1.bias", "linear_fc2.weight")
-    }
-    features = tower_learns(config)
-    hidden = features or trained["linear_fc1.weight"] or trained["linear_fc1.bias"]
+    )
+    hidden = features or one or bias
     work = Work(
         forward=first + second,
         inputs=first * features + second * hidden,
-        weights=first * trained["linear_fc1.weight"] + second * trained["linear_fc2.weight"],
+        weights=first * one + second * two,
         # Megatron-Core's linears compute their input's gradient, of frozen features too.
-        again=first * (trained["linear_fc1.weight"] and not features)
-        + second * (trained["linear_fc2.weight"] and not hidden),
+        again=first * (one and not features) + second * (two and not hidden),
     )
     if config.model.visual_positions and rows.tiles:
         # Row and column positions, two linears each, once a pack; sinusoids need no gradient.
         axis = 2 * vision.grid_size * h * h * rows.packs
         for name in ("row_position", "column_position"):
-            one, two, bias = (
-                learns(config, f"projector.{name}.{end}", None)
-                for end in ("fc1.weight", "fc2.weight", "fc1.bias")
+            one, bias, two = (
+                f"projector.{name}.{end}" in learning
+                for end in ("fc1.weight", "fc1.bias", "fc2.weight")
             )
             work += Work(2 * axis, inputs=axis * (one or bias), weights=axis * (one + two))
     return work

@@ -72,7 +72,7 @@ def _shown(optim: OptimConfig) -> dict[str, Any]:
     """Settings as plain values; a warm-up that is not set as the ratio that it has."""
     if optim.warmup_ratio is None and optim.warmup_steps is None:
         optim = replace(optim, warmup_ratio=WARMUP_RATIO)
-    return to_dict(Config(optim=optim))["optim"]  # type: ignore[no-any-return]
+    return to_dict(Config(optim=optim))["optim"]
 
 
 def _refuse_to_rise_again(
