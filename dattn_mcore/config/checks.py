@@ -1,7 +1,7 @@
 """Checks of a whole configuration, each rule a small function that gives one line per breach.
 
-The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules` and
-`export_rules`; what depends on the number of processes stands here.
+The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules`,
+`export_rules`, `optim_groups` and `schedule`; what depends on the number of processes stands here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import math
 from dattn_mcore.config import (
     export_rules,
     model_rules,
+    optim_groups,
+    schedule,
     training_rules,
     validation_rules,
     value_rules,
@@ -30,7 +32,9 @@ _ACROSS = (
     model_rules.vision,
     export_rules.export,
     training_rules.visual_chunk,
-    training_rules.training,
+    optim_groups.mistakes,
+    schedule.mistakes,
+    schedule.lengths,
     training_rules.overlap,
     training_rules.recompute,
     training_rules.fp8,

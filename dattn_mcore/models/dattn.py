@@ -163,8 +163,11 @@ class DattnModel(LanguageModule):
         """
         params = inputs.params
         positions = torch.cat([params.visual_positions, params.text_positions])
+        embedded = self._embed(inputs) if self.pre_process else None
+        if embedded is not None and self._must_learn(embedded):
+            embedded.requires_grad_()
         hidden = self.decoder(
-            hidden_states=self._embed(inputs) if self.pre_process else None,
+            hidden_states=embedded,
             attention_mask=None,
             rotary_pos_emb=self.angles(positions),
             packed_seq_params=params,
@@ -175,6 +178,17 @@ class DattnModel(LanguageModule):
         if return_logits:
             return self._logits(text)[:, 0]
         return self._losses(text, inputs.labels)
+
+    def _must_learn(self, embedded: torch.Tensor) -> bool:
+        """Whether autograd must believe that a chunk's input learns, though nothing below it does.
+
+        Megatron-Core's checkpoint computes gradients of weights only where its input has one.
+        """
+        recompute = self.runtime.recompute
+        again = recompute.granularity != "none" or recompute.visual_chunk is not None
+        if not again or embedded.requires_grad or not torch.is_grad_enabled():
+            return False
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Rotary angles [n, 1, 1, kinds * head_dim] of positions [n], for each kind of layer.

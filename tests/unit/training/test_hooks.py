@@ -82,7 +82,11 @@ def test_all_are_called_in_order(tmp_path, done):
     ("error", "kind", "message"),
     [
         (DataError("too many bad samples"), DataError, "too many bad samples"),
-        (OSError(errno.ENOSPC, "No space left"), CheckpointError, "reports cannot be written there"),
+        (
+            OSError(errno.ENOSPC, "No space left"),
+            CheckpointError,
+            "reports cannot be written there",
+        ),
         (ValueError("a defect"), DataError, "reporting step 3 failed (ValueError: a defect)"),
     ],
     ids=["mistake", "full-disk", "defect"],
