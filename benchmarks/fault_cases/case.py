@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.faults import start_ranks
-from tests.distributed.jobs import small_config
+from tests.distributed.small_models import small_config
 from tests.ranks import end_ranks
 
 STEPS = 6

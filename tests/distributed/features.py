@@ -11,7 +11,15 @@ from collections.abc import Collection
 from typing import Any
 
 from dattn_mcore.config.load import merge
-from tests.distributed.jobs import AIMV2, CLIP, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3
+from tests.distributed.small_models import (
+    AIMV2,
+    CLIP,
+    GEMMA,
+    GEMMA3,
+    LLAMA,
+    QWEN2,
+    QWEN3,
+)
 from tests.pairwise import Pair, pairs_of, pairwise
 
 Settings = dict[str, dict[str, Any]]

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from dattn_mcore.config.load import merge
-from tests.distributed.jobs import (
+from tests.distributed.model_jobs import model_outputs
+from tests.distributed.small_models import (
     GEMMA,
     GEMMA3,
     LLAMA,
@@ -29,7 +30,6 @@ from tests.distributed.jobs import (
     QWEN3,
     SMALL_MODEL,
     SMOLLM3,
-    model_outputs,
 )
 
 MISTRAL = {"llm": {"sliding_window": None}}

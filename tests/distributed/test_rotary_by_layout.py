@@ -7,14 +7,8 @@ the whole model: neither may depend on shards, stages, or on what is computed ag
 import pytest
 
 from dattn_mcore.config.load import merge
-from tests.distributed.jobs import (
-    MINISTRAL3,
-    SMALL_MODEL,
-    SMOLLM3,
-    read_metrics,
-    small_config,
-    train_without_last_save,
-)
+from tests.distributed.jobs import read_metrics, train_without_last_save
+from tests.distributed.small_models import MINISTRAL3, SMALL_MODEL, SMOLLM3, small_config
 
 FOUR = {"tp": 2, "pp": 2, "sp": True}
 CASES = {

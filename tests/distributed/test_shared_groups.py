@@ -10,14 +10,8 @@ import torch
 from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.errors import ConfigError
-from tests.distributed.jobs import (
-    GEMMA3,
-    QWEN2,
-    SMALL_MODEL,
-    read_metrics,
-    small_config,
-    train_without_last_save,
-)
+from tests.distributed.jobs import read_metrics, train_without_last_save
+from tests.distributed.small_models import GEMMA3, QWEN2, SMALL_MODEL, small_config
 from tests.distributed.visual_jobs import attention_gradients
 
 LAYOUTS = (((True, 16), (False, 9)), ((False, 4), (True, 16), (False, 6), (True, 16), (False, 3)))

@@ -18,7 +18,8 @@ from dattn_mcore.models.dattn import DattnModel, ModelInputs
 from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
 from dattn_mcore.training.step import run_schedule, train_step
-from tests.distributed.jobs import randomize_norms, start
+from tests.distributed.jobs import start
+from tests.distributed.model_jobs import randomize_norms
 
 
 def random_inputs(config, layouts, supervised: float = 0.5) -> ModelInputs:

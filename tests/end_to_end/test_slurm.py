@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed.jobs import SMALL_MODEL, read_metrics
+from tests.distributed.jobs import read_metrics
+from tests.distributed.small_models import SMALL_MODEL
 from tests.end_to_end.slurm_cluster import Cluster, kill, missing_programs, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.parallel import platform
-from tests.distributed.jobs import AIMV2, CLIP, GEMMA, MINISTRAL3, SMALL_MODEL, randomize_norms
+from tests.distributed.model_jobs import randomize_norms
+from tests.distributed.small_models import AIMV2, CLIP, GEMMA, MINISTRAL3, SMALL_MODEL
 
 BASELINE = {"attention": {"v2v": "causal", "t2v_position": "rope"}}
 WHOLE = {"attention": {"fold_visual_projection": False, "skip_last_visual_rows": False}}
