@@ -133,7 +133,7 @@ SLOW = (
     "tests/unit/benchmarks/test_benchmarks.py::test_what_a_gpu_measures_runs_and_reaches_the_page[peak-memory-gemma]",
     "tests/unit/benchmarks/test_convert_full_size.py::test_there_and_back_at_the_small_scale",
     "tests/unit/benchmarks/test_faults.py::test_a_sample_of_thirty_is_survived",
-    "tests/unit/benchmarks/test_faults.py::test_what_is_not_survived_is_told",
+    "tests/unit/benchmarks/test_faults.py::test_what_is_not_survived_is_reported",
     "tests/unit/checkpoint/test_full_disk.py::test_one_line_and_earlier_checkpoints_stay[the index",
     "tests/unit/checkpoint/test_retention.py::test_what_was_just_saved_stays_beside_a_newer_damaged_one[shard]",
     "tests/unit/checkpoint/test_retention.py::test_what_was_just_saved_stays_beside_a_newer_damaged_one[truncated]",

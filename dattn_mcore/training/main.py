@@ -23,7 +23,7 @@ from dattn_mcore.training.launch import restart_under_torchrun
 
 PROGRAM = "pretrain_dattn.py"
 FAULT_STATUS = 4  # of a rank that a machine or the network ended; a user's mistake is 2
-SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake and end
+SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to report a mistake and end
 logger = logging.getLogger("dattn_mcore")
 
 

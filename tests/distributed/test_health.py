@@ -307,7 +307,7 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_found(pool, tmp_path):
     assert list((tmp_path / "a/checkpoints").iterdir()) == []
 
 
-def test_a_watchdog_that_is_closed_or_told_of_progress_stays_quiet(tmp_path):
+def test_a_watchdog_that_is_closed_or_notified_of_progress_stays_quiet(tmp_path):
     with open(tmp_path / "log", "w") as output:
         dog = watchdog.Watchdog(0, 1, output=output)
         # The limit is far above what a busy machine adds to a short sleep, and below all of them.

@@ -152,7 +152,7 @@ def test_one_clear_line(override, message):
     assert "\n" not in str(caught.value)
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         checked("optim.beta2=1.5", "attention.v2v=full", "parallel.sp=true", "model.llm.head_dim=7")
     assert caught.value.mistakes == (
@@ -166,7 +166,7 @@ def test_all_mistakes_are_told_at_once():
     assert "\n" not in str(caught.value)
 
 
-def test_all_unknown_keys_and_wrong_types_are_told_at_once():
+def test_all_unknown_keys_and_wrong_types_are_reported_at_once():
     overrides = ["optim.lrr=1", "train.seed=x", "data.sources=[{weight: a, zzz: b}]"]
     with pytest.raises(ConfigError) as caught:
         load_config(None, overrides)

@@ -82,7 +82,7 @@ def test_overlap_has_buffers_for_fp8_and_for_the_layers_in_bf16(compared):
     }
 
 
-def test_auto_is_local_on_a_cpu_and_a_missing_package_is_told():
+def test_auto_is_local_on_a_cpu_and_a_missing_package_is_reported():
     assert choose_implementation(from_dict({})) == "local"
     if transformer_engine_missing() is None:
         pytest.skip("Transformer Engine is installed")
@@ -94,7 +94,7 @@ def test_auto_is_local_on_a_cpu_and_a_missing_package_is_told():
         choose_implementation(fp8)
 
 
-def test_a_gpu_without_fp8_is_told_in_one_line(monkeypatch):
+def test_a_gpu_without_fp8_is_reported_in_one_line(monkeypatch):
     """An A100; the devices' names are the vendor's."""
     monkeypatch.setattr(implementation, "transformer_engine_missing", lambda: None)
     monkeypatch.setattr(platform, "_installed", "gpu")

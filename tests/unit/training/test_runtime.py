@@ -114,7 +114,7 @@ def test_on_a_gpu_the_interleaved_schedule_empties_outputs_and_apex_fuses(monkey
         ),
     ],
 )
-def test_what_the_local_linears_cannot_do_is_told(settings, message):
+def test_what_the_local_linears_cannot_do_is_reported(settings, message):
     with pytest.raises(ConfigError, match=message) as caught:
         decide_runtime(load_config(None, settings))
     assert "\n" not in str(caught.value)
