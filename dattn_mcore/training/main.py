@@ -141,7 +141,13 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
             watchdog.phase("the first all-reduce", limit, "health.start_timeout_seconds")
             check_all_reduce(device)
             watchdog.phase("making process groups", limit, "health.start_timeout_seconds")
-            pg_collection = groups.initialize_model_parallel(config.parallel, config.train.seed)
+            pg_collection = groups.initialize_model_parallel(
+                seed=config.train.seed,
+                tp=config.parallel.tp,
+                pp=config.parallel.pp,
+                vpp=config.parallel.vpp,
+                cp=config.parallel.cp,
+            )
             logger.info(
                 "%s: %s on %d %s process%s, tp %d x pp %d x dp %d%s",
                 Path(config.log.run_dir).name,

@@ -23,7 +23,11 @@ def start(tree: dict[str, Any]) -> tuple[Config, Any]:
     config = from_dict(tree)
     check_config(config)
     data_parallel_size(config, dist.get_world_size())
-    return config, initialize_model_parallel(config.parallel, config.train.seed)
+    sizes = config.parallel
+    groups = initialize_model_parallel(
+        seed=config.train.seed, tp=sizes.tp, pp=sizes.pp, vpp=sizes.vpp, cp=sizes.cp
+    )
+    return config, groups
 
 
 def run_training(tree: dict[str, Any]) -> bool:
