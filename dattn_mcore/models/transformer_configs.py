@@ -90,15 +90,7 @@ def llm_transformer_config(
         runtime: how it is computed.
         tp_size: ranks of the tensor parallel group.
         pp_size: pipeline stages.
-
-    Raises:
-        ValueError: the two records name different implementations.
     """
-    if model.transformer_impl not in ("auto", runtime.implementation):
-        raise ValueError(
-            f"transformer_impl={model.transformer_impl!r} of the model is not "
-            f"implementation={runtime.implementation!r} of the runtime; give both the same"
-        )
     llm, features = model.llm, text_features(model)
     interleaved = runtime.chunks_per_stage > 1
     common = _common(runtime, tp_size)

@@ -266,6 +266,15 @@ def test_what_a_family_has_passes():
     assert of_before.model.llm.windows == (8, None, None, 8)
 
 
+def test_a_setting_of_the_model_that_is_the_runs_now():
+    assert checked("model.transformer_impl=local").train.transformer_impl == "local"
+    assert checked("train.transformer_impl=local").train.transformer_impl == "local"
+    both = ("model.transformer_impl=local", "train.transformer_impl=local")
+    assert checked(*both).train.transformer_impl == "local"
+    with pytest.raises(ConfigError, match="is the former name of train.transformer_impl, which is"):
+        checked("model.transformer_impl=auto", both[1])
+
+
 def test_epochs_count_where_steps_do_not():
     assert checked("train.epochs=2", "train.steps=null").train.epochs == 2
 

@@ -86,7 +86,7 @@ def test_auto_is_local_on_a_cpu_and_a_missing_package_is_reported():
     assert choose_implementation(from_dict({})) == "local"
     if transformer_engine_missing() is None:
         pytest.skip("Transformer Engine is installed")
-    wanted = from_dict({"model": {"transformer_impl": "transformer_engine"}})
+    wanted = from_dict({"train": {"transformer_impl": "transformer_engine"}})
     with pytest.raises(ConfigError, match="needs Transformer Engine, and it is not installed"):
         choose_implementation(wanted)
     fp8 = from_dict({"train": {"fp8": "tensorwise", "precision": "bf16"}})
@@ -132,7 +132,7 @@ CHUNKS = [
         (["train.fp8=tensorwise", "train.precision=fp32"], "needs train.precision=bf16"),
         (["train.fp8=delayed", "train.fp8_bf16_layers=1"], "cannot go with train.fp8=delayed"),
         (["train.fp8=tensorwise", "train.fp8_bf16_layers=21"], "must leave some of"),
-        (["train.fp8=tensorwise", "model.transformer_impl=local"], "needs Transformer Engine"),
+        (["train.fp8=tensorwise", "train.transformer_impl=local"], "needs Transformer Engine"),
         (["train.fp8=tensorwise", "train.device=cpu"], "needs a GPU"),
         ([*CHUNKS, "train.fp8=tensorwise"], "is not implemented"),
         (["train.fp8=tensorwise", "model.llm.hidden_size=3592"], "multiple of 16"),
