@@ -50,8 +50,8 @@ def split_over_ranks(
     """Divides packs among ranks: the same number each, work as even as can be had.
 
     Args:
-        packs: The plan; its length is a multiple of dp_size.
-        lengths: (text rows, visual rows) of each sample; what the plan was made from.
+        packs: Of a step; their number is a multiple of dp_size.
+        lengths: (text rows, visual rows) of each sample; what the packs were made from.
         dp_size: Number of data-parallel ranks.
         budgets: Most text and visual rows of a pack.
         work: Of one text row and one visual row.
