@@ -32,8 +32,7 @@ from dattn_mcore.parallel import platform
 logger = logging.getLogger(__name__)
 
 # Settings of the model that shape no parameter and may differ from the checkpoint's.
-_FREE: dict[str, set[str | None]] = {
-    "transformer_impl": {None},  # both have the same parameters
+_FREE = {
     "llm": {"init_std"},
     "vision": {"init_std"},
     "projector": {"output_norm_init"},

@@ -16,7 +16,7 @@ from dattn_mcore.architectures.sizes import (
     ProjectorConfig,
     VisionConfig,
 )
-from dattn_mcore.types import Fp8Recipe, Part, RecomputeGranularity, RecomputeModule
+from dattn_mcore.types import Fp8Recipe, Implementation, Part, RecomputeGranularity, RecomputeModule
 
 __all__ = [
     "ANYRES_GRIDS",
@@ -157,6 +157,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"  # of parameters and activations
     fp8: Literal["none", Fp8Recipe] = "none"  # recipe of the decoder's linears
     fp8_bf16_layers: int | None = None  # at each end, in bf16; null: 1, with delayed 0
+    transformer_impl: Literal["auto", Implementation] = "auto"  # of linears and norms
     recompute: RecomputeGranularity = "none"  # of modules of each layer, or of whole layers
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # where recompute is selective
     recompute_layers: int | None = None  # full: the first so many of each stage; null: all

@@ -71,7 +71,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             command.add_argument("--output", type=Path, default=Path(f"{name}.html"))
         if name == "stats":
             command.add_argument(
-                "--dp", type=int, default=1, help="data parallel ranks to plan for"
+                "--dp", type=int, default=1, help="data parallel ranks to pack for"
             )
         if name == "preview":
             command.add_argument(

@@ -19,7 +19,7 @@ from dattn_mcore.evaluation.benchmarks import BY_NAME
 from dattn_mcore.log import log_to_stderr
 
 PROGRAM = "dattn_mcore.evaluation"
-SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake and end
+SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to report a mistake and end
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
@@ -171,7 +171,7 @@ def _answer(options: argparse.Namespace) -> None:
             questions,
             options.image_folder,
             lambda done, total: bar.update(task, completed=done),
-            told=lambda line: bar.console.print(cell(line)),
+            checked=lambda line: bar.console.print(cell(line)),
         )
     write_answers(options.answers, answers)
     say(f"{len(answers)} answers -> {options.answers}")

@@ -52,7 +52,7 @@ class Answerer:
         questions: Sequence[Question],
         image_folder: str | Path,
         progress: Progress = lambda done, total: None,
-        told: Callable[[str], object] = lambda line: None,
+        checked: Callable[[str], object] = lambda line: None,
     ) -> list[Answer]:
         """Answers all questions, in their order, after a self-check on the first.
 
@@ -60,7 +60,7 @@ class Answerer:
             questions: to answer.
             image_folder: that image paths start in.
             progress: called after every batch.
-            told: called with what the self-check compared.
+            checked: called with what the self-check compared.
 
         Raises:
             DataError: an image is missing, damaged or outside the folder.
@@ -75,7 +75,7 @@ class Answerer:
         if requests:
             # One with a picture, if there is one: pixels too can get lost on their way.
             first = next((request for request in requests if request.pictures), requests[0])
-            told(self.generator.self_check(first, self.settings.batch_size))
+            checked(self.generator.self_check(first, self.settings.batch_size))
         limit = self.settings.max_new_tokens
         texts: dict[int, str] = {}
         for batch in self.generator.generate(requests, self.settings.batch_size, limit):

@@ -94,7 +94,7 @@ class Generator:
                 str(folder),
                 dtype=DTYPES[dtype],
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `check_weights` tells them
+                ignore_mismatched_sizes=True,  # `check_weights` reports them
                 **NO_FOREIGN_CODE,
             )
         except Exception as error:  # transformers raises whatever its parts raise

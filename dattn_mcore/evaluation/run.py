@@ -258,8 +258,8 @@ class Share:
                 "prompt": self.generator.chat_prompt(benchmark.rows[0].text),
             }
         except Exception as error:  # as above
-            told = reason(error, self.folder, benchmark.name)
-            return Result(benchmark.name, benchmark.title, error=told)
+            problem = reason(error, self.folder, benchmark.name)
+            return Result(benchmark.name, benchmark.title, error=problem)
         return result
 
 

@@ -119,10 +119,10 @@ def _global_batch(config: Config, dp: int) -> list[str]:
         line = (
             f"global batch: about {size} samples, in full micro-batches, a multiple of {multiple}"
         )
-        dealt = pack_multiple(config, dp)
-        if multiple % dealt:
+        needed = pack_multiple(config, dp)
+        if multiple % needed:
             line += (
-                f"; {dp} replicas round it up to a multiple of {dealt} and then leave packs less "
+                f"; {dp} replicas round it up to a multiple of {needed} and then leave packs less "
             )
             line += "full: set data.step_packs_multiple to one"
     images = 1.0 if config.data.visual_budget >= config.model.vision.rows_per_tile else 0.0

@@ -37,6 +37,7 @@ ELSEWHERE = {
     "train.precision": "bf16 in some of the cases: `test_bf16_follows_fp32`",
     "train.fp8": "needs Transformer Engine and a GPU: `tests/gpu`",
     "train.fp8_bf16_layers": "needs Transformer Engine and a GPU: `tests/gpu`",
+    "train.transformer_impl": "Transformer Engine needs a GPU: `tests/gpu`",
     "train.seed": "one for all cases",
     "train.deterministic": "changes kernels of a GPU; `test_command_line` runs it on a CPU",
     "train.device": "`tests/gpu` runs on a GPU what it can hold",

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from tests.distributed.jobs import weights_by_step
+from tests.distributed.watched_jobs import weights_by_step
 
 # Pattern of a module's names, and peak rate, weight decay and both betas; the first that is found.
 Rules = list[tuple[str, tuple[float, float, float, float] | None]]

@@ -8,7 +8,9 @@ import pytest
 from dattn_mcore.config.load import from_dict
 from dattn_mcore.data.index.store import open_index
 from dattn_mcore.data.tokenizer import load_tokenizer
-from tests.distributed.jobs import read_metrics, run_training, small_config, train_until_killed
+from tests.distributed.interrupted_jobs import train_until_killed
+from tests.distributed.jobs import read_metrics, run_training
+from tests.distributed.small_models import small_config
 
 HELD_OUT = {"validation": {"share": 0.2, "interval": 2, "samples": 24}}
 STILL = {"lr": 1e-9}

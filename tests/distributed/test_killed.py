@@ -10,7 +10,8 @@ import time
 import pytest
 
 from tests.distributed.faults import start_ranks
-from tests.distributed.jobs import read_metrics, run_training, small_config
+from tests.distributed.jobs import read_metrics, run_training
+from tests.distributed.small_models import small_config
 from tests.distributed.test_corrupt_corpus import bad_lines
 from tests.ranks import end_ranks
 

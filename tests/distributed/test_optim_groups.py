@@ -11,16 +11,12 @@ import pytest
 import torch
 
 from dattn_mcore.config.load import merge
-from tests.distributed.jobs import (
-    read_metrics,
-    run_training,
-    run_training_with_log,
-    small_config,
-    train_until_killed,
-    weights_by_step,
-)
+from tests.distributed.interrupted_jobs import train_until_killed
+from tests.distributed.jobs import read_metrics, run_training, run_training_with_log
 from tests.distributed.optim_jobs import weights_by_plain_adamw
 from tests.distributed.pool import WorkerError
+from tests.distributed.small_models import small_config
+from tests.distributed.watched_jobs import weights_by_step
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 
 GROUPS = [

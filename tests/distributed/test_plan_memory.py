@@ -5,8 +5,8 @@ import pytest
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.plan.parameters import stage_parameters
 from dattn_mcore.plan.state_memory import optimizer_bytes, state_memory
-from tests.distributed.jobs import AIMV2, CLIP, GEMMA, SMALL_MODEL
 from tests.distributed.plan_jobs import built_state
+from tests.distributed.small_models import AIMV2, CLIP, GEMMA, SMALL_MODEL
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 

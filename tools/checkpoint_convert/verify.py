@@ -210,9 +210,7 @@ def _settings(a: Weights, b: Weights, parts: frozenset[str]) -> list[str]:
     if parts == ALL:
         pairs.append(("model.projector", a.model.projector, b.model.projector, ()))
         pairs.append(("attention", a.attention, b.attention, ("backend",)))
-        pairs.append(
-            ("model", a.model, b.model, ("llm", "vision", "projector", "transformer_impl"))
-        )
+        pairs.append(("model", a.model, b.model, ("llm", "vision", "projector")))
     differences = []
     for section, ours, theirs, free in pairs:
         for name in vars(ours):

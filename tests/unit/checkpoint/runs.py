@@ -132,7 +132,7 @@ def point_at(folder: Path, key: str, data: bytes, as_bytes: bool) -> None:
 
 
 def vouch(folder: Path, **changes: Any) -> None:
-    """A manifest that is right about every file and itself, and says what else it is told."""
+    """A manifest that is right about every file and itself, and says what else it is given."""
     fields = json.loads((folder / "dattn.json").read_text()) | changes
     for name in fields["files"]:
         path = folder / name

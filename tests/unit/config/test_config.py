@@ -152,7 +152,7 @@ def test_one_clear_line(override, message):
     assert "\n" not in str(caught.value)
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         checked("optim.beta2=1.5", "attention.v2v=full", "parallel.sp=true", "model.llm.head_dim=7")
     assert caught.value.mistakes == (
@@ -166,7 +166,7 @@ def test_all_mistakes_are_told_at_once():
     assert "\n" not in str(caught.value)
 
 
-def test_all_unknown_keys_and_wrong_types_are_told_at_once():
+def test_all_unknown_keys_and_wrong_types_are_reported_at_once():
     overrides = ["optim.lrr=1", "train.seed=x", "data.sources=[{weight: a, zzz: b}]"]
     with pytest.raises(ConfigError) as caught:
         load_config(None, overrides)
@@ -264,6 +264,15 @@ def test_what_a_family_has_passes():
     checked(*GEMMA, "model.llm.query_scale=24", "model.llm.post_norms=true")
     of_before = checked(*GEMMA, "model.llm.sliding_window=8", "model.llm.sliding_window_every=3")
     assert of_before.model.llm.windows == (8, None, None, 8)
+
+
+def test_a_setting_of_the_model_that_is_the_runs_now():
+    assert checked("model.transformer_impl=local").train.transformer_impl == "local"
+    assert checked("train.transformer_impl=local").train.transformer_impl == "local"
+    both = ("model.transformer_impl=local", "train.transformer_impl=local")
+    assert checked(*both).train.transformer_impl == "local"
+    with pytest.raises(ConfigError, match="is the former name of train.transformer_impl, which is"):
+        checked("model.transformer_impl=auto", both[1])
 
 
 def test_epochs_count_where_steps_do_not():

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.parallel import platform
-from tests.distributed.jobs import AIMV2, CLIP, GEMMA, MINISTRAL3, SMALL_MODEL, randomize_norms
+from tests.distributed.model_jobs import randomize_norms
+from tests.distributed.small_models import AIMV2, CLIP, GEMMA, MINISTRAL3, SMALL_MODEL
 
 BASELINE = {"attention": {"v2v": "causal", "t2v_position": "rope"}}
 WHOLE = {"attention": {"fold_visual_projection": False, "skip_last_visual_rows": False}}
@@ -88,7 +89,7 @@ def compare(case: str) -> dict[str, object]:
     tree = merge({"model": merge(SMALL_MODEL, model)}, sections)
     results, modules = {}, {}
     for name in ("local", "transformer_engine"):
-        config, groups = start(merge(tree, {"model": {"transformer_impl": name}}))
+        config, groups = start(merge(tree, {"train": {"transformer_impl": name}}))
         (built,) = build_from_config(config, groups, torch.device("cpu"))
         randomize_norms(built)
         modules[name] = {type(module).__module__.partition(".")[0] for module in built.modules()}
@@ -143,10 +144,9 @@ def overlap_buffers() -> dict[str, object]:
     from dattn_mcore.training.runtime import decide_runtime
 
     asked = {
-        "model": {"transformer_impl": "transformer_engine"},
         "parallel": {"tp": 2, "sp": True, "tp_comm_overlap": True},
         "data": {"fixed_rows": True, "text_budget": 100, "visual_budget": 64},
-        "train": {"precision": "bf16"},
+        "train": {"transformer_impl": "transformer_engine", "precision": "bf16"},
     }
     recipes: dict[str, dict[str, Any]] = {
         "bf16": {},

@@ -11,7 +11,7 @@ from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import decoder_work, layer_pairs, step_work
 from dattn_mcore.plan.rows import rows_of
 from dattn_mcore.training.model import build_from_config
-from tests.distributed.jobs import AIMV2, SMALL_MODEL
+from tests.distributed.small_models import AIMV2, SMALL_MODEL
 
 LAYOUTS = (((True, 64), (False, 32)),)
 LABELLED = 10
