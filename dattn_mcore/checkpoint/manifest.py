@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ _ALWAYS = {"format", "step", "config", "files"}
 _OF_A_RUN = {"layout", "data_fingerprint", "dattn_mcore"}
 _LATER = {"data", "tokenizer"}  # not in the first manifests of format 1
 _SINCE_2 = {"digest", "schedule_steps"}
+_IF_THERE = {"metrics"}  # of format 2; earlier releases did not write them
 
 
 class _Damaged(Exception):
@@ -41,6 +44,7 @@ def new_manifest(
     data: dict[str, Any] | None = None,
     data_fingerprint: str | None = None,
     schedule_steps: int | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """The fields of a manifest, without files.
 
@@ -52,7 +56,10 @@ def new_manifest(
         data: identity of the data set.
         data_fingerprint: of that identity.
         schedule_steps: steps that the learning rate's schedule takes.
+        metrics: newest values by name; those that are no finite number are left out, since they
+            cannot be compared.
     """
+    finite = {name: float(v) for name, v in (metrics or {}).items() if math.isfinite(v)}
     return {
         "format": FORMAT,
         "digest": _NO_DIGEST,
@@ -62,6 +69,7 @@ def new_manifest(
         "data": data,
         "schedule_steps": schedule_steps,
         "tokenizer": tokenizer,
+        **({"metrics": finite} if finite else {}),
         "dattn_mcore": dattn_mcore.__version__,
         "config": to_dict(config),
     }
@@ -179,7 +187,8 @@ def _check_fields(fields: dict[str, Any], path: Path) -> None:
         needed |= _OF_A_RUN if _OF_A_RUN & fields.keys() else set()
     else:
         known |= _SINCE_2
-        needed = known
+        needed = set(known)
+        known |= _IF_THERE
     for name in sorted(needed - fields.keys()):
         raise _Damaged(f"no {name}")
     for name in sorted(fields.keys() - known):
@@ -213,6 +222,9 @@ def _check_values(fields: dict[str, Any]) -> None:
     for name in _LATER & fields.keys():
         if not isinstance(fields[name], dict) and (of_a_run or name != "data"):
             raise _Damaged(f"{name} is no mapping")
+    metrics = fields.get("metrics", {})
+    if not isinstance(metrics, dict) or not all(map(_is_finite, metrics.values())):
+        raise _Damaged("metrics are no mapping of names to finite numbers")
     tokenizer = fields.get("tokenizer", {})
     if not all(isinstance(value, str | None) for value in tokenizer.values()):
         raise _Damaged("tokenizer is no text")
@@ -230,6 +242,10 @@ def _check_files(files: Any, path: Path) -> None:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
 
 
 def _is_sha256(value: Any) -> bool:

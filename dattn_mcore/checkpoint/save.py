@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import queue
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -32,6 +33,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.checkpoint import folders, manifest, state
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
+from dattn_mcore.checkpoint.retention import Retention
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import fingerprint_of
 from dattn_mcore.errors import CheckpointError
@@ -92,6 +94,8 @@ class CheckpointSaver:
         self.tokenizer = manifest.describe_tokenizer(config, tokenizer_fingerprint)
         self.schedule_steps = schedule_steps
         self.chunks, self.optimizer, self.pg_collection = chunks, optimizer, pg_collection
+        # More sharded tensors of the same save, made from the model's.
+        self.beside: Callable[[dict[str, dict[str, Any]]], dict[str, Any]] = lambda model: {}
         self._calls = AsyncCallsQueue()
         self._results: SyncManager | None = None
         self._pending: _Pending | None = None
@@ -99,11 +103,12 @@ class CheckpointSaver:
         # What it says of a failure stands in the error that ends the run.
         logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
-    def save(self, step: int) -> Path | None:
+    def save(self, step: int, metrics: Mapping[str, float] | None = None) -> Path | None:
         """Saves model, optimizer, RNG and position; waits for an asynchronous save before it.
 
         Args:
             step: optimizer steps done; also the position in the data.
+            metrics: newest values by name, for the manifest; rank 0's count.
 
         Returns:
             The finished folder; None where `poll` will finish it.
@@ -114,7 +119,7 @@ class CheckpointSaver:
         self.poll(blocking=True)
         final = manifest.checkpoint_folder(self.root, step)
         layout = state.layout_of(self.pg_collection)
-        pending = _Pending(final, self._manifest(step, layout))
+        pending = _Pending(final, self._manifest(step, layout, metrics))
         failure = None
         if dist.get_rank() == 0:
             try:
@@ -192,6 +197,7 @@ class CheckpointSaver:
         model = state.model_state(self.chunks, self.pg_collection)
         return {
             **model,
+            **self.beside(model),
             "optimizer": state.optimizer_state(
                 self.optimizer, model, self.pg_collection, is_loading=False
             ),
@@ -218,7 +224,9 @@ class CheckpointSaver:
             self._results.start()
         return self._results.Queue()
 
-    def _manifest(self, step: int, layout: tuple[int, int]) -> dict[str, Any]:
+    def _manifest(
+        self, step: int, layout: tuple[int, int], metrics: Mapping[str, float] | None
+    ) -> dict[str, Any]:
         return manifest.new_manifest(
             self.config,
             step,
@@ -227,6 +235,7 @@ class CheckpointSaver:
             data=self.data_identity,
             data_fingerprint=fingerprint_of(self.data_identity),
             schedule_steps=self.schedule_steps,
+            metrics=metrics,
         )
 
     def _hash(self, pending: _Pending) -> None:
@@ -250,6 +259,7 @@ class CheckpointSaver:
             }
             try:
                 manifest.write_manifest(pending.temporary, pending.manifest, files)
+                folders.delete_export(pending.final)  # of what had this step's name before
                 replaced = folders.put(pending.temporary, pending.final)
             except OSError as error:
                 failure = reason(error)
@@ -262,7 +272,7 @@ class CheckpointSaver:
         try:
             if replaced is not None:
                 folders.delete(replaced)
-            folders.remove_old(self.root, self.config.checkpoint.keep, saved)
+            folders.remove_old(self.root, Retention.of(self.config.checkpoint), saved)
         except OSError as error:  # the new one is whole: the next save tries again
             logger.warning("an older checkpoint in %s could not be deleted (%s)", self.root, error)
 

@@ -1,14 +1,20 @@
 """Checks of a whole configuration, each rule a small function that gives one line per breach.
 
-The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules` and
-`export_rules`; what depends on the number of processes stands here.
+The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules`,
+`checkpoint_rules` and `export_rules`; what depends on the number of processes stands here.
 """
 
 from __future__ import annotations
 
 import math
 
-from dattn_mcore.config import export_rules, model_rules, training_rules, value_rules
+from dattn_mcore.config import (
+    checkpoint_rules,
+    export_rules,
+    model_rules,
+    training_rules,
+    value_rules,
+)
 from dattn_mcore.config.schema import Config
 from dattn_mcore.config.words import unknown_words
 from dattn_mcore.errors import ConfigError
@@ -29,6 +35,8 @@ _ACROSS = (
     training_rules.recompute,
     training_rules.fp8,
     training_rules.unbuilt,
+    checkpoint_rules.kept,
+    checkpoint_rules.mean_of_weights,
 )
 
 

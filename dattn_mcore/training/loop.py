@@ -22,6 +22,7 @@ from dattn_mcore.plan.flops import step_work
 from dattn_mcore.plan.rows import rows_of
 from dattn_mcore.training.agreement import Agreement, agree
 from dattn_mcore.training.communication import with_communication_share
+from dattn_mcore.training.hooks import StepDone
 from dattn_mcore.training.inputs import all_model_inputs
 from dattn_mcore.training.last_words import speaking, unexpected
 from dattn_mcore.training.memory import StepMemoryError, explain_memory
@@ -92,6 +93,7 @@ def _train(run: Run, claim: Claim) -> bool:
         stop.restore()
         run.data.close()
     _close(run, step)
+    run.hooks.close(step, step == run.last_step)
     return step == run.last_step
 
 
@@ -112,6 +114,8 @@ def _all_steps(run: Run, stop: StopRequest, claim: Claim) -> int:
         step += 1
         _finish_pending(run, claim)
         problem = _note(run, step, batch, agreed, result, share)
+        done = StepDone(step, run.last_step, result, batch, agreed, share)
+        problem = problem or run.hooks.after_step(done)
         if step % run.config.checkpoint.save_interval == 0 or step == run.last_step:
             agree(problem, run.device)  # a run that must end saves no more
             if _save(run, step, claim):
@@ -231,7 +235,9 @@ def _save(run: Run, step: int, claim: Claim, unsaved: bool = True) -> bool:
     limit = run.config.health.checkpoint_timeout_seconds
     run.watchdog.phase(f"saving after step {step}", limit, "health.checkpoint_timeout_seconds")
     with gathered_weights(run.model, run.config):
-        _say_saved(run.saver.save(step))
+        folder = run.saver.save(step, metrics=run.hooks.metrics())
+    _say_saved(folder)
+    run.hooks.after_save(step, folder)
     if run.reporter is not None:
         run.reporter.restart_clock(step)
     return True

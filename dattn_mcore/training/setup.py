@@ -34,6 +34,9 @@ from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import groups
 from dattn_mcore.training.agreement import agree
+from dattn_mcore.training.ema import start_ema
+from dattn_mcore.training.export_beside import ExportBeside
+from dattn_mcore.training.hooks import Hook, Hooks
 from dattn_mcore.training.inputs import needs_pixels
 from dattn_mcore.training.last_words import unexpected
 from dattn_mcore.training.ledger import SampleLedger
@@ -68,6 +71,7 @@ class Run:
         last_step: steps after which the run is complete.
         reporter: on rank 0, which speaks for all.
         ledger: on rank 0.
+        hooks: what else happens around the steps.
     """
 
     config: Config
@@ -83,6 +87,7 @@ class Run:
     last_step: int
     reporter: Reporter | None
     ledger: SampleLedger | None
+    hooks: Hooks
 
 
 def set_up(
@@ -144,6 +149,13 @@ def set_up(
         tokenizer_fingerprint=data.tokenizer_fingerprint,
         schedule_steps=schedule,
     )
+    hooks: list[Hook] = []
+    ema = start_ema(config, model, pg_collection, found)
+    if ema is not None:
+        saver.beside = ema.sharded
+        hooks.append(ema)
+    if config.checkpoint.also_export:
+        hooks.append(ExportBeside(run_dir, watchdog))
     return Run(
         config=config,
         pg_collection=pg_collection,
@@ -158,6 +170,7 @@ def set_up(
         last_step=last,
         reporter=reporter,
         ledger=ledger,
+        hooks=Hooks(hooks, config),
     )
 
 
