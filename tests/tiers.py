@@ -47,6 +47,8 @@ BY_PLACE = {
     "tests/unit/checkpoint/test_full_disk.py": "trains",
     "tests/unit/checkpoint/test_optimizer_settings.py": "trains",
     "tests/unit/checkpoint/test_retention.py": "trains",
+    "tests/unit/checkpoint/test_retention_rules.py::test_the_best_stays": "trains",
+    "tests/unit/convert/test_convert_average.py": "processes",
     "tests/unit/convert/test_convert_check.py": "processes",
     "tests/unit/convert/test_convert_former_releases.py::test_an_export_answers_as_it_did_and_is_upgraded_by_one_command": "processes",
     "tests/unit/convert/test_convert_processes.py": "processes",
@@ -64,6 +66,7 @@ BY_PLACE = {
     "tests/unit/layers/test_triton_attention.py": "interpreter",
     "tests/unit/layers/test_triton_compiles.py": "interpreter",
     "tests/unit/parallel/test_platform.py": "processes",
+    "tests/unit/plan/test_plan_disk.py::test_a_checkpoint_and_its_export": "trains",
     "tests/unit/slurm/test_batch_files.py": "processes",
     "tests/unit/test_ci_skips.py": "processes",
     "tests/unit/test_constraints.py::test_a_torch_in_the_range_stays": "processes",
@@ -73,6 +76,7 @@ BY_PLACE = {
     "tests/unit/test_orphans.py": "processes",
     "tests/unit/test_tiers.py": "processes",
     "tests/unit/training/test_exit_status.py": "processes",
+    "tests/unit/training/test_export_beside.py": "processes",
     "tests/unit/training/test_signals.py::test_what_is_said_to_a_closed_terminal_ends_nothing": "processes",
 }
 # Those of more than 15 s, and of many alike: `make test` runs enough of each kind to see it break.
@@ -92,6 +96,11 @@ SLOW = (
         for layout in ("tp2", "pp2")
     ),
     "tests/distributed/test_corrupt_corpus.py::test_killed_twice_with_another_dp_across_an_epochs_end",
+    "tests/distributed/test_ema.py::test_it_is_the_plain_recurrence",
+    "tests/distributed/test_ema.py::test_resumed_in_another_layout[tp2",
+    "tests/distributed/test_ema.py::test_resumed_in_another_layout[dp2",
+    "tests/distributed/test_ema.py::test_resumed_in_the_same_layout",
+    "tests/distributed/test_exports.py",
     "tests/distributed/test_features_by_layout.py::test_bf16_follows_fp32",
     "tests/distributed/test_features_by_layout.py::test_losses_are_those_of_one_process[02",
     "tests/distributed/test_features_by_layout.py::test_losses_are_those_of_one_process[05",

@@ -211,9 +211,9 @@ def saves_until_killed(tree: dict[str, Any], step: int) -> list[int]:
     original = CheckpointSaver.save
     saved: list[int] = []
 
-    def noted(saver: CheckpointSaver, at: int) -> Any:
+    def noted(saver: CheckpointSaver, at: int, metrics: Any = None) -> Any:
         saved.append(at)
-        return original(saver, at)
+        return original(saver, at, metrics)
 
     CheckpointSaver.save = noted
     try:
@@ -541,7 +541,7 @@ def train_without_last_save(tree: dict[str, Any]) -> bool:
     small = functools.partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
     overlaps = tree.get("parallel", {}).get("overlap_grad_reduce", False)
     with (
-        mock.patch.object(CheckpointSaver, "save", lambda saver, step: None),
+        mock.patch.object(CheckpointSaver, "save", lambda saver, step, metrics=None: None),
         mock.patch.object(optimizer, "DistributedDataParallelConfig", small)
         if overlaps
         else contextlib.nullcontext(),
