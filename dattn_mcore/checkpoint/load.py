@@ -13,10 +13,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dattn_mcore.checkpoint import folders, state
-from dattn_mcore.checkpoint.content import check_content, only_weights, read_object
+from dattn_mcore.checkpoint.content import EMA, check_content, only_weights, read_object
 from dattn_mcore.checkpoint.manifest import is_of_a_run, read_manifest
 from dattn_mcore.checkpoint.metadata import read_metadata
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
@@ -291,6 +292,35 @@ def resume(
         raise CheckpointError(f"{folder} does not fit this run ({reason(error)})") from error
     optimizer.load_state_dict(loaded["optimizer"])
     return int(manifest["step"])
+
+
+def holds_ema(folder: Path) -> bool:
+    """Whether a checkpoint has a running mean of its weights."""
+    return any(key.startswith(EMA) for key in read_metadata(folder).state_dict_metadata)
+
+
+def load_ema(
+    folder: Path,
+    chunks: list[DattnModel],
+    means: list[dict[str, Tensor]],
+    pg_collection: ProcessGroupCollection,
+) -> None:
+    """Loads the running mean of the weights of a checkpoint, saved in any layout.
+
+    Args:
+        folder: from `choose_checkpoint`.
+        chunks: this rank's model chunks, without DDP.
+        means: of these, float32 by the names of parameters; overwritten.
+        pg_collection: process groups.
+
+    Raises:
+        CheckpointError: it is a mean of other parameters.
+    """
+    content = state.ema_state(state.model_state(chunks, pg_collection), means)
+    loaded = _load(folder, dict(content))
+    for index, chunk in enumerate(means):
+        for name, mean in chunk.items():
+            mean.copy_(loaded[f"ema{index}"][name])
 
 
 def _holds(index: Metadata, tensors: dict[str, ShardedTensor]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,11 @@ def new_manifest(
         data: identity of the data set.
         data_fingerprint: of that identity.
         schedule_steps: steps that the learning rate's schedule takes.
-        metrics: newest value of each metric that the run measures beside its training loss.
+        metrics: newest value of each metric that the run measures beside its training loss; those
+            that are no finite number are left out, since they cannot be compared.
         hooks: what the run's hooks remember over a resume, by name.
     """
+    finite = {name: float(v) for name, v in (metrics or {}).items() if math.isfinite(v)}
     return {
         "format": FORMAT,
         "digest": _NO_DIGEST,
@@ -66,9 +69,9 @@ def new_manifest(
         "data_fingerprint": data_fingerprint,
         "data": data,
         "schedule_steps": schedule_steps,
-        "metrics": metrics or {},
-        "hooks": hooks or {},
+        **({"hooks": hooks} if hooks else {}),
         "tokenizer": tokenizer,
+        **({"metrics": finite} if finite else {}),
         "dattn_mcore": dattn_mcore.__version__,
         "config": to_dict(config),
     }
@@ -222,8 +225,8 @@ def _check_values(fields: dict[str, Any]) -> None:
         if not isinstance(fields[name], dict) and (of_a_run or name != "data"):
             raise _Damaged(f"{name} is no mapping")
     metrics = fields.get("metrics", {})
-    if not isinstance(metrics, dict) or not all(type(v) in (int, float) for v in metrics.values()):
-        raise _Damaged("metrics are no numbers")
+    if not isinstance(metrics, dict) or not all(map(_is_finite, metrics.values())):
+        raise _Damaged("metrics are no mapping of names to finite numbers")
     if not isinstance(fields.get("hooks", {}), dict):
         raise _Damaged("hooks is no mapping")
     tokenizer = fields.get("tokenizer", {})
@@ -243,6 +246,10 @@ def _check_files(files: Any, path: Path) -> None:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
 
 
 def _is_sha256(value: Any) -> bool:

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -32,6 +33,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.checkpoint import folders, manifest, state
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
+from dattn_mcore.checkpoint.retention import Retention
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import fingerprint_of
 from dattn_mcore.errors import CheckpointError
@@ -92,6 +94,8 @@ class CheckpointSaver:
         self.tokenizer = manifest.describe_tokenizer(config, tokenizer_fingerprint)
         self.schedule_steps = schedule_steps
         self.chunks, self.optimizer, self.pg_collection = chunks, optimizer, pg_collection
+        # More sharded tensors of the same save, made from the model's.
+        self.beside: Callable[[dict[str, dict[str, Any]]], dict[str, Any]] = lambda model: {}
         self._calls = AsyncCallsQueue()
         self._results: SyncManager | None = None
         self._pending: _Pending | None = None
@@ -200,6 +204,7 @@ class CheckpointSaver:
         model = state.model_state(self.chunks, self.pg_collection)
         return {
             **model,
+            **self.beside(model),
             "optimizer": state.optimizer_state(
                 self.optimizer, model, self.pg_collection, is_loading=False
             ),
@@ -266,6 +271,7 @@ class CheckpointSaver:
             }
             try:
                 manifest.write_manifest(pending.temporary, pending.manifest, files)
+                folders.delete_export(pending.final)  # of what had this step's name before
                 replaced = folders.put(pending.temporary, pending.final)
             except OSError as error:
                 failure = reason(error)
@@ -278,7 +284,7 @@ class CheckpointSaver:
         try:
             if replaced is not None:
                 folders.delete(replaced)
-            folders.remove_old(self.root, self.config.checkpoint.keep, saved)
+            folders.remove_old(self.root, Retention.of(self.config.checkpoint), saved)
         except OSError as error:  # the new one is whole: the next save tries again
             logger.warning("an older checkpoint in %s could not be deleted (%s)", self.root, error)
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
-from dattn_mcore.checkpoint.content import RNG
+from dattn_mcore.checkpoint.content import EMA, RNG
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import platform
 
@@ -38,6 +43,31 @@ def model_state(
             name: entry for name, entry in entries.items() if not name.endswith("_extra_state")
         }
     return state
+
+
+def ema_state(
+    model: dict[str, dict[str, Any]], means: list[dict[str, Tensor]]
+) -> dict[str, dict[str, Any]]:
+    """Sharded running mean of the weights, cut over the ranks as they are.
+
+    Args:
+        model: from `model_state`.
+        means: of this rank's chunks, float32 by the names of parameters; frozen ones are missing.
+    """
+    return {
+        f"ema{index}": {
+            name: _with_data(model[f"model{index}"][name], mean) for name, mean in chunk.items()
+        }
+        for index, chunk in enumerate(means)
+    }
+
+
+def _with_data(entry: Any, mean: Tensor) -> ShardedTensor | ShardedTensorFactory:
+    """The sharded entry of a weight with its mean in it, under a key of its own."""
+    key = f"{EMA}{entry.key}"
+    if isinstance(entry, ShardedTensorFactory):
+        return replace(entry, key=key, data=mean)
+    return replace(entry, key=key, data=mean, dtype=mean.dtype)
 
 
 def optimizer_state(

@@ -1,7 +1,8 @@
 """Checks of a whole configuration, each rule a small function that gives one line per breach.
 
 The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules`,
-`export_rules`, `optim_groups` and `schedule`; what depends on the number of processes stands here.
+`optim_groups`, `schedule`, `validation_rules`, `checkpoint_rules` and `export_rules`; what depends
+on the number of processes stands here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 
 from dattn_mcore.config import (
+    checkpoint_rules,
     export_rules,
     model_rules,
     optim_groups,
@@ -39,6 +41,8 @@ _ACROSS = (
     training_rules.recompute,
     training_rules.fp8,
     validation_rules.held_out,
+    checkpoint_rules.kept,
+    checkpoint_rules.mean_of_weights,
     training_rules.unbuilt,
 )
 

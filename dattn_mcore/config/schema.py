@@ -163,6 +163,8 @@ class TrainConfig:
     recompute_layers: int | None = None  # full: the first so many of each stage; null: all
     recompute_visual_chunk: int | None = None  # visual rows recomputed at a time; null: all kept
     loss_chunk: int = 1024  # supervised rows whose logits are in memory at once
+    ema_decay: float | None = None  # of a running mean of the weights, saved beside; null: none
+    ema_start: int = 0  # steps before that mean begins; up to there it is the weights
     seed: int = 1234  # of initial weights and of the order of samples
     deterministic: bool = False  # the same bits each time; slower on a GPU, refuses some kernels
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU where there is one
@@ -187,6 +189,13 @@ class CheckpointConfig:
     save_interval: int = 200  # steps; the last step is always saved
     asynchronous: bool = False  # write while training goes on; a stage's last save is awaited
     keep: int = 2  # newest whole checkpoints that stay on disk
+    keep_every: int | None = None  # those of a step that it divides stay for ever; null: none
+    keep_best: int = 0  # so many of the best ones by best_by stay as well
+    best_by: str | None = None  # a metric of validation or scores, as validation/loss
+    best_mode: Literal["auto", "min", "max"] = (
+        "auto"  # which is best; auto: min of a loss, else max
+    )
+    also_export: bool = False  # a Hugging Face folder of each, run_dir/exports/step_XXXXXXXX
     resume: bool = True  # go on from the newest whole checkpoint of the run folder
     keep_optimizer_settings: bool = False  # on a resume: optim and schedule of the checkpoint
 

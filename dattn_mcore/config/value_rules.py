@@ -65,6 +65,7 @@ _POSITIVE_OR_NULL = {
     "model.llm.query_scale": "null for model.llm.head_dim",
     "model.llm.sliding_window": "null for none",
     "model.llm.sliding_rotary_base": "null for model.llm.rotary_base",
+    "checkpoint.keep_every": "null for none",
     "data.step_packs_multiple": "null",
     "optim.lr_projector": "null for optim.lr",
     "optim.lr_vision": "null for optim.lr",
@@ -75,12 +76,14 @@ _POSITIVE_OR_NULL = {
 }
 _AT_LEAST_ZERO = {
     "model.llm.rope.query_scale_beta": "0: none",
+    "checkpoint.keep_best": "0: none",
     "health.step_timeout_seconds": "0: no limit",
     "health.checkpoint_timeout_seconds": "0: no limit",
     "optim.weight_decay": "0: none",
     "optim.clip_grad": "0: no limit",
     "optim.warmup_steps": "0: none",
     "optim.decay_steps": "null: the run's steps, of wsd none",
+    "train.ema_start": "0: from the first step",
 }
 _SHARES = (
     "optim.warmup_ratio",

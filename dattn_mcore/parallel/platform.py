@@ -87,6 +87,11 @@ def _slurm_binds_gpus() -> bool:
     return one_each or bound or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
 
 
+def without_gpus() -> dict[str, str]:
+    """The environment of a process that is to see no GPU."""
+    return {"CUDA_VISIBLE_DEVICES": ""}
+
+
 def check_device(device: str, local_rank: int) -> None:
     """Uses this process's device once.
 

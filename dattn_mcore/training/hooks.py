@@ -156,14 +156,21 @@ class Hooks:
     def close(self, step: int, complete: bool) -> None:
         """Calls all hooks at the end of the run.
 
+        After one that fails those that all ranks have are called still, since ranks wait in them.
+
         Raises:
             CheckpointError: a report cannot be written.
         """
-        try:
-            for hook in self._hooks:
+        problem: OSError | None = None
+        for hook in self._hooks:
+            if problem is not None and not hook.everywhere:
+                continue
+            try:
                 hook.close(step, complete)
-        except OSError as error:
-            raise cannot_report(self._config, error) from None
+            except OSError as error:
+                problem = problem or error
+        if problem is not None:
+            raise cannot_report(self._config, problem) from None
 
 
 def cannot_report(config: Config, error: OSError) -> CheckpointError:

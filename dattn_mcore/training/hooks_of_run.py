@@ -18,6 +18,8 @@ from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.validation import ValidationData
 from dattn_mcore.errors import DattnError
 from dattn_mcore.training.agreement import agree
+from dattn_mcore.training.ema import Ema
+from dattn_mcore.training.export_beside import ExportBeside
 from dattn_mcore.training.hooks import Hook, Hooks, cannot_report
 from dattn_mcore.training.interval import IntervalReport
 from dattn_mcore.training.last_words import unexpected
@@ -57,6 +59,7 @@ def build_hooks(
     optimizer: MegatronOptimizer,
     pg_collection: ProcessGroupCollection,
     *,
+    ema: Ema | None,
     device: torch.device,
     watchdog: Watchdog,
     first_step: int,
@@ -71,6 +74,7 @@ def build_hooks(
         model: this stage's chunks.
         optimizer: of these.
         pg_collection: process groups.
+        ema: the running mean of the weights, where the run has one.
         device: of this process.
         watchdog: of this process.
         first_step: step the run starts or resumes at.
@@ -88,7 +92,7 @@ def build_hooks(
         last_step=last_step,
         updates=config.log.update_ratio,
     )
-    hooks: list[Hook] = [parts]
+    hooks: list[Hook] = [parts] if ema is None else [parts, ema]
     sinks: list[Sink] = []
     interval: IntervalReport | None = None
     problem: DattnError | None = None
@@ -123,6 +127,8 @@ def build_hooks(
                 interval=interval,
             )
         )
+    if config.checkpoint.also_export:
+        hooks.append(ExportBeside(run_dir, watchdog))
     if dist.get_rank() == 0:
         hooks.append(Finished(run_dir))
     return Hooks(hooks, config)

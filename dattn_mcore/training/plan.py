@@ -11,6 +11,7 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.attention import BackendChoice, choose_backend
 from dattn_mcore.layers.spec import attention_options
 from dattn_mcore.parallel.platform import resolve_device
+from dattn_mcore.plan.disk import disk_lines
 from dattn_mcore.plan.learning import learning_lines
 from dattn_mcore.plan.parameters import layers_of_stage, stage_parameters
 from dattn_mcore.plan.warnings import part_full
@@ -54,6 +55,7 @@ def describe(config: Config, world_size: int) -> str:
         f"rows per rank between layers: {visual // shards:,} visual and {text // shards:,} text",
         *_global_batch(config, dp),
         *_attention_lines(config),
+        *disk_lines(config),
         "",
     ]
     return "\n".join(lines)

@@ -36,6 +36,7 @@ from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import groups
 from dattn_mcore.training.agreement import agree
+from dattn_mcore.training.ema import start_ema
 from dattn_mcore.training.hooks import Hooks
 from dattn_mcore.training.hooks_of_run import FINISHED, build_hooks
 from dattn_mcore.training.inputs import needs_pixels
@@ -123,6 +124,7 @@ def set_up(
         first = resume(*found, chunks, optimizer, pg_collection)
         scheduler.step(first)
         logger.info("resumed at step %d of %d", first, last)
+    ema = start_ema(config, model, pg_collection, found)
     hooks = build_hooks(
         config,
         data,
@@ -130,6 +132,7 @@ def set_up(
         model,
         optimizer,
         pg_collection,
+        ema=ema,
         device=device,
         watchdog=watchdog,
         first_step=first,
@@ -147,6 +150,8 @@ def set_up(
         tokenizer_fingerprint=data.tokenizer_fingerprint,
         schedule_steps=schedule,
     )
+    if ema is not None:
+        saver.beside = ema.sharded
     return Run(
         config=config,
         pg_collection=pg_collection,

@@ -79,7 +79,7 @@ def train_without_last_save(tree: dict[str, Any]) -> bool:
     small = functools.partial(optimizer.DistributedDataParallelConfig, bucket_size=2000)
     overlaps = tree.get("parallel", {}).get("overlap_grad_reduce", False)
     with (
-        mock.patch.object(CheckpointSaver, "save", lambda saver, step: None),
+        mock.patch.object(CheckpointSaver, "save", lambda saver, step, **kwargs: None),
         mock.patch.object(optimizer, "DistributedDataParallelConfig", small)
         if overlaps
         else contextlib.nullcontext(),

@@ -65,6 +65,6 @@ def weights_by_plain_adamw(
 
     with (
         mock.patch.object(loop, "train_step", step),
-        mock.patch.object(CheckpointSaver, "save", lambda saver, step: None),
+        mock.patch.object(CheckpointSaver, "save", lambda saver, step, **kwargs: None),
     ):
         return weights_by_step(tree)

@@ -271,7 +271,7 @@ def _by_trainer(
     )
 
     def load(config: Config, model: DattnModel, groups: ProcessGroupCollection) -> None:
-        if part is None:
+        if part is None and not source.ema:
             load_weights(source.path, config, [model], groups)
         else:
             load_first_layers(model, groups, source, part)

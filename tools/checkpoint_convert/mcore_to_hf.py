@@ -41,6 +41,7 @@ class ExportOptions:
         max_shard_bytes: largest safetensors file.
         processes: how many share the work.
         check: load the export and compare it with the trainer before it gets its name.
+        ema: export the running mean of the weights.
     """
 
     tokenizer: str | None = None
@@ -48,6 +49,7 @@ class ExportOptions:
     max_shard_bytes: int = 5_000_000_000
     processes: int = 1
     check: bool = False
+    ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def convert(
         SelfCheckError: the export does not say what the trainer says; nothing is left of it.
     """
     options = options or ExportOptions()
-    source = DistCheckpoint(checkpoint)
+    source = DistCheckpoint(checkpoint, ema=options.ema)
     table = model_table(source.config.model)
     check_keys(str(source.path), mcore_shapes(table), source.shapes, source.dtypes)
     data = source.config.data
