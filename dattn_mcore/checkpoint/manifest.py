@@ -27,6 +27,7 @@ _ALWAYS = {"format", "step", "config", "files"}
 _OF_A_RUN = {"layout", "data_fingerprint", "dattn_mcore"}
 _LATER = {"data", "tokenizer"}  # not in the first manifests of format 1
 _SINCE_2 = {"digest", "schedule_steps"}
+_OF_ADAPTERS = {"base"}  # only where a checkpoint needs the weights of another
 
 
 class _Damaged(Exception):
@@ -41,6 +42,7 @@ def new_manifest(
     data: dict[str, Any] | None = None,
     data_fingerprint: str | None = None,
     schedule_steps: int | None = None,
+    base: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The fields of a manifest, without files.
 
@@ -52,8 +54,9 @@ def new_manifest(
         data: identity of the data set.
         data_fingerprint: of that identity.
         schedule_steps: steps that the learning rate's schedule takes.
+        base: of a checkpoint that holds adapters, from `checkpoint.adapters.describe_base`.
     """
-    return {
+    fields = {
         "format": FORMAT,
         "digest": _NO_DIGEST,
         "step": step,
@@ -65,6 +68,7 @@ def new_manifest(
         "dattn_mcore": dattn_mcore.__version__,
         "config": to_dict(config),
     }
+    return fields if base is None else {**fields, "base": base}
 
 
 def write_manifest(folder: Path, fields: dict[str, Any], files: dict[str, list[Any]]) -> None:
@@ -180,6 +184,7 @@ def _check_fields(fields: dict[str, Any], path: Path) -> None:
     else:
         known |= _SINCE_2
         needed = known
+        known = known | _OF_ADAPTERS
     for name in sorted(needed - fields.keys()):
         raise _Damaged(f"no {name}")
     for name in sorted(fields.keys() - known):
@@ -213,6 +218,11 @@ def _check_values(fields: dict[str, Any]) -> None:
     for name in _LATER & fields.keys():
         if not isinstance(fields[name], dict) and (of_a_run or name != "data"):
             raise _Damaged(f"{name} is no mapping")
+    base = fields.get("base", {"path": "", "fingerprint": ""})
+    if not isinstance(base, dict) or base.keys() != {"path", "fingerprint"}:
+        raise _Damaged("base is no path and fingerprint")
+    if not all(isinstance(value, str) for value in base.values()):
+        raise _Damaged("base is no text")
     tokenizer = fields.get("tokenizer", {})
     if not all(isinstance(value, str | None) for value in tokenizer.values()):
         raise _Damaged("tokenizer is no text")

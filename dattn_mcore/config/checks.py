@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from dattn_mcore.config import export_rules, model_rules, training_rules, value_rules
+from dattn_mcore.config import export_rules, lora, model_rules, training_rules, value_rules
 from dattn_mcore.config.schema import Config
 from dattn_mcore.config.words import unknown_words
 from dattn_mcore.errors import ConfigError
@@ -29,6 +29,7 @@ _ACROSS = (
     training_rules.recompute,
     training_rules.fp8,
     training_rules.unbuilt,
+    lora.lora,
 )
 
 

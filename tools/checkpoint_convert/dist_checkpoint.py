@@ -52,6 +52,7 @@ class DistCheckpoint:
         shapes: shape of every tensor of the model, the layer axis included.
         dtypes: dtype of the same.
         ignored: keys that belong to the optimizer or are no tensors.
+        of_base: `path` and `fingerprint` of the base of adapters; None: it holds a whole model.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -64,6 +65,7 @@ class DistCheckpoint:
         self.step = int(fields["step"])
         self.tokenizer: dict[str, Any] = fields.get("tokenizer", {})
         self._files: dict[str, Any] = fields["files"]
+        self.of_base: dict[str, str] | None = fields.get("base")
         try:
             self.config: Config = saved_config(fields["config"])
             check_config(self.config)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from dattn_mcore.architectures.tables import model_table
-from dattn_mcore.checkpoint.load import load_weights
-from dattn_mcore.config.schema import Config
+from dattn_mcore.checkpoint.load import load_adapters, load_weights
+from dattn_mcore.config.schema import Config, LoraConfig
 from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.data.image_rules import rules_of
 from dattn_mcore.data.resize import to_tiles
@@ -43,6 +43,7 @@ from dattn_mcore.evaluation.self_check import (
 from dattn_mcore.hf.image_rules_dattn import ORIENTATION, to_rgb
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.types import IMAGE_MARK
+from tools.checkpoint_convert.adapted_checkpoint import AdaptedCheckpoint
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.first_layers import (
     LAYERS,
@@ -253,7 +254,7 @@ def _by_trainer(
     source: DistCheckpoint, part: FirstLayers | None, prompt: Prompt, agreement: Agreement
 ) -> Tensor:
     """The trainer's logits [text rows, vocabulary] of the prompt and of what was generated."""
-    config = source.config if part is None else part.config
+    config = source.config if part is None else replace(part.config, lora=LoraConfig())
     before, tiles = prompt.image_column, prompt.tiles
     ids = torch.cat([agreement.sequence[:before], agreement.sequence[before + 1 :]])
     rows = config.model.vision.rows_per_tile * len(tiles)
@@ -271,7 +272,10 @@ def _by_trainer(
     )
 
     def load(config: Config, model: DattnModel, groups: ProcessGroupCollection) -> None:
-        if part is None:
+        if part is None and isinstance(source, AdaptedCheckpoint):
+            load_weights(source.base.path, config, [model], groups)
+            load_adapters(source.path, [model], groups)
+        elif part is None:
             load_weights(source.path, config, [model], groups)
         else:
             load_first_layers(model, groups, source, part)

@@ -30,7 +30,7 @@ from dattn_mcore.hf.image_rules_dattn import OLD_RULES, ImageRules
 from tools.checkpoint_convert.atomic_folder import AtomicFolder, check_free
 from tools.checkpoint_convert.configs import from_hf, understanding, with_features
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
-from tools.checkpoint_convert.mixing import join
+from dattn_mcore.checkpoint.mixing import join
 from tools.checkpoint_convert.raw_folders import (
     PROCESSORS,
     check_fits,

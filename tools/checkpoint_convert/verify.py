@@ -16,7 +16,7 @@ from dattn_mcore.config.schema import AttentionConfig, ModelConfig
 from dattn_mcore.errors import CheckpointError
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import read_hf_config, read_model
-from tools.checkpoint_convert.mixing import split
+from dattn_mcore.checkpoint.mixing import split
 from tools.checkpoint_convert.raw_folders import (
     TEXT_TYPES,
     VISION_TYPES,
