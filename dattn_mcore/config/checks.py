@@ -1,14 +1,21 @@
 """Checks of a whole configuration, each rule a small function that gives one line per breach.
 
-The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules` and
-`export_rules`; what depends on the number of processes stands here.
+The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules`,
+`export_rules`, `optim_groups` and `lora`; what depends on the number of processes stands here.
 """
 
 from __future__ import annotations
 
 import math
 
-from dattn_mcore.config import export_rules, lora, model_rules, training_rules, value_rules
+from dattn_mcore.config import (
+    export_rules,
+    lora,
+    model_rules,
+    optim_groups,
+    training_rules,
+    value_rules,
+)
 from dattn_mcore.config.schema import Config
 from dattn_mcore.config.words import unknown_words
 from dattn_mcore.errors import ConfigError
@@ -24,7 +31,7 @@ _ACROSS = (
     model_rules.vision,
     export_rules.export,
     training_rules.visual_chunk,
-    training_rules.training,
+    optim_groups.mistakes,
     training_rules.overlap,
     training_rules.recompute,
     training_rules.fp8,

@@ -30,6 +30,7 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "OptimGroup",
     "ParallelConfig",
     "ProjectorConfig",
     "SourceConfig",
@@ -108,12 +109,26 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class OptimGroup:
+    """Settings of the parameters that patterns name; they win, later groups over earlier ones."""
+
+    patterns: tuple[str, ...] = ()  # of names; `*`, `?`, `{a,b}`, `{13..25}`: docs/training.md
+    trains: bool | None = None  # true: they learn; false: frozen; null: as train.trains says
+    lr: float | None = None  # peak learning rate; null: as without this group
+    weight_decay: float | None = None  # not on norms and biases; null: as without this group
+    beta1: float | None = None  # null: as without this group
+    beta2: float | None = None  # null: as without this group
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW with cosine decay after a linear warm-up."""
 
     lr: float = 2e-3  # peak learning rate
     lr_projector: float | None = None  # None: lr
     lr_vision: float | None = None  # None: lr
+    vision_layer_decay: float | None = None  # the tower's rate x this ^ (layers above); null: 1
+    groups: tuple[OptimGroup, ...] = ()  # parameters with settings of their own, by name
     min_lr_ratio: float = 0.0  # learning rate after the last step, relative to its peak
     warmup_ratio: float = 0.05  # share of the steps; of w such steps, step i has lr x i / w
     weight_decay: float = 0.0  # decoupled; not on norms and biases

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.types import Part
 
 FP8_ROWS = 16  # rows and columns of an FP8 product are multiples of this
 FP8_BLOCK = 128  # columns, or rows, of a block with one scale (blockwise)
-
-
-def training(config: Config) -> Iterator[str]:
-    """Parts that are trained."""
-    if not config.train.trains:
-        yield f"train.trains=[] must name one or more of {', '.join(get_args(Part))}"
 
 
 def overlap(config: Config) -> Iterator[str]:
