@@ -129,7 +129,9 @@ def adapter_entries(linear: AdaptedLinear, adapters: Adapters) -> list[Entry]:
     def entry(
         tensor: str, sizes: list[tuple[int, ...]], mix: Mix, tp_axis: int | None, start: Start
     ) -> Entry:
-        peft = [f"{PEFT_PREFIX}{name.removesuffix('weight')}{_PEFT_NAMES[tensor]}" for name in names]
+        peft = [
+            f"{PEFT_PREFIX}{name.removesuffix('weight')}{_PEFT_NAMES[tensor]}" for name in names
+        ]
         return Entry(
             f"{linear.prefix}{tensor}",
             dict(zip(peft, sizes, strict=True)),

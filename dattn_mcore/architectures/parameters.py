@@ -14,9 +14,7 @@ from typing import Literal
 from dattn_mcore.types import Part
 
 Shape = tuple[int, ...]
-Start = Literal[
-    "normal", "residual", "fan_in", "uniform", "zeros", "norm", "constant", "row_norm"
-]
+Start = Literal["normal", "residual", "fan_in", "uniform", "zeros", "norm", "constant", "row_norm"]
 
 TOWER, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."  # Hugging Face names
 # Where names of a part begin, on either side. What is none of these is the language model.

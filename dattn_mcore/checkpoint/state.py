@@ -56,7 +56,8 @@ def model_state(
         # FP8 scales of Transformer Engine aside, `_extra_state` is empty; without it a checkpoint
         # is the same for every layer spec.
         state[f"model{index}"] = {
-            name: entry for name, entry in entries.items()
+            name: entry
+            for name, entry in entries.items()
             if not name.endswith("_extra_state") and name not in left_out
         }
     return state

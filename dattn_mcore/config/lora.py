@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterator
 
+from dattn_mcore.architectures import language_models, vision_towers
 from dattn_mcore.architectures.adapters import Adapters, adapted_linears, linears
 from dattn_mcore.architectures.parameters import Entry
 from dattn_mcore.architectures.patterns import compile_pattern, matched_parts
@@ -26,7 +27,9 @@ def adapters_of(config: Config) -> Adapters | None:
 
 def lora(config: Config) -> Iterator[str]:
     """Rules for adapters, one line per breach."""
-    settings = config.lora
+    settings, model = config.lora, config.model
+    if model.family not in language_models() or model.vision.kind not in vision_towers():
+        return  # refused elsewhere
     if not settings.targets:
         if settings.init_from is not None:
             yield (

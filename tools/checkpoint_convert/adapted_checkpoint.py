@@ -20,7 +20,6 @@ from dattn_mcore.errors import CheckpointError
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 
 
-
 class AdaptedCheckpoint(DistCheckpoint):
     """What a run with adapters has saved, beside the checkpoint that it started from.
 
@@ -102,10 +101,7 @@ class AdaptedCheckpoint(DistCheckpoint):
             place: of this layer among those that have the adapter.
         """
         entries = adapter_entries(linear, self.adapters)
-        a, b, *magnitude = (
-            split(entry, self.own.read(str(entry.key), place))
-            for entry in entries
-        )
+        a, b, *magnitude = (split(entry, self.own.read(str(entry.key), place)) for entry in entries)
         parts = split(linear.entry, weight)
         for number, part in enumerate(linear.parts):
             product = b[number].float() @ a[number].float()

@@ -11,7 +11,12 @@ from dattn_mcore.architectures.adapters import adapter_table
 from dattn_mcore.checkpoint.adapters import describe_base
 from dattn_mcore.checkpoint.load import load_weights
 from dattn_mcore.checkpoint.mixing import split
-from dattn_mcore.checkpoint.peft_folder import SETTINGS, WEIGHTS, read_peft_folder, write_peft_folder
+from dattn_mcore.checkpoint.peft_folder import (
+    SETTINGS,
+    WEIGHTS,
+    read_peft_folder,
+    write_peft_folder,
+)
 from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schema import LoraConfig
 from dattn_mcore.data.batch import MicroBatch
