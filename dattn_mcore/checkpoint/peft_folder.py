@@ -161,12 +161,13 @@ def write_peft_folder(
         base: name or folder of the exported base model, for whoever loads the adapters by it.
         parts: modules of the exported model that learnt as a whole beside them.
     """
+    alpha = float(adapters.alpha)
     settings = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base,
         "r": adapters.rank,
-        "lora_alpha": adapters.alpha,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": adapters.dropout,
         "use_dora": adapters.dora,
         "bias": "none",

@@ -145,14 +145,14 @@ def _claim(folder: RunFolder, settings: RunSettings, processes: Processes) -> di
         if problem:
             raise DataError(problem)
         return {}
+    adapter = settings.adapter
     identity = {
         "model": str(settings.model.resolve()),
         "model fingerprint": model_fingerprint(settings.model),
         "dtype": settings.dtype,
+        "adapter": None if adapter is None else str(adapter.resolve()),
+        "adapter fingerprint": None if adapter is None else model_fingerprint(adapter),
     }
-    if settings.adapter is not None:
-        identity["adapter"] = str(settings.adapter.resolve())
-        identity["adapter fingerprint"] = model_fingerprint(settings.adapter)
     try:
         folder.claim(identity)
     except DattnError as error:

@@ -108,7 +108,8 @@ class Adapter(nn.Module):
             axis = self._tp_axes().get(name)
             if axis is None:
                 parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            set_tensor_model_parallel_attributes(parameter, axis is not None, axis or 0, 1)
+            else:
+                set_tensor_model_parallel_attributes(parameter, True, axis, 1)
 
     def _place_outputs(self, tp_size: int) -> None:
         """Which of the linear's outputs are adapted, and by which of the parts."""
