@@ -353,7 +353,9 @@ def _take_own_groups(content: dict[Any, Any], optimizer: MegatronOptimizer, fold
 
 def _put_weights(content: dict[str, Any], chunks: list[DattnModel], kind: state.Kind) -> None:
     for index, chunk in enumerate(chunks):
-        missing, unexpected = chunk.load_state_dict(content[f"model{index}"], strict=False)
+        # A stage where nothing learns has saved nothing.
+        own = content.get(f"model{index}", {})
+        missing, unexpected = chunk.load_state_dict(own, strict=False)
         wanted = state.names_of_kind(chunk, kind)
         others = {name for name, _ in chunk.named_parameters()} - set(wanted)
         missing = [

@@ -96,7 +96,7 @@ FROZEN = {"optim": {"groups": [{"patterns": ["llm.layers.{0..1}"], "trains": Fal
     [
         (["*.x_proj"], {}, "lora.targets='\\*.x_proj' matches no parameter of this model; adapters"),
         (["vision"], {}, "matches model.vision_tower.*, which can have no adapter; adapters stand"),
-        (["*.q_proj", "*norm.weight"], {}, "norm.weight, which can have no adapter"),
+        (["*.q_proj", "*norm.weight"], {}, "norm.weight' matches .*, which can have no adapter"),
         (["*.{q_proj"], {}, "lora.targets='\\*.{q_proj' is no pattern"),
         (["*.q_proj"], {"lora": {"rank": 0}}, "lora.rank=0 must be at least 1"),
         (["*.q_proj"], {"lora": {"rank": 4096}}, "lora.rank=4096 is larger than q_proj allows"),
