@@ -25,7 +25,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from dattn_mcore.architectures.tables import model_table
-from dattn_mcore.checkpoint.load import load_adapters, load_weights
 from dattn_mcore.config.schema import Config, LoraConfig
 from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.data.image_rules import rules_of
@@ -43,7 +42,6 @@ from dattn_mcore.evaluation.self_check import (
 from dattn_mcore.hf.image_rules_dattn import ORIENTATION, to_rgb
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.types import IMAGE_MARK
-from tools.checkpoint_convert.adapted_checkpoint import AdaptedCheckpoint
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.first_layers import (
     LAYERS,
@@ -53,7 +51,7 @@ from tools.checkpoint_convert.first_layers import (
     renumbered,
     write_first_layers,
 )
-from tools.checkpoint_convert.logits import trainer_logits
+from tools.checkpoint_convert.logits import load_model, trainer_logits
 from tools.checkpoint_convert.tables import hf_shapes
 
 QUESTION = f"{IMAGE_MARK}\nWhich digit is in the top-left cell?"
@@ -272,11 +270,8 @@ def _by_trainer(
     )
 
     def load(config: Config, model: DattnModel, groups: ProcessGroupCollection) -> None:
-        if part is None and isinstance(source, AdaptedCheckpoint):
-            load_weights(source.base.path, config, [model], groups)
-            load_adapters(source.path, [model], groups)
-        elif part is None:
-            load_weights(source.path, config, [model], groups)
+        if part is None:
+            load_model(source, config, model, groups)
         else:
             load_first_layers(model, groups, source, part)
 
