@@ -189,7 +189,7 @@ def _choice(text: str) -> tuple[_Token, ...]:
         raise _Malformed("has an empty alternative")
     bounds = _RANGE.fullmatch(text)
     if bounds is None:
-        if ".." in text:
+        if ".." in re.sub(r"\{.*\}", "", text):
             raise _Malformed(f"has {text!r}, which is no range of whole numbers")
         return _parse(text)
     first, last = int(bounds[1]), int(bounds[2])

@@ -22,6 +22,7 @@ from dattn_mcore.checkpoint.manifest import is_of_a_run, read_manifest
 from dattn_mcore.checkpoint.metadata import read_metadata
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.config.load import to_dict
+from dattn_mcore.config.optim_groups import resolved
 from dattn_mcore.config.saved import saved_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import difference, image_changes, same_samples
@@ -218,12 +219,32 @@ def check_same_run(
                 "step would mean other samples; keep it, or start in another log.run_dir with "
                 "checkpoint.init_from"
             )
-    trained = manifest["config"]["train"].get("trains", [])
-    if sorted(trained) != sorted(config.train.trains):
+    _check_same_parameters(config, manifest, folder)
+
+
+def _check_same_parameters(config: Config, manifest: dict[str, Any], folder: Path) -> None:
+    """Refuses to go on where other parameters would learn: they have no optimizer states there.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    saved = saved_config(manifest["config"])
+    there, here = resolved(saved), resolved(config)
+    other = next((tensor for tensor in here if here[tensor].trains != there[tensor].trains), None)
+    if other is None:
+        return
+    new_stage = "start the new stage in another log.run_dir with checkpoint.init_from"
+    if not (saved.optim.groups or config.optim.groups):
         raise CheckpointError(
-            f"{folder} trains {trained} and this run {list(config.train.trains)} (train.trains); "
-            "start the new stage in another log.run_dir with checkpoint.init_from"
+            f"{folder} trains {list(saved.train.trains)} and this run {list(config.train.trains)} "
+            f"(train.trains); {new_stage}"
         )
+    (key, layer), learns = other, here[other].trains
+    place = "" if layer is None else f" of layer {layer}"
+    raise CheckpointError(
+        f"{folder} {'does not train' if learns else 'trains'} {key}{place} and this run "
+        f"{'does' if learns else 'does not'} (train.trains, optim.groups); {new_stage}"
+    )
 
 
 def _check_same_images(

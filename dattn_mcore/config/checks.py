@@ -1,7 +1,8 @@
 """Checks of a whole configuration, each rule a small function that gives one line per breach.
 
 The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules`,
-`export_rules`, `optim_groups` and `lora`; what depends on the number of processes stands here.
+`export_rules`, `optim_groups`, `schedule` and `lora`; what depends on the number of processes stands
+here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dattn_mcore.config import (
     lora,
     model_rules,
     optim_groups,
+    schedule,
     training_rules,
     value_rules,
 )
@@ -32,6 +34,8 @@ _ACROSS = (
     export_rules.export,
     training_rules.visual_chunk,
     optim_groups.mistakes,
+    schedule.mistakes,
+    schedule.lengths,
     training_rules.overlap,
     training_rules.recompute,
     training_rules.fp8,

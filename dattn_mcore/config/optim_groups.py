@@ -28,6 +28,7 @@ from dattn_mcore.architectures.patterns import (
 from dattn_mcore.architectures.sizes import ModelConfig
 from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.config.lora import adapters_of
+from dattn_mcore.config.schedule import peak_ratio
 from dattn_mcore.config.schema import Config, OptimConfig, OptimGroup
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.types import Part
@@ -35,7 +36,9 @@ from dattn_mcore.types import Part
 Tensor = tuple[str, int | None]  # key in the model's table, and layer of the whole model from 0
 
 _SETTINGS = ("trains", "lr", "weight_decay", "beta1", "beta2")
-_NO_DECAY = (".bias", "norm.weight", "class_embedding", ".magnitude")  # ends of keys
+NO_DECAY = (".bias", "norm.weight", "class_embedding", ".magnitude")  # ends of keys
+# Of linears that add their bias themselves; Megatron-Core's others leave that to autograd.
+_BIASES = ("linear_qkv.bias", "linear_q.bias", "linear_kv.bias")
 _RANGE = re.compile(r"\{(\d+)\.\.\d+\}")
 
 
@@ -63,6 +66,11 @@ class TensorSettings:
     beta2: float
     group: int | None = None
 
+    @property
+    def adam(self) -> tuple[float, float, float, float]:
+        """Rate, weight decay and both betas, by which groups of the optimizer differ."""
+        return self.lr, self.weight_decay, self.beta1, self.beta2
+
 
 def learns(config: Config, key: str, layer: int | None) -> bool:
     """Whether a tensor is trained; see `settings_of`."""
@@ -84,6 +92,23 @@ def settings_of(config: Config, key: str, layer: int | None) -> TensorSettings:
     if key == OUTPUT and config.model.llm.tie_embeddings:
         key = EMBEDDING
     return resolved(config)[key, layer]
+
+
+def own_peaks(config: Config) -> dict[str, float]:
+    """Peak rates beside `optim.lr`, by the name that a report gives the rate.
+
+    `lr_projector`, `lr_vision`, and `lr_group_0` for the first of `optim.groups`. Of a decay over
+    layers it is the rate of the last one.
+    """
+    optim = config.optim
+    own = {"lr_projector": optim.lr_projector, "lr_vision": optim.lr_vision}
+    own |= {f"lr_group_{number}": group.lr for number, group in enumerate(optim.groups)}
+    return {name: lr for name, lr in own.items() if lr is not None and lr != optim.lr}
+
+
+def part_learns(config: Config, part: Part) -> bool:
+    """Whether anything of a part is trained."""
+    return any(it.trains for (key, _), it in resolved(config).items() if part_of(key) == part)
 
 
 def resolved(config: Config) -> Mapping[Tensor, TensorSettings]:
@@ -169,9 +194,9 @@ def _by_part(
     return TensorSettings(
         trains=part in trains,
         lr=lr,
-        min_lr=lr * optim.min_lr_ratio,
+        min_lr=lr * peak_ratio(optim),
         weight_decay=optim.weight_decay,
-        decays=not key.endswith(_NO_DECAY),
+        decays=not key.endswith(NO_DECAY),
         beta1=optim.beta1,
         beta2=optim.beta2,
     )
@@ -189,7 +214,7 @@ def _replaced(
     settings: TensorSettings, given: dict[str, float], optim: OptimConfig, number: int
 ) -> TensorSettings:
     if "lr" in given:
-        given = {**given, "min_lr": given["lr"] * optim.min_lr_ratio}
+        given = {**given, "min_lr": given["lr"] * peak_ratio(optim)}
     return dataclasses.replace(settings, group=number, **given)  # type: ignore[arg-type]
 
 
@@ -225,11 +250,11 @@ def _matched(name: str, group: OptimGroup, tensors: list[tuple[Entry, int | None
                 f"{name}.patterns={pattern[:100]!r} matches no parameter of this model; did you "
                 f"mean {_nearest(pattern, tensors)!r}?"
             )
-    for (key, layer), parts in meant.items():
-        if not all(parts):
+    for (key, layer), which in meant.items():
+        if not all(which):
             names = [n[-1] for n in exported_names(entry_of[key, layer], layer)]
-            yes = " and ".join(n for n, part in zip(names, parts, strict=True) if part)
-            no = " and ".join(n for n, part in zip(names, parts, strict=True) if not part)
+            yes = " and ".join(n for n, part in zip(names, which, strict=True) if part)
+            no = " and ".join(n for n, part in zip(names, which, strict=True) if not part)
             raise ConfigError(
                 f"{name}.patterns={list(group.patterns)} matches {yes} and not {no}: here they are "
                 f"one tensor ({key}) with the same settings; match all of them or none"
@@ -292,11 +317,20 @@ def _of_the_whole(
             f"nothing learns: train.trains={list(trains)} and optim.groups leave all parameters "
             "frozen; add trains: true to a group, or a part to train.trains"
         )
+    for key, layer in table:
+        if key.endswith(_BIASES) and table[key, layer].trains:
+            weight = f"{key.removesuffix('.bias')}.weight"
+            if not table[weight, layer].trains:
+                yield (
+                    f"optim.groups: {key} learns in layer {layer} and its weight is frozen, but "
+                    "Megatron-Core computes no gradient of such a bias; train both or none"
+                )
+                break
     decay = optim.vision_layer_decay
     if decay is not None and not 0 < decay <= 1:
         yield f"optim.vision_layer_decay={decay} must be greater than 0 and at most 1, or null"
     elif decay is not None and not any(
-        settings.trains for (key, _), settings in table.items() if part_of(key) == "vision"
+        it.trains for (key, _), it in table.items() if part_of(key) == "vision"
     ):
         yield (
             f"optim.vision_layer_decay={decay} has no effect while the tower is frozen; add vision "

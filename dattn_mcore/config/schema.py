@@ -38,6 +38,8 @@ __all__ = [
     "VisionConfig",
 ]
 ImagePolicy = Literal["stretch", "pad", "crop", "anyres_stretch", "anyres_letterbox"]
+Schedule = Literal["cosine", "linear", "constant", "inverse_square_root", "wsd"]
+WsdDecay = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (1, 4), (4, 1))
 
 
@@ -122,15 +124,20 @@ class OptimGroup:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with cosine decay after a linear warm-up."""
+    """AdamW, and its learning rate after a linear warm-up."""
 
     lr: float = 2e-3  # peak learning rate
     lr_projector: float | None = None  # None: lr
     lr_vision: float | None = None  # None: lr
     vision_layer_decay: float | None = None  # the tower's rate x this ^ (layers above); null: 1
     groups: tuple[OptimGroup, ...] = ()  # parameters with settings of their own, by name
+    schedule: Schedule = "cosine"  # wsd: at the peak, then a decay at the end of the run
     min_lr_ratio: float = 0.0  # learning rate after the last step, relative to its peak
-    warmup_ratio: float = 0.05  # share of the steps; of w such steps, step i has lr x i / w
+    min_lr: float | None = None  # the same for lr; the others' are in proportion; null: the ratio
+    warmup_ratio: float | None = None  # share of the steps; null: warmup_steps, or else 0.05
+    warmup_steps: int | None = None  # of w such steps, step i has lr x i / w; null: by ratio
+    decay_steps: int | None = None  # cosine, linear: of warm-up and decay; wsd: of the last decay
+    wsd_decay: WsdDecay = "exponential"  # curve of the last decay
     weight_decay: float = 0.0  # decoupled; not on norms and biases
     beta1: float = 0.9  # decay of Adam's mean of gradients
     beta2: float = 0.95  # decay of Adam's mean of squared gradients

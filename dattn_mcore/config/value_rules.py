@@ -68,6 +68,7 @@ _POSITIVE_OR_NULL = {
     "data.step_packs_multiple": "null",
     "optim.lr_projector": "null for optim.lr",
     "optim.lr_vision": "null for optim.lr",
+    "optim.min_lr": "null for optim.min_lr_ratio",
     "train.steps": "null for train.epochs",
 }
 _AT_LEAST_ZERO = {
@@ -76,6 +77,8 @@ _AT_LEAST_ZERO = {
     "health.checkpoint_timeout_seconds": "0: no limit",
     "optim.weight_decay": "0: none",
     "optim.clip_grad": "0: no limit",
+    "optim.warmup_steps": "0: none",
+    "optim.decay_steps": "null: the run's steps, of wsd none",
 }
 _SHARES = (
     "optim.warmup_ratio",
@@ -115,10 +118,10 @@ def ranges(config: Config) -> Iterator[str]:
         if value is not None and value <= 0:
             yield f"{name}={value} must be greater than 0, or {or_else}"
     for name, meaning in _AT_LEAST_ZERO.items():
-        if (value := value_of(config, name)) < 0:
+        if (value := value_of(config, name)) is not None and value < 0:
             yield f"{name}={value} must be at least 0 ({meaning})"
     for name in _SHARES:
-        if (value := value_of(config, name)) < 0 or value > 1:
+        if (value := value_of(config, name)) is not None and (value < 0 or value > 1):
             yield f"{name}={value} must lie between 0 and 1"
     for name in _BELOW_ONE:
         if (value := value_of(config, name)) < 0 or value >= 1:

@@ -171,11 +171,8 @@ class DattnModel(LanguageModule):
         params = inputs.params
         positions = torch.cat([params.visual_positions, params.text_positions])
         embedded = self._embed(inputs) if self.pre_process else None
-        if embedded is not None and self.has_adapters and torch.is_grad_enabled():
-            # All that is embedded may be frozen. Recompute, chunks of visual rows and the pipeline
-            # pass nothing on from an input without a gradient, not even to adapters behind it.
-            if not embedded.requires_grad:
-                embedded = embedded.detach().requires_grad_()
+        if embedded is not None and self._must_learn(embedded):
+            embedded.requires_grad_()
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
@@ -188,6 +185,20 @@ class DattnModel(LanguageModule):
         if return_logits:
             return self._logits(text)[:, 0]
         return self._losses(text, inputs.labels)
+
+    def _must_learn(self, embedded: torch.Tensor) -> bool:
+        """Whether autograd must believe that a chunk's input learns, though nothing below it does.
+
+        Megatron-Core's checkpoint computes gradients of weights only where its input has one. With
+        adapters nothing of a whole stage may learn, but the schedule goes back through it.
+        """
+        recompute = self.runtime.recompute
+        again = recompute.granularity != "none" or recompute.visual_chunk is not None
+        if embedded.requires_grad or not torch.is_grad_enabled():
+            return False
+        if self.has_adapters or not again:
+            return self.has_adapters
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Rotary angles [n, 1, 1, kinds * head_dim] of positions [n], for each kind of layer.

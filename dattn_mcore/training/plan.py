@@ -9,14 +9,17 @@ from dattn_mcore.architectures.adapters import adapter_table
 from dattn_mcore.config.checks import data_parallel_size, processes_per_replica
 from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.lora import adapters_of
+from dattn_mcore.config.schedule import schedule_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.attention import BackendChoice, choose_backend
 from dattn_mcore.layers.spec import attention_options
 from dattn_mcore.parallel.platform import resolve_device
+from dattn_mcore.plan.learning import learning_lines
 from dattn_mcore.plan.parameters import layers_of_stage, stage_parameters
 from dattn_mcore.plan.warnings import part_full
 from dattn_mcore.plan.workload import Sample, full_budget_sample, pack_multiple, step_of
 from dattn_mcore.training.runtime import params_dtype
+from dattn_mcore.training.schedule import rate_of
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -42,6 +45,7 @@ def describe(config: Config, world_size: int) -> str:
     for stage in range(parallel.pp):
         total, trained, holds = stage_summary(config, stage)
         lines.append(f"{stage:>5}  {total:>20,}  {trained:>14,}  {holds}")
+    lines += ["", *learning_lines(config), *_schedule_lines(config)]
     shards = parallel.tp if parallel.sp else 1
     most = config.data.max_tiles
     tiles = "1" if most == 1 else f"up to {most}"
@@ -57,6 +61,24 @@ def describe(config: Config, world_size: int) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _schedule_lines(config: Config) -> list[str]:
+    """The learning rate over the run, where its steps are known before the data are opened."""
+    optim, steps = config.optim, config.train.steps
+    if steps is None:
+        return [
+            f"learning rate: {optim.schedule}; warm-up and decay once the run's steps are known"
+        ]
+    schedule = schedule_of(optim, steps)
+    line = f"learning rate: warm-up over {schedule.warmup} of {steps} steps, then {optim.schedule}"
+    if optim.schedule == "wsd":
+        line += ", at the peak to the end"
+        if schedule.final_decay:
+            line = line.replace("to the end", f"to step {schedule.falls_from - 1}")
+            line += f", then {optim.wsd_decay} decay"
+    rates = [f"{rate_of(optim, steps, step):.3g} in step {step}" for step in sorted({1, steps})]
+    return [f"{line}; of optim.lr={optim.lr:g}: {', '.join(rates)}"]
 
 
 def attention_backends(config: Config, device_type: str) -> list[tuple[str, BackendChoice]]:

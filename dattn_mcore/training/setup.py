@@ -40,9 +40,10 @@ from dattn_mcore.training.inputs import needs_pixels
 from dattn_mcore.training.last_words import unexpected
 from dattn_mcore.training.ledger import SampleLedger
 from dattn_mcore.training.model import build_from_config, start_adapters, start_overlap
-from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 from dattn_mcore.training.report import Reporter
 from dattn_mcore.training.resumed_settings import take_settings
+from dattn_mcore.training.schedule import build_scheduler
 from dattn_mcore.training.start_checks import check_checkpoint_folder
 from dattn_mcore.training.watchdog import Watchdog
 

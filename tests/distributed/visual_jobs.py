@@ -16,7 +16,8 @@ from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.layers.vocabulary import chunked_cross_entropy
 from dattn_mcore.models.dattn import DattnModel, ModelInputs
 from dattn_mcore.training.model import build_from_config
-from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
+from dattn_mcore.training.schedule import build_scheduler
 from dattn_mcore.training.step import run_schedule, train_step
 from tests.distributed.jobs import randomize_norms, start
 

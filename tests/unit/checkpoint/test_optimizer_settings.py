@@ -11,7 +11,7 @@ from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.schema import OptimConfig
 from dattn_mcore.errors import CheckpointError, ConfigError
 from dattn_mcore.parallel.groups import single_process
-from dattn_mcore.training.optimizer import build_scheduler
+from dattn_mcore.training.schedule import build_scheduler
 from dattn_mcore.training.resumed_settings import take_settings
 from tests.unit.checkpoint.runs import small_run, vouch
 
