@@ -175,11 +175,3 @@ def adapted_table(model: ModelConfig, adapters: Adapters | None) -> list[Entry]:
     """Every tensor of a model, those of its adapters included."""
     table = model_table(model)
     return table if adapters is None else with_adapters(table, model, adapters)
-
-
-def without_layers(adapters: Adapters, kept: int) -> Adapters:
-    """The adapters of a model that has only the first so many layers."""
-    names = {
-        name for name in adapters.targets if int(name.partition(".layers.")[2].split(".")[0]) < kept
-    }
-    return dataclasses.replace(adapters, targets=frozenset(names))

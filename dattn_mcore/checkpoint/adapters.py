@@ -52,7 +52,8 @@ def check_same_adapters(config: Config, manifest: dict[str, Any], folder: Path) 
     Raises:
         CheckpointError: names what differs.
     """
-    here, there = adapters_of(config), adapters_of(saved_config(manifest["config"]))
+    here = adapters_of(config)
+    there = adapters_of(saved_config(manifest["config"])) if has_base(manifest) else None
     way_out = "keep it, or start in another log.run_dir"
     if (here is None) != (there is None):
         has = "has adapters" if here is None else "has no adapters"
