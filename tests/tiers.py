@@ -81,6 +81,17 @@ BY_PLACE = {
 }
 # Those of more than 15 s, and of many alike: `make test` runs enough of each kind to see it break.
 SLOW = (
+    "tests/distributed/test_adapters.py::test_adapters_learn_as_in_one_process[pp2",
+    "tests/distributed/test_adapters.py::test_adapters_learn_as_in_one_process[dp2",
+    "tests/distributed/test_adapters.py::test_adapters_learn_as_in_one_process[tp2-pp2-sp",
+    "tests/distributed/test_adapters.py::test_adapters_learn_as_in_one_process[gemma2",
+    "tests/distributed/test_adapters.py::test_adapters_learn_as_in_one_process[baseline",
+    "tests/distributed/test_adapters.py::test_adapters_learn_as_in_one_process[biases",
+    "tests/distributed/test_adapters.py::test_adapters_learn_as_in_one_process[shared groups",
+    "tests/distributed/test_adapters.py::test_adapters_learn_as_in_one_process[overlap",
+    "tests/distributed/test_adapters.py::test_a_resumed_run_is_bitwise_the_same[one",
+    "tests/distributed/test_adapters.py::test_a_resumed_run_is_bitwise_the_same[tp2-pp2",
+    "tests/distributed/test_adapters.py::test_dropout_draws_alike_where_inputs_are_alike",
     "tests/distributed/test_anyres.py::test_views_change_what_is_learned",
     # `make test` runs the families of the paper.
     "tests/distributed/test_convert_parallel.py::test_logits_and_features_equal_hugging_faces[gemma3",
@@ -156,6 +167,12 @@ SLOW = (
     "tests/unit/convert/test_convert_check.py::test_an_export_is_checked[whole]",
     "tests/unit/convert/test_convert_check.py::test_the_quickstart_passes_the_line_on",
     "tests/unit/convert/test_convert_former_releases.py::test_an_export_answers_as_it_did_and_is_upgraded_by_one_command[with",
+    "tests/unit/convert/test_lora_peft.py::test_logits_and_gradients_are_those_of_peft[mistral]",
+    "tests/unit/convert/test_lora_peft.py::test_logits_and_gradients_are_those_of_peft[some, dora",
+    "tests/unit/convert/test_lora_peft.py::test_logits_and_gradients_are_those_of_peft[biases, dora",
+    "tests/unit/convert/test_lora_peft.py::test_logits_and_gradients_are_those_of_peft[unfolded",
+    "tests/unit/convert/test_lora_peft.py::test_logits_and_gradients_are_those_of_peft[gemma2, baseline",
+    "tests/unit/convert/test_lora_peft.py::test_logits_and_gradients_are_those_of_peft[gemma2]",
     "tests/unit/convert/test_convert_processes.py::test_a_signal_ends_it_with_one_line[SIGHUP]",
     "tests/unit/convert/test_convert_processes.py::test_a_signal_ends_it_with_one_line[SIGINT]",
     "tests/unit/convert/test_convert_standalone.py::test_export_stands_alone[gemma2",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dattn_mcore.checkpoint import folders, state
+from dattn_mcore.checkpoint.adapters import check_same_adapters, has_base
 from dattn_mcore.checkpoint.content import EMA, check_content, only_weights, read_object
 from dattn_mcore.checkpoint.manifest import is_of_a_run, read_manifest
 from dattn_mcore.checkpoint.metadata import read_metadata
@@ -142,8 +143,10 @@ def load_weights(
 ) -> Path:
     """Loads the weights of a run or checkpoint, and nothing else (`checkpoint.init_from`).
 
+    Adapters of the model keep their values.
+
     Raises:
-        CheckpointError: none there, all damaged, or another model's.
+        CheckpointError: none there, all damaged, another model's, or adapters alone.
     """
     found = choose_checkpoint(path, fall_back=False)
     if found is None:
@@ -153,9 +156,31 @@ def load_weights(
         )
     folder, manifest = found
     check_same_model(config, manifest, folder)
-    content = _load(folder, state.model_state(chunks, pg_collection))
-    _put_weights(content, chunks)
+    if has_base(manifest):
+        raise CheckpointError(
+            f"checkpoint.init_from={path}: {folder} holds adapters alone, beside the weights of "
+            f"{manifest['base']['path']}; export it (mcore-to-hf merges them) and convert that "
+            "back (hf-to-mcore), or start from the base with lora.init_from"
+        )
+    content = _load(folder, state.model_state(chunks, pg_collection, "base"))
+    _put_weights(content, chunks, "base")
     return folder
+
+
+def load_adapters(
+    folder: Path, chunks: list[DattnModel], pg_collection: ProcessGroupCollection
+) -> None:
+    """Loads what a run with adapters has saved, and nothing else, over the weights of its base.
+
+    Args:
+        folder: a checkpoint of adapters, accepted by `check_same_model` and `check_base`.
+        chunks: this rank's model chunks, with the same parts frozen.
+        pg_collection: process groups.
+
+    Raises:
+        CheckpointError: the content does not fit.
+    """
+    _put_weights(_load(folder, state.model_state(chunks, pg_collection, "run")), chunks, "run")
 
 
 def check_same_run(
@@ -167,6 +192,7 @@ def check_same_run(
         CheckpointError: names what differs.
     """
     check_same_model(config, manifest, folder)
+    check_same_adapters(config, manifest, folder)
     if not is_of_a_run(manifest):
         raise CheckpointError(
             f"{folder} holds converted weights without a step to go on from; start in another "
@@ -268,7 +294,7 @@ def resume(
     Raises:
         CheckpointError: the content does not fit.
     """
-    model = state.model_state(chunks, pg_collection)
+    model = state.model_state(chunks, pg_collection, "run")
     content: dict[str, Any] = {
         **model,
         "optimizer": state.optimizer_state(optimizer, model, pg_collection, is_loading=True),
@@ -280,7 +306,7 @@ def resume(
     if has_rng:
         content["rng"] = rng
     loaded = _load(folder, content)
-    _put_weights(loaded, chunks)
+    _put_weights(loaded, chunks, "run")
     try:
         _take_own_groups(loaded["optimizer"], optimizer, folder)
         if has_rng:
@@ -375,10 +401,16 @@ def _take_own_groups(content: dict[Any, Any], optimizer: MegatronOptimizer, fold
         ]
 
 
-def _put_weights(content: dict[str, Any], chunks: list[DattnModel]) -> None:
+def _put_weights(content: dict[str, Any], chunks: list[DattnModel], kind: state.Kind) -> None:
     for index, chunk in enumerate(chunks):
-        missing, unexpected = chunk.load_state_dict(content[f"model{index}"], strict=False)
-        missing = [name for name in missing if not name.endswith("_extra_state")]
+        # A stage where nothing learns has saved nothing.
+        own = content.get(f"model{index}", {})
+        missing, unexpected = chunk.load_state_dict(own, strict=False)
+        wanted = state.names_of_kind(chunk, kind)
+        others = {name for name, _ in chunk.named_parameters()} - set(wanted)
+        missing = [
+            name for name in missing if not name.endswith("_extra_state") and name not in others
+        ]
         if missing or unexpected:
             raise CheckpointError(
                 f"checkpoint lacks {missing or 'nothing'} and has {unexpected or 'nothing'} more"

@@ -29,6 +29,7 @@ _OF_A_RUN = {"layout", "data_fingerprint", "dattn_mcore"}
 _LATER = {"data", "tokenizer"}  # not in the first manifests of format 1
 _SINCE_2 = {"digest", "schedule_steps"}
 _OPTIONAL = {"metrics", "hooks"}  # not in the first manifests of format 2
+_OF_ADAPTERS = {"base"}  # only where a checkpoint needs the weights of another
 
 
 class _Damaged(Exception):
@@ -45,6 +46,7 @@ def new_manifest(
     schedule_steps: int | None = None,
     metrics: dict[str, float] | None = None,
     hooks: dict[str, Any] | None = None,
+    base: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The fields of a manifest, without files.
 
@@ -59,9 +61,10 @@ def new_manifest(
         metrics: newest value of each metric that the run measures beside its training loss; those
             that are no finite number are left out, since they cannot be compared.
         hooks: what the run's hooks remember over a resume, by name.
+        base: of a checkpoint that holds adapters, from `checkpoint.adapters.describe_base`.
     """
     finite = {name: float(v) for name, v in (metrics or {}).items() if math.isfinite(v)}
-    return {
+    fields = {
         "format": FORMAT,
         "digest": _NO_DIGEST,
         "step": step,
@@ -75,6 +78,7 @@ def new_manifest(
         "dattn_mcore": dattn_mcore.__version__,
         "config": to_dict(config),
     }
+    return fields if base is None else {**fields, "base": base}
 
 
 def write_manifest(folder: Path, fields: dict[str, Any], files: dict[str, list[Any]]) -> None:
@@ -190,7 +194,7 @@ def _check_fields(fields: dict[str, Any], path: Path) -> None:
     else:
         known |= _SINCE_2
         needed = known
-        known = known | _OPTIONAL
+        known = known | _OPTIONAL | _OF_ADAPTERS
     for name in sorted(needed - fields.keys()):
         raise _Damaged(f"no {name}")
     for name in sorted(fields.keys() - known):
@@ -229,6 +233,11 @@ def _check_values(fields: dict[str, Any]) -> None:
         raise _Damaged("metrics are no mapping of names to finite numbers")
     if not isinstance(fields.get("hooks", {}), dict):
         raise _Damaged("hooks is no mapping")
+    base = fields.get("base", {"path": "", "fingerprint": ""})
+    if not isinstance(base, dict) or base.keys() != {"path", "fingerprint"}:
+        raise _Damaged("base is no path and fingerprint")
+    if not all(isinstance(value, str) for value in base.values()):
+        raise _Damaged("base is no text")
     tokenizer = fields.get("tokenizer", {})
     if not all(isinstance(value, str | None) for value in tokenizer.values()):
         raise _Damaged("tokenizer is no text")

@@ -77,6 +77,7 @@ class CheckpointSaver:
         data_identity: of the data set that positions refer to.
         tokenizer_fingerprint: of what made ids of its texts; an export takes the same.
         schedule_steps: that the learning rate's schedule takes.
+        base: of a run with adapters: the checkpoint beside whose weights they learn.
     """
 
     def __init__(
@@ -89,10 +90,11 @@ class CheckpointSaver:
         data_identity: dict[str, Any],
         tokenizer_fingerprint: str,
         schedule_steps: int,
+        base: dict[str, str] | None = None,
     ) -> None:
         self.root, self.config, self.data_identity = root, config, data_identity
         self.tokenizer = manifest.describe_tokenizer(config, tokenizer_fingerprint)
-        self.schedule_steps = schedule_steps
+        self.schedule_steps, self.base = schedule_steps, base
         self.chunks, self.optimizer, self.pg_collection = chunks, optimizer, pg_collection
         # More sharded tensors of the same save, made from the model's.
         self.beside: Callable[[dict[str, dict[str, Any]]], dict[str, Any]] = lambda model: {}
@@ -201,7 +203,7 @@ class CheckpointSaver:
             self._results.shutdown()
 
     def _content(self, step: int, layout: tuple[int, int]) -> dict[str, Any]:
-        model = state.model_state(self.chunks, self.pg_collection)
+        model = state.model_state(self.chunks, self.pg_collection, "run")
         return {
             **model,
             **self.beside(model),
@@ -248,6 +250,7 @@ class CheckpointSaver:
             schedule_steps=self.schedule_steps,
             metrics=metrics,
             hooks=hooks,
+            base=self.base,
         )
 
     def _hash(self, pending: _Pending) -> None:

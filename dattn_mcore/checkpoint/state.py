@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
@@ -17,9 +18,11 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
 from dattn_mcore.checkpoint.content import EMA, RNG
+from dattn_mcore.layers.lora import adapter_names
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import platform
 
+Kind = Literal["all", "base", "run"]
 _TRACKER = "tracker."  # in names of RNG states: of Megatron-Core's tracker
 # Optimizer state per parameter in its full shape: loads into any tp, pp and dp.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -30,17 +33,37 @@ def metadata(pg_collection: ProcessGroupCollection) -> dict[str, Any]:
     return {**METADATA, "dp_cp_group": pg_collection.dp_cp}
 
 
+def names_of_kind(chunk: DattnModel, kind: Kind) -> Collection[str]:
+    """Names of the parameters of a chunk that a checkpoint of a kind holds; see `model_state`."""
+    every = {name for name, _ in chunk.named_parameters()}
+    if not chunk.has_adapters or kind == "all":
+        return every
+    if kind == "base":
+        return every - adapter_names(chunk)
+    return {name for name, parameter in chunk.named_parameters() if parameter.requires_grad}
+
+
 def model_state(
-    chunks: list[DattnModel], pg_collection: ProcessGroupCollection
+    chunks: list[DattnModel], pg_collection: ProcessGroupCollection, kind: Kind = "all"
 ) -> dict[str, dict[str, Any]]:
-    """Sharded weights of this rank's chunks, under the names `model0`, `model1`, ..."""
+    """Sharded weights of this rank's chunks, under the names `model0`, `model1`, ...
+
+    Args:
+        chunks: of this rank.
+        pg_collection: process groups.
+        kind: of a model with adapters: `all`, `base` (all but the adapters), or `run`: what
+            learns, which is what a run with adapters saves. Without adapters all of it, always.
+    """
     state = {}
     for index, chunk in enumerate(chunks):
+        left_out = {name for name, _ in chunk.named_parameters()} - set(names_of_kind(chunk, kind))
         entries = chunk.sharded_state_dict(metadata=metadata(pg_collection))
         # FP8 scales of Transformer Engine aside, `_extra_state` is empty; without it a checkpoint
         # is the same for every layer spec.
         state[f"model{index}"] = {
-            name: entry for name, entry in entries.items() if not name.endswith("_extra_state")
+            name: entry
+            for name, entry in entries.items()
+            if not name.endswith("_extra_state") and name not in left_out
         }
     return state
 

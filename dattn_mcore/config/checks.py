@@ -1,8 +1,8 @@
 """Checks of a whole configuration, each rule a small function that gives one line per breach.
 
 The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules`,
-`optim_groups`, `schedule`, `validation_rules`, `checkpoint_rules` and `export_rules`; what depends
-on the number of processes stands here.
+`optim_groups`, `schedule`, `lora`, `validation_rules`, `checkpoint_rules` and `export_rules`; what
+depends on the number of processes stands here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from dattn_mcore.config import (
     checkpoint_rules,
     export_rules,
+    lora,
     model_rules,
     optim_groups,
     schedule,
@@ -44,6 +45,7 @@ _ACROSS = (
     checkpoint_rules.kept,
     checkpoint_rules.mean_of_weights,
     training_rules.unbuilt,
+    lora.lora,
 )
 
 

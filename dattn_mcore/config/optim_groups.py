@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from dattn_mcore.architectures import language_models, vision_towers
+from dattn_mcore.architectures.adapters import Adapters, adapter_table, by_number
 from dattn_mcore.architectures.decoder import EMBEDDING, OUTPUT
 from dattn_mcore.architectures.parameters import Entry, part_of
 from dattn_mcore.architectures.patterns import (
@@ -26,6 +27,7 @@ from dattn_mcore.architectures.patterns import (
 )
 from dattn_mcore.architectures.sizes import ModelConfig
 from dattn_mcore.architectures.tables import model_table
+from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schedule import peak_ratio
 from dattn_mcore.config.schema import Config, OptimConfig, OptimGroup
 from dattn_mcore.errors import ConfigError
@@ -34,7 +36,7 @@ from dattn_mcore.types import Part
 Tensor = tuple[str, int | None]  # key in the model's table, and layer of the whole model from 0
 
 _SETTINGS = ("trains", "lr", "weight_decay", "beta1", "beta2")
-NO_DECAY = (".bias", "norm.weight", "class_embedding")  # ends of keys
+NO_DECAY = (".bias", "norm.weight", "class_embedding", ".magnitude")  # ends of keys
 # Of linears that add their bias themselves; Megatron-Core's others leave that to autograd.
 _BIASES = ("linear_qkv.bias", "linear_q.bias", "linear_kv.bias")
 _RANGE = re.compile(r"\{(\d+)\.\.\d+\}")
@@ -115,7 +117,8 @@ def resolved(config: Config) -> Mapping[Tensor, TensorSettings]:
     Raises:
         ConfigError: `optim.groups` cannot be resolved.
     """
-    table, problems = _resolve(config.model, config.optim, tuple(config.train.trains))
+    trains = tuple(config.train.trains)
+    table, problems = _resolve(config.model, config.optim, trains, adapters_of(config))
     if problems:
         raise ConfigError(*problems)
     return table
@@ -128,21 +131,36 @@ def mistakes(config: Config) -> Iterator[str]:
         if not trains:
             yield f"train.trains=[] must name one or more of {', '.join(get_args(Part))}"
     elif model.family in language_models() and model.vision.kind in vision_towers():
-        yield from _resolve(model, optim, trains)[1]  # other names are refused elsewhere
+        try:
+            adapters = adapters_of(config)
+        except ConfigError:  # the rule of `lora` says what is wrong
+            return
+        # Other names are refused elsewhere.
+        yield from _resolve(model, optim, trains, adapters)[1]
 
 
 @functools.lru_cache(maxsize=16)
 def _resolve(
-    model: ModelConfig, optim: OptimConfig, trains: tuple[Part, ...]
+    model: ModelConfig,
+    optim: OptimConfig,
+    trains: tuple[Part, ...],
+    adapters: Adapters | None,
 ) -> tuple[dict[Tensor, TensorSettings], tuple[str, ...]]:
     """The table, and what is wrong with it."""
-    entries = [
+    entries: list[tuple[Entry, str, int | None]] = [
         (entry, entry.key, layer)
         for entry in model_table(model)
         if entry.key is not None
         for layer in entry.steps()
     ]
     table = {(key, layer): _by_part(model, optim, trains, key, layer) for _, key, layer in entries}
+    added = [] if adapters is None else by_number(adapter_table(model, adapters))
+    if added:
+        for place, settings in table.items():
+            if part_of(place[0]) == "llm":  # of which adapters alone learn
+                table[place] = dataclasses.replace(settings, trains=False)
+        entries += added
+        table |= {(key, n): _by_part(model, optim, trains, key, n) for _, key, n in added}
     tensors = [(entry, layer) for entry, _, layer in entries]
     problems: list[str] = []
     matched: list[list[Tensor]] = []
@@ -159,6 +177,8 @@ def _resolve(
         for number, group in enumerate(optim.groups):
             problems += _unused(f"optim.groups[{number}]", group, matched[number], table)
         problems += _of_the_whole(optim, trains, table)
+        if "llm" in trains:
+            problems += _frozen_adapters([(key, n) for _, key, n in added], table)
     return table, tuple(problems)
 
 
@@ -273,6 +293,19 @@ def _unused(
         yield (
             f"{name}.weight_decay={group.weight_decay} has no effect: norms and biases, which are "
             "all it matches, have no weight decay; leave it out"
+        )
+
+
+def _frozen_adapters(
+    adapters: list[Tensor], table: Mapping[Tensor, TensorSettings]
+) -> Iterator[str]:
+    frozen = [place for place in adapters if not table[place].trains]
+    if frozen:
+        key, layer = frozen[0]
+        yield (
+            f"optim.groups[{table[frozen[0]].group}] freezes {len(frozen)} of {len(adapters)} "
+            f"tensors of adapters (first: {key} of layer {layer}); leave these linears out of "
+            "lora.targets, or out of the group"
         )
 
 

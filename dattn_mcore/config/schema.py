@@ -26,6 +26,7 @@ __all__ = [
     "DataConfig",
     "HealthConfig",
     "LlmConfig",
+    "LoraConfig",
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
@@ -146,6 +147,18 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of the language model's linears, of which nothing else learns then."""
+
+    targets: tuple[str, ...] = ()  # patterns over names, such as "*.{q,v}_proj"; empty: no adapters
+    rank: int = 8  # rows of A, columns of B
+    alpha: float = 16.0  # the product of B and A counts alpha / rank
+    dropout: float = 0.0  # share of an adapter's inputs that are 0 in training
+    dora: bool = False  # also learn the length of each row of the sum of weights (DoRA)
+    init_from: str | None = None  # folder of peft whose adapters this run starts from
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """What is trained in this stage, and for how long."""
 
@@ -235,6 +248,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

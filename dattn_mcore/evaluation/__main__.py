@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -49,6 +50,7 @@ def _parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
 
     run = added.add_parser("run", help="answer and score benchmarks with a model")
     run.add_argument("--model", required=True, help="exported Hugging Face folder")
+    run.add_argument("--adapter", help="folder of peft that is added to the model (needs peft)")
     run.add_argument("--data", required=True, help="folder that holds all benchmarks' folders")
     run.add_argument("--benchmarks", help=many)
     run.add_argument("--out", help="folder of this run (runs/evaluation/MODEL); goes on if there")
@@ -88,6 +90,7 @@ def _parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
 
     answer = added.add_parser("answer", help="answer a LLaVA question file")
     answer.add_argument("--model", required=True, help="exported Hugging Face folder")
+    answer.add_argument("--adapter", help="folder of peft that is added to the model (needs peft)")
     answer.add_argument("--questions", required=True, help="question file, JSON lines")
     answer.add_argument("--image-folder", required=True, help="folder that image paths start in")
     answer.add_argument("--answers", required=True, help="answer file to write, JSON lines")
@@ -163,7 +166,12 @@ def _answer(options: argparse.Namespace) -> None:
     from dattn_mcore.evaluation.answer import Answerer, Settings
     from dattn_mcore.evaluation.progress import bars
 
-    settings = Settings(options.batch_size, options.max_new_tokens, options.device)
+    settings = Settings(
+        options.batch_size,
+        options.max_new_tokens,
+        options.device,
+        None if options.adapter is None else Path(options.adapter),
+    )
     answerer = Answerer(options.model, settings)
     with bars(Console(stderr=True)) as bar:
         task = bar.add_task("answer", total=len(questions))

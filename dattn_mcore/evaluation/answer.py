@@ -22,11 +22,13 @@ class Settings:
         batch_size: questions generated at once.
         max_new_tokens: longest answer.
         device: auto, cpu or gpu.
+        adapter: folder of `peft` that is added to the model; None: none is.
     """
 
     batch_size: int = 32
     max_new_tokens: int = 128
     device: str = "auto"
+    adapter: Path | None = None
 
 
 class Answerer:
@@ -43,7 +45,9 @@ class Answerer:
 
     def __init__(self, folder: str | Path, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
-        self.generator = Generator(folder, resolve_device(self.settings.device))
+        self.generator = Generator(
+            folder, resolve_device(self.settings.device), adapter=self.settings.adapter
+        )
         self.processor = self.generator.processor
         self.model_id = self.generator.model_id
 

@@ -48,6 +48,7 @@ class RunSettings:
         device: auto, cpu or gpu.
         dtype: auto (as stored), float32 or bfloat16.
         options: choices about scoring.
+        adapter: folder of `peft` that is added to the model; None: none is.
     """
 
     model: Path
@@ -59,6 +60,7 @@ class RunSettings:
     device: str = "auto"
     dtype: str = "auto"
     options: Options = Options()
+    adapter: Path | None = None
 
 
 def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result]:
@@ -80,7 +82,7 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
     folder = RunFolder(settings.out)
     begun = time.time()
     identity = _claim(folder, settings, processes)
-    generator = Generator(settings.model, device, settings.dtype)
+    generator = Generator(settings.model, device, settings.dtype, settings.adapter)
     checked = _self_check(generator, benchmarks, settings.batch_size)
     if processes.rank == 0:
         complain(f"{checked}")
@@ -143,10 +145,13 @@ def _claim(folder: RunFolder, settings: RunSettings, processes: Processes) -> di
         if problem:
             raise DataError(problem)
         return {}
+    adapter = settings.adapter
     identity = {
         "model": str(settings.model.resolve()),
         "model fingerprint": model_fingerprint(settings.model),
         "dtype": settings.dtype,
+        "adapter": None if adapter is None else str(adapter.resolve()),
+        "adapter fingerprint": None if adapter is None else model_fingerprint(adapter),
     }
     try:
         folder.claim(identity)

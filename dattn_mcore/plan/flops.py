@@ -22,7 +22,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dattn_mcore.architectures import tower_features
+from dattn_mcore.architectures.adapters import AdaptedLinear, adapted_linears
 from dattn_mcore.architectures.decoder import OUTPUT
+from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.backward import (
     DECODER,
@@ -87,10 +89,43 @@ def step_work(config: Config, rows: Rows) -> dict[str, Work]:
     """
     return {
         **decoder_work(config, rows),
+        **_adapters(config, rows),
         "tower": _tower(config, rows),
         "projector": _projector(config, rows),
         "head": _head(config, rows),
     }
+
+
+def _adapters(config: Config, rows: Rows) -> dict[str, Work]:
+    """Of adapters, if there are any: A, B, and with DoRA their product with the weights' lengths.
+
+    Both learn, and pass gradients on. What fused linears compute beside it is left out.
+    """
+    adapters = adapters_of(config)
+    if adapters is None:
+        return {}
+    forward = again = 0.0
+    recomputed, chunks = _recomputed_layers(config), config.train.recompute_visual_chunk
+    for linear in adapted_linears(config.model, adapters):
+        for layer in linear.layers:
+            work = sum(
+                2 * adapters.rank * (inputs + outputs) * _adapted_rows(config, rows, linear, layer)
+                for outputs, inputs in linear.shapes()
+            )
+            forward += work
+            again += work * (layer in recomputed or chunks is not None)
+            if adapters.dora:
+                again += sum(2 * adapters.rank * m * n for m, n in linear.shapes()) * rows.packs
+    return {"adapters": Work(forward, forward, forward, again)}
+
+
+def _adapted_rows(config: Config, rows: Rows, linear: AdaptedLinear, layer: int) -> float:
+    """Rows that go through an adapted linear."""
+    if linear.place == "self_attention.linear_q":
+        return rows.text + (rows.visual if _visual_asks(config, layer) else 0)
+    if linear.place == "self_attention.linear_kv" or not _visual_ends(config, layer):
+        return rows.text + rows.visual
+    return rows.text
 
 
 def decoder_work(config: Config, rows: Rows) -> dict[str, Work]:

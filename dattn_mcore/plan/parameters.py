@@ -10,10 +10,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dattn_mcore.architectures.adapters import with_adapters
 from dattn_mcore.architectures.decoder import EMBEDDING, OUTPUT, output_layer
 from dattn_mcore.architectures.parameters import Entry, in_order_of_modules, part_of
 from dattn_mcore.architectures.projector import projector_table
 from dattn_mcore.architectures.tables import language_table, tower_table
+from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.optim_groups import learns
 from dattn_mcore.config.schema import Config
 
@@ -82,13 +84,15 @@ def _chunk(config: Config, layers: list[int], first: bool, last: bool) -> Iterat
     """Parameters of a model chunk with some of the decoder's layers, numbered in the model."""
     model = config.model
     apart = model.llm.tie_embeddings and config.parallel.pp > 1
-    language = language_table(model)
+    language, adapters = language_table(model), adapters_of(config)
+    if adapters is not None:
+        language = with_adapters(language, model, adapters)
     if apart:
         language.append(output_layer(model.llm))
     if first:
         for entry, layer in in_order_of_modules([*tower_table(model), *projector_table(model)]):
             yield _parameter(config, entry, layer, number=layer)
-    for entry, layer in in_order_of_modules(language, len(layers)):
+    for entry, layer in in_order_of_modules(language, layers):
         embeds = entry.key == EMBEDDING
         if entry.layers is not None or (first if embeds else last):
             copied = apart and (embeds or entry.key == OUTPUT)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from dattn_mcore.architectures.adapters import Adapters, adapter_table
 from dattn_mcore.architectures.patterns import key_and_layer
+from dattn_mcore.checkpoint.peft_folder import read_peft_folder
+from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.optim_groups import learns
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.models.build import build_model
 from dattn_mcore.models.dattn import DattnModel
+from dattn_mcore.models.initialize import fill, initialize_adapters
 from dattn_mcore.parallel import platform
 from dattn_mcore.training.inputs import fixed_rows
 from dattn_mcore.training.runtime import decide_runtime
@@ -42,10 +48,23 @@ def build_from_config(
         pg_collection,
         device=device,
         seed=config.train.seed if initialize else None,
+        adapters=adapters_of(config),
     )
     for chunk in chunks:
         freeze(config, chunk)
     return chunks
+
+
+def start_adapters(config: Config, adapters: Adapters, chunks: list[DattnModel]) -> None:
+    """Gives adapters their first values, beside weights that are there: new, or `lora.init_from`.
+
+    Raises:
+        CheckpointError: the folder is broken, or of another model or other adapters.
+    """
+    initialize_adapters(chunks, config.model, config.train.seed, adapters)
+    if config.lora.init_from is not None:
+        folder = read_peft_folder(Path(config.lora.init_from), config.model, adapters)
+        fill(chunks, adapter_table(config.model, adapters), folder.value, others=True)
 
 
 def freeze(config: Config, chunk: DattnModel) -> None:

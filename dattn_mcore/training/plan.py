@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+from dattn_mcore.architectures.adapters import adapter_table
 from dattn_mcore.config.checks import data_parallel_size, processes_per_replica
 from dattn_mcore.config.load import to_yaml
+from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schedule import schedule_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.attention import BackendChoice, choose_backend
@@ -54,6 +57,7 @@ def describe(config: Config, world_size: int) -> str:
         f"an image has {tiles}) and {text:,} text",
         f"rows per rank between layers: {visual // shards:,} visual and {text // shards:,} text",
         *_global_batch(config, dp),
+        *_adapter_lines(config),
         *_attention_lines(config),
         *disk_lines(config),
         "",
@@ -131,6 +135,22 @@ def _global_batch(config: Config, dp: int) -> list[str]:
     sample = Sample(full_budget_sample(config, images), images)
     problem = part_full(config, step_of(config, sample, dp), dp)
     return [line, f"warning: {problem}, if samples are like the budgets"] if problem else [line]
+
+
+def _adapter_lines(config: Config) -> list[str]:
+    """Which linears have adapters, and how many parameters these are."""
+    adapters = adapters_of(config)
+    if adapters is None:
+        return []
+    table = adapter_table(config.model, adapters)
+    names = sorted({name.split(".")[-2] for name in adapters.targets})
+    count = sum(math.prod(entry.mcore_shape()) for entry in table)
+    kind = "DoRA" if adapters.dora else "LoRA"
+    return [
+        f"adapters: {kind} of rank {adapters.rank} at {len(adapters.targets)} linears "
+        f"({', '.join(names)}), {count:,} parameters; the rest of the language model is frozen"
+        + (" but for what optim.groups names" if config.optim.groups else "")
+    ]
 
 
 def _attention_lines(config: Config) -> list[str]:

@@ -67,6 +67,20 @@ def _parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     export.add_argument(
         "--ema", action="store_true", help="the running mean of the weights (train.ema_decay)"
     )
+    export.add_argument(
+        "--adapter",
+        choices=("merged", "peft"),
+        default="merged",
+        help="of a run with adapters (lora.targets): a whole model (default), or a folder of peft",
+    )
+    export.add_argument(
+        "--base", metavar="CHECKPOINT", help="of adapters, where that of their base is not any more"
+    )
+    export.add_argument(
+        "--base-model",
+        metavar="NAME",
+        help="with --adapter peft: exported base model that the folder names",
+    )
     _add_processes(export)
     export.add_argument("--max-shard-size", type=_size, default=_size("5GB"), metavar="SIZE")
     export.add_argument(
@@ -215,6 +229,14 @@ def _own_modules_cache() -> Iterator[None]:
 
 
 def _mcore_to_hf(options: argparse.Namespace) -> None:
+    if options.adapter == "peft":
+        from tools.checkpoint_convert.peft_out import write_peft
+
+        what = write_peft(options.checkpoint, options.output, options.base, options.base_model)
+        say(f"{options.checkpoint} -> {options.output}: {what}")
+        return
+    if options.base_model is not None:
+        raise CheckpointError("--base-model needs --adapter peft")
     with _own_modules_cache():
         from tools.checkpoint_convert.mcore_to_hf import ExportOptions, convert
 
@@ -225,6 +247,7 @@ def _mcore_to_hf(options: argparse.Namespace) -> None:
             processes=options.processes,
             check=not options.no_check,
             ema=options.ema,
+            base=options.base,
         )
         with _progress("mcore-to-hf") as progress:
             done = convert(options.checkpoint, options.output, chosen, progress)

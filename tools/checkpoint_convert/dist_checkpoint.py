@@ -59,6 +59,7 @@ class DistCheckpoint:
         ignored: keys that belong to the optimizer, to the running mean, or are no tensors.
         ema: whether weights are those of the running mean, where there is one of them: parameters
             that were frozen are their own mean.
+        of_base: `path` and `fingerprint` of the base of adapters; None: it holds a whole model.
     """
 
     def __init__(self, path: str | Path, ema: bool = False) -> None:
@@ -76,6 +77,7 @@ class DistCheckpoint:
         self.step = int(fields["step"])
         self.tokenizer: dict[str, Any] = fields.get("tokenizer", {})
         self._files: dict[str, Any] = fields["files"]
+        self.of_base: dict[str, str] | None = fields.get("base")
         try:
             self.config: Config = saved_config(fields["config"])
             check_config(self.config)

@@ -24,6 +24,11 @@ BASELINE = {"attention": {"v2v": "causal", "t2v_position": "rope"}}
 WHOLE = {"attention": {"fold_visual_projection": False, "skip_last_visual_rows": False}}
 TP = {"parallel": {"tp": 2}}
 SP = {"parallel": {"tp": 2, "sp": True}}
+LORA = {
+    "lora": {"targets": ["*_proj"], "rank": 3},
+    "train": {"trains": ["llm"]},
+    "checkpoint": {"init_from": "not-opened"},
+}
 CASES = {
     "mistral": (1, {}, {}),
     "gemma-clip": (1, merge(GEMMA, CLIP), {}),
@@ -33,6 +38,8 @@ CASES = {
     "tp2": (2, {}, TP),
     "gemma-tp2-sp": (2, GEMMA, SP),
     "aimv2-tp2": (2, AIMV2, TP),
+    "lora": (1, {}, merge(LORA, WHOLE)),
+    "gemma-dora-tp2-sp": (2, GEMMA, merge(merge(LORA, SP), {"lora": {"dora": True}})),
 }
 LAYOUTS = [
     ((True, 16), (False, 9)),
@@ -77,7 +84,16 @@ def _losses(model, config):
     tiles = torch.randint(0, 256, (3, 3, 56, 56), generator=generator, dtype=torch.uint8)
     losses = model(ModelInputs(params=params, text_ids=ids, labels=labels, tiles=tiles))
     losses.sum().backward()
-    return losses.detach(), {n: p.grad for n, p in model.named_parameters()}
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return losses.detach(), gradients
+
+
+def _randomize_adapters(model):
+    """B of zeros would hide what A and the layers do with it; the same in both specs."""
+    for name, p in model.named_parameters():
+        if name.endswith(".lora.b"):
+            generator = torch.Generator().manual_seed(sum(name.encode()))
+            p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
 
 
 def compare(case: str) -> dict[str, object]:
@@ -92,6 +108,7 @@ def compare(case: str) -> dict[str, object]:
         config, groups = start(merge(tree, {"train": {"transformer_impl": name}}))
         (built,) = build_from_config(config, groups, torch.device("cpu"))
         randomize_norms(built)
+        _randomize_adapters(built)
         modules[name] = {type(module).__module__.partition(".")[0] for module in built.modules()}
         classes = {type(module).__name__ for module in built.modules()}
         results[name] = (_state(built), *_losses(built, config), classes)

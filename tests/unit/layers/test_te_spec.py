@@ -62,6 +62,12 @@ def test_the_second_spec_is_made_of_megatrons_wrappers(compared):
     assert {"DecomposedSelfAttention", "TransformerLayer"} <= classes
 
 
+def test_linears_with_adapters_are_megatrons_wrappers_too(compared):
+    classes = {name for rank in compared["gemma-dora-tp2-sp"] for name in rank["te_classes"]}
+    assert {"AdaptableTextColumn", "AdaptableFoldableRowWithPostNorm", "Adapter"} <= classes
+    assert not {"AdaptableFoldableRow", "TextColumnLinear"} & classes
+
+
 def test_recomputed_norms_in_fp8_have_the_linears_after_them_keep_their_input(compared):
     (kept,) = compared["fp8-norms"]
     after_a_norm = {name for name, all_layers in kept.items() if all(all_layers)}
