@@ -2,7 +2,7 @@
 
 A checkpoint holds every weight in its own dtype, and of each that learns a float32 copy and Adam's
 two moments, whatever the layout; with an EMA a float32 mean more. Its index, manifest, RNG states
-and the headers of tensors come on top: some kilobytes a tensor and rank. An export holds the weights.
+and the headers of tensors come on top: some kilobytes a tensor and rank. An export has the weights.
 """
 
 from __future__ import annotations

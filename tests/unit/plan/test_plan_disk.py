@@ -43,7 +43,8 @@ def test_a_checkpoint_and_its_export_take_what_was_said(tmp_path, family, precis
     convert(folder, tmp_path / "hf")
     exported = SafetensorsFolder(tmp_path / "hf")
     assert size.export == sum(
-        shape_size(exported.shapes[name]) * dtype.itemsize for name, dtype in exported.dtypes.items()
+        shape_size(exported.shapes[name]) * dtype.itemsize
+        for name, dtype in exported.dtypes.items()
     )
 
 
