@@ -75,6 +75,7 @@ BY_PLACE = {
     "tests/unit/test_constraints.py::test_an_installation_takes_the_locked_versions_and_leaves_an_older_torch": "network",
     "tests/unit/test_orphans.py": "processes",
     "tests/unit/test_tiers.py": "processes",
+    "tests/unit/training/test_ema_alone.py": "trains",
     "tests/unit/training/test_exit_status.py": "processes",
     "tests/unit/training/test_export_beside.py": "processes",
     "tests/unit/training/test_signals.py::test_what_is_said_to_a_closed_terminal_ends_nothing": "processes",

@@ -74,8 +74,8 @@ def average(
     first = sources[0]
     table = model_table(first.config.model)
     for source in sources:
-        check_keys(str(source.path), mcore_shapes(table), source.shapes, source.dtypes)
         _check_alike(first, source)
+        check_keys(str(source.path), mcore_shapes(table), source.shapes, source.dtypes)
     with ExitStack() as stack:
         behind = [
             stack.enter_context(FollowingDigest(source.path, source.digests)) for source in sources
@@ -152,7 +152,7 @@ def _check_alike(first: DistCheckpoint, other: DistCheckpoint) -> None:
             "of one model have a mean"
         )
     for key, dtype in first.dtypes.items():
-        if other.dtypes[key] != dtype:
+        if other.dtypes.get(key, dtype) != dtype:
             raise CheckpointError(
                 f"{other.path} has {key} in {_name(other.dtypes[key])} and {first.path} in "
                 f"{_name(dtype)}; average checkpoints of one train.precision"
