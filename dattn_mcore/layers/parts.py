@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 
 from dattn_mcore.layers.bidirectional_attention import BidirectionalAttention
 from dattn_mcore.layers.linear import FoldableRowParallelLinear, RowParallelLinearWithPostNorm
-from dattn_mcore.layers.lora import (
+from dattn_mcore.layers.adaptable import (
     AdaptableColumn,
     AdaptableFoldableRow,
     AdaptableRow,
