@@ -45,15 +45,20 @@ class Adaptable:
         adapter = self.adapter
         if adapter is None:
             return output, bias
-        inside = None
-        if bias is None and self.bias is not None and self.bias.numel():  # type: ignore[attr-defined]
-            inside = self.bias  # type: ignore[attr-defined]
-        weight = self.weight  # type: ignore[attr-defined]
-        return adapter(input_, output, weight=weight, bias=inside, values=values), bias
+        linear: Any = self
+        added = bias is None and linear.bias is not None and linear.bias.numel() > 0
+        inside = linear.bias if added else None
+        return adapter(input_, output, weight=linear.weight, bias=inside, values=values), bias
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):  # type: ignore[no-untyped-def]
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """The linear's, and the adapter's own."""
-        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        linear: Any = super()
+        entries: dict[str, Any] = linear.sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.adapter is not None:
             name = f"{prefix}{self.adapter_name}."
             entries.update(self.adapter.sharded_state_dict(name, sharded_offsets, metadata))

@@ -1,19 +1,21 @@
 """Low-rank adapters of tensor parallel linears: LoRA and DoRA.
 
-A column-parallel linear holds A whole on every rank and its rank's rows of B; a row-parallel one its
-rank's columns of A, and B whole. Between A and B stand `rank` numbers a row, which is what ranks
-exchange: gathered (or copied) before a column-parallel B, summed behind a row-parallel A. What every
-rank holds whole gets under sequence parallelism only its rows' share of the gradient, and is marked
-so that Megatron-Core sums it.
+A column-parallel linear holds A whole on every rank and its rank's rows of B; a row-parallel one
+its rank's columns of A, and B whole. Between A and B stand `rank` numbers a row, which is what
+ranks exchange: gathered (or copied) before a column-parallel B, summed behind a row-parallel A.
+What every rank holds whole gets under sequence parallelism only its rows' share of the gradient,
+and is marked so that Megatron-Core sums it.
 
 Dropout of a column-parallel linear's inputs is the same on all ranks where the inputs are, and
 otherwise each rank draws its own, from Megatron-Core's tracker. The folded projection draws once
-for a visual row's value, not for each query head that repeats it: there is one product for all heads
-of a group.
+for a visual row's value, not for each query head that repeats it: there is one product for all
+heads of a group.
 
-Linears that can have an adapter are in `adaptable`. Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353, section 4.3 (its length of
-rows is a constant in backward); both computed as `peft` does, but for dropout with DoRA, which
-touches the adapter's inputs alone here.
+Linears that can have an adapter are in `adaptable`.
+
+Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353, section 4.3 (lengths of rows are constants
+in backward). Both are computed as `peft` does, but for dropout with DoRA, which touches the
+adapter's inputs alone here.
 """
 
 from __future__ import annotations
