@@ -5,11 +5,11 @@
     python -m benchmarks.lora_digits --trains llm optim.lr=5e-3  # adapters alone, another rate
     python -m benchmarks.lora_digits --write-docs                # and docs/training.md's table
 
-Stage 3 of the quickstart (`configs/digits_instruct.yaml`) is run with all that it trains, and with the
-language model frozen beside adapters of `--rank`; both are exported, and answer questions about digits
-that no training mosaic shows. The adapters are also exported as a folder of `peft`, loaded by it on the
-export of the base, and must give the same answers. Settings at the end of the line are for the runs
-with adapters. Exit status 1: one of them is below 90 %, or `peft` answers otherwise.
+Stage 3 of the quickstart (`configs/digits_instruct.yaml`) is run with all that it trains, and with
+the language model frozen beside adapters of `--rank`; both are exported, and answer questions about
+digits that no training mosaic shows. The adapters are also exported as a folder of `peft`, loaded by
+it on the export of the base, and must give the same answers. Settings at the end of the line are for
+the runs with adapters. Exit status 1: one of them is below 90 %, or `peft` answers otherwise.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def learning(run_dir: Path) -> int:
 
 
 def same_by_peft(args: argparse.Namespace, seed: int) -> int:
-    """Questions that `peft`, on the export of the base, answers otherwise than the merged export."""
+    """Questions that `peft` on the export of the base answers otherwise than the merged export."""
     folder = (args.out / f"lora_{seed}").resolve()
     base, adapter, answers = folder / "base_hf", folder / "peft", folder / "answers_peft.jsonl"
     run_dir, source = folder / "run", Path(args.base.format(seed=seed)).resolve()

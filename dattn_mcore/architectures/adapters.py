@@ -1,9 +1,9 @@
 """Low-rank adapters (LoRA, DoRA) beside a language model's linears: which, and their tensors.
 
-An adapted linear computes `W x + alpha / rank * B A x`; with DoRA each row of that sum of weights is
-brought to a learnt length. Each Hugging Face linear has an adapter of its own. Where the trainer has
-one linear for two of them (keys and values, gate and up), their adapters lie in the same tensors,
-mixed as the weights are.
+An adapted linear computes `W x + alpha / rank * B A x`; with DoRA each row of that sum of weights
+is brought to a learnt length. Each Hugging Face linear has an adapter of its own. Where the trainer
+has one linear for two of them (keys and values, gate and up), their adapters lie in the same
+tensors, mixed as the weights are.
 
 Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353; names and shapes are those of `peft`.
 """

@@ -18,7 +18,7 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
 from dattn_mcore.checkpoint.content import EMA, RNG
-from dattn_mcore.layers.lora import adapter_names
+from dattn_mcore.layers.adaptable import adapter_names
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import platform
 

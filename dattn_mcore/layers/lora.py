@@ -1,25 +1,25 @@
 """Low-rank adapters of tensor parallel linears: LoRA and DoRA.
 
-A column-parallel linear holds A whole on every rank and its rank's rows of B; a row-parallel one its
-rank's columns of A, and B whole. Between A and B stand `rank` numbers a row, which is what ranks
-exchange: gathered (or copied) before a column-parallel B, summed behind a row-parallel A. What every
-rank holds whole gets under sequence parallelism only its rows' share of the gradient, and is marked
-so that Megatron-Core sums it.
+A column-parallel linear holds A whole on every rank and its rank's rows of B; a row-parallel one
+its rank's columns of A, and B whole. Between A and B stand `rank` numbers a row, which is what
+ranks exchange: gathered (or copied) before a column-parallel B, summed behind a row-parallel A.
+What every rank holds whole gets under sequence parallelism only its rows' share of the gradient,
+and is marked so that Megatron-Core sums it.
 
 Dropout of a column-parallel linear's inputs is the same on all ranks where the inputs are, and
 otherwise each rank draws its own, from Megatron-Core's tracker. The folded projection draws once
-for a visual row's value, not for each query head that repeats it: there is one product for all heads
-of a group.
+for a visual row's value, not for each query head that repeats it: there is one product for all
+heads of a group.
 
-The classes at the end are linears of the layer spec that can have an adapter; Transformer Engine's
-are in `spec_te`. Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353, section 4.3 (its length of
-rows is a constant in backward); both computed as `peft` does, but for dropout with DoRA, which
-touches the adapter's inputs alone here.
+Linears that can have an adapter are in `adaptable`.
+
+Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353, section 4.3 (lengths of rows are constants
+in backward). Both are computed as `peft` does, but for dropout with DoRA, which touches the
+adapter's inputs alone here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -32,11 +32,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -45,7 +41,7 @@ from torch import nn
 from dattn_mcore.architectures.adapters import AdaptedLinear, Adapters
 from dattn_mcore.architectures.parameters import Mix
 from dattn_mcore.layers.layout import interleave_shards
-from dattn_mcore.layers.linear import FoldableRowParallelLinear, PostNorm, fold
+from dattn_mcore.layers.linear import fold
 
 
 def part_of_rows(mix: Mix, sizes: list[int], tp_rank: int, tp_size: int) -> torch.Tensor:
@@ -248,101 +244,3 @@ class Adapter(nn.Module):
                 if key in entries:
                     entries[key] = apply_swiglu_sharded_factory(entries[key], offsets)
         return cast(dict[str, Any], entries)
-
-
-class Adaptable:
-    """Mixed into a tensor parallel linear: it can be given an adapter after it is built."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.adapter_name: str | None = None
-
-    def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Adds the one adapter of this linear as a module under a name."""
-        assert self.adapter_name is None
-        self.adapter_name = name
-        setattr(self, name, adapter)
-
-    @property
-    def adapter(self) -> Adapter | None:
-        """The adapter, if there is one."""
-        return None if self.adapter_name is None else getattr(self, self.adapter_name)
-
-    def forward(
-        self, input_: torch.Tensor, values: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Takes and returns what the linear does."""
-        arguments = (input_,) if values is None else (input_, values)
-        output, bias = super().forward(*arguments)  # type: ignore[misc]
-        adapter = self.adapter
-        if adapter is None:
-            return output, bias
-        inside = None
-        if bias is None and self.bias is not None and self.bias.numel():  # type: ignore[attr-defined]
-            inside = self.bias  # type: ignore[attr-defined]
-        weight = self.weight  # type: ignore[attr-defined]
-        return adapter(input_, output, weight=weight, bias=inside, values=values), bias
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):  # type: ignore[no-untyped-def]
-        """The linear's, and the adapter's own."""
-        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
-        if self.adapter is not None:
-            name = f"{prefix}{self.adapter_name}."
-            entries.update(self.adapter.sharded_state_dict(name, sharded_offsets, metadata))
-        return entries
-
-
-class AdaptableColumn(Adaptable, ColumnParallelLinear):
-    """Column-parallel linear."""
-
-
-class AdaptableRow(Adaptable, RowParallelLinear):
-    """Row-parallel linear."""
-
-
-class AdaptableFoldableRow(Adaptable, FoldableRowParallelLinear):
-    """Row-parallel projection with the cheaper way for visual rows."""
-
-
-class AdaptableRowWithPostNorm(PostNorm, Adaptable, FoldableRowParallelLinear):
-    """The same, its output normalised; the adapter comes before the norm."""
-
-
-def add_adapters(
-    layers: Iterable[nn.Module],
-    adapters: Adapters,
-    linears: list[AdaptedLinear],
-    tp_group: dist.ProcessGroup,
-) -> None:
-    """Gives the layers of a stage their adapters, whose values are garbage yet.
-
-    Args:
-        layers: Megatron-Core's, of a spec whose linears can have adapters.
-        adapters: rank and the like.
-        linears: of the whole model.
-        tp_group: tensor parallel group.
-    """
-    for layer in layers:
-        number: int = layer.layer_number - 1  # type: ignore[operator,assignment]
-        for linear in linears:
-            if number in linear.layers:
-                module: Any = layer.get_submodule(linear.place)
-                adapter = Adapter(module.config, adapters, linear, number, tp_group)
-                module.add_adapter(linear.name, adapter)
-
-
-def adapter_names(model: nn.Module) -> set[str]:
-    """Names of all parameters of adapters."""
-    return {
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, Adapter)
-        for name, _ in module.named_parameters()
-    }
-
-
-def start_magnitudes(model: nn.Module) -> None:
-    """Gives the magnitudes of DoRA the lengths of the rows that the model now has."""
-    for module in model.modules():
-        if isinstance(module, Adaptable) and module.adapter is not None:
-            module.adapter.start_magnitude(module.weight)  # type: ignore[attr-defined]

@@ -27,8 +27,8 @@ from megatron.core.tensor_parallel import (
 )
 
 from dattn_mcore.errors import ConfigError
+from dattn_mcore.layers.adaptable import Adaptable
 from dattn_mcore.layers.linear import fold
-from dattn_mcore.layers.lora import Adaptable
 from dattn_mcore.layers.parts import LayerParts
 
 

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from dattn_mcore.architectures.adapters import Adapters, adapted_table, adapter_table
 from dattn_mcore.architectures.parameters import Entry, part_of
 from dattn_mcore.architectures.sizes import ModelConfig
-from dattn_mcore.layers.lora import start_magnitudes
+from dattn_mcore.layers.adaptable import start_magnitudes
 from dattn_mcore.models.dattn import DattnModel
 
 Values = Callable[[Entry, int], torch.Tensor | None]

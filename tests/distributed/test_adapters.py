@@ -1,8 +1,8 @@
 """Runs with adapters: the same in every layout as in one process, resumed, saved alone, exported.
 
-Over two optimizer steps with Adam's eps far above rounding (see `test_features_by_layout`); compared
-are losses, gradient norms and every tensor of the adapters. That one process computes what `peft`
-does is held by `test_lora_peft`.
+Over two optimizer steps with Adam's eps far above rounding (see `test_features_by_layout`);
+compared are losses, gradient norms and every tensor of the adapters. That one process computes what
+`peft` does is held by `test_lora_peft`.
 """
 
 import json
@@ -70,7 +70,7 @@ def train(pool, digits, base_of, tmp_path_factory):
 
 
 def adapters_in(run_dir, config):
-    """Every tensor of the adapters in the newest checkpoint, which holds nothing else of the llm."""
+    """Every tensor of adapters in the newest checkpoint, which holds nothing else of the llm."""
     source = DistCheckpoint(run_dir)
     table = {entry.key: entry for entry in adapter_table(config.model, adapters_of(config))}
     assert {key for key in source.shapes if key.startswith("decoder.")} == table.keys()

@@ -1,4 +1,4 @@
-"""A checkpoint of adapters and its base, read as one model: the adapters are added to the weights."""
+"""A checkpoint of adapters and its base, read as one model: adapters are added to the weights."""
 
 from __future__ import annotations
 

@@ -94,11 +94,7 @@ FROZEN = {"optim": {"groups": [{"patterns": ["llm.layers.{0..1}"], "trains": Fal
 @pytest.mark.parametrize(
     ("targets", "sections", "message"),
     [
-        (
-            ["*.x_proj"],
-            {},
-            "lora.targets='\\*.x_proj' matches no parameter of this model; adapters",
-        ),
+        (["*.x_proj"], {}, "lora.targets='\\*.x_proj' matches no parameter of this model; ad"),
         (["vision"], {}, "matches model.vision_tower.*, which can have no adapter; adapters stand"),
         (["*.q_proj", "*norm.weight"], {}, "norm.weight' matches .*, which can have no adapter"),
         (["*.{q_proj"], {}, "lora.targets='\\*.{q_proj' is no pattern"),

@@ -29,7 +29,7 @@ from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.evaluation.adapter import with_adapter
 from dattn_mcore.hf import DattnForConditionalGeneration
-from dattn_mcore.layers.lora import adapter_names
+from dattn_mcore.layers.adaptable import adapter_names
 from dattn_mcore.models.initialize import fill
 from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.training.inputs import to_model_inputs

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tools.checkpoint_convert.mixing import split
 
 from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.checkpoint.load import choose_checkpoint
@@ -17,7 +18,6 @@ from tests.unit.convert.convert_helpers import make_tokenizer, small_config
 from tools.checkpoint_convert.average import AverageOptions, average
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.mcore_to_hf import ExportOptions, convert
-from tools.checkpoint_convert.mixing import split
 from tools.checkpoint_convert.raw_folders import same_bits
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
 
