@@ -1,8 +1,8 @@
 """Checks of a whole configuration, each rule a small function that gives one line per breach.
 
 The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules`,
-`export_rules`, `optim_groups`, `schedule` and `lora`; what depends on the number of processes stands
-here.
+`export_rules`, `optim_groups`, `schedule` and `lora`; what depends on the number of processes
+stands here.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import get_args
 
 from dattn_mcore.architectures import language_models, vision_towers
-from dattn_mcore.architectures.decoder import EMBEDDING, OUTPUT
 from dattn_mcore.architectures.adapters import Adapters, adapter_table, by_number
+from dattn_mcore.architectures.decoder import EMBEDDING, OUTPUT
 from dattn_mcore.architectures.parameters import Entry, part_of
 from dattn_mcore.architectures.patterns import (
     compile_pattern,

@@ -7,14 +7,14 @@ from typing import Any
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from dattn_mcore.layers.bidirectional_attention import BidirectionalAttention
-from dattn_mcore.layers.linear import FoldableRowParallelLinear, RowParallelLinearWithPostNorm
 from dattn_mcore.layers.adaptable import (
     AdaptableColumn,
     AdaptableFoldableRow,
     AdaptableRow,
     AdaptableRowWithPostNorm,
 )
+from dattn_mcore.layers.bidirectional_attention import BidirectionalAttention
+from dattn_mcore.layers.linear import FoldableRowParallelLinear, RowParallelLinearWithPostNorm
 from dattn_mcore.layers.norm import Norm
 from dattn_mcore.types import Implementation
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 import dattn_mcore.hf
 from dattn_mcore.architectures.parameters import Entry, Shape, in_order_of_layers
 from dattn_mcore.architectures.tables import model_table
+from dattn_mcore.checkpoint.mixing import split
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import CheckpointError, DataError
 from dattn_mcore.hf import REMOTE_CODE_FILES
@@ -21,7 +22,6 @@ from tools.checkpoint_convert.atomic_folder import AtomicFolder
 from tools.checkpoint_convert.configs import TokenIds, to_hf
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.following_digest import FollowingDigest
-from dattn_mcore.checkpoint.mixing import split
 from tools.checkpoint_convert.safetensors_folder import SafetensorsWriter
 from tools.checkpoint_convert.tables import check_keys, mcore_shapes
 from tools.checkpoint_convert.tokenizers_out import export_processor

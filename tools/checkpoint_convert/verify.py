@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dattn_mcore.architectures.parameters import Entry, Shape
 from dattn_mcore.architectures.tables import model_table
+from dattn_mcore.checkpoint.mixing import split
 from dattn_mcore.config.schema import AttentionConfig, ModelConfig
 from dattn_mcore.errors import CheckpointError
 from tools.checkpoint_convert.adapted_checkpoint import open_checkpoint
 from tools.checkpoint_convert.hf_to_mcore import read_hf_config, read_model
-from dattn_mcore.checkpoint.mixing import split
 from tools.checkpoint_convert.raw_folders import (
     TEXT_TYPES,
     VISION_TYPES,
