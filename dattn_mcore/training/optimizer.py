@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,19 +122,13 @@ def _own_settings(config: Config, model: list[DistributedDataParallel]) -> dict[
             override |= {"start_wd": weight_decay, "end_wd": weight_decay}
         if betas != [optim.beta1, optim.beta2]:
             override["betas"] = tuple(betas)
-        belongs = _Among(members[number])
+        belongs = partial(_is_among, members[number])
         overrides[ParamKey(predicate=ParamPredicate(f"settings {number}", belongs))] = override
     return overrides
 
 
-class _Among:
-    """Says whether a parameter is one of those in a set of identities."""
-
-    def __init__(self, identities: set[int]) -> None:
-        self.identities = identities
-
-    def __call__(self, parameter: torch.nn.Parameter) -> bool:
-        return id(parameter) in self.identities
+def _is_among(identities: set[int], parameter: torch.nn.Parameter) -> bool:
+    return id(parameter) in identities
 
 
 def _refuse_gradients_that_are_not_finite(optimizer: MegatronOptimizer) -> None:

@@ -182,7 +182,7 @@ def test_a_resume_with_other_groups(pool, digits, tmp_path):
     tree = tree_for(digits, tmp_path)
     pool.run(train_until_killed, 1, tree, 1)
     frozen = [*GROUPS, {"patterns": "decoder.layers.0", "trains": False}]
-    with pytest.raises(WorkerError, match=r"trains decoder.layers.*of layer 0 and this run does no"):
+    with pytest.raises(WorkerError, match=r"trains decoder.layers.*of layer 0 and this run does"):
         pool.run(run_training, 1, merge(tree, {"optim": {"groups": frozen}}))
     rates = [{**GROUPS[0], "lr": 9e-3}, *GROUPS[1:]]
     other = merge(tree, {"optim": {"groups": rates, "vision_layer_decay": None}})
