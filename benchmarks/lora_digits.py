@@ -7,9 +7,9 @@
 
 Stage 3 of the quickstart (`configs/digits_instruct.yaml`) is run with all that it trains, and with
 the language model frozen beside adapters of `--rank`; both are exported, and answer questions about
-digits that no training mosaic shows. The adapters are also exported as a folder of `peft`, loaded by
-it on the export of the base, and must give the same answers. Settings at the end of the line are for
-the runs with adapters. Exit status 1: one of them is below 90 %, or `peft` answers otherwise.
+digits that no training mosaic shows. The adapters are also exported as a folder of `peft`, loaded
+by it on the export of the base, and must give the same answers. Settings at the end of the line are
+for the runs with adapters. Exit status 1: one of them is below 90 %, or `peft` answers otherwise.
 """
 
 from __future__ import annotations

@@ -160,6 +160,16 @@ def adapter_table(model: ModelConfig, adapters: Adapters) -> list[Entry]:
     return [entry for linear in found for entry in adapter_entries(linear, adapters)]
 
 
+def by_number(table: Iterable[Entry]) -> list[tuple[Entry, str, int]]:
+    """Lines of adapters layer by layer: a line that names layers by their numbers, key, number."""
+    return [
+        (dataclasses.replace(entry, numbers=None), entry.key, entry.number(place))
+        for entry in table
+        if entry.key is not None
+        for place in range(entry.layers or 0)
+    ]
+
+
 def with_adapters(table: Iterable[Entry], model: ModelConfig, adapters: Adapters) -> list[Entry]:
     """A table with the lines of adapters in it: behind all others of their linears."""
     lines = list(table)

@@ -84,13 +84,13 @@ def _sizes(config: Config, adapters: Adapters) -> Iterator[str]:
                     f"lora.rank={adapters.rank} is larger than {_shown(name)} allows, which is "
                     f"{outputs} x {inputs}; use at most {min(outputs, inputs)}"
                 )
-        if tp > groups and linear.mix.kind == "copy" and len(linear.entry.parts) > 1:
-            if linear.entry.mix.kind == "interleaved":
-                yield (
-                    f"lora.targets has {_shown(names[0])} without the other of keys and values, "
-                    f"which needs parallel.tp={tp} to be at most model.llm.num_query_groups="
-                    f"{groups}; match both or none, or use a smaller tp"
-                )
+        fused = linear.entry.mix.kind == "interleaved"
+        if tp > groups and fused and len(linear.parts) < len(linear.entry.parts):
+            yield (
+                f"lora.targets has {_shown(names[0])} without the other of keys and values, "
+                f"which needs parallel.tp={tp} to be at most model.llm.num_query_groups="
+                f"{groups}; match both or none, or use a smaller tp"
+            )
 
 
 def _shown(name: str) -> str:

@@ -118,4 +118,4 @@ def start_magnitudes(model: nn.Module) -> None:
     """Gives the magnitudes of DoRA the lengths of the rows that the model now has."""
     for module in model.modules():
         if isinstance(module, Adaptable) and module.adapter is not None:
-            module.adapter.start_magnitude(module.weight)  # type: ignore[attr-defined]
+            module.adapter.start_magnitude(module.weight)  # type: ignore[arg-type]

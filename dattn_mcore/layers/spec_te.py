@@ -100,9 +100,12 @@ class PostNorm:
         config = kwargs["config"]
         self.post_norm = TENorm(config, output_size, config.layernorm_epsilon)
 
-    def forward(self, input_: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, input_: torch.Tensor, values: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, None]:
         """Shapes are those of the linear; of the folded projection see `layers.linear`."""
-        output, bias = super().forward(input_, *values)  # type: ignore[misc]
+        arguments = (input_,) if values is None else (input_, values)
+        output, bias = super().forward(*arguments)  # type: ignore[misc]
         return self.post_norm(output if bias is None else output + bias), None
 
 

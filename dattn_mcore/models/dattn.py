@@ -26,10 +26,10 @@ from dattn_mcore.architectures import text_features
 from dattn_mcore.architectures.adapters import Adapters, adapted_linears
 from dattn_mcore.architectures.parameters import part_of
 from dattn_mcore.architectures.sizes import AttentionConfig, ModelConfig
+from dattn_mcore.layers.adaptable import adapter_names, add_adapters
 from dattn_mcore.layers.attention.frequencies import rotary_frequencies
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.layout import DecomposedSeqParams
-from dattn_mcore.layers.adaptable import add_adapters, adapter_names
 from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.layers.spec import block_submodules, decoder_layer_spec
 from dattn_mcore.layers.visual_rows import DecomposedBlock

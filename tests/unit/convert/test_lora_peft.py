@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def by_trainer(config, folder):
     table = adapter_table(config.model, adapters_of(config))
     with single_process() as groups:
         (model,) = build_from_config(config, groups, torch.device("cpu"), initialize=False)
-        load_weights(config.checkpoint.init_from, config, [model], groups)
+        load_weights(Path(config.checkpoint.init_from), config, [model], groups)
         read = read_peft_folder(folder, config.model, adapters_of(config))
         fill([model], table, read.value, others=True)
         inputs = to_model_inputs(batch, config, groups, torch.device("cpu"))
