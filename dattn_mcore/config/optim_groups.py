@@ -70,6 +70,9 @@ class TensorSettings:
         return self.lr, self.weight_decay, self.beta1, self.beta2
 
 
+Table = Mapping[Tensor, TensorSettings]
+
+
 def learns(config: Config, key: str, layer: int | None) -> bool:
     """Whether a tensor is trained; see `settings_of`."""
     return settings_of(config, key, layer).trains
@@ -87,9 +90,12 @@ def settings_of(config: Config, key: str, layer: int | None) -> TensorSettings:
         ConfigError: `optim.groups` cannot be resolved.
         KeyError: the model has no such tensor.
     """
-    if key == OUTPUT and config.model.llm.tie_embeddings:
-        key = EMBEDDING
-    return resolved(config)[key, layer]
+    return resolved(config)[tensor_of(config.model, key, layer)]
+
+
+def tensor_of(model: ModelConfig, key: str, layer: int | None) -> Tensor:
+    """The tensor whose settings hold: of a tied output layer the embedding."""
+    return (EMBEDDING if key == OUTPUT and model.llm.tie_embeddings else key), layer
 
 
 def own_peaks(config: Config) -> dict[str, float]:
@@ -109,7 +115,7 @@ def part_learns(config: Config, part: Part) -> bool:
     return any(it.trains for (key, _), it in resolved(config).items() if part_of(key) == part)
 
 
-def resolved(config: Config) -> Mapping[Tensor, TensorSettings]:
+def resolved(config: Config) -> Table:
     """How each tensor of the model is trained, in the order of the model's table.
 
     Raises:
@@ -259,7 +265,7 @@ def _values(name: str, group: OptimGroup) -> Iterator[str]:
 
 
 def _unused(
-    name: str, group: OptimGroup, tensors: list[Tensor], table: Mapping[Tensor, TensorSettings]
+    name: str, group: OptimGroup, tensors: list[Tensor], table: Table
 ) -> Iterator[str]:
     """Settings of a group that hold for no parameter."""
     given = [setting for setting in _SETTINGS[1:] if getattr(group, setting) is not None]
@@ -277,7 +283,7 @@ def _unused(
 
 
 def _of_the_whole(
-    optim: OptimConfig, trains: tuple[Part, ...], table: Mapping[Tensor, TensorSettings]
+    optim: OptimConfig, trains: tuple[Part, ...], table: Table
 ) -> Iterator[str]:
     if not any(settings.trains for settings in table.values()):
         yield (

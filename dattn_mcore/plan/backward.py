@@ -9,12 +9,13 @@ computed again.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dattn_mcore.architectures.decoder import OUTPUT
 from dattn_mcore.architectures.parameters import part_of
-from dattn_mcore.config.optim_groups import Tensor, TensorSettings, learns, resolved
+from dattn_mcore.config.optim_groups import learns, resolved
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.parameters import layers_of_stage
 
@@ -55,15 +56,11 @@ class Gradients:
 @functools.lru_cache(maxsize=32)
 def tower_gradients(config: Config) -> tuple[Gradients, ...]:
     """Of each of the tower's layers."""
-    table = resolved(config)
-    before = any(
-        settings.trains
-        for (key, layer), settings in table.items()
-        if layer is None and part_of(key) == "vision" and "final" not in key
-    )
-    layers, needed = [], before
+    learning = _learning(config)
+    needed = any(part_of(key) == "vision" and "final" not in key for key in learning[None])
+    layers = []
     for layer in range(config.model.vision.layers_run):
-        gradients, needed = _of_layer(table, TOWER, layer, needed, needed)
+        gradients, needed = _of_layer(learning[layer], TOWER, needed, needed)
         layers.append(gradients)
     return tuple(layers)
 
@@ -71,11 +68,11 @@ def tower_gradients(config: Config) -> tuple[Gradients, ...]:
 @functools.lru_cache(maxsize=32)
 def decoder_gradients(config: Config) -> tuple[Gradients, ...]:
     """Of each of the language model's layers."""
-    table, train = resolved(config), config.train
+    learning, train = _learning(config), config.train
     needed = any(
-        settings.trains
-        for (key, _), settings in table.items()
-        if part_of(key) != "llm" or key.startswith("embedding.")
+        part_of(key) != "llm" or key.startswith("embedding.")
+        for keys in learning.values()
+        for key in keys
     )
     again = train.recompute != "none" or train.recompute_visual_chunk is not None
     starts = _chunks(config)
@@ -84,8 +81,8 @@ def decoder_gradients(config: Config) -> tuple[Gradients, ...]:
         if layer in starts and layer > 0:
             computed = True  # what another stage sends
         elif layer in starts and again:
-            computed = computed or _chunk_learns(config, table, starts[layer])
-        gradients, needed_after = _of_layer(table, DECODER, layer, needed, computed)
+            computed = computed or _chunk_learns(config, learning, starts[layer])
+        gradients, needed_after = _of_layer(learning[layer], DECODER, needed, computed)
         computed = computed or needed_after
         needed = needed_after
         layers.append(gradients)
@@ -127,32 +124,39 @@ def _chunks(config: Config) -> dict[int, list[int]]:
     return {chunk[0]: chunk for chunk in chunks if chunk}
 
 
-def _chunk_learns(config: Config, table: Mapping[Tensor, TensorSettings], chunk: list[int]) -> bool:
+def _learning(config: Config) -> defaultdict[int | None, set[str]]:
+    """Keys of what learns in each layer, of both stacks; of what stands in none under None."""
+    learning: defaultdict[int | None, set[str]] = defaultdict(set)
+    for (key, layer), settings in resolved(config).items():
+        if settings.trains:
+            learning[layer].add(key)
+    return learning
+
+
+def _chunk_learns(
+    config: Config, learning: Mapping[int | None, set[str]], chunk: list[int]
+) -> bool:
     """Whether anything of the first model chunk learns; it may be the whole model."""
-    whole = len(chunk) == config.model.llm.num_layers
-    return any(settings.trains for (_, layer), settings in table.items() if layer in chunk or whole)
+    if len(chunk) == config.model.llm.num_layers:
+        return any(learning.values())
+    return any(learning.get(layer) for layer in chunk)
 
 
 def _of_layer(
-    table: Mapping[Tensor, TensorSettings], stack: str, layer: int, needed: bool, computed: bool
+    keys: set[str], stack: str, needed: bool, computed: bool
 ) -> tuple[Gradients, bool]:
     """Gradients of a layer.
 
     Args:
-        table: of the model.
-        stack: where keys of the layers begin.
-        layer: number in it.
+        keys: of what learns in layers of its number.
+        stack: where keys of its own stack begin.
         needed: something before the layer learns.
         computed: autograd believes so.
 
     Returns:
         And whether what leaves the layer needs a gradient.
     """
-    learning = {
-        key.removeprefix(stack)
-        for (key, number), settings in table.items()
-        if number == layer and settings.trains and key.startswith(stack)
-    }
+    learning = {key.removeprefix(stack) for key in keys if key.startswith(stack)}
     inputs, scores, leaves = _flow(learning, FIRST[stack], needed)
     flowing, scores_computed, _ = _flow(learning, FIRST[stack], computed)
     weights = {name for name in (*FIRST[stack], PROJ, FC1, FC2) if f"{name}.weight" in learning}

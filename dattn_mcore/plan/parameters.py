@@ -14,7 +14,7 @@ from dattn_mcore.architectures.decoder import EMBEDDING, OUTPUT, output_layer
 from dattn_mcore.architectures.parameters import Entry, in_order_of_modules, part_of
 from dattn_mcore.architectures.projector import projector_table
 from dattn_mcore.architectures.tables import language_table, tower_table
-from dattn_mcore.config.optim_groups import learns
+from dattn_mcore.config.optim_groups import Table, resolved, tensor_of
 from dattn_mcore.config.schema import Config
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -69,16 +69,18 @@ def stage_parameters(config: Config, stage: int) -> list[list[Parameter]]:
         config: a checked configuration.
         stage: pipeline stage, from 0.
     """
-    parallel = config.parallel
+    parallel, table = config.parallel, resolved(config)
     chunks = []
     for index, layers in enumerate(layers_of_stage(config, stage)):
         first = stage == 0 and index == 0
         last = stage == parallel.pp - 1 and index == parallel.vpp - 1
-        chunks.append(list(_chunk(config, layers, first, last)))
+        chunks.append(list(_chunk(config, table, layers, first, last)))
     return chunks
 
 
-def _chunk(config: Config, layers: list[int], first: bool, last: bool) -> Iterator[Parameter]:
+def _chunk(
+    config: Config, table: Table, layers: list[int], first: bool, last: bool
+) -> Iterator[Parameter]:
     """Parameters of a model chunk with some of the decoder's layers, numbered in the model."""
     model = config.model
     apart = model.llm.tie_embeddings and config.parallel.pp > 1
@@ -87,17 +89,23 @@ def _chunk(config: Config, layers: list[int], first: bool, last: bool) -> Iterat
         language.append(output_layer(model.llm))
     if first:
         for entry, layer in in_order_of_modules([*tower_table(model), *projector_table(model)]):
-            yield _parameter(config, entry, layer, number=layer)
+            yield _parameter(config, table, entry, layer, number=layer)
     for entry, layer in in_order_of_modules(language, len(layers)):
         embeds = entry.key == EMBEDDING
         if entry.layers is not None or (first if embeds else last):
             copied = apart and (embeds or entry.key == OUTPUT)
             number = None if layer is None else layers[layer]
-            yield _parameter(config, entry, layer, number=number, shared=copied)
+            yield _parameter(config, table, entry, layer, number=number, shared=copied)
 
 
 def _parameter(
-    config: Config, entry: Entry, layer: int | None, *, number: int | None, shared: bool = False
+    config: Config,
+    table: Table,
+    entry: Entry,
+    layer: int | None,
+    *,
+    number: int | None,
+    shared: bool = False,
 ) -> Parameter:
     """A parameter of a layer, which has a number here and one in the whole model."""
     assert entry.key is not None
@@ -106,6 +114,6 @@ def _parameter(
         name=entry.key.replace(".layers.", f".layers.{layer}."),
         shape=entry.shard_shape(config.parallel.tp),
         dtype="fp32" if entry.dtype == "float32" else dtype,
-        trained=learns(config, entry.key, number),
+        trained=table[tensor_of(config.model, entry.key, number)].trains,
         shared_embedding=shared,
     )
