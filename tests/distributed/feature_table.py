@@ -38,6 +38,8 @@ ELSEWHERE = {
     "train.fp8": "needs Transformer Engine and a GPU: `tests/gpu`",
     "train.fp8_bf16_layers": "needs Transformer Engine and a GPU: `tests/gpu`",
     "train.transformer_impl": "Transformer Engine needs a GPU: `tests/gpu`",
+    "train.ema_decay": "changes no weight; `test_ema` runs it in each layout",
+    "train.ema_start": "likewise",
     "train.seed": "one for all cases",
     "train.deterministic": "changes kernels of a GPU; `test_command_line` runs it on a CPU",
     "train.device": "`tests/gpu` runs on a GPU what it can hold",

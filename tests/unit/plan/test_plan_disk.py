@@ -13,7 +13,7 @@ from dattn_mcore.training.ema import Ema
 from dattn_mcore.training.optimizer import wrap_ddp
 from tests.unit.checkpoint.runs import small_run
 from tests.unit.convert.convert_helpers import make_tokenizer, small_config
-from tools.checkpoint_convert.mcore_to_hf import convert
+from tools.checkpoint_convert.mcore_to_hf import ExportOptions, convert
 from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
 
 # `torch.save` pads and describes each tensor, and the small files of a checkpoint come on top.
@@ -40,7 +40,7 @@ def test_a_checkpoint_and_its_export_take_what_was_said(tmp_path, family, precis
     assert size.optimizer == found["optimizer"]
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert size.total < on_disk < size.total + A_TENSOR * 3 * len(stored) + A_CHECKPOINT
-    convert(folder, tmp_path / "hf")
+    convert(folder, tmp_path / "hf", ExportOptions(tokenizer=config.data.tokenizer))
     exported = SafetensorsFolder(tmp_path / "hf")
     assert size.export == sum(
         shape_size(exported.shapes[name]) * dtype.itemsize

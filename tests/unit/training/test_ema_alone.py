@@ -104,10 +104,11 @@ def test_it_begins_with_the_weights_of_a_checkpoint_that_has_none(config, tmp_pa
         convert(tmp_path, tmp_path / "hf", ExportOptions(ema=True))
 
 
-def test_it_is_exported_and_becomes_weights(saved, tmp_path):
+def test_it_is_exported_and_becomes_weights(saved, config, tmp_path):
     """With the converter's check, which must load the rounded mean and not the weights."""
     folder, _ = saved
-    done = convert(folder, tmp_path / "hf", ExportOptions(check=True, ema=True))
+    options = ExportOptions(tokenizer=config.data.tokenizer, check=True, ema=True)
+    done = convert(folder, tmp_path / "hf", options)
     assert "logits differ from the trainer's" in done.checked
     ema, plain = DistCheckpoint(folder, ema=True), DistCheckpoint(folder)
     exported, off = SafetensorsFolder(tmp_path / "hf"), 0.0
