@@ -10,6 +10,7 @@ Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353; names and shapes are tho
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
