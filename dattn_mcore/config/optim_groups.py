@@ -264,9 +264,7 @@ def _values(name: str, group: OptimGroup) -> Iterator[str]:
             yield f"{name}.{setting}={value} must be at least 0 and less than 1"
 
 
-def _unused(
-    name: str, group: OptimGroup, tensors: list[Tensor], table: Table
-) -> Iterator[str]:
+def _unused(name: str, group: OptimGroup, tensors: list[Tensor], table: Table) -> Iterator[str]:
     """Settings of a group that hold for no parameter."""
     given = [setting for setting in _SETTINGS[1:] if getattr(group, setting) is not None]
     learning = [table[tensor] for tensor in tensors if table[tensor].trains]
@@ -282,9 +280,7 @@ def _unused(
         )
 
 
-def _of_the_whole(
-    optim: OptimConfig, trains: tuple[Part, ...], table: Table
-) -> Iterator[str]:
+def _of_the_whole(optim: OptimConfig, trains: tuple[Part, ...], table: Table) -> Iterator[str]:
     if not any(settings.trains for settings in table.values()):
         yield (
             f"nothing learns: train.trains={list(trains)} and optim.groups leave all parameters "

@@ -142,9 +142,7 @@ def _chunk_learns(
     return any(learning.get(layer) for layer in chunk)
 
 
-def _of_layer(
-    keys: set[str], stack: str, needed: bool, computed: bool
-) -> tuple[Gradients, bool]:
+def _of_layer(keys: set[str], stack: str, needed: bool, computed: bool) -> tuple[Gradients, bool]:
     """Gradients of a layer.
 
     Args:

@@ -113,9 +113,7 @@ def test_as_plain_adamw_with_groups_by_hand(pool, digits, tmp_path, one_process)
     assert moved == {name for name in plain[0] if not plain[0][name].equal(plain[3][name])}
     assert 0 < len(moved) < len(ours[0])
     rates = [(row["lr"], row["lr_projector"], row["lr_group_1"]) for row in read_metrics(run_dir)]
-    assert rates == [
-        pytest.approx((3e-3 * share, 1e-3 * share, 6e-3 * share)) for share in RATES
-    ]
+    assert rates == [pytest.approx((3e-3 * share, 1e-3 * share, 6e-3 * share)) for share in RATES]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -123,9 +121,7 @@ def test_the_same_weights_in_every_layout(pool, digits, tmp_path, one_process, n
     """The sums are added in another order, and Adam divides by their size."""
     world_size, parallel = LAYOUTS[name]
     run_dir, _ = one_process
-    assert all(
-        pool.run(run_training, world_size, tree_for(digits, tmp_path, parallel=parallel))
-    )
+    assert all(pool.run(run_training, world_size, tree_for(digits, tmp_path, parallel=parallel)))
     for row, want in zip(read_metrics(tmp_path), read_metrics(run_dir), strict=True):
         assert row["loss"] == pytest.approx(want["loss"], abs=1e-5)
         assert row["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)

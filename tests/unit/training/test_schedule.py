@@ -12,8 +12,8 @@ from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import from_dict, load_config
 from dattn_mcore.config.schema import Config, OptimConfig, TrainConfig
 from dattn_mcore.errors import ConfigError
-from dattn_mcore.training.schedule import build_scheduler, rate_of
 from dattn_mcore.training.report import _learning_rates
+from dattn_mcore.training.schedule import build_scheduler, rate_of
 
 PEAK = 2e-3
 
@@ -131,7 +131,7 @@ def test_wsd_decays_at_the_end(decay, shares):
 
 
 def test_steps_do_not_depend_on_the_length_of_the_run():
-    for settings in (
+    for steps in (
         {"schedule": "cosine", "warmup_steps": 3, "decay_steps": 40},
         {"schedule": "linear", "warmup_steps": 0, "decay_steps": 40},
         {"schedule": "linear", "warmup_ratio": 0.1, "decay_steps": 40},
@@ -139,8 +139,8 @@ def test_steps_do_not_depend_on_the_length_of_the_run():
         {"schedule": "inverse_square_root", "warmup_steps": 3},
         {"schedule": "wsd", "warmup_steps": 3},
     ):
-        assert curve(30, **settings) == curve(10, **settings)[:11] + curve(30, **settings)[11:]
-        assert min(curve(30, **settings)) > 0
+        assert curve(30, **steps) == curve(10, **steps)[:11] + curve(30, **steps)[11:]
+        assert min(curve(30, **steps)) > 0
     past = curve(8, warmup_steps=1, decay_steps=4, min_lr=0.25)
     assert past[4:] == pytest.approx([0.25] * 5)
 
