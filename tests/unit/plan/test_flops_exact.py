@@ -62,7 +62,7 @@ UPPER = {"optim": {"groups": [{"patterns": "decoder.layers.{2..3}", "trains": Tr
 ABOVE = {
     "upper-layers": {},
     "one-linear": {"patterns": "decoder.layers.2.mlp.linear_fc2"},
-    "one-attention": {"patterns": "decoder.layers.1.self_attention.linear_q"},
+    "one-attention": {"patterns": "decoder.layers.1.self_attention"},
     "between": {"patterns": "decoder.layers.{0,2}.self_attention.linear_kv"},
     "a-norm": {"patterns": "decoder.layers.2.pre_mlp_layernorm"},
 }
