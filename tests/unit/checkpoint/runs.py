@@ -49,7 +49,8 @@ class SmallRun:
         for chunk in self.chunks:
             for parameter in chunk.parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.main_grad.copy_(noise)
+                if parameter.requires_grad:
+                    parameter.main_grad.copy_(noise)
         self.optimizer.step()
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Bytes on disk that are predicted, against those of a checkpoint that was saved."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -10,7 +11,6 @@ from dattn_mcore.config.load import from_dict
 from dattn_mcore.config.schema import CheckpointConfig
 from dattn_mcore.plan.disk import checkpoint_size, disk_lines
 from dattn_mcore.training.ema import Ema
-from dattn_mcore.training.optimizer import wrap_ddp
 from tests.unit.checkpoint.runs import small_run
 from tests.unit.convert.convert_helpers import make_tokenizer, small_config
 from tools.checkpoint_convert.mcore_to_hf import ExportOptions, convert
@@ -28,7 +28,8 @@ def test_a_checkpoint_and_its_export_take_what_was_said(tmp_path, family, precis
     train = replace(config.train, precision=precision, ema_decay=0.9, trains=trains)
     config = replace(config, train=train)
     with small_run(tmp_path / "run/checkpoints", config) as run:
-        run.saver.beside = Ema(config, wrap_ddp(run.chunks, config, run.groups)).sharded
+        model = [SimpleNamespace(module=chunk) for chunk in run.chunks]
+        run.saver.beside = Ema(config, model).sharded
         folder = run.saver.save(1)
     size, found = checkpoint_size(config), {"weights": 0, "optimizer": 0, "ema": 0, "rng": 0}
     stored = read_metadata(folder).state_dict_metadata

@@ -12,7 +12,6 @@ from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.checkpoint.load import choose_checkpoint
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.training.ema import Ema, start_ema
-from dattn_mcore.training.optimizer import wrap_ddp
 from tests.unit.checkpoint.runs import small_run
 from tests.unit.convert.convert_helpers import make_tokenizer, small_config
 from tools.checkpoint_convert.average import AverageOptions, average
@@ -26,6 +25,11 @@ DECAY = 0.75
 
 def done(step, loss=1.0):
     return SimpleNamespace(step=step, result=SimpleNamespace(loss=loss))
+
+
+def wrapped(run):
+    """As Megatron-Core's DDP, which the optimizer has around the same parameters already."""
+    return [SimpleNamespace(module=chunk) for chunk in run.chunks]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def saved(config, tmp_path_factory):
     """A run folder with step 3, and the mean that was expected, by the names of parameters."""
     root = tmp_path_factory.mktemp("ema") / "run/checkpoints"
     with small_run(root, config) as run:
-        ema = Ema(config, wrap_ddp(run.chunks, config, run.groups))
+        ema = Ema(config, wrapped(run))
         run.saver.beside = ema.sharded
         (means,) = ema.means
         learn = {name for name, p in run.chunks[0].named_parameters() if p.requires_grad}
@@ -75,7 +79,7 @@ def test_it_is_saved_and_goes_on_bit_for_bit(saved, config, caplog):
     folder, means = saved
     with small_run(folder / "checkpoints", config) as run:
         found = choose_checkpoint(folder)
-        model = wrap_ddp(run.chunks, config, run.groups)
+        model = wrapped(run)
         ema = start_ema(config, model, run.groups, found)
         assert not caplog.records
         for name, mean in ema.means[0].items():
@@ -92,7 +96,7 @@ def test_it_begins_with_the_weights_of_a_checkpoint_that_has_none(config, tmp_pa
     caplog.set_level(logging.INFO, "dattn_mcore.training.ema")
     with small_run(tmp_path / "checkpoints", config) as run:
         run.saver.save(7)
-        model = wrap_ddp(run.chunks, config, run.groups)
+        model = wrapped(run)
         ema = start_ema(config, model, run.groups, choose_checkpoint(tmp_path))
         for name, mean in ema.means[0].items():
             assert torch.equal(mean, run.weights()[name].float()), name
