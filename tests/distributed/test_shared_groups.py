@@ -69,7 +69,7 @@ def test_gradients_are_those_of_one_process(pool, name, fold):
         assert gradient.abs().max() > 1e-4, key
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=2e-5, msg=key)
     assert norm == pytest.approx(want, rel=1e-5)
-    assert loss == pytest.approx(plain, rel=1e-6)  # float32 sums in another order
+    assert loss == pytest.approx(plain, rel=1e-5)  # float32 sums in another order
 
 
 @pytest.mark.parametrize("name", ["tp4 on 2 groups, biases", "tp8 on 4 groups, norms of heads"])
