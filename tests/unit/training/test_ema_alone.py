@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tools.checkpoint_convert.mixing import split
 
 from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.checkpoint.load import choose_checkpoint
+from dattn_mcore.checkpoint.mixing import split
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.training.ema import Ema, start_ema
 from tests.unit.checkpoint.runs import small_run
