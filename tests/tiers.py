@@ -78,10 +78,13 @@ BY_PLACE = {
     "tests/unit/training/test_ema_alone.py": "trains",
     "tests/unit/training/test_exit_status.py": "processes",
     "tests/unit/training/test_export_beside.py": "processes",
+    "tests/unit/training/test_sinks.py::test_mlflow_goes_on_in_the_same_run": "processes",
+    "tests/unit/training/test_sinks.py::test_wandb_is_offline_and_goes_on_in_the_same_run": "processes",
     "tests/unit/training/test_signals.py::test_what_is_said_to_a_closed_terminal_ends_nothing": "processes",
 }
 # Those of more than 15 s, and of many alike: `make test` runs enough of each kind to see it break.
 SLOW = (
+    "tests/distributed/test_adapters.py::test_adapters_learn_as_in_one_process[tp2]",
     "tests/distributed/test_adapters.py::test_adapters_learn_as_in_one_process[pp2",
     "tests/distributed/test_adapters.py::test_adapters_learn_as_in_one_process[dp2",
     "tests/distributed/test_adapters.py::test_adapters_learn_as_in_one_process[tp2-pp2-sp",
@@ -93,6 +96,7 @@ SLOW = (
     "tests/distributed/test_adapters.py::test_a_resumed_run_is_bitwise_the_same[one",
     "tests/distributed/test_adapters.py::test_a_resumed_run_is_bitwise_the_same[tp2-pp2",
     "tests/distributed/test_adapters.py::test_dropout_draws_alike_where_inputs_are_alike",
+    "tests/distributed/test_adapters.py::test_the_projector_learns_beside_them",
     "tests/distributed/test_anyres.py::test_views_change_what_is_learned",
     # `make test` runs the families of the paper.
     "tests/distributed/test_convert_parallel.py::test_logits_and_features_equal_hugging_faces[gemma3",
@@ -106,6 +110,9 @@ SLOW = (
     "tests/distributed/test_convert_parallel.py::test_there_and_back_through_tp2_and_pp2_is_bitwise[qwen",
     "tests/distributed/test_convert_parallel.py::test_there_and_back_through_tp2_and_pp2_is_bitwise[smollm3",
     # Of baselines in parallel it runs one layout.
+    "tests/distributed/test_oracle.py::test_text_only_equals_hugging_face[llama-baseline",
+    "tests/distributed/test_oracle.py::test_text_only_equals_hugging_face[qwen3-baseline",
+    "tests/distributed/test_oracle.py::test_text_only_equals_hugging_face[smollm3-baseline",
     "tests/distributed/test_oracle.py::test_baseline_in_parallel_equals_hugging_face[tp2-",
     "tests/distributed/test_oracle.py::test_baseline_in_parallel_equals_hugging_face[pp2-",
     "tests/distributed/test_corrupt_corpus.py::test_killed_twice_with_another_dp_across_an_epochs_end",
@@ -129,6 +136,11 @@ SLOW = (
     "tests/distributed/test_former_releases.py::test_a_run_goes_on_to_the_same_losses[before_architectures-tp2",
     "tests/distributed/test_former_releases.py::test_a_run_goes_on_to_the_same_losses[with_architectures-dp2",
     "tests/distributed/test_health.py::test_a_rank_that_stands_still_ends_the_run[dead_loader",
+    "tests/distributed/test_held_out_loss.py::test_equal_in_every_layout_and_split[tp2-",
+    "tests/distributed/test_held_out_loss.py::test_equal_in_every_layout_and_split[dp2",
+    "tests/distributed/test_held_out_loss.py::test_nothing_held_out_is_trained_on",
+    "tests/distributed/test_held_out_loss.py::test_ratio_of_update_to_weights",
+    "tests/distributed/test_held_out_loss.py::test_validation_does_not_change_training",
     "tests/distributed/test_health.py::test_communication_share_is_measured_where_it_is_asked_for",
     "tests/distributed/test_killed.py::test_sigkill_at_any_moment",
     "tests/distributed/test_optim_groups.py::test_a_schedule_in_steps_goes_on_without_a_jump",
