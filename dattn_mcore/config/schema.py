@@ -205,9 +205,7 @@ class CheckpointConfig:
     keep_every: int | None = None  # those of a step that it divides stay for ever; null: none
     keep_best: int = 0  # so many of the best ones by best_by stay as well
     best_by: str | None = None  # a metric of validation or scores, as validation/loss
-    best_mode: Literal["auto", "min", "max"] = (
-        "auto"  # which is best; auto: min of a loss, else max
-    )
+    best_mode: Literal["auto", "min", "max"] = "auto"  # auto: min of a loss, max of all else
     also_export: bool = False  # a Hugging Face folder of each, run_dir/exports/step_XXXXXXXX
     resume: bool = True  # go on from the newest whole checkpoint of the run folder
     keep_optimizer_settings: bool = False  # on a resume: optim and schedule of the checkpoint
