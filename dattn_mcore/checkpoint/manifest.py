@@ -27,6 +27,7 @@ _ALWAYS = {"format", "step", "config", "files"}
 _OF_A_RUN = {"layout", "data_fingerprint", "dattn_mcore"}
 _LATER = {"data", "tokenizer"}  # not in the first manifests of format 1
 _SINCE_2 = {"digest", "schedule_steps"}
+_OPTIONAL = {"metrics", "hooks"}  # not in the first manifests of format 2
 
 
 class _Damaged(Exception):
@@ -41,6 +42,8 @@ def new_manifest(
     data: dict[str, Any] | None = None,
     data_fingerprint: str | None = None,
     schedule_steps: int | None = None,
+    metrics: dict[str, float] | None = None,
+    hooks: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The fields of a manifest, without files.
 
@@ -52,6 +55,8 @@ def new_manifest(
         data: identity of the data set.
         data_fingerprint: of that identity.
         schedule_steps: steps that the learning rate's schedule takes.
+        metrics: newest value of each metric that the run measures beside its training loss.
+        hooks: what the run's hooks remember over a resume, by name.
     """
     return {
         "format": FORMAT,
@@ -61,6 +66,8 @@ def new_manifest(
         "data_fingerprint": data_fingerprint,
         "data": data,
         "schedule_steps": schedule_steps,
+        "metrics": metrics or {},
+        "hooks": hooks or {},
         "tokenizer": tokenizer,
         "dattn_mcore": dattn_mcore.__version__,
         "config": to_dict(config),
@@ -180,6 +187,7 @@ def _check_fields(fields: dict[str, Any], path: Path) -> None:
     else:
         known |= _SINCE_2
         needed = known
+        known = known | _OPTIONAL
     for name in sorted(needed - fields.keys()):
         raise _Damaged(f"no {name}")
     for name in sorted(fields.keys() - known):
@@ -213,6 +221,11 @@ def _check_values(fields: dict[str, Any]) -> None:
     for name in _LATER & fields.keys():
         if not isinstance(fields[name], dict) and (of_a_run or name != "data"):
             raise _Damaged(f"{name} is no mapping")
+    metrics = fields.get("metrics", {})
+    if not isinstance(metrics, dict) or not all(type(v) in (int, float) for v in metrics.values()):
+        raise _Damaged("metrics are no numbers")
+    if not isinstance(fields.get("hooks", {}), dict):
+        raise _Damaged("hooks is no mapping")
     tokenizer = fields.get("tokenizer", {})
     if not all(isinstance(value, str | None) for value in tokenizer.values()):
         raise _Damaged("tokenizer is no text")

@@ -99,11 +99,19 @@ class CheckpointSaver:
         # What it says of a failure stands in the error that ends the run.
         logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
-    def save(self, step: int) -> Path | None:
+    def save(
+        self,
+        step: int,
+        *,
+        metrics: dict[str, float] | None = None,
+        hooks: dict[str, Any] | None = None,
+    ) -> Path | None:
         """Saves model, optimizer, RNG and position; waits for an asynchronous save before it.
 
         Args:
             step: optimizer steps done; also the position in the data.
+            metrics: newest value of each, by name.
+            hooks: what the run's hooks remember, plain values by name.
 
         Returns:
             The finished folder; None where `poll` will finish it.
@@ -114,7 +122,7 @@ class CheckpointSaver:
         self.poll(blocking=True)
         final = manifest.checkpoint_folder(self.root, step)
         layout = state.layout_of(self.pg_collection)
-        pending = _Pending(final, self._manifest(step, layout))
+        pending = _Pending(final, self._manifest(step, layout, metrics or {}, hooks or {}))
         failure = None
         if dist.get_rank() == 0:
             try:
@@ -218,7 +226,13 @@ class CheckpointSaver:
             self._results.start()
         return self._results.Queue()
 
-    def _manifest(self, step: int, layout: tuple[int, int]) -> dict[str, Any]:
+    def _manifest(
+        self,
+        step: int,
+        layout: tuple[int, int],
+        metrics: dict[str, float],
+        hooks: dict[str, Any],
+    ) -> dict[str, Any]:
         return manifest.new_manifest(
             self.config,
             step,
@@ -227,6 +241,8 @@ class CheckpointSaver:
             data=self.data_identity,
             data_fingerprint=fingerprint_of(self.data_identity),
             schedule_steps=self.schedule_steps,
+            metrics=metrics,
+            hooks=hooks,
         )
 
     def _hash(self, pending: _Pending) -> None:

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import math
 
-from dattn_mcore.config import export_rules, model_rules, training_rules, value_rules
+from dattn_mcore.config import (
+    export_rules,
+    model_rules,
+    training_rules,
+    validation_rules,
+    value_rules,
+)
 from dattn_mcore.config.schema import Config
 from dattn_mcore.config.words import unknown_words
 from dattn_mcore.errors import ConfigError
@@ -28,6 +34,7 @@ _ACROSS = (
     training_rules.overlap,
     training_rules.recompute,
     training_rules.fp8,
+    validation_rules.held_out,
     training_rules.unbuilt,
 )
 

@@ -27,11 +27,9 @@ _OTHER_NAMES = {
 }
 # What others have a setting for and this project has not: words of such a setting, and what to say.
 _ABSENT: dict[frozenset[str], str] = {
-    frozenset({"wandb", "mlflow", "comet", "neptune", "swanlab"}): (
-        "metrics go to metrics.jsonl and TensorBoard (log.tensorboard), nowhere else"
-    ),
-    frozenset({"val", "valid", "validation", "validate", "eval", "evaluation", "evaluate"}): (
-        "nothing is evaluated while a model trains; score it with python -m dattn_mcore.evaluation"
+    frozenset({"comet", "neptune", "swanlab", "clearml", "aim"}): (
+        "metrics go to metrics.jsonl, TensorBoard, Weights & Biases and MLflow (log.tensorboard, "
+        "log.wandb, log.mlflow), nowhere else"
     ),
 }
 _MOST = 2  # suggestions

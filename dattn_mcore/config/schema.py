@@ -33,6 +33,7 @@ __all__ = [
     "ProjectorConfig",
     "SourceConfig",
     "TrainConfig",
+    "ValidationConfig",
     "VisionConfig",
 ]
 ImagePolicy = Literal["stretch", "pad", "crop", "anyres_stretch", "anyres_letterbox"]
@@ -145,6 +146,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """The loss on samples that are not trained on; off without sources and share."""
+
+    sources: tuple[SourceConfig, ...] = ()  # of their own, which training does not have
+    share: float = 0.0  # of the training samples, held out by a hash of the first image or record
+    salt: str = ""  # another one holds other samples out
+    interval: int | None = None  # steps between passes; null: after the last step only
+    samples: int | None = None  # most samples of a pass, the same ones each time; null: all
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Where weights come from and go to."""
 
@@ -171,7 +183,14 @@ class LogConfig:
 
     run_dir: str = "runs/digits_pretrain"  # metrics, checkpoints, reports, settings
     interval: int = 10  # steps between lines
+    run_name: str | None = None  # in trackers; null: the name of run_dir's folder
+    project: str = "dattn"  # in trackers, which group runs by it
     tensorboard: bool = True  # write run_dir/tensorboard
+    wandb: bool = False  # Weights & Biases; offline in run_dir/wandb unless a server is named
+    wandb_server: str | None = None  # its address; null: that of WANDB_BASE_URL, or offline
+    mlflow: bool = False  # MLflow; in run_dir/mlruns unless a server is named
+    mlflow_server: str | None = None  # its tracking URI; null: MLFLOW_TRACKING_URI, or the folder
+    update_ratio: bool = False  # of each part; copies the main weights in the last step of one
     communication_share: bool = False  # measured by a profiler in the last step of an interval
 
 
@@ -185,6 +204,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -69,6 +69,8 @@ _POSITIVE_OR_NULL = {
     "optim.lr_projector": "null for optim.lr",
     "optim.lr_vision": "null for optim.lr",
     "train.steps": "null for train.epochs",
+    "validation.interval": "null for the end of the run alone",
+    "validation.samples": "null for all",
 }
 _AT_LEAST_ZERO = {
     "model.llm.rope.query_scale_beta": "0: none",

@@ -34,6 +34,8 @@ class MicroBatch:
             for an image of one tile. An image's visual rows are those of its base view, then
             those of its canvas, both row-major. Empty: every tile is an image of its own.
         samples: Number of each sample in the index, where there is one.
+        groups: Group of each sample, whose loss is counted apart; empty: none is.
+        num_groups: How many groups the data set has; 0: its samples have none.
     """
 
     layouts: tuple[Layout, ...]
@@ -45,6 +47,8 @@ class MicroBatch:
     num_samples: int
     image_grids: tuple[tuple[int, int], ...] = ()
     samples: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+    num_groups: int = 0
 
 
 @dataclass

@@ -9,10 +9,13 @@ first fifth of the file is held out: no digit of it is in a training mosaic, and
 writer stand together, hardly a writer.
 
 Written below the output folder:
-    images/{align,train,heldout}/NN/NNNNN.jpg   mosaics
+    images/{align,train,heldout,heldout_align}/NN/NNNNN.jpg
+                                            mosaics
     align.json, pretrain.json               captions that read the four digits; in order, or, of
                                             every second picture of pretrain, behind their places
     instruct.json                           questions with one short answer
+    heldout_{align,pretrain,instruct}.json  the same about held-out digits, for the held-out loss;
+                                            instruct has the questions of the file below
     heldout_questions.jsonl                 {question_id, image, text, category, answer}
     tokenizer.model                         SentencePiece, trained on the text above
     prepared.json                           what made it; written last
@@ -38,6 +41,7 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.digits_questions import (
     Mosaic,
     all_texts,
+    as_record,
     caption,
     caption_with_places,
     conversation,
@@ -47,9 +51,11 @@ from dattn_mcore.data.tokenizer import train_tokenizer
 from dattn_mcore.errors import DataError
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 3  # raise it when the same sizes would write other files
+_VERSION = 4  # raise it when the same sizes would write other files
 CELL_PIXELS = 28
-ANNOTATIONS = ("align.json", "pretrain.json", "instruct.json")
+STAGES = ("align", "pretrain", "instruct")
+ANNOTATIONS = tuple(f"{stage}.json" for stage in STAGES)
+_ALL_ANNOTATIONS = (*ANNOTATIONS, *(f"heldout_{stage}.json" for stage in STAGES))
 _HELD_OUT_SHARE = 0.2
 _JPEG_QUALITY = 92
 
@@ -125,7 +131,12 @@ def prepare_configured(config: Config) -> None:
     data = config.data
     annotations = Path(data.annotations)
     embedded = data.prepare == "digits" and not data.sources and annotations.name in ANNOTATIONS
-    if embedded and not annotations.exists():
+    if not embedded:
+        return
+    own = [Path(source.annotations) for source in config.validation.sources]
+    own = [path for path in own if path.parent == annotations.parent]
+    needed = [annotations, *(path for path in own if path.name in _ALL_ANNOTATIONS)]
+    if not all(path.exists() for path in needed):
         _LOG.info("preparing handwritten digits in %s", annotations.parent)
         prepare_digits(annotations.parent)
 
@@ -166,19 +177,42 @@ def _write(folder: Path, sizes: DigitsSizes) -> None:
     instruct = [conversation(i, train, rng) for i in range(sizes.instruct)]
     questions = [held_out_question(i, mosaic, rng) for i, mosaic in enumerate(heldout)]
     alike = _write_mosaics(folder, "align", images, labels, sizes.align, rng, vary=True, alike=True)
-    align = [caption("align", i, mosaic) for i, mosaic in enumerate(alike)]
-    pretrain = [
-        caption_with_places("pretrain", i, mosaic, rng) if i % 2 else caption("pretrain", i, mosaic)
-        for i, mosaic in enumerate(train[: sizes.pretrain])
-    ]
-    for name, records in (("align", align), ("pretrain", pretrain), ("instruct", instruct)):
-        (folder / f"{name}.json").write_text(
-            "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n", "utf-8"
-        )
+    _write_records(folder, "align", [caption("align", i, m) for i, m in enumerate(alike)])
+    pretrain = _captions("pretrain", train[: sizes.pretrain], rng)
+    _write_records(folder, "pretrain", pretrain)
+    _write_records(folder, "instruct", instruct)
     (folder / "heldout_questions.jsonl").write_text(
         "".join(json.dumps(question) + "\n" for question in questions), "utf-8"
     )
+    # Last, so that all before is what it was when there was no held-out loss.
+    alike = _write_mosaics(
+        folder,
+        "heldout_align",
+        heldout_images,
+        heldout_labels,
+        sizes.heldout,
+        rng,
+        vary=False,
+        alike=True,
+    )
+    captions = [caption("heldout-align", i, mosaic) for i, mosaic in enumerate(alike)]
+    _write_records(folder, "heldout_align", captions)
+    _write_records(folder, "heldout_pretrain", _captions("heldout-pretrain", heldout, rng))
+    _write_records(folder, "heldout_instruct", [as_record(question) for question in questions])
     train_tokenizer(all_texts(), folder / "tokenizer.model", sizes.vocab_size)
+
+
+def _captions(stage: str, mosaics: list[Mosaic], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Captions of mosaics: digits in order, or, of every second picture, behind their places."""
+    return [
+        caption_with_places(stage, i, mosaic, rng) if i % 2 else caption(stage, i, mosaic)
+        for i, mosaic in enumerate(mosaics)
+    ]
+
+
+def _write_records(folder: Path, name: str, records: list[dict[str, Any]]) -> None:
+    text = "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n"
+    (folder / f"{name}.json").write_text(text, "utf-8")
 
 
 def _load_digits() -> tuple[np.ndarray, np.ndarray]:

@@ -117,6 +117,12 @@ def held_out_question(number: int, mosaic: Mosaic, rng: np.random.Generator) -> 
     }
 
 
+def as_record(question: dict[str, Any]) -> dict[str, Any]:
+    """A question of the held-out part as a conversation, for the held-out loss."""
+    turn = (f"<image>\n{question['text']}", question["answer"])
+    return _record(question["question_id"], question["image"], [turn])
+
+
 def _record(name: str, image: str | list[str] | None, turns: list[tuple[str, str]]) -> dict:
     record: dict[str, Any] = {"id": name}
     if image is not None:

@@ -122,13 +122,19 @@ class FullSteps:
         return min(max(position, start + 1), last)
 
 
-def shares_of(index: Index) -> list[Share]:
+def shares_of(index: Index, away: np.ndarray | None = None) -> list[Share]:
     """What an epoch takes of each source of an index.
+
+    Args:
+        index: Of the data set.
+        away: Bool [samples], those that are not trained on though they could be.
 
     Raises:
         DataError: It takes nothing: no sample is usable, or the weights are too small.
     """
-    usable = np.asarray(index.usable)
+    usable = np.asarray(index.usable) == 1
+    if away is not None:
+        usable &= ~away
     shares = [
         Share(start + np.flatnonzero(usable[start:end]), source.weight)
         for (start, end), source in zip(index.source_ranges(), index.settings.sources, strict=True)

@@ -47,6 +47,9 @@ class ModelInputs:
         tiles: uint8 [tiles, 3, size, size]; None off the first stage or without images.
         image_grids: (columns, rows) of each image's canvas in tiles, (0, 0) for one tile; empty:
             every tile is an image of its own.
+        groups: int64 [labelled rows], the group of samples that each loss belongs to; None: the
+            loss is not divided by groups.
+        num_groups: how many there are in the run.
     """
 
     params: DecomposedSeqParams
@@ -54,6 +57,8 @@ class ModelInputs:
     labels: torch.Tensor
     tiles: torch.Tensor | None
     image_grids: tuple[tuple[int, int], ...] = ()
+    groups: torch.Tensor | None = None
+    num_groups: int = 0
 
 
 class DattnModel(LanguageModule):

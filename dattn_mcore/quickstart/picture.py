@@ -128,6 +128,11 @@ def _draw_losses(axes: Any, run: QuickstartRun) -> None:
         at = [start + step for step in steps]
         axes.plot(at, losses, color=_STAGE_COLOURS[stage], linewidth=2)
         highest = max(highest, *losses)
+        if run.validation(stage).exists():
+            steps, losses = read_losses(run.validation(stage))
+            places = [start + step for step in steps]
+            axes.plot(places, losses, color=_INK, linewidth=0, marker="o", markersize=4)
+            highest = max(highest, *losses)
         if start:
             axes.axvline(start, color=_GRID, linewidth=1, zorder=0)
         axes.text(
@@ -141,7 +146,9 @@ def _draw_losses(axes: Any, run: QuickstartRun) -> None:
         )
         start = at[-1]
     axes.set(xlim=(0, start), ylim=(0, highest * 1.05), xlabel="optimizer step", ylabel="loss")
-    axes.set_title("Training loss per stage", loc="left", fontweight="bold", pad=22)
+    axes.set_title(
+        "Loss per stage: training (lines), held-out (dots)", loc="left", fontweight="bold", pad=22
+    )
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ _OWN_SETTINGS = (
     "data.annotations",
     "data.image_folder",
     "data.tokenizer",
+    "validation.sources",
 )
 
 
@@ -59,6 +61,10 @@ class QuickstartRun:
         """The measurements of a stage."""
         return self.run_dir / stage / "metrics.jsonl"
 
+    def validation(self, stage: str) -> Path:
+        """Its measurements on held-out samples."""
+        return self.run_dir / stage / "validation.jsonl"
+
 
 def make_run(
     run_dir: Path, data: Path, overrides: Sequence[str] = (), processes: int = PROCESSES
@@ -92,6 +98,8 @@ def make_run(
                 f"data.annotations={data / stage}.json",
                 f"data.image_folder={data / 'images'}",
                 f"data.tokenizer={data / 'tokenizer.model'}",
+                f"validation.sources=[{{annotations: {data / f'heldout_{stage}'}.json, "
+                f"image_folder: {data / 'images'}}}]",
             ]
         config = load_config(ROOT / "configs" / f"digits_{stage}.yaml", own)
         check_config(config)
@@ -174,10 +182,10 @@ def _train(stage: str, config: Config, overrides: Sequence[str], processes: int)
         stage,
         f"train, stage {stage} ({', '.join(splits) or 'one process'})",
         (sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments),
-        f"torchrun {' '.join(arguments)}",
+        f"torchrun {shlex.join(arguments)}",
     )
 
 
 def _python(name: str, title: str, arguments: tuple[str, ...]) -> Step:
     command = (sys.executable, "-m", *arguments)
-    return Step(name, title, command, f"python -m {' '.join(arguments)}")
+    return Step(name, title, command, f"python -m {shlex.join(arguments)}")

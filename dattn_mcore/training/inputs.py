@@ -89,6 +89,15 @@ def to_model_inputs(
         if pg_collection.tp.size() > 1:
             source = get_pg_src_rank(pg_collection.tp)
             dist.broadcast(tiles, src=source, group=pg_collection.tp)
+    groups = None
+    if micro_batch.groups:
+        rows = [
+            sum(rows for visual, rows in layout if not visual) for layout in micro_batch.layouts
+        ]
+        of_rows = torch.repeat_interleave(torch.tensor(micro_batch.groups), torch.tensor(rows))
+        groups = of_rows[micro_batch.labels != IGNORED_LABEL].to(device, non_blocking=True)
+    elif micro_batch.num_groups:
+        groups = torch.empty(0, dtype=torch.int64, device=device)
     return ModelInputs(
         params=params,
         text_ids=F.pad(micro_batch.text_ids, padding).to(device, non_blocking=True),
@@ -97,4 +106,6 @@ def to_model_inputs(
         ),
         tiles=tiles,
         image_grids=micro_batch.image_grids,
+        groups=groups,
+        num_groups=micro_batch.num_groups,
     )

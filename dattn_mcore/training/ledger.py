@@ -11,42 +11,36 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dattn_mcore.data.batch import GlobalBatch
-from dattn_mcore.data.failures import (
-    SampleFailure,
-    nothing_to_train,
-    too_many,
-    unusable,
-)
+from dattn_mcore.config.schema import Config
+from dattn_mcore.data.failures import nothing_to_train, too_many, unusable
 from dattn_mcore.data.index.store import Index
+from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.steps import Steps
 from dattn_mcore.errors import DataError
+from dattn_mcore.training.hooks import Hook, StepDone
 from dattn_mcore.training.lines import drop_after, open_lines, read_lines
 
 logger = logging.getLogger(__name__)
 _SAID = 10  # samples that are named in the log
 
 
-class SampleLedger:
+class SampleLedger(Hook):
     """Keeps account of samples. Exists on rank 0 only.
 
     Args:
-        run_dir: the run's folder; its samples.jsonl says which samples each step had.
-        index: of the data set.
-        max_share: data.max_bad_share.
+        config: the run's; samples.jsonl of its folder says which samples each step had.
+        data: the training data.
         first_step: step the run starts or resumes at.
-        num_trainable: samples that epochs draw and that fit a micro-batch.
     """
 
-    def __init__(
-        self, run_dir: Path, index: Index, max_share: float, first_step: int, num_trainable: int
-    ) -> None:
-        self.run_dir, self.index, self.max_share = run_dir, index, max_share
-        self.num_trainable = num_trainable
+    def __init__(self, config: Config, data: DataPipeline, first_step: int) -> None:
+        run_dir = Path(config.log.run_dir)
+        self.run_dir, self.data, self.index = run_dir, data, data.index
+        self.max_share, self.num_trainable = config.data.max_bad_share, data.num_trainable
+        index = data.index
         self.path = run_dir / "bad_samples.jsonl"
         self.said = 0
         drop_after(self.path, first_step)
@@ -67,19 +61,13 @@ class SampleLedger:
                 self.path,
             )
 
-    def step(
-        self, step: int, batch: GlobalBatch, failures: Sequence[SampleFailure]
-    ) -> DataError | None:
+    def after_step(self, done: StepDone) -> DataError | None:
         """Notes what a step could not train on.
-
-        Args:
-            step: 1-based number of the step.
-            batch: what it was done on.
-            failures: samples that were masked, of all ranks.
 
         Returns:
             The error that ends the run, if too many samples are bad by now.
         """
+        step, batch, failures = done.step, done.batch, done.agreed.failures
         for failure in (*batch.skipped, *failures):
             self.lines.write(json.dumps(failure.line(step)) + "\n")
         for failure in failures:
@@ -101,10 +89,13 @@ class SampleLedger:
             return too_many(bad, len(self.index), self.max_share, reasons, left, where)
         return nothing_to_train(bad, len(self.index), reasons, left, where)
 
-    def close(self, steps: Steps, epoch_size: int) -> None:
+    def close(self, step: int, complete: bool) -> None:
         """Writes data_report.json and says what it counts."""
         self.lines.close()
-        report = data_report(self.run_dir, self.index, steps, epoch_size)
+        report = data_report(self.run_dir, self.index, self.data.steps, self.data.num_samples)
+        if (held_out := self.data.held_out) is not None:
+            report["held_out"] = int(held_out.validated.sum())
+            report["withheld"] = int(held_out.withheld.sum())
         text = json.dumps(report, indent=1) + "\n"
         (self.run_dir / "data_report.json").write_text(text, encoding="utf-8")
         left_out = [name for name in ("masked", "skipped", "unusable") if report[name]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from dattn_mcore.plan.flops import step_work
 from dattn_mcore.plan.rows import rows_of
 from dattn_mcore.training.agreement import Agreement, agree
 from dattn_mcore.training.communication import with_communication_share
+from dattn_mcore.training.hooks import StepDone
 from dattn_mcore.training.inputs import all_model_inputs
 from dattn_mcore.training.last_words import speaking, unexpected
 from dattn_mcore.training.memory import StepMemoryError, explain_memory
@@ -29,7 +29,7 @@ from dattn_mcore.training.not_finite import NotFiniteError, explain
 from dattn_mcore.training.optimizer import gathered_weights
 from dattn_mcore.training.run_folder import Claim, claimed
 from dattn_mcore.training.runtime import decide_runtime
-from dattn_mcore.training.setup import FINISHED, Run, cannot_report, set_up
+from dattn_mcore.training.setup import Run, set_up
 from dattn_mcore.training.signals import StopRequest
 from dattn_mcore.training.step import StepResult, train_step
 from dattn_mcore.training.watchdog import Watchdog
@@ -81,11 +81,11 @@ def _train(run: Run, claim: Claim) -> bool:
     try:
         with speaking(run.watchdog):
             step = _all_steps(run, stop, claim)
-            _say_saved(run.saver.poll(blocking=True))
+            run.hooks.saved(run.saver.poll(blocking=True))
             agree(claim.problem(), run.device)
     except DattnError as error:
         if error.shared:  # the same on every rank: a save that is under way is finished
-            _say_saved(run.saver.poll(blocking=True))
+            run.hooks.saved(run.saver.poll(blocking=True))
         raise
     finally:
         run.saver.close()
@@ -111,7 +111,16 @@ def _all_steps(run: Run, stop: StopRequest, claim: Claim) -> int:
         result, share = _one_step(run, step, batch, agreed)
         step += 1
         _finish_pending(run, claim)
-        problem = _note(run, step, batch, agreed, result, share)
+        problem = run.hooks.after_step(
+            StepDone(
+                step=step,
+                last_step=run.last_step,
+                result=result,
+                batch=batch,
+                agreed=agreed,
+                communication_share=share,
+            )
+        )
         if step % run.config.checkpoint.save_interval == 0 or step == run.last_step:
             agree(problem, run.device)  # a run that must end saves no more
             if _save(run, step, claim):
@@ -123,7 +132,7 @@ def _all_steps(run: Run, stop: StopRequest, claim: Claim) -> int:
 def _finish_pending(run: Run, claim: Claim, blocking: bool = False) -> None:
     """Finishes an asynchronous save; one that lost its folder on the way is given up."""
     try:
-        _say_saved(run.saver.poll(blocking=blocking))
+        run.hooks.saved(run.saver.poll(blocking=blocking))
     except CheckpointError:
         if not _said_by_first(claim.is_gone()):
             raise
@@ -192,7 +201,8 @@ def _one_step(
         train_step, run.model, run.optimizer, run.scheduler, inputs, run.pg_collection, flops
     )
     log = run.config.log
-    measures = run.reporter is not None and log.communication_share
+    measures = dist.get_rank() == 0 and log.communication_share
+    run.hooks.before_step(step + 1)
     try:
         if measures and (step + 1) % log.interval == 0:
             return with_communication_share(step_on)
@@ -203,26 +213,6 @@ def _one_step(
         raise explain_memory(error, step + 1, micro_batches, inputs, run.config) from error
 
 
-def _note(
-    run: Run,
-    step: int,
-    batch: GlobalBatch,
-    agreed: Agreement,
-    result: StepResult,
-    share: float | None,
-) -> DattnError | None:
-    """Reports a finished step; returns the error that ends the run, if there is one."""
-    if run.reporter is None or run.ledger is None:
-        return None
-    try:
-        run.reporter.step(step, result, batch, agreed, share)
-        return run.ledger.step(step, batch, agreed.failures)
-    except OSError as error:
-        return cannot_report(run.config, error)
-    except Exception as error:  # noqa: BLE001 (a defect; the other ranks must know)
-        return unexpected(error, f"reporting step {step}", Path(run.config.log.run_dir))
-
-
 def _save(run: Run, step: int, claim: Claim, unsaved: bool = True) -> bool:
     """Saves what is not saved, or is gone with the folder; returns whether it did."""
     _finish_pending(run, claim, blocking=True)
@@ -230,29 +220,17 @@ def _save(run: Run, step: int, claim: Claim, unsaved: bool = True) -> bool:
         return False
     limit = run.config.health.checkpoint_timeout_seconds
     run.watchdog.phase(f"saving after step {step}", limit, "health.checkpoint_timeout_seconds")
+    run.hooks.before_save(step)
     with gathered_weights(run.model, run.config):
-        _say_saved(run.saver.save(step))
-    if run.reporter is not None:
-        run.reporter.restart_clock(step)
+        folder = run.saver.save(step, metrics=run.hooks.metrics(), hooks=run.hooks.state())
+    run.hooks.saved(folder)
+    run.hooks.after_save(step)
     return True
 
 
-def _say_saved(folder: Path | None) -> None:
-    if folder is not None:
-        logger.info("saved %s", folder)
-
-
 def _close(run: Run, step: int) -> None:
-    """Writes the reports of the whole run, and that it is finished where it is."""
-    if run.reporter is not None and run.ledger is not None:
-        try:
-            run.reporter.close(step)
-            run.ledger.close(run.data.steps, run.data.num_samples)
-            if step == run.last_step:
-                done = Path(run.config.log.run_dir) / FINISHED
-                done.write_text(json.dumps({"step": step}), encoding="utf-8")
-        except OSError as error:
-            raise cannot_report(run.config, error) from None
+    """Lets the hooks write what concerns the whole run, and says how it ended."""
+    run.hooks.close(step, complete=step == run.last_step)
     if step < run.last_step:
         logger.info(
             "stopped by a signal at step %d of %d; start again to go on", step, run.last_step

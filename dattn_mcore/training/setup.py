@@ -24,29 +24,29 @@ from dattn_mcore.checkpoint.load import (
     resume,
 )
 from dattn_mcore.checkpoint.save import CheckpointSaver
-from dattn_mcore.config.load import from_dict, to_yaml
+from dattn_mcore.config.load import from_dict
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.validation_rules import validates
 from dattn_mcore.data.index.identity import difference
 from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.tokenizer import load_tokenizer
-from dattn_mcore.errors import CheckpointError, DataError, DattnError
+from dattn_mcore.data.validation import ValidationData
+from dattn_mcore.errors import DataError, DattnError
 from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import groups
 from dattn_mcore.training.agreement import agree
+from dattn_mcore.training.hooks import Hooks
+from dattn_mcore.training.hooks_of_run import FINISHED, build_hooks
 from dattn_mcore.training.inputs import needs_pixels
 from dattn_mcore.training.last_words import unexpected
-from dattn_mcore.training.ledger import SampleLedger
 from dattn_mcore.training.model import build_from_config, start_overlap
 from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
-from dattn_mcore.training.report import Reporter
 from dattn_mcore.training.resumed_settings import take_settings
 from dattn_mcore.training.start_checks import check_checkpoint_folder
 from dattn_mcore.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-FINISHED = "finished.json"  # in the run folder after the last step: for whoever starts runs again
-
 Found = tuple[Path, dict[str, Any]]  # a checkpoint's folder and its manifest
 
 
@@ -66,8 +66,7 @@ class Run:
         saver: writes checkpoints into the run's folder.
         first_step: steps that are done already.
         last_step: steps after which the run is complete.
-        reporter: on rank 0, which speaks for all.
-        ledger: on rank 0.
+        hooks: what happens around its steps.
     """
 
     config: Config
@@ -81,8 +80,7 @@ class Run:
     saver: CheckpointSaver
     first_step: int
     last_step: int
-    reporter: Reporter | None
-    ledger: SampleLedger | None
+    hooks: Hooks
 
 
 def set_up(
@@ -106,7 +104,7 @@ def set_up(
     """
     run_dir, health = Path(config.log.run_dir), config.health
     check_checkpoint_folder(run_dir, device)
-    data = _open_data_in_turn(config, pg_collection, device)
+    data, held_out = _open_data_in_turn(config, pg_collection, device)
     watchdog.phase(
         "loading", health.checkpoint_timeout_seconds, "health.checkpoint_timeout_seconds"
     )
@@ -124,16 +122,20 @@ def set_up(
         first = resume(*found, chunks, optimizer, pg_collection)
         scheduler.step(first)
         logger.info("resumed at step %d of %d", first, last)
-    reporter = ledger = problem = None
-    if dist.get_rank() == 0:
-        try:
-            (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            reporter = Reporter(config, run_dir, first, last)
-            share = config.data.max_bad_share
-            ledger = SampleLedger(run_dir, data.index, share, first, data.num_trainable)
-        except OSError as error:
-            problem = cannot_report(config, error)
-    agree(problem, device)
+    hooks = build_hooks(
+        config,
+        data,
+        held_out,
+        model,
+        optimizer,
+        pg_collection,
+        device=device,
+        watchdog=watchdog,
+        first_step=first,
+        last_step=last,
+    )
+    if found is not None:
+        hooks.restore(found[1].get("hooks", {}))
     saver = CheckpointSaver(
         root=run_dir / "checkpoints",
         config=config,
@@ -156,17 +158,7 @@ def set_up(
         saver=saver,
         first_step=first,
         last_step=last,
-        reporter=reporter,
-        ledger=ledger,
-    )
-
-
-def cannot_report(config: Config, error: OSError) -> CheckpointError:
-    """The error that ends a run whose reports cannot be written, a full disk above all."""
-    return CheckpointError(
-        f"log.run_dir={config.log.run_dir}: reports cannot be written there "
-        f"({error.strerror or error}); free space, or fix its permissions, and start again to go "
-        "on from the newest checkpoint"
+        hooks=hooks,
     )
 
 
@@ -186,19 +178,19 @@ def _schedule_of(manifest: dict[str, Any], data: DataPipeline) -> int:
 
 def _open_data_in_turn(
     config: Config, pg_collection: ProcessGroupCollection, device: torch.device
-) -> DataPipeline:
-    """Every rank's data; the run counts as unfinished from here on.
+) -> tuple[DataPipeline, ValidationData | None]:
+    """Every rank's data, held-out data too; the run counts as unfinished from here on.
 
     The first rank makes the index where it is absent; the others find it, or, on a machine that
     shares no disk with the first, their first one makes it there.
     """
-    data: DataPipeline | None = None
+    opened: tuple[DataPipeline, ValidationData | None] | None = None
     problem: DattnError | None = None
     speaks = dist.get_rank() == 0
     for turn, opens in enumerate((speaks, not speaks)):
         try:
             if opens:
-                data = _open_data(config, pg_collection, device)
+                opened = _open_data(config, pg_collection, device)
             if opens and speaks:
                 (Path(config.log.run_dir) / FINISHED).unlink(missing_ok=True)
         except DattnError as error:
@@ -207,9 +199,9 @@ def _open_data_in_turn(
             problem = unexpected(error, "opening the data", Path(config.log.run_dir))
         groups.wait_for_all(f"data/{turn}")  # an index of millions of samples takes long
         agree(problem, device)
-    assert data is not None
-    _check_same_data(data)
-    return data
+    assert opened is not None
+    _check_same_data(opened[0])
+    return opened
 
 
 def _check_same_data(data: DataPipeline) -> None:
@@ -231,10 +223,11 @@ def _check_same_data(data: DataPipeline) -> None:
 
 def _open_data(
     config: Config, pg_collection: ProcessGroupCollection, device: torch.device
-) -> DataPipeline:
-    return DataPipeline(
+) -> tuple[DataPipeline, ValidationData | None]:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    data = DataPipeline(
         config,
-        load_tokenizer(config.data.tokenizer),
+        tokenizer,
         dp_rank=get_pg_rank(pg_collection.dp),
         dp_size=pg_collection.dp.size(),
         microbatch_multiple=config.parallel.pp if config.parallel.vpp > 1 else 1,
@@ -242,6 +235,7 @@ def _open_data(
         image_device="cpu" if device.type == "cpu" else "gpu",
         image_device_id=device.index,
     )
+    return data, ValidationData(config, tokenizer, data) if validates(config) else None
 
 
 def _build(

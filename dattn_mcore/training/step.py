@@ -36,6 +36,8 @@ class StepResult:
         supervised_tokens: tokens with a loss in the global batch.
         model_flops: operations of the global batch, forward and backward, without recompute.
         rates: the learning rate that was used, by the peak rate of the parameters it holds for.
+        by_group: float64 [groups, 2], on every rank: sum of losses and count of supervised tokens
+            of each group of samples (`ModelInputs.groups`); None where they have none.
     """
 
     loss: float | None
@@ -43,6 +45,7 @@ class StepResult:
     supervised_tokens: int
     model_flops: float
     rates: dict[float, float]
+    by_group: torch.Tensor | None = None
 
 
 def _loss_sum(
@@ -51,7 +54,13 @@ def _loss_sum(
     """Sum and count, so that the mean does not depend on how samples are split into packs."""
     count = (inputs.labels != IGNORED_LABEL).sum()
     total = losses.sum()
-    report = torch.stack([total.detach().double(), count.double()])
+    report = torch.stack([total.detach().double(), count.double()])[None]
+    if inputs.groups is not None:
+        by_group = report.new_zeros(inputs.num_groups, 2)
+        if inputs.groups.numel():  # without a label there is one loss of zero, of no row
+            pairs = torch.stack([losses.detach().double(), torch.ones_like(losses).double()], dim=1)
+            by_group.index_add_(0, inputs.groups, pairs)
+        report = torch.cat([report, by_group])
     return total, count.int(), {"sums": report}
 
 
@@ -92,15 +101,16 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     reports = run_schedule(model, micro_batches, pg_collection, forward_only=False)
-    sums = sum_reports(reports, micro_batches[0].labels.device, model_flops)
-    supervised, flops = int(sums[1]), float(sums[2])
+    sums, flops = sum_reports(reports, micro_batches[0], model_flops)
+    supervised = int(sums[0, 1])
+    by_group = sums[1:].cpu() if len(sums) > 1 else None
     rates = {group.get("max_lr", scheduler.max_lr): group["lr"] for group in optimizer.param_groups}
     if not supervised:
         scheduler.step(1)
-        return StepResult(None, None, 0, flops, rates)
-    loss = float(sums[0] / sums[1])
+        return StepResult(None, None, 0, flops, rates, by_group)
+    loss = float(sums[0, 0] / sums[0, 1])
     if not math.isfinite(loss):
-        packs = tuple(i for i, report in enumerate(reports) if not report[0].isfinite())
+        packs = tuple(i for i, report in enumerate(reports) if not report[0, 0].isfinite())
         raise NotFiniteError("loss", loss, packs)
     try:
         _, grad_norm, _ = optimizer.step()
@@ -109,7 +119,7 @@ def train_step(
             raise StepMemoryError.of(error, None) from error
         raise
     scheduler.step(1)
-    return StepResult(loss, float(grad_norm or 0.0), supervised, flops, rates)
+    return StepResult(loss, float(grad_norm or 0.0), supervised, flops, rates, by_group)
 
 
 def run_schedule(
@@ -121,8 +131,9 @@ def run_schedule(
     """Forward (and backward) over all micro-batches.
 
     Returns:
-        For each micro-batch float64 [2]: sum of losses and count of supervised tokens. Empty but
-        on the first tensor rank of the last stage, so that a sum over ranks counts each once.
+        For each micro-batch float64 [1 + groups, 2]: sum of losses and count of supervised tokens,
+        of all its rows and of those of each group. Empty but on the first tensor rank of the last
+        stage, so that a sum over ranks counts each once.
     """
     begun = [Begun(micro_batches) for _ in model]
     iterators: Any = begun
@@ -149,17 +160,23 @@ def run_schedule(
 
 
 def sum_reports(
-    reports: list[torch.Tensor], device: torch.device, model_flops: float
-) -> torch.Tensor:
+    reports: list[torch.Tensor], like: ModelInputs, model_flops: float = 0.0
+) -> tuple[torch.Tensor, float]:
     """Adds up what `run_schedule` returned, over all ranks of the run.
 
+    Args:
+        reports: from it.
+        like: one of its micro-batches.
+        model_flops: operations of this replica's packs.
+
     Returns:
-        float64 [3]: losses, supervised tokens, operations.
+        float64 [1 + groups, 2], losses and supervised tokens; and operations.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    size = 1 + (like.num_groups if like.groups is not None else 0)
+    sums = torch.zeros(2 * size + 1, dtype=torch.float64, device=like.labels.device)
     for report in reports:
-        sums[:2] += report
+        sums[:-1] += report.flatten()
     if reports:  # one rank of a replica speaks for it
-        sums[2] = model_flops
+        sums[-1] = model_flops
     dist.all_reduce(sums)
-    return sums
+    return sums[:-1].view(size, 2), float(sums[-1])

@@ -8,7 +8,7 @@ from typing import Any
 
 from dattn_mcore.config.load import from_dict
 from dattn_mcore.config.saved import with_old_settings
-from dattn_mcore.config.schema import DataConfig
+from dattn_mcore.config.schema import DataConfig, ValidationConfig
 from dattn_mcore.data.image_rules import rules_of
 from dattn_mcore.data.index.layout import digest
 from dattn_mcore.data.index.store import Index
@@ -21,9 +21,20 @@ _SETTINGS = {
 }
 
 
-def identity_of(index: Index, data: DataConfig) -> dict[str, Any]:
-    """Plain values that tell one data set from another: digests, settings, counts."""
+def identity_of(
+    index: Index, data: DataConfig, validation: ValidationConfig | None = None
+) -> dict[str, Any]:
+    """Plain values that tell one data set from another: digests, settings, counts.
+
+    Args:
+        index: Of the data set.
+        data: How it is read.
+        validation: What is split off from it.
+    """
     settings = index.settings
+    split = {}
+    if validation is not None and validation.share:  # without one, as it was before there was any
+        split = {"held_out": {"share": validation.share, "salt": validation.salt}}
     return {
         "content": index.content["content"],
         "usable": index.content["usable"],
@@ -33,6 +44,7 @@ def identity_of(index: Index, data: DataConfig) -> dict[str, Any]:
         "num_samples": len(index),
         "num_usable": index.num_usable,
         "images": image_settings_of(data),
+        **split,
     }
 
 
@@ -95,5 +107,7 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     elif there["usable"] != here["usable"]:
         counts = f"{there['num_usable']:,} there, {here['num_usable']:,} here"
         parts.append(f"which samples are usable ({counts})")
+    if there.get("held_out") != here.get("held_out"):
+        parts.append("what is held out (validation.share, validation.salt)")
     parts += [words for name, words in _SETTINGS.items() if there[name] != here[name]]
     return ", ".join(parts)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from dattn_mcore.config.load import load_config
+from dattn_mcore.training.interval import learning_rates
 from dattn_mcore.training.optimizer import build_scheduler
-from dattn_mcore.training.report import _learning_rates
 
 PEAK = 2e-3
 
@@ -88,6 +88,6 @@ def test_no_step_has_rate_zero_wherever_the_run_goes_on(
 
 def test_the_report_names_the_rates_of_parts():
     config = load_config(None, ["optim.lr=1.0", "optim.lr_projector=3.0", "optim.lr_vision=1.0"])
-    assert _learning_rates(config, {1.0: 0.1, 3.0: 0.3}) == {"lr": 0.1, "lr_projector": 0.3}
+    assert learning_rates(config, {1.0: 0.1, 3.0: 0.3}) == {"lr": 0.1, "lr_projector": 0.3}
     # The projector alone learns, at a rate of its own.
-    assert _learning_rates(config, {3.0: 0.3}) == {"lr": 0.3, "lr_projector": 0.3}
+    assert learning_rates(config, {3.0: 0.3}) == {"lr": 0.3, "lr_projector": 0.3}

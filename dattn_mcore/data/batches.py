@@ -1,0 +1,207 @@
+"""From the numbers of samples to one rank's packed micro-batches: fitted, packed, read, decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.data.balance import row_work, split_over_ranks
+from dattn_mcore.data.batch import GlobalBatch, MicroBatch
+from dattn_mcore.data.budgets import skipped_samples
+from dattn_mcore.data.failures import SampleFailure
+from dattn_mcore.data.images import ImageLoader
+from dattn_mcore.data.index.store import Index
+from dattn_mcore.data.packing import Pack, make_packs
+from dattn_mcore.data.samples import FittedSample, SampleReader
+from dattn_mcore.data.share import RankShare
+from dattn_mcore.data.templates import EncodedSample
+from dattn_mcore.data.tokenizer import Tokenizer
+from dattn_mcore.errors import DataError
+
+
+class BatchBuilder:
+    """Builds this rank's part of a global batch from the numbers of its samples.
+
+    Args:
+        config: The run, checked.
+        index: That the numbers refer to.
+        tokenizer: The one it was made with.
+        share: Which part of a batch this rank takes.
+
+    Attributes:
+        skipped: Whether each sample of the index fits no micro-batch, bool [samples].
+        groups: Names of the groups that losses are counted by: of each source the samples with
+            images, then those of text alone.
+    """
+
+    def __init__(
+        self, config: Config, index: Index, tokenizer: Tokenizer, share: RankShare
+    ) -> None:
+        data, vision = config.data, config.model.vision
+        self._config, self._index, self._share = config, index, share
+        self._rows_per_tile = vision.rows_per_tile
+        self.skipped = skipped_samples(index, config)
+        self.groups = groups_of(index)
+        self._source_ends = np.array([end for _, end in index.source_ranges()])
+        self._reader = SampleReader(index, tokenizer, self._rows_per_tile, data.max_image_pixels)
+        self._images: ImageLoader | None = None
+        if share.needs_pixels and index.content["num_images"]:
+            self._reader.check_folders()
+            self._images = ImageLoader.of(config, share.image_device, share.image_device_id)
+
+    def close(self) -> None:
+        """Ends the threads; only when no batch is being built."""
+        if self._images is not None:
+            self._images.close()
+        self._reader.close()
+
+    def fit(self, numbers: Sequence[int]) -> tuple[list[FittedSample], list[SampleFailure]]:
+        """Divides samples into those that take part and those that fit no micro-batch.
+
+        Raises:
+            DataError: One of the latter, with `data.over_budget=error`.
+        """
+        fitted, skipped = [], []
+        for number in numbers:
+            found = self._fit(number)
+            if isinstance(found, FittedSample):
+                fitted.append(found)
+            else:
+                skipped.append(found)
+        return fitted, skipped
+
+    def build(self, step: int, numbers: Sequence[int]) -> GlobalBatch:
+        """Makes one global batch, start to end.
+
+        Args:
+            step: Its number.
+            numbers: Of its samples, in order.
+
+        Raises:
+            DataError: A sample over budget with `data.over_budget=error`.
+        """
+        self._reader.make_room()
+        fitted, skipped = self.fit(numbers)
+        data = self._config.data
+        budgets = (data.text_budget, data.visual_budget)
+        lengths = [(item.text_rows, item.num_tiles * self._rows_per_tile) for item in fitted]
+        packs = make_packs(lengths, *budgets, self._share.pack_multiple)
+        work = row_work(self._config)
+        share = self._share
+        mine = split_over_ranks(packs, lengths, share.dp_size, budgets, work)[share.dp_rank]
+        failures: list[SampleFailure] = []
+        tiles = self._tiles([fitted[index] for pack in mine for index in pack], failures)
+        return GlobalBatch(
+            step=step,
+            microbatches=[self._micro_batch(fitted, pack, tiles, failures) for pack in mine],
+            samples=tuple(numbers),
+            sample_ids=tuple(self._index.ids(numbers)),
+            skipped=tuple(skipped),
+            truncated=tuple(
+                item.indexed.id for item in fitted if item.text_rows < item.indexed.text_rows
+            ),
+            failures=tuple(failures),
+            text_tokens=sum(text for text, _ in lengths),
+            visual_tokens=sum(visual for _, visual in lengths),
+        )
+
+    def _fit(self, number: int) -> FittedSample | SampleFailure:
+        """Applies `data.over_budget` to a sample that fits no pack (see `skipped_samples`)."""
+        data = self._config.data
+        if not self.skipped[number]:
+            cuts = data.over_budget == "truncate"
+            return self._reader.fit(number, data.text_budget if cuts else None)
+        row = self._index.samples[number]
+        name = self._index.name(row)
+        text, visual = int(row["text_rows"]), int(row["num_tiles"]) * self._rows_per_tile
+        reason = (
+            f"{text} text and {visual} visual rows; data.text_budget is {data.text_budget}, "
+            f"data.visual_budget is {data.visual_budget}"
+        )
+        if data.over_budget == "error":
+            raise DataError(
+                f"annotation {name!r} has {reason}; raise them or set data.over_budget=skip"
+            )
+        return SampleFailure(sample=number, id=name, path=None, stage="budget", reason=reason)
+
+    def _tiles(self, fitted: list[FittedSample], failures: list[SampleFailure]) -> Iterator[Tensor]:
+        """Loads the images of a rank's packs together; yields the tiles of each sample in order."""
+        if self._images is None:
+            return iter(())
+        shown = [(item.indexed, image) for item in fitted for image in item.images]
+        tiles, bad = self._images.load([self._reader.request(*pair) for pair in shown])
+        for failure in bad:
+            sample, image = shown[failure.index]
+            failures.append(
+                SampleFailure(
+                    sample=sample.number,
+                    id=sample.id,
+                    path=image.place.name,
+                    stage=failure.stage,
+                    reason=failure.reason,
+                )
+            )
+        return iter(tiles.split([item.num_tiles for item in fitted]))
+
+    def _micro_batch(
+        self,
+        fitted: list[FittedSample],
+        pack: Pack,
+        tiles: Iterator[Tensor],
+        failures: list[SampleFailure],
+    ) -> MicroBatch:
+        """Concatenates the samples of a pack."""
+        members = [fitted[index] for index in pack]
+        encoded = [self._encode(item, failures) for item in members]
+        pixels = [next(tiles) for _ in members] if self._images is not None else []
+        num_tiles = sum(item.num_tiles for item in members)
+        return MicroBatch(
+            layouts=tuple(item.layout for item in encoded),
+            text_ids=torch.tensor([i for e in encoded for i in e.text_ids], dtype=torch.int64),
+            labels=torch.tensor([i for e in encoded for i in e.labels], dtype=torch.int64),
+            num_tiles=num_tiles,
+            tiles=torch.cat(pixels) if pixels and num_tiles else None,
+            samples=tuple(item.indexed.number for item in members),
+            sample_ids=tuple(item.indexed.id for item in members),
+            num_samples=len(members),
+            image_grids=tuple(image.grid for item in members for image in item.images),
+            groups=tuple(self._group(item) for item in members),
+            num_groups=len(self.groups),
+        )
+
+    def _group(self, fitted: FittedSample) -> int:
+        """Place in `groups`."""
+        source = int(np.searchsorted(self._source_ends, fitted.indexed.number, side="right"))
+        return 2 * source + (not fitted.images)
+
+    def _encode(self, fitted: FittedSample, failures: list[SampleFailure]) -> EncodedSample:
+        """Reads a sample's text; one that cannot be read any more is blank and a failure."""
+        try:
+            return self._reader.encode(fitted)
+        except (DataError, OSError) as error:
+            indexed = fitted.indexed
+            failures.append(
+                SampleFailure(
+                    indexed.number, indexed.id, None, "read", f"annotation {indexed.id!r}: {error}"
+                )
+            )
+            return self._reader.blank(fitted)
+
+
+def groups_of(index: Index) -> tuple[tuple[str, str], ...]:
+    """(source, kind) of each group of samples; the kind is `images` or `text_only`.
+
+    Sources of one name get a number.
+    """
+    groups: list[tuple[str, str]] = []
+    seen: dict[str, int] = {}
+    for source in index.settings.sources:
+        seen[source.name] = seen.get(source.name, 0) + 1
+        count = seen[source.name]
+        name = source.name if count == 1 else f"{source.name}_{count}"
+        groups += [(name, "images"), (name, "text_only")]
+    return tuple(groups)

@@ -1,0 +1,128 @@
+"""The hooks of a run, in order: one line for each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from dattn_mcore.config.load import to_yaml
+from dattn_mcore.config.schema import Config
+from dattn_mcore.data.index.identity import fingerprint_of
+from dattn_mcore.data.pipeline import DataPipeline
+from dattn_mcore.data.validation import ValidationData
+from dattn_mcore.errors import DattnError
+from dattn_mcore.training.agreement import agree
+from dattn_mcore.training.hooks import Hook, Hooks, cannot_report
+from dattn_mcore.training.interval import IntervalReport
+from dattn_mcore.training.last_words import unexpected
+from dattn_mcore.training.ledger import SampleLedger
+from dattn_mcore.training.part_norms import PartNorms
+from dattn_mcore.training.sample_log import SampleLog
+from dattn_mcore.training.sinks.build import build_sinks, check_trackers
+from dattn_mcore.training.sinks.run_facts import facts_of
+from dattn_mcore.training.sinks.sink import Sink
+from dattn_mcore.training.validation import Validation
+from dattn_mcore.training.watchdog import Watchdog
+
+FINISHED = "finished.json"  # in the run folder after the last step: for whoever starts runs again
+
+
+class Finished(Hook):
+    """Leaves a file in the run's folder when it is complete.
+
+    Args:
+        run_dir: the folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / FINISHED
+
+    def close(self, step: int, complete: bool) -> None:
+        """Writes it."""
+        if complete:
+            self._path.write_text(json.dumps({"step": step}), encoding="utf-8")
+
+
+def build_hooks(
+    config: Config,
+    data: DataPipeline,
+    held_out: ValidationData | None,
+    model: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    pg_collection: ProcessGroupCollection,
+    *,
+    device: torch.device,
+    watchdog: Watchdog,
+    first_step: int,
+    last_step: int,
+) -> Hooks:
+    """Opens what reports and measures; called by all ranks.
+
+    Args:
+        config: a checked configuration.
+        data: this rank's training data.
+        held_out: this rank's held-out data, where the run has some.
+        model: this stage's chunks.
+        optimizer: of these.
+        pg_collection: process groups.
+        device: of this process.
+        watchdog: of this process.
+        first_step: step the run starts or resumes at.
+        last_step: steps after which it is complete.
+
+    Raises:
+        DattnError: on every rank, what any rank ran into.
+    """
+    parts = PartNorms(
+        optimizer,
+        model,
+        pg_collection,
+        device=device,
+        interval=config.log.interval,
+        last_step=last_step,
+        updates=config.log.update_ratio,
+    )
+    hooks: list[Hook] = [parts]
+    sinks: list[Sink] = []
+    interval: IntervalReport | None = None
+    problem: DattnError | None = None
+    run_dir = Path(config.log.run_dir)
+    try:
+        if dist.get_rank() == 0:
+            (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            check_trackers(config)
+            fingerprint = fingerprint_of(data.identity)
+            facts = facts_of(config, first_step=first_step, data_fingerprint=fingerprint)
+            sinks = build_sinks(config, facts)
+            samples = SampleLog(config, run_dir, first_step)
+            interval = IntervalReport(config, sinks, samples, data.groups, parts, first_step)
+            hooks += [samples, interval, SampleLedger(config, data, first_step)]
+    except DattnError as error:
+        problem = error
+    except OSError as error:
+        problem = cannot_report(config, error)
+    except Exception as error:  # noqa: BLE001 (the other ranks must know)
+        problem = unexpected(error, "opening the reports", run_dir)
+    agree(problem, device)
+    if held_out is not None:
+        hooks.append(
+            Validation(
+                config,
+                held_out,
+                model,
+                pg_collection,
+                device=device,
+                watchdog=watchdog,
+                sinks=sinks,
+                interval=interval,
+            )
+        )
+    if dist.get_rank() == 0:
+        hooks.append(Finished(run_dir))
+    return Hooks(hooks, config)

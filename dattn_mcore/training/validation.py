@@ -1,0 +1,198 @@
+"""The held-out loss: every so many steps, and after the last one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from dattn_mcore.config.schema import Config
+from dattn_mcore.data.batch import GlobalBatch
+from dattn_mcore.data.failures import SampleFailure, mask
+from dattn_mcore.data.validation import ValidationData
+from dattn_mcore.errors import DattnError
+from dattn_mcore.training.agreement import agree
+from dattn_mcore.training.hooks import Hook, StepDone
+from dattn_mcore.training.inputs import all_model_inputs
+from dattn_mcore.training.interval import IntervalReport, by_source, mean
+from dattn_mcore.training.last_words import unexpected
+from dattn_mcore.training.memory import StepMemoryError, explain_memory
+from dattn_mcore.training.sinks.sink import Row, Sink, Value
+from dattn_mcore.training.step import run_schedule, sum_reports
+from dattn_mcore.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Validation(Hook):
+    """Runs the model over the held-out samples, on all ranks.
+
+    Args:
+        config: the run's.
+        data: the samples.
+        model: this stage's chunks.
+        pg_collection: process groups.
+        device: of this process.
+        watchdog: of this process.
+        sinks: where rows go, on rank 0; empty elsewhere.
+        interval: whose rates leave the time of a pass out, on rank 0.
+    """
+
+    everywhere = True
+
+    def __init__(
+        self,
+        config: Config,
+        data: ValidationData,
+        model: list[DistributedDataParallel],
+        pg_collection: ProcessGroupCollection,
+        *,
+        device: torch.device,
+        watchdog: Watchdog,
+        sinks: list[Sink],
+        interval: IntervalReport | None,
+    ) -> None:
+        self._config, self._data, self._model = config, data, model
+        self._pg_collection, self._device, self._watchdog = pg_collection, device, watchdog
+        self._sinks, self._interval = sinks, interval
+        self._loss: float | None = None
+        self._best: tuple[float, int] | None = None  # loss, step
+        self._masked: set[int] = set()  # samples that were named in the log
+
+    def after_step(self, done: StepDone) -> None:
+        """Measures the loss, when it is its turn."""
+        interval = self._config.validation.interval
+        due = interval is not None and done.step % interval == 0
+        if not due and done.step != done.last_step:
+            return
+        limit = self._config.health.checkpoint_timeout_seconds
+        name = "health.checkpoint_timeout_seconds"
+        self._watchdog.phase(f"the held-out loss after step {done.step}", limit, name)
+        started = time.perf_counter()
+        sums, num_samples = self._measure(done.step)
+        self._loss = mean(sums[0])
+        if self._loss is not None and not math.isfinite(self._loss):
+            logger.warning("the held-out loss after step %d is %s", done.step, self._loss)
+            self._loss = None
+        if self._loss is not None and (self._best is None or self._loss < self._best[0]):
+            self._best = (self._loss, done.step)
+        values: dict[str, Value] = {
+            "loss": self._loss,
+            "best_loss": self._best[0] if self._best else None,
+            "best_step": self._best[1] if self._best else None,
+            **by_kind_and_source(self._data.groups, sums[1:]),
+            "supervised_tokens": int(sums[0, 1]),
+            "samples": num_samples,
+            "seconds": time.perf_counter() - started,
+        }
+        for sink in self._sinks:
+            sink.write(Row("validation", done.step, done.last_step, values))
+        if self._interval is not None:
+            self._interval.leave_out(time.perf_counter() - started)
+
+    def metrics(self) -> dict[str, float]:
+        """`validation/loss` of the newest pass."""
+        return {} if self._loss is None else {"validation/loss": self._loss}
+
+    def state(self) -> dict[str, Any]:
+        """The best loss so far and its step."""
+        if self._best is None:
+            return {}
+        return {"best_loss": self._best[0], "best_step": self._best[1]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from an earlier start's best."""
+        self._best = (float(state["best_loss"]), int(state["best_step"]))
+
+    def close(self, step: int, complete: bool) -> None:
+        """Ends the threads of the data."""
+        self._data.close()
+
+    def _measure(self, step: int) -> tuple[torch.Tensor, int]:
+        """Sums of losses and supervised tokens, float64 [1 + groups, 2]; and samples seen."""
+        total = torch.zeros(1 + len(self._data.groups), 2, dtype=torch.float64)
+        num_samples, said = 0, time.monotonic()
+        for chunk in self._model:
+            chunk.eval()
+        try:
+            for number in range(self._data.num_batches):
+                batch, failures = self._batch(number, step)
+                num_samples += len(batch.samples) - len(failures)
+                total += self._sums_of(batch, failures, step)
+                if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    logger.info(
+                        "held-out loss after step %d: %.0f%%",
+                        step,
+                        100 * (number + 1) / self._data.num_batches,
+                    )
+        finally:
+            self._data.end_pass()
+            for chunk in self._model:
+                chunk.train()
+        return total, num_samples
+
+    def _batch(self, number: int, step: int) -> tuple[GlobalBatch, Sequence[SampleFailure]]:
+        """A batch, and its samples that any rank could not read.
+
+        Raises:
+            DataError: on every rank, what any rank ran into.
+        """
+        batch, problem = None, None
+        try:
+            batch = self._data.batch(number)
+        except DattnError as error:
+            problem = error
+        except Exception as error:  # noqa: BLE001 (whatever a decoder or a file system comes up with)
+            doing = f"loading held-out samples after step {step}"
+            problem = unexpected(error, doing, Path(self._config.log.run_dir))
+        agreed = agree(problem, self._device, failures=batch.failures if batch is not None else ())
+        assert batch is not None  # a rank without one has a problem, which all ranks raise
+        for failure in agreed.failures:
+            if failure.sample not in self._masked:
+                self._masked.add(failure.sample)
+                logger.warning("left out of the held-out loss: %s", failure.reason)
+        return batch, agreed.failures
+
+    def _sums_of(
+        self, batch: GlobalBatch, failures: Sequence[SampleFailure], step: int
+    ) -> torch.Tensor:
+        """Sums of one batch, over all ranks."""
+        failed = {failure.sample for failure in failures}
+        packs = [mask(item, failed) for item in batch.microbatches]
+        inputs = all_model_inputs(packs, self._config, self._pg_collection, self._device)
+        try:
+            with torch.no_grad():
+                reports = run_schedule(self._model, inputs, self._pg_collection, forward_only=True)
+        except StepMemoryError as error:
+            raise explain_memory(error, step, packs, inputs, self._config) from error
+        sums, _ = sum_reports(reports, inputs[0])
+        return sums.cpu()
+
+
+def by_kind_and_source(groups: tuple[tuple[str, str], ...], sums: torch.Tensor) -> dict[str, Value]:
+    """Mean losses of samples with images, of those of text alone, and of each source.
+
+    Args:
+        groups: (source, kind) of each group.
+        sums: float64 [groups, 2], losses and supervised tokens.
+
+    Returns:
+        `loss/images` and `loss/text_only` where there are both; `loss/SOURCE` where there are
+        several.
+    """
+    found: dict[str, Value] = {}
+    for kind in ("images", "text_only"):
+        own = sums[[n for n, group in enumerate(groups) if group[1] == kind]].sum(0)
+        found[f"loss/{kind}"] = mean(own)
+    if None in found.values():
+        found = {}
+    return {**found, **{k: v for k, v in by_source(groups, sums).items() if k.startswith("loss/")}}
