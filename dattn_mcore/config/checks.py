@@ -11,6 +11,7 @@ import math
 from dattn_mcore.config import (
     export_rules,
     model_rules,
+    profile_rules,
     training_rules,
     validation_rules,
     value_rules,
@@ -35,6 +36,8 @@ _ACROSS = (
     training_rules.recompute,
     training_rules.fp8,
     validation_rules.held_out,
+    profile_rules.window,
+    profile_rules.what_is_recorded,
     training_rules.unbuilt,
 )
 
