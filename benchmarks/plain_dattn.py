@@ -26,7 +26,6 @@ class Sizes:
 
     layers: int
     heads: int
-    groups: int  # key and value heads
     head_dim: int
     tower_layers: int
     tower_heads: int
@@ -77,8 +76,8 @@ def attention(
     """V2V diagonal, T2V without positions, T2T causal; the last two merged by alpha."""
 
     def heads(part: str, x: Tensor) -> Tensor:
-        y = linear(w, f"{name}.{part}_proj", x).view(len(x), -1, s.head_dim)
-        return y if part == "q" else y.repeat_interleave(s.heads // s.groups, dim=1)
+        y = linear(w, f"{name}.{part}_proj", x).unflatten(1, (-1, s.head_dim))
+        return y.repeat_interleave(s.heads // y.shape[1], dim=1)
 
     q, k, v = (heads(part, text) for part in "qkv")
     # V2V: softmax over a row's own key is 1, so that its own value is all there is.
@@ -92,7 +91,9 @@ def attention(
         cross, lse_v = attend(q[blind:], heads("k", visual), value, seen[blind:])
         alpha = torch.sigmoid(lse_v - lse_t[blind:])
         out = torch.cat([out[:blind], alpha * cross + (1 - alpha) * out[blind:]])
-    return linear(w, f"{name}.o_proj", value.flatten(1)), linear(w, f"{name}.o_proj", out.flatten(1))
+    return linear(w, f"{name}.o_proj", value.flatten(1)), linear(
+        w, f"{name}.o_proj", out.flatten(1)
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,9 +110,7 @@ def rotate(x: Tensor, base: float) -> Tensor:
     frequency = base ** -(torch.arange(half, dtype=x.dtype) / half)
     angle = torch.outer(torch.arange(len(x), dtype=x.dtype), frequency)[:, None]
     a, b = x.split(half, dim=-1)
-    return torch.cat(
-        [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1
-    )
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
 
 
 def projector(w: Weights, s: Sizes, features: Tensor) -> Tensor:

@@ -105,9 +105,7 @@ def draw_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Te
         drawn = torch.randn(*shape, generator=generator)
         if "norm" in name:
             weights[name] = 0.1 * drawn + (1.0 if name.endswith("weight") else 0.0)
-        elif len(shape) == 1:
-            weights[name] = 0.1 * drawn
-        elif "embed_tokens" in name or "position_embedding" in name:
+        elif len(shape) == 1 or "embed_tokens" in name or "position_embedding" in name:
             weights[name] = 0.1 * drawn
         else:
             weights[name] = drawn / math.sqrt(math.prod(shape[1:]))

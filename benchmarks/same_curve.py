@@ -201,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (out / "curves.json").write_text(json.dumps({"origin": origin, "curves": kept}) + "\n", "utf-8")
     draw(curves, out / "sameness.png")
     if args.write_docs:
-        write_section(PAGE, "curves", f"{text}{origin}\n")
+        picture = f"![Loss curves of both, and their differences]({PICTURE.name})"
+        write_section(PAGE, "curves", f"{picture}\n\n{text}{origin}\n")
         draw(curves, PICTURE)
     for problem in problems:
         sys.stderr.write(f"error: {problem}\n")
@@ -347,7 +348,9 @@ def plain_curve(
         eps=optim.eps,
         clip_grad=optim.clip_grad,
     )
-    losses, norms = zip(*train(plain_model(mode, start.config, weights), batches, recipe), strict=True)
+    losses, norms = zip(
+        *train(plain_model(mode, start.config, weights), batches, recipe), strict=True
+    )
     return Curve(list(losses), list(norms))
 
 
@@ -358,7 +361,6 @@ def plain_model(mode: str, config: Config, weights: dict[str, Tensor]) -> PlainM
         sizes = plain_dattn.Sizes(
             layers=llm.num_layers,
             heads=llm.num_attention_heads,
-            groups=llm.num_query_groups,
             head_dim=llm.head_dim,
             tower_layers=vision.num_layers,
             tower_heads=vision.num_attention_heads,
@@ -411,9 +413,7 @@ def report(curves: dict[str, dict[str, Curve]]) -> tuple[str, list[str]]:
             for step in shown
         ]
         rows.append(("largest of all steps", "", *(f"{max(apart[run]):.1e}" for run in others)))
-        rows.append(
-            ("the same, gradient norm", "", *(f"{max(norms[run]):.1e}" for run in others))
-        )
+        rows.append(("the same, gradient norm", "", *(f"{max(norms[run]):.1e}" for run in others)))
         header = ("step", "plain loss", *LAYOUTS, f"plain, weights x (1 + {PERTURBATION:.0e})")
         text += f"**{MODES[name].title}**: relative differences from the plain loss\n\n"
         text += markdown_table(header, rows) + "\n"
@@ -436,7 +436,9 @@ def draw(curves: dict[str, dict[str, Curve]], path: Path) -> None:
     for column, (name, of) in enumerate(curves.items()):
         steps = range(1, len(of["plain"].losses) + 1)
         above, below = axes[0][column], axes[1][column]
-        above.plot(steps, of["plain"].losses, color="#1f2933", linewidth=4, alpha=0.3, label="plain")
+        above.plot(
+            steps, of["plain"].losses, color="#1f2933", linewidth=4, alpha=0.3, label="plain"
+        )
         for run, colour in colours.items():
             label = f"plain, weights x (1 + {PERTURBATION:.0e})" if run == "perturbed" else run
             apart = differences(of[run].losses, of["plain"].losses)

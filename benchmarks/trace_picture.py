@@ -48,11 +48,7 @@ def operations(events: Sequence[Event], step: Event) -> list[Event]:
     """Operations within a step, outermost first."""
     begin, end = step["ts"], step["ts"] + step["dur"]
     return sorted(
-        (
-            event
-            for event in events
-            if event.get("cat") == "cpu_op" and begin <= event["ts"] < end
-        ),
+        (event for event in events if event.get("cat") == "cpu_op" and begin <= event["ts"] < end),
         key=lambda event: (event["tid"], event["ts"], -event["dur"]),
     )
 

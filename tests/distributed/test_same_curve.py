@@ -44,7 +44,9 @@ def test_losses_are_those_of_plain_training(pool, captions, tmp_path, mode):
         curves[tp, pp] = same_curve.read_curve(run_dir)
     batches = same_curve.read_batches(tmp_path / "tp1_pp1", start.captions)
     plain = same_curve.plain_curve(mode, start, batches, start.weights)
-    assert plain.losses[0] - plain.losses[-1] > 0.1  # it learns: equal losses that stay prove little
+    assert (
+        plain.losses[0] - plain.losses[-1] > 0.1
+    )  # it learns: equal losses that stay prove little
     for layout, curve in curves.items():
         # The bound of the benchmark. Five steps of float32 differ by about 1e-6, as a perturbed
         # rerun does; a wrong factor, decay or position by more than 1e-3.

@@ -42,7 +42,7 @@ MODEL = {
     "projector": {"ffn_hidden_size": 14},
 }
 SIZES = plain_dattn.Sizes(
-    layers=2, heads=4, groups=2, head_dim=6, tower_layers=2, tower_heads=3, patch=4
+    layers=2, heads=4, head_dim=6, tower_layers=2, tower_heads=3, patch=4
 )
 # One sample each: ids, -1 where an image stands.
 SAMPLES = {
@@ -51,6 +51,15 @@ SAMPLES = {
     "interleaved": [1, 7, -1, 11, 12, -1, -1, 13],
     "image last": [6, 10, -1],
 }
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """The oracle's angles, which are lists of numbers, are float64 then, too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +100,7 @@ def test_logits_and_gradients_equal_the_float64_oracle(weights, sample):
     assert actual.std() > 0.1
     direction = torch.randn(actual.shape, generator=torch.Generator().manual_seed(9)).double()
     ours, theirs = (
-        torch.autograd.grad(
-            (logits * direction).sum(), list(weights.values()), allow_unused=True
-        )
+        torch.autograd.grad((logits * direction).sum(), list(weights.values()), allow_unused=True)
         for logits in (actual, expected)
     )
     for name, one, other in zip(weights, ours, theirs, strict=True):
@@ -128,6 +135,13 @@ def test_the_tower_is_siglip(weights):
 @pytest.mark.parametrize("module", [plain_dattn, plain_training])
 def test_nothing_of_this_project_is_imported(module):
     tree = ast.parse(Path(module.__file__).read_text("utf-8"))
-    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names = [
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    ]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert not [name for name in names if name.split(".")[0] in ("dattn_mcore", "tools", "megatron")]
+    assert not [
+        name for name in names if name.split(".")[0] in ("dattn_mcore", "tools", "megatron")
+    ]
