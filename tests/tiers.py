@@ -155,6 +155,7 @@ SLOW = (
     "tests/distributed/test_resume.py::test_stopped_and_resumed_is_bitwise_the_same[pp2]",
     "tests/distributed/test_resume.py::test_stopped_and_resumed_is_bitwise_the_same[pp2-dp2]",
     "tests/distributed/test_resume.py::test_stopped_and_resumed_is_bitwise_the_same[tp2-sp]",
+    "tests/distributed/test_same_curve.py",
     "tests/distributed/test_shared_groups.py::test_gradients_are_those_of_one_process[tp8 on",
     "tests/distributed/test_shared_groups.py::test_training_is_that_of_one_process",
     "tests/distributed/test_shipped_layouts.py::test_the_losses_are_those_of_one_process[gemma",

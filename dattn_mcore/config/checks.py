@@ -15,6 +15,7 @@ from dattn_mcore.config import (
     lora,
     model_rules,
     optim_groups,
+    profile_rules,
     schedule,
     training_rules,
     validation_rules,
@@ -44,6 +45,8 @@ _ACROSS = (
     validation_rules.held_out,
     checkpoint_rules.kept,
     checkpoint_rules.mean_of_weights,
+    profile_rules.window,
+    profile_rules.what_is_recorded,
     training_rules.unbuilt,
     lora.lora,
 )

@@ -32,6 +32,7 @@ __all__ = [
     "OptimConfig",
     "OptimGroup",
     "ParallelConfig",
+    "ProfileConfig",
     "ProjectorConfig",
     "SourceConfig",
     "TrainConfig",
@@ -238,6 +239,17 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Where the time of some steps goes: a trace of each rank, in run_dir/profile."""
+
+    start: int | None = None  # first step of the window, from 1; null: nothing is profiled
+    steps: int = 3  # of the window
+    ranks: tuple[int, ...] = (0,)  # that write a trace
+    memory: bool = False  # allocations in the trace; with a GPU also a snapshot of its memory
+    nvtx: bool = False  # NVTX ranges for Nsight Systems instead of a trace; needs a GPU
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -252,3 +264,4 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -58,6 +58,7 @@ _POSITIVE = {
     "checkpoint": ("save_interval", "keep"),
     "health": ("start_timeout_seconds",),
     "log": ("interval",),
+    "profile": ("steps",),
 }
 _POSITIVE_OR_NULL = {
     "model.llm.attention_softcap": "null for none",
@@ -71,6 +72,7 @@ _POSITIVE_OR_NULL = {
     "optim.lr_vision": "null for optim.lr",
     "optim.min_lr": "null for optim.min_lr_ratio",
     "train.steps": "null for train.epochs",
+    "profile.start": "null for no profile",
     "validation.interval": "null for the end of the run alone",
     "validation.samples": "null for all",
 }

@@ -12,6 +12,8 @@ import contextlib
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -244,6 +246,42 @@ def profiled_activities() -> list[Any]:
     from torch.profiler import ProfilerActivity
 
     return [ProfilerActivity.CUDA if _installed == "gpu" else ProfilerActivity.CPU]
+
+
+def traced_activities() -> list[Any]:
+    """What PyTorch's profiler must record to see all of a step."""
+    from torch.profiler import ProfilerActivity
+
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if _installed == "gpu" else [])]
+
+
+def nvtx_range(name: str) -> contextlib.AbstractContextManager[None]:
+    """A named range for Nsight Systems; a GPU's library must be there."""
+    return torch.cuda.nvtx.range(name)
+
+
+@contextlib.contextmanager
+def nvtx_capture() -> Iterator[None]:
+    """Operations as ranges for Nsight Systems, which can be started to record this and no more."""
+    with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx(record_shapes=True):
+        yield
+
+
+def record_memory_history() -> None:
+    """Starts to record allocations of GPU memory; does nothing on a CPU.
+
+    The functions have no other name in PyTorch's documentation ("Understanding CUDA Memory
+    Usage").
+    """
+    if _installed == "gpu":
+        torch.cuda.memory._record_memory_history()
+
+
+def write_memory_snapshot(path: Path) -> None:
+    """Writes what `record_memory_history` recorded, and ends it; does nothing on a CPU."""
+    if _installed == "gpu":
+        torch.cuda.memory._dump_snapshot(str(path))
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def is_exchange(event_name: str) -> bool:

@@ -25,6 +25,7 @@ from dattn_mcore.training.interval import IntervalReport
 from dattn_mcore.training.last_words import unexpected
 from dattn_mcore.training.ledger import SampleLedger
 from dattn_mcore.training.part_norms import PartNorms
+from dattn_mcore.training.profile import profile_hooks
 from dattn_mcore.training.sample_log import SampleLog
 from dattn_mcore.training.sinks.build import build_sinks, check_trackers
 from dattn_mcore.training.sinks.run_facts import facts_of
@@ -92,7 +93,15 @@ def build_hooks(
         last_step=last_step,
         updates=config.log.update_ratio,
     )
-    hooks: list[Hook] = [parts] if ema is None else [parts, ema]
+    profiles = profile_hooks(
+        config,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        first_step=first_step,
+        last_step=last_step,
+        device="cpu" if device.type == "cpu" else "gpu",
+    )
+    hooks: list[Hook] = [*profiles, parts, *([ema] if ema is not None else [])]
     sinks: list[Sink] = []
     interval: IntervalReport | None = None
     problem: DattnError | None = None
