@@ -16,7 +16,7 @@ from dattn_mcore.console import complain
 from dattn_mcore.errors import ConfigError, DataError, DattnError
 from dattn_mcore.evaluation.answer_files import AnswerStore
 from dattn_mcore.evaluation.benchmarks import Options, make_benchmark
-from dattn_mcore.evaluation.benchmarks.base import Benchmark
+from dattn_mcore.evaluation.benchmarks.base import Benchmark, check_pictures
 from dattn_mcore.evaluation.failures import reason
 from dattn_mcore.evaluation.generation import (
     Generator,
@@ -147,6 +147,7 @@ def _claim(folder: RunFolder, settings: RunSettings, processes: Processes) -> di
         "model": str(settings.model.resolve()),
         "model fingerprint": model_fingerprint(settings.model),
         "dtype": settings.dtype,
+        "limit": settings.options.limit,
     }
     try:
         folder.claim(identity)
@@ -261,17 +262,6 @@ class Share:
             told = reason(error, self.folder, benchmark.name)
             return Result(benchmark.name, benchmark.title, error=told)
         return result
-
-
-def check_pictures(benchmark: Benchmark, numbers: Sequence[int]) -> None:
-    """Raises DataError where images of rows are missing, before anything slow begins."""
-    pictures = {p.name: p for i in numbers for p in benchmark.rows[i].pictures}
-    missing = [name for name, picture in pictures.items() if not picture.exists()]
-    if missing:
-        raise DataError(
-            f"{benchmark.title}: {len(missing)} of {len(pictures)} images are not there (first: "
-            f"{missing[0]!r} below {benchmark.root}){benchmark.images_hint(missing)}"
-        )
 
 
 def _about(
