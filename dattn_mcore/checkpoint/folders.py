@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,11 @@ def find_checkpoints(path: Path) -> list[Path]:
     )
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a run saved the checkpoint and it is whole; see `whole_manifest`."""
+    return whole_manifest(folder) is not None
+
+
 def whole_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a whole checkpoint that a run saved; None of any other folder.
 
@@ -112,7 +118,7 @@ def delete_export(checkpoint: Path) -> None:
         delete(export)
 
 
-def remove_old(root: Path, rules: Retention, saved: Path) -> None:
+def remove_old(root: Path, rules: Retention, saved: Path, in_use: Collection[Path] = ()) -> None:
     """Deletes older whole checkpoints, and what interrupted saves and deletions left behind.
 
     Newer ones than `saved` are there only because they could not be read, or were not asked for.
@@ -123,6 +129,7 @@ def remove_old(root: Path, rules: Retention, saved: Path) -> None:
         root: folder of checkpoints.
         rules: say which whole ones stay.
         saved: the checkpoint that was written just now; it stays in any case.
+        in_use: others that somebody still reads; a later save deletes them.
     """
     newest = step_of(saved) or 0
     older = [path for path in list_checkpoints(root) if (step_of(path) or 0) <= newest]
@@ -130,7 +137,7 @@ def remove_old(root: Path, rules: Retention, saved: Path) -> None:
     whole = {path: fields for path, fields in manifests.items() if fields is not None}
     stay = rules.staying({f["step"]: f.get("metrics", {}) for f in whole.values()})
     for path in whole:
-        if path != saved and step_of(path) not in stay:
+        if path != saved and path not in in_use and step_of(path) not in stay:
             delete_export(path)
             delete(path)
     for path in (*root.glob("step_*.tmp"), *(root.parent / EXPORTS).glob("step_*.tmp")):

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -78,6 +78,7 @@ class CheckpointSaver:
         tokenizer_fingerprint: of what made ids of its texts; an export takes the same.
         schedule_steps: that the learning rate's schedule takes.
         base: of a run with adapters: the checkpoint beside whose weights they learn.
+        in_use: checkpoints that must not be deleted now; asked on the first rank.
     """
 
     def __init__(
@@ -91,7 +92,9 @@ class CheckpointSaver:
         tokenizer_fingerprint: str,
         schedule_steps: int,
         base: dict[str, str] | None = None,
+        in_use: Callable[[], Collection[Path]] = tuple,
     ) -> None:
+        self._in_use = in_use
         self.root, self.config, self.data_identity = root, config, data_identity
         self.tokenizer = manifest.describe_tokenizer(config, tokenizer_fingerprint)
         self.schedule_steps, self.base = schedule_steps, base
@@ -287,7 +290,9 @@ class CheckpointSaver:
         try:
             if replaced is not None:
                 folders.delete(replaced)
-            folders.remove_old(self.root, Retention.of(self.config.checkpoint), saved)
+            folders.remove_old(
+                self.root, Retention.of(self.config.checkpoint), saved, self._in_use()
+            )
         except OSError as error:  # the new one is whole: the next save tries again
             logger.warning("an older checkpoint in %s could not be deleted (%s)", self.root, error)
 

@@ -17,6 +17,7 @@ from dattn_mcore.config import (
     optim_groups,
     profile_rules,
     schedule,
+    scores_rules,
     training_rules,
     validation_rules,
     value_rules,
@@ -47,6 +48,7 @@ _ACROSS = (
     checkpoint_rules.mean_of_weights,
     profile_rules.window,
     profile_rules.what_is_recorded,
+    scores_rules.scores,
     training_rules.unbuilt,
     lora.lora,
 )

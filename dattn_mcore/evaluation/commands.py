@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         device=options.device,
         dtype=options.dtype,
-        options=scoring_options(options),
+        options=replace(scoring_options(options), limit=options.limit),
         adapter=adapter,
     )
     results = run_benchmarks(settings, judge)

@@ -16,7 +16,7 @@ from dattn_mcore.console import complain
 from dattn_mcore.errors import ConfigError, DataError, DattnError
 from dattn_mcore.evaluation.answer_files import AnswerStore
 from dattn_mcore.evaluation.benchmarks import Options, make_benchmark
-from dattn_mcore.evaluation.benchmarks.base import Benchmark
+from dattn_mcore.evaluation.benchmarks.base import Benchmark, check_pictures
 from dattn_mcore.evaluation.failures import reason
 from dattn_mcore.evaluation.generation import (
     Generator,
@@ -152,6 +152,7 @@ def _claim(folder: RunFolder, settings: RunSettings, processes: Processes) -> di
         "dtype": settings.dtype,
         "adapter": None if adapter is None else str(adapter.resolve()),
         "adapter fingerprint": None if adapter is None else model_fingerprint(adapter),
+        "limit": settings.options.limit,
     }
     try:
         folder.claim(identity)
@@ -266,17 +267,6 @@ class Share:
             problem = reason(error, self.folder, benchmark.name)
             return Result(benchmark.name, benchmark.title, error=problem)
         return result
-
-
-def check_pictures(benchmark: Benchmark, numbers: Sequence[int]) -> None:
-    """Raises DataError where images of rows are missing, before anything slow begins."""
-    pictures = {p.name: p for i in numbers for p in benchmark.rows[i].pictures}
-    missing = [name for name, picture in pictures.items() if not picture.exists()]
-    if missing:
-        raise DataError(
-            f"{benchmark.title}: {len(missing)} of {len(pictures)} images are not there (first: "
-            f"{missing[0]!r} below {benchmark.root}){benchmark.images_hint(missing)}"
-        )
 
 
 def _about(

@@ -152,6 +152,7 @@ def set_up(
         tokenizer_fingerprint=data.tokenizer_fingerprint,
         schedule_steps=schedule,
         base=base,
+        in_use=hooks.in_use,
     )
     if ema is not None:
         saver.beside = ema.sharded
