@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    get_cuda_rng_tracker,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
@@ -42,6 +41,7 @@ from dattn_mcore.architectures.adapters import AdaptedLinear, Adapters
 from dattn_mcore.architectures.parameters import Mix
 from dattn_mcore.layers.layout import interleave_shards
 from dattn_mcore.layers.linear import fold
+from dattn_mcore.parallel import platform
 
 
 def part_of_rows(mix: Mix, sizes: list[int], tp_rank: int, tp_size: int) -> torch.Tensor:
@@ -190,7 +190,7 @@ class Adapter(nn.Module):
         own = self.tp_group.size() > 1 if self.row_parallel else self.shards > 1
         if not own:
             return F.dropout(rows, self.dropout)
-        with get_cuda_rng_tracker().fork():
+        with platform.own_rng():
             return F.dropout(rows, self.dropout)
 
     def _wide_b(self) -> torch.Tensor:

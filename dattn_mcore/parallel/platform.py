@@ -296,6 +296,13 @@ def seed_model_parallel(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
+def own_rng() -> contextlib.AbstractContextManager[None]:
+    """Inside, what is drawn differs between the ranks of a tensor parallel group."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return get_cuda_rng_tracker().fork()
+
+
 def rng_state() -> dict[str, Any]:
     """RNG states of this process: PyTorch's, the device's, Megatron-Core's tracker."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dattn_mcore.config.convert import build
 from dattn_mcore.config.schema import ScoresConfig
+from dattn_mcore.console import complain
 from dattn_mcore.errors import DataError, DattnError, error_lines
 from dattn_mcore.evaluation.benchmarks import Benchmark, Options, make_benchmark
 from dattn_mcore.evaluation.files import read_json_lines, read_object, write_text
@@ -230,7 +231,7 @@ def _ask_questions(settings: ScoresConfig, folder: Path, shown: int) -> tuple[fl
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+    complain(line)
 
 
 def _shares(settings: ScoresConfig) -> dict[str, int]:

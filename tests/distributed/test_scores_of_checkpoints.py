@@ -8,7 +8,8 @@ import pytest
 
 from dattn_mcore.evaluation.__main__ import main
 from tests.distributed.faults import start_ranks
-from tests.distributed.jobs import run_training, small_config
+from tests.distributed.jobs import run_training
+from tests.distributed.small_models import small_config
 from tests.ranks import end_ranks
 from tests.unit.evaluation.trees import make_tree
 
