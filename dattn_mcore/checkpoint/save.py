@@ -32,6 +32,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.checkpoint import folders, manifest, state
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
+from dattn_mcore.config.optim_groups import layers_differ
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import fingerprint_of
 from dattn_mcore.errors import CheckpointError
@@ -189,11 +190,14 @@ class CheckpointSaver:
             self._results.shutdown()
 
     def _content(self, step: int, layout: tuple[int, int]) -> dict[str, Any]:
-        model = state.model_state(self.chunks, self.pg_collection)
+        groups = self.pg_collection
+        model = learning = state.model_state(self.chunks, groups)
+        if layers_differ(self.config):
+            learning = state.model_state(self.chunks, groups, by_layer=True)
         return {
             **model,
             "optimizer": state.optimizer_state(
-                self.optimizer, model, self.pg_collection, is_loading=False
+                self.optimizer, learning, groups, is_loading=False
             ),
             "rng": state.rng_state(self.pg_collection, layout),
             "step": step,

@@ -26,12 +26,21 @@ def metadata(pg_collection: ProcessGroupCollection) -> dict[str, Any]:
 
 
 def model_state(
-    chunks: list[DattnModel], pg_collection: ProcessGroupCollection
+    chunks: list[DattnModel], pg_collection: ProcessGroupCollection, *, by_layer: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Sharded weights of this rank's chunks, under the names `model0`, `model1`, ..."""
+    """Sharded weights of this rank's chunks, under the names `model0`, `model1`, ...
+
+    Args:
+        chunks: of this rank.
+        pg_collection: process groups.
+        by_layer: a tensor of its own for each layer; otherwise one for a stack of them.
+    """
     state = {}
+    options = metadata(pg_collection)
+    if by_layer:
+        options["non_homogeneous_layers"] = True  # Megatron-Core's name
     for index, chunk in enumerate(chunks):
-        entries = chunk.sharded_state_dict(metadata=metadata(pg_collection))
+        entries = chunk.sharded_state_dict(metadata=options)
         # FP8 scales of Transformer Engine aside, `_extra_state` is empty; without it a checkpoint
         # is the same for every layer spec.
         state[f"model{index}"] = {
@@ -46,7 +55,11 @@ def optimizer_state(
     pg_collection: ProcessGroupCollection,
     is_loading: bool,
 ) -> dict[str, Any]:
-    """Sharded optimizer state that matches a `model_state`."""
+    """Sharded optimizer state that matches a `model_state`.
+
+    Where only some layers of a stack learn (`config.optim_groups.layers_differ`), the `model_state`
+    must be `by_layer`: Megatron-Core saves no stack that lacks layers.
+    """
     if not is_loading:
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             if not part.is_stub_optimizer and not part.optimizer.state:

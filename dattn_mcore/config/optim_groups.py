@@ -110,6 +110,14 @@ def own_peaks(config: Config) -> dict[str, float]:
     return {name: lr for name, lr in own.items() if lr is not None and lr != optim.lr}
 
 
+def layers_differ(config: Config) -> bool:
+    """Whether a tensor learns in some layers of its stack and is frozen in others."""
+    learning: dict[str, set[bool]] = {}
+    for (key, _), settings in resolved(config).items():
+        learning.setdefault(key, set()).add(settings.trains)
+    return any(len(both) == 2 for both in learning.values())
+
+
 def part_learns(config: Config, part: Part) -> bool:
     """Whether anything of a part is trained."""
     return any(it.trains for (key, _), it in resolved(config).items() if part_of(key) == part)
