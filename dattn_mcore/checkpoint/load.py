@@ -23,7 +23,7 @@ from dattn_mcore.checkpoint.manifest import is_of_a_run, read_manifest
 from dattn_mcore.checkpoint.metadata import read_metadata
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.config.load import to_dict
-from dattn_mcore.config.optim_groups import resolved
+from dattn_mcore.config.optim_groups import layers_differ, resolved
 from dattn_mcore.config.saved import saved_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import difference, image_changes, same_samples
@@ -294,10 +294,12 @@ def resume(
     Raises:
         CheckpointError: the content does not fit.
     """
-    model = state.model_state(chunks, pg_collection, "run")
+    model = learning = state.model_state(chunks, pg_collection, "run")
+    if layers_differ(saved_config(manifest["config"])):
+        learning = state.model_state(chunks, pg_collection, "run", by_layer=True)
     content: dict[str, Any] = {
         **model,
-        "optimizer": state.optimizer_state(optimizer, model, pg_collection, is_loading=True),
+        "optimizer": state.optimizer_state(optimizer, learning, pg_collection, is_loading=True),
     }
     layout = state.layout_of(pg_collection)
     index = read_metadata(folder)

@@ -34,6 +34,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dattn_mcore.checkpoint import folders, manifest, state
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.checkpoint.retention import Retention
+from dattn_mcore.config.optim_groups import layers_differ
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import fingerprint_of
 from dattn_mcore.errors import CheckpointError
@@ -206,13 +207,14 @@ class CheckpointSaver:
             self._results.shutdown()
 
     def _content(self, step: int, layout: tuple[int, int]) -> dict[str, Any]:
-        model = state.model_state(self.chunks, self.pg_collection, "run")
+        groups = self.pg_collection
+        model = learning = state.model_state(self.chunks, groups, "run")
+        if layers_differ(self.config):
+            learning = state.model_state(self.chunks, groups, "run", by_layer=True)
         return {
             **model,
             **self.beside(model),
-            "optimizer": state.optimizer_state(
-                self.optimizer, model, self.pg_collection, is_loading=False
-            ),
+            "optimizer": state.optimizer_state(self.optimizer, learning, groups, is_loading=False),
             "rng": state.rng_state(self.pg_collection, layout),
             "step": step,
         }

@@ -44,7 +44,11 @@ def names_of_kind(chunk: DattnModel, kind: Kind) -> Collection[str]:
 
 
 def model_state(
-    chunks: list[DattnModel], pg_collection: ProcessGroupCollection, kind: Kind = "all"
+    chunks: list[DattnModel],
+    pg_collection: ProcessGroupCollection,
+    kind: Kind = "all",
+    *,
+    by_layer: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Sharded weights of this rank's chunks, under the names `model0`, `model1`, ...
 
@@ -53,11 +57,15 @@ def model_state(
         pg_collection: process groups.
         kind: of a model with adapters: `all`, `base` (all but the adapters), or `run`: what
             learns, which is what a run with adapters saves. Without adapters all of it, always.
+        by_layer: a tensor of its own for each layer; otherwise one for a stack of them.
     """
     state = {}
+    options = metadata(pg_collection)
+    if by_layer:
+        options["non_homogeneous_layers"] = True  # Megatron-Core's name
     for index, chunk in enumerate(chunks):
         left_out = {name for name, _ in chunk.named_parameters()} - set(names_of_kind(chunk, kind))
-        entries = chunk.sharded_state_dict(metadata=metadata(pg_collection))
+        entries = chunk.sharded_state_dict(metadata=options)
         # FP8 scales of Transformer Engine aside, `_extra_state` is empty; without it a checkpoint
         # is the same for every layer spec.
         state[f"model{index}"] = {
@@ -99,7 +107,11 @@ def optimizer_state(
     pg_collection: ProcessGroupCollection,
     is_loading: bool,
 ) -> dict[str, Any]:
-    """Sharded optimizer state that matches a `model_state`."""
+    """Sharded optimizer state that matches a `model_state`.
+
+    Where only some layers of a stack learn (`config.optim_groups.layers_differ`), the `model_state`
+    must be `by_layer`: Megatron-Core saves no stack that lacks layers.
+    """
     if not is_loading:
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             if not part.is_stub_optimizer and not part.optimizer.state:

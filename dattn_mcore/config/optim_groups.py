@@ -112,6 +112,14 @@ def own_peaks(config: Config) -> dict[str, float]:
     return {name: lr for name, lr in own.items() if lr is not None and lr != optim.lr}
 
 
+def layers_differ(config: Config) -> bool:
+    """Whether a tensor learns in some layers of its stack and is frozen in others."""
+    learning: dict[str, set[bool]] = {}
+    for (key, _), settings in resolved(config).items():
+        learning.setdefault(key, set()).add(settings.trains)
+    return any(len(both) == 2 for both in learning.values())
+
+
 def part_learns(config: Config, part: Part) -> bool:
     """Whether anything of a part is trained."""
     return any(it.trains for (key, _), it in resolved(config).items() if part_of(key) == part)
@@ -142,7 +150,13 @@ def mistakes(config: Config) -> Iterator[str]:
         except ConfigError:  # the rule of `lora` says what is wrong
             return
         # Other names are refused elsewhere.
-        yield from _resolve(model, optim, trains, adapters)[1]
+        problems = _resolve(model, optim, trains, adapters)[1]
+        yield from problems
+        if adapters is not None and not problems and layers_differ(config):
+            yield (
+                "optim.groups with lora.targets: a tensor of the base must learn in all layers or "
+                "in none (a checkpoint of adapters holds whole stacks); name all layers, or none"
+            )
 
 
 @functools.lru_cache(maxsize=16)

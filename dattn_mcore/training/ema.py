@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dattn_mcore.checkpoint.load import holds_ema, load_ema
 from dattn_mcore.checkpoint.state import ema_state
+from dattn_mcore.config.optim_groups import layers_differ
 from dattn_mcore.config.schema import Config
 from dattn_mcore.training.hooks import Hook, StepDone
 from dattn_mcore.training.optimizer import gathered_weights
@@ -41,8 +42,10 @@ class Ema(Hook):
         assert config.train.ema_decay is not None
         self._decay, self._start = config.train.ema_decay, config.train.ema_start
         self._config, self._model = config, model
+        # Megatron-Core saves no stack of layers that lacks some: then frozen ones have a copy too.
+        every = layers_differ(config)
         self._parameters = [
-            {name: p for name, p in chunk.module.named_parameters() if p.requires_grad}
+            {name: p for name, p in chunk.module.named_parameters() if every or p.requires_grad}
             for chunk in model
         ]
         self.means: list[dict[str, Tensor]] = [

@@ -19,7 +19,7 @@ from dattn_mcore.data.failures import SampleFailure, mask
 from dattn_mcore.data.validation import ValidationData
 from dattn_mcore.errors import DattnError
 from dattn_mcore.training.agreement import agree
-from dattn_mcore.training.hooks import Hook, StepDone
+from dattn_mcore.training.hooks import Hook, StepDone, cannot_report
 from dattn_mcore.training.inputs import all_model_inputs
 from dattn_mcore.training.interval import IntervalReport, by_source, mean
 from dattn_mcore.training.last_words import unexpected
@@ -68,12 +68,12 @@ class Validation(Hook):
         self._best: tuple[float, int] | None = None  # loss, step
         self._masked: set[int] = set()  # samples that were named in the log
 
-    def after_step(self, done: StepDone) -> None:
-        """Measures the loss, when it is its turn."""
+    def after_step(self, done: StepDone) -> DattnError | None:
+        """Measures the loss, when it is its turn; returns why it cannot be written, on rank 0."""
         interval = self._config.validation.interval
         due = interval is not None and done.step % interval == 0
         if not due and done.step != done.last_step:
-            return
+            return None
         started = time.perf_counter()
         sums, num_samples = self._measure(done.step)
         self._loss = mean(sums[0])
@@ -91,10 +91,14 @@ class Validation(Hook):
             "samples": num_samples,
             "seconds": time.perf_counter() - started,
         }
-        for sink in self._sinks:
-            sink.write(Row("validation", done.step, done.last_step, values))
         if self._interval is not None:
             self._interval.leave_out(time.perf_counter() - started)
+        try:
+            for sink in self._sinks:
+                sink.write(Row("validation", done.step, done.last_step, values))
+        except OSError as error:  # of this rank alone: the others learn of it before the next step
+            return cannot_report(self._config, error)
+        return None
 
     def metrics(self) -> dict[str, float]:
         """`validation/loss` of the newest pass."""

@@ -126,3 +126,16 @@ def test_half_of_a_shared_group_is_refused():
     with pytest.raises(ConfigError, match="lora.targets has v_proj without the other of keys and"):
         check_config(config_with(["*.v_proj"], **sections))
     check_config(config_with(["*.{k,v}_proj"], **sections))
+
+
+def test_a_tensor_of_the_base_learns_in_all_layers_or_in_none():
+    """What a checkpoint of adapters holds of the base are whole stacks of layers."""
+    tree = {
+        "lora": {"targets": ["*.q_proj"]},
+        "checkpoint": {"init_from": "runs/base"},
+        "optim": {"groups": [{"patterns": "*.input_layernorm", "trains": True}]},
+    }
+    check_config(from_dict(tree))
+    tree["optim"]["groups"][0]["patterns"] = "*.layers.1.input_layernorm"
+    with pytest.raises(ConfigError, match="must learn in all layers or in none"):
+        check_config(from_dict(tree))
