@@ -73,6 +73,8 @@ BY_PLACE = {
     "tests/unit/test_orphans.py": "processes",
     "tests/unit/test_tiers.py": "processes",
     "tests/unit/training/test_exit_status.py": "processes",
+    "tests/unit/training/test_score_checkpoint.py": "processes",
+    "tests/unit/training/test_scores.py": "processes",
     "tests/unit/training/test_signals.py::test_what_is_said_to_a_closed_terminal_ends_nothing": "processes",
 }
 # Those of more than 15 s, and of many alike: `make test` runs enough of each kind to see it break.
@@ -115,6 +117,7 @@ SLOW = (
     "tests/distributed/test_resume.py::test_stopped_and_resumed_is_bitwise_the_same[pp2-dp2]",
     "tests/distributed/test_resume.py::test_stopped_and_resumed_is_bitwise_the_same[tp2-sp]",
     "tests/distributed/test_rotary_by_layout.py",
+    "tests/distributed/test_scores_of_checkpoints.py",
     "tests/distributed/test_shared_groups.py::test_gradients_are_those_of_one_process[tp8 on",
     "tests/distributed/test_shared_groups.py::test_training_is_that_of_one_process",
     "tests/distributed/test_shipped_layouts.py::test_the_losses_are_those_of_one_process[gemma",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def remove_old(root: Path, keep: int, saved: Path) -> None:
+def remove_old(root: Path, keep: int, saved: Path, in_use: Collection[Path] = ()) -> None:
     """Deletes older whole checkpoints, and what interrupted saves and deletions left behind.
 
     Newer ones than `saved` are there only because they could not be read, or were not asked for.
@@ -105,12 +106,13 @@ def remove_old(root: Path, keep: int, saved: Path) -> None:
         root: folder of checkpoints.
         keep: how many whole ones stay, `saved` among them.
         saved: the checkpoint that was written just now; it stays in any case.
+        in_use: others that somebody still reads; a later save deletes them.
     """
     newest = step_of(saved) or 0
     older = [path for path in list_checkpoints(root) if (step_of(path) or 0) <= newest]
     whole = [path for path in older if not path.is_symlink() and is_whole(path)]
     for path in whole[keep:]:
-        if path != saved:
+        if path != saved and path not in in_use:
             delete(path)
     for path in root.glob("step_*.tmp"):
         if _is_unfinished(path):

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import queue
 import threading
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -75,6 +76,7 @@ class CheckpointSaver:
         data_identity: of the data set that positions refer to.
         tokenizer_fingerprint: of what made ids of its texts; an export takes the same.
         schedule_steps: that the learning rate's schedule takes.
+        in_use: checkpoints that must not be deleted now; asked on the first rank.
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class CheckpointSaver:
         data_identity: dict[str, Any],
         tokenizer_fingerprint: str,
         schedule_steps: int,
+        in_use: Callable[[], Collection[Path]] = tuple,
     ) -> None:
+        self._in_use = in_use
         self.root, self.config, self.data_identity = root, config, data_identity
         self.tokenizer = manifest.describe_tokenizer(config, tokenizer_fingerprint)
         self.schedule_steps = schedule_steps
@@ -278,7 +282,7 @@ class CheckpointSaver:
         try:
             if replaced is not None:
                 folders.delete(replaced)
-            folders.remove_old(self.root, self.config.checkpoint.keep, saved)
+            folders.remove_old(self.root, self.config.checkpoint.keep, saved, self._in_use())
         except OSError as error:  # the new one is whole: the next save tries again
             logger.warning("an older checkpoint in %s could not be deleted (%s)", self.root, error)
 

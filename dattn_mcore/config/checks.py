@@ -11,6 +11,7 @@ import math
 from dattn_mcore.config import (
     export_rules,
     model_rules,
+    scores_rules,
     training_rules,
     validation_rules,
     value_rules,
@@ -35,6 +36,7 @@ _ACROSS = (
     training_rules.recompute,
     training_rules.fp8,
     validation_rules.held_out,
+    scores_rules.scores,
     training_rules.unbuilt,
 )
 

@@ -16,7 +16,13 @@ from dattn_mcore.architectures.sizes import (
     ProjectorConfig,
     VisionConfig,
 )
-from dattn_mcore.types import Fp8Recipe, Part, RecomputeGranularity, RecomputeModule
+from dattn_mcore.types import (
+    BenchmarkName,
+    Fp8Recipe,
+    Part,
+    RecomputeGranularity,
+    RecomputeModule,
+)
 
 __all__ = [
     "ANYRES_GRIDS",
@@ -31,6 +37,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "ProjectorConfig",
+    "ScoresConfig",
     "SourceConfig",
     "TrainConfig",
     "ValidationConfig",
@@ -157,6 +164,24 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class ScoresConfig:
+    """Evaluation questions that checkpoints answer; off without benchmarks and questions."""
+
+    benchmarks: tuple[BenchmarkName, ...] = ()  # those that are scored without a judge or a server
+    data: str = "data/val"  # folder that holds the benchmarks' folders
+    questions: str | None = None  # own question file with answers, scored by exact match
+    image_folder: str | None = None  # folder that its image paths start in
+    interval: int | None = None  # steps; of whole checkpoints; null: after the last step only
+    samples: int | None = 200  # most questions of each, the same ones each time; null: all
+    max_new_tokens: int | None = None  # of an answer; null: each benchmark's own, 128 for questions
+    batch_size: int = 16  # questions answered at once
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # of the process that answers; auto: a GPU
+    wait: bool = False  # training waits for the scores; false: they are made beside it
+    examples: int = 4  # answers shown in trackers, with their images
+    keep_export: bool = False  # keep the Hugging Face folder that answered
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Where weights come from and go to."""
 
@@ -204,6 +229,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    scores: ScoresConfig = field(default_factory=ScoresConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)

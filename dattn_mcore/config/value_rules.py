@@ -55,6 +55,7 @@ _POSITIVE = {
     ),
     "optim": ("lr", "eps"),
     "train": ("global_batch_size", "epochs", "loss_chunk"),
+    "scores": ("batch_size",),
     "checkpoint": ("save_interval", "keep"),
     "health": ("start_timeout_seconds",),
     "log": ("interval",),
@@ -71,9 +72,13 @@ _POSITIVE_OR_NULL = {
     "train.steps": "null for train.epochs",
     "validation.interval": "null for the end of the run alone",
     "validation.samples": "null for all",
+    "scores.interval": "null for the end of the run alone",
+    "scores.samples": "null for all",
+    "scores.max_new_tokens": "null for each benchmark's own",
 }
 _AT_LEAST_ZERO = {
     "model.llm.rope.query_scale_beta": "0: none",
+    "scores.examples": "0: none",
     "health.step_timeout_seconds": "0: no limit",
     "health.checkpoint_timeout_seconds": "0: no limit",
     "optim.weight_decay": "0: none",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,10 @@ class Hook:
 
     def saved(self, folder: Path) -> None:
         """A checkpoint is whole, on every rank."""
+
+    def in_use(self) -> Collection[Path]:
+        """Checkpoints that must not be deleted now, whatever `checkpoint.keep` is."""
+        return ()
 
     def metrics(self) -> dict[str, float]:
         """Newest value of each metric of this hook; the checkpoint's manifest keeps them."""
@@ -137,6 +141,10 @@ class Hooks:
             logger.info("saved %s", folder)
             for hook in self._hooks:
                 hook.saved(folder)
+
+    def in_use(self) -> set[Path]:
+        """Checkpoints that a hook of this rank needs."""
+        return {folder for hook in self._hooks for folder in hook.in_use()}
 
     def metrics(self) -> dict[str, float]:
         """Newest values of the metrics of all hooks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.scores_rules import asks
 from dattn_mcore.data.index.identity import fingerprint_of
 from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.validation import ValidationData
@@ -22,6 +24,8 @@ from dattn_mcore.training.interval import IntervalReport
 from dattn_mcore.training.last_words import unexpected
 from dattn_mcore.training.ledger import SampleLedger
 from dattn_mcore.training.sample_log import SampleLog
+from dattn_mcore.training.scores import ScoreCheckpoints, WaitForScores
+from dattn_mcore.training.scores_check import check_scores
 from dattn_mcore.training.sinks.build import build_sinks, check_trackers
 from dattn_mcore.training.sinks.run_facts import facts_of
 from dattn_mcore.training.sinks.sink import Sink
@@ -57,6 +61,7 @@ def build_hooks(
     device: torch.device,
     watchdog: Watchdog,
     first_step: int,
+    last_step: int,
 ) -> Hooks:
     """Opens what reports and measures; called by all ranks.
 
@@ -69,25 +74,17 @@ def build_hooks(
         device: of this process.
         watchdog: of this process.
         first_step: step the run starts or resumes at.
+        last_step: steps after which the run is complete.
 
     Raises:
         DattnError: on every rank, what any rank ran into.
     """
-    hooks: list[Hook] = []
-    sinks: list[Sink] = []
-    interval: IntervalReport | None = None
+    reports = _Reports()
     problem: DattnError | None = None
     run_dir = Path(config.log.run_dir)
     try:
         if dist.get_rank() == 0:
-            (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            check_trackers(config)
-            fingerprint = fingerprint_of(data.identity)
-            facts = facts_of(config, first_step=first_step, data_fingerprint=fingerprint)
-            sinks = build_sinks(config, facts)
-            samples = SampleLog(config, run_dir, first_step)
-            interval = IntervalReport(config, sinks, samples, data.groups, first_step)
-            hooks += [samples, interval, SampleLedger(config, data, first_step)]
+            reports = _open_reports(config, data, first_step, last_step)
     except DattnError as error:
         problem = error
     except OSError as error:
@@ -95,6 +92,12 @@ def build_hooks(
     except Exception as error:  # noqa: BLE001 (the other ranks must know)
         problem = unexpected(error, "opening the reports", run_dir)
     agree(problem, device)
+    hooks: list[Hook] = []
+    if asks(config):  # in front of those that close the sinks
+        scoring = reports.scoring
+        waiting = WaitForScores(config, scoring, watchdog, reports.interval, last_step)
+        hooks += [waiting] if scoring is None else [scoring, waiting]
+    hooks += reports.hooks
     if held_out is not None:
         hooks.append(
             Validation(
@@ -104,10 +107,49 @@ def build_hooks(
                 pg_collection,
                 device=device,
                 watchdog=watchdog,
-                sinks=sinks,
-                interval=interval,
+                sinks=reports.sinks,
+                interval=reports.interval,
             )
         )
     if dist.get_rank() == 0:
         hooks.append(Finished(run_dir))
     return Hooks(hooks, config)
+
+
+@dataclass
+class _Reports:
+    """What reports on the first rank; empty on the others.
+
+    Attributes:
+        hooks: in order.
+        sinks: where rows go.
+        interval: the one of the hooks whose rates leave time out.
+        scoring: scores checkpoints, where they are scored; not one of the hooks.
+    """
+
+    hooks: list[Hook] = field(default_factory=list)
+    sinks: list[Sink] = field(default_factory=list)
+    interval: IntervalReport | None = None
+    scoring: ScoreCheckpoints | None = None
+
+
+def _open_reports(config: Config, data: DataPipeline, first_step: int, last_step: int) -> _Reports:
+    """Opens them.
+
+    Raises:
+        DattnError: a tracker's package, or what evaluation questions need, is missing.
+        OSError: the run's folder cannot be written.
+    """
+    run_dir = Path(config.log.run_dir)
+    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    check_trackers(config)
+    if asks(config):
+        check_scores(config)
+    fingerprint = fingerprint_of(data.identity)
+    facts = facts_of(config, first_step=first_step, data_fingerprint=fingerprint)
+    sinks = build_sinks(config, facts)
+    samples = SampleLog(config, run_dir, first_step)
+    interval = IntervalReport(config, sinks, samples, data.groups, first_step)
+    scoring = ScoreCheckpoints(config, sinks, first_step, last_step) if asks(config) else None
+    hooks: list[Hook] = [samples, interval, SampleLedger(config, data, first_step)]
+    return _Reports(hooks, sinks, interval, scoring)

@@ -131,6 +131,7 @@ def set_up(
         device=device,
         watchdog=watchdog,
         first_step=first,
+        last_step=last,
     )
     if found is not None:
         hooks.restore(found[1].get("hooks", {}))
@@ -143,6 +144,7 @@ def set_up(
         data_identity=data.identity,
         tokenizer_fingerprint=data.tokenizer_fingerprint,
         schedule_steps=schedule,
+        in_use=hooks.in_use,
     )
     return Run(
         config=config,
