@@ -79,6 +79,7 @@ def adapters_in(run_dir, config):
     return found
 
 
+FOUR_HEADS = {"vision": {"num_attention_heads": 4}}  # as many as tensor ranks
 CASES = {
     "tp2": ({}, 2, {"tp": 2}, lora(), {}),
     "tp2-sp": ({}, 2, {"tp": 2, "sp": True}, lora(SOME, dora=True), {}),
@@ -89,8 +90,14 @@ CASES = {
     "gemma2, dora, tp2-sp": (GEMMA, 2, {"tp": 2, "sp": True}, lora(dora=True), UNFOLDED),
     "baseline, tp2-sp": ({}, 2, {"tp": 2, "sp": True}, merge(BASELINE, lora(SOME)), {}),
     "gemma2, baseline, pp2": (GEMMA, 2, {"pp": 2}, merge(BASELINE, lora(dora=True)), {}),
-    "biases, shared groups": (QWEN2, 4, {"tp": 4, "sp": True}, lora(dora=True), {}),
-    "shared groups": ({}, 4, {"tp": 4}, lora(["*.{k,v,up}_proj", "*.o_proj"]), CHUNKS),
+    "biases, shared groups": (
+        merge(QWEN2, FOUR_HEADS),
+        4,
+        {"tp": 4, "sp": True},
+        lora(dora=True),
+        {},
+    ),
+    "shared groups": (FOUR_HEADS, 4, {"tp": 4}, lora(["*.{k,v,up}_proj", "*.o_proj"]), CHUNKS),
     "overlap, dp2-tp2": (
         {},
         4,
