@@ -80,15 +80,15 @@ def average(
         behind = [
             stack.enter_context(FollowingDigest(source.path, source.digests)) for source in sources
         ]
-        plan = []
+        planned = []
         for entry, layer in in_order_of_layers(table):
             if entry.key is not None:
                 kind = torch.float32 if options.dtype == "float32" else first.dtypes[entry.key]
                 make = functools.partial(_mean, sources, behind, entry.key, layer, kind)
                 shape = entry.layer_shape()
-                plan.append(Planned(entry.key, layer, entry.layers, shape, kind, make))
+                planned.append(Planned(entry.key, layer, entry.layers, shape, kind, make))
         with AtomicFolder(output) as folder:
-            write_checkpoint(folder, plan, first.config, progress, tokenizer=first.tokenizer)
+            write_checkpoint(folder, planned, first.config, progress, tokenizer=first.tokenizer)
             for one in behind:
                 one.finish()
     return [source.path for source in sources]

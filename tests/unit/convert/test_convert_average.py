@@ -187,10 +187,10 @@ def test_one_clear_line(three, run, config, tmp_path, capsys):
         "checkpoint.keep_every in the run, or name other checkpoints"
     )
     assert fails(capsys, three[0], out).startswith(f"{three[0]} holds 0 whole checkpoints")
-    assert fails(capsys, *three, "--last", "2", out) == (
+    assert fails(capsys, *three, out, "--last", "2") == (
         "--last takes one run folder; name that, or leave --last out"
     )
-    assert "holds no running mean of the weights" in fails(capsys, *three, "--ema", out)
+    assert "holds no running mean of the weights" in fails(capsys, *three, out, "--ema")
     assert fails(capsys, tmp_path / "no", three[0], out) == f"{tmp_path / 'no'} does not exist"
 
 
