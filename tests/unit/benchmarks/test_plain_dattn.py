@@ -41,9 +41,7 @@ MODEL = {
     },
     "projector": {"ffn_hidden_size": 14},
 }
-SIZES = plain_dattn.Sizes(
-    layers=2, heads=4, head_dim=6, tower_layers=2, tower_heads=3, patch=4
-)
+SIZES = plain_dattn.Sizes(layers=2, heads=4, head_dim=6, tower_layers=2, tower_heads=3, patch=4)
 # One sample each: ids, -1 where an image stands.
 SAMPLES = {
     "image first": [-1, 5, 9, 3, 2],
