@@ -3,18 +3,22 @@
     python -m benchmarks.compare_losses v1                  # against the working tree
     python -m benchmarks.compare_losses v1 v2 --steps 20    # stages of 20 steps
     python -m benchmarks.compare_losses v1 --layouts own one tp2 pp2 dp2
+    python -m benchmarks.compare_losses v1 --settings-of v1    # where configs/digits_*.yaml changed
 
 Trains the quickstart's stages with each of two commits: same environment, settings, seed and
 layout, each stage from the weights of the one before. Loss and gradient norm of every step must be
 equal bit for bit. `own` is the layout of each stage's configuration, the others are the same in
-every stage. With `--steps` the learning rates' schedule is as short as the stage. A commit is
-checked out into a temporary worktree; `.` is the working tree with its changes. Trains on CPUs.
-Metrics and logs stay in `--out`. Exit status 1: something differs; 2: no comparison was made.
+every stage. Each commit reads its own `configs/digits_*.yaml`; with `--settings-of` both read those
+of one commit, which newer code translates as it does for a user. With `--steps` the learning rates'
+schedule is as short as the stage. A commit is checked out into a temporary worktree; `.` is the
+working tree with its changes. Trains on CPUs. Metrics and logs stay in `--out`. Exit status 1:
+something differs; 2: no comparison was made.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -31,7 +35,7 @@ from benchmarks.results import markdown_table, provenance
 from dattn_mcore.console import say
 from dattn_mcore.errors import DattnError, error_lines
 from dattn_mcore.quickstart.run import StepError, make_run_dir, run_step
-from dattn_mcore.quickstart.steps import PROCESSES, STAGES, make_run
+from dattn_mcore.quickstart.steps import CONFIGS, PROCESSES, STAGES, make_run
 from dattn_mcore.units import duration
 
 FIELDS = ("loss", "grad_norm")
@@ -56,11 +60,13 @@ class Job:
         layouts: keys of `LAYOUTS`.
         stages: the first ones of the quickstart.
         settings: `section.key=value`, for all of them.
+        configs: folder of the stages' settings; relative to a commit, or absolute and for both.
     """
 
     layouts: tuple[str, ...]
     stages: tuple[str, ...]
     settings: tuple[str, ...]
+    configs: Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,19 +75,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = [*_QUIET]
     settings += [f"train.steps={args.steps}"] if args.steps is not None else []
     settings += [f"train.seed={args.seed}"] if args.seed is not None else []
-    job = Job(
-        layouts=tuple(dict.fromkeys(args.layouts)),
-        stages=STAGES[: STAGES.index(args.until) + 1],
-        settings=tuple(settings),
-    )
     out, started = args.out.resolve(), time.monotonic()
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="dattn-compare-") as folder,
-            checked_out(args.base, Path(folder) / "base") as base,
-            checked_out(args.head, Path(folder) / "head") as head,
-        ):
-            say(f"BASE {base.name}, HEAD {head.name}")
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dattn-compare-")))
+            base = stack.enter_context(checked_out(args.base, folder / "base"))
+            head = stack.enter_context(checked_out(args.head, folder / "head"))
+            compared, configs = f"BASE {base.name}, HEAD {head.name}", CONFIGS
+            if args.settings_of is not None:
+                source = stack.enter_context(checked_out(args.settings_of, folder / "settings"))
+                compared += f", settings of {source.name}"
+                configs = source.folder / CONFIGS
+            job = Job(
+                layouts=tuple(dict.fromkeys(args.layouts)),
+                stages=STAGES[: STAGES.index(args.until) + 1],
+                settings=tuple(settings),
+                configs=configs,
+            )
+            say(compared)
             trained = [train(base, job, out / "base"), train(head, job, out / "head")]
     except DattnError as error:
         sys.stderr.write(error_lines(error))
@@ -92,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = compare(*trained)
     table = markdown_table(("stage", "layout", "steps", "loss and gradient norm"), rows)
     sys.stdout.write(f"\n{table}\n{provenance('cpu')}\n")
-    say(f"BASE {base.name}, HEAD {head.name}, {duration(time.monotonic() - started)}; {out}")
+    say(f"{compared}, {duration(time.monotonic() - started)}; {out}")
     return int(any(result != EQUAL for *_, result in rows))
 
 
@@ -107,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         default=WORKING_TREE,
         help="the same (default: . is the working tree, with its changes)",
+    )
+    parser.add_argument(
+        "--settings-of",
+        metavar="COMMIT",
+        help="both read its configs/digits_*.yaml (default: each commit its own)",
     )
     parser.add_argument("--steps", type=_count, help="of each stage (default: as configured)")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["own"])
@@ -148,6 +164,7 @@ def train(checkout: Checkout, job: Job, out: Path) -> dict[tuple[str, str], list
                 data=out / "digits",
                 overrides=[*job.settings, *settings],
                 processes=processes,
+                configs=job.configs,
             )
             for step in run.steps:
                 if step.name not in ("data", *job.stages):

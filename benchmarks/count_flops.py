@@ -70,9 +70,21 @@ FLASH = {
 
 
 def counted_decoder_step(
-    model: DattnModel, config: Config, layouts: Sequence[Layout], device: str
+    model: DattnModel,
+    config: Config,
+    layouts: Sequence[Layout],
+    device: str,
+    entered_learns: bool = True,
 ) -> int:
-    """FLOPs of one forward and backward pass through the stack of layers, by PyTorch."""
+    """FLOPs of one forward and backward pass through the stack of layers, by PyTorch.
+
+    Args:
+        model: on the device.
+        config: of the model.
+        layouts: of the samples of one pack.
+        device: name of it.
+        entered_learns: what enters the layers needs a gradient.
+    """
     params = build_seq_params(layouts, t2v_position=config.attention.t2v_position, device=device)
     dtype = next(model.decoder.parameters()).dtype
     hidden = torch.zeros(
@@ -81,7 +93,7 @@ def counted_decoder_step(
         config.model.llm.hidden_size,
         dtype=dtype,
         device=device,
-        requires_grad=True,
+        requires_grad=entered_learns,
     )
     positions = torch.cat([params.visual_positions, params.text_positions])
     with FlopCounterMode(display=False, custom_mapping=FLASH) as counter:

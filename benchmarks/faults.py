@@ -111,7 +111,7 @@ def all_cases(workshop: Workshop, seed: int) -> list[Case]:
 
 
 def sample(cases: Sequence[Case], count: int, seed: int) -> list[Case]:
-    """As many cases, dealt over the kinds in turn, in the order that they had."""
+    """As many cases, taken from the kinds in turn, in the order that they had."""
     generator = random.Random(seed)
     by_kind = {kind: [case for case in cases if case.kind == kind] for kind in KINDS}
     for of_kind in by_kind.values():
@@ -187,8 +187,8 @@ class Bench:
         try:
             self._connection.send((case, folder, workshop))
             if self._connection.poll(limit):
-                told: str | None = self._connection.recv()
-                return told
+                outcome: str | None = self._connection.recv()
+                return outcome
             problem = f"it took more than {limit:.0f} s"
         except (EOFError, BrokenPipeError):
             self._process.join(10)

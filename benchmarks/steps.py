@@ -24,8 +24,9 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.training.model import build_from_config
-from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 from dattn_mcore.training.runtime import params_dtype
+from dattn_mcore.training.schedule import build_scheduler
 from dattn_mcore.training.step import train_step
 
 Step = Callable[[], object]

@@ -38,6 +38,9 @@ COMMANDS = {
         "tools.checkpoint_convert.__main__:interruptible",
         "weights to and from Hugging Face; compare, inspect and refresh them",
     ),
+    "average": Command(
+        "tools.checkpoint_convert.__main__:average", "the mean of the weights of checkpoints"
+    ),
     "evaluate": Command("dattn_mcore.evaluation.__main__:main", "answer and score benchmarks"),
     "quickstart": Command(
         "dattn_mcore.quickstart.__main__:main",

@@ -7,6 +7,8 @@ import functools
 import os
 import signal
 import sys
+import threading
+import time
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -35,3 +37,22 @@ def end_forks_with_parent() -> None:
             os._exit(1)
 
     os.register_at_fork(before=lambda: parent.__setitem__(0, os.getpid()), after_in_child=in_child)
+
+
+def end_with_parent(parent: int) -> None:
+    """Has this program end when the process that started it ends, however that ends.
+
+    Args:
+        parent: id of that process, which may have ended before this one could ask.
+    """
+    signal_when_parent_ends(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    if sys.platform != "linux":
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)

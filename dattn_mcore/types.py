@@ -22,3 +22,19 @@ Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 RecomputeGranularity = Literal["none", "selective", "full"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp"]
 Part = Literal["vision", "projector", "llm"]  # of a model
+
+# The benchmarks of the evaluation, by their names on the command line.
+BenchmarkName = Literal[
+    "scienceqa",
+    "mme",
+    "gqa",
+    "pope",
+    "textvqa",
+    "seed",
+    "llava-bench",
+    "mm-vet",
+    "vqav2",
+    "mmbench",
+    "vizwiz",
+    "mmstar",
+]

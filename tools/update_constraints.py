@@ -24,6 +24,8 @@ EXTRAS = (
     "dali",
     "parquet",
     "heif",
+    "trackers",
+    "adapters",
     "triton",
     "eval",
     "dev",
@@ -52,10 +54,11 @@ def main() -> int:
         of_torch = {_name(pin) for pin in resolve(["-"], torch_range)}
         alone = resolve(["-", "--no-deps"], LMMS_EVAL)
         second = [pin for pin in pins if _PYTORCHS_OWN.match(pin) and _name(pin) in of_torch]
-        first = sorted([*(pin for pin in pins if pin not in second), *alone])
+        first = [pin for pin in pins if pin not in second]
         # An older PyTorch that is installed already stays beside what the first file names.
         oldest = re.sub(r"torch>=([\d.]+).*", r"torch==\1.*", torch_range)
         resolve(["-"], "\n".join([*first, oldest]))
+        first = sorted([*first, *alone])
     except ResolveError as error:
         complain(f"error: {error}")
         return 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.faults import start_ranks
-from tests.distributed.jobs import small_config
+from tests.distributed.small_models import small_config
 from tests.ranks import end_ranks
 
 STEPS = 6
@@ -143,6 +143,6 @@ def one_line_of(text: str, several: bool = False) -> str | None:
     """
     if "Traceback" in text:
         return f"a traceback: {last_line(text)}"
-    told = [line for line in text.splitlines() if line.startswith(("error: ", "fault: "))]
-    right = len(told) == 1 or (several and told)
-    return None if right else f"{len(told)} lines of errors instead of one"
+    reported = [line for line in text.splitlines() if line.startswith(("error: ", "fault: "))]
+    right = len(reported) == 1 or (several and reported)
+    return None if right else f"{len(reported)} lines of errors instead of one"

@@ -42,9 +42,9 @@ def cases(generator: random.Random) -> list[Case]:
 
 def _known(folder: Path, workshop: Workshop, name: str) -> str | None:
     raw, reason = BYTES[name]
-    told = _load(raw)
-    if isinstance(told, str):
-        return None if reason in told else f"the reason is another: {told}"
+    found = _load(raw)
+    if isinstance(found, str):
+        return None if reason in found else f"the reason is another: {found}"
     return "taken for a good image"
 
 

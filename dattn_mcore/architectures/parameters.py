@@ -14,7 +14,7 @@ from typing import Literal
 from dattn_mcore.types import Part
 
 Shape = tuple[int, ...]
-Start = Literal["normal", "residual", "fan_in", "zeros", "norm", "constant"]
+Start = Literal["normal", "residual", "fan_in", "uniform", "zeros", "norm", "constant", "row_norm"]
 
 TOWER, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."  # Hugging Face names
 # Where names of a part begin, on either side. What is none of these is the language model.
@@ -65,11 +65,13 @@ class Entry:
         parts: Hugging Face names and shapes; `{layer}` in a name is the layer's number.
         mix: how the parts make the Megatron-Core tensor.
         layers: the Megatron-Core tensor stacks this many layers on a leading axis; None: no axis.
+        numbers: which layers of the model these are; None: the first ones, as many as there are.
         tp_axis: axis (of one layer) that tensor parallel ranks share; None: each holds all of it.
         dtype: `model`: that of the model's weights; `float32` in every model.
         start: the initial value: `normal` with the part's standard deviation; `residual`, which
-            is smaller, since it feeds the residual stream; `fan_in`; `zeros`; what a norm has; or
-            `constant`.
+            is smaller, since it feeds the residual stream; `fan_in`; `uniform` within the square
+            root of 1 / inputs; `zeros`; what a norm has; `constant`; or `row_norm`, the lengths of
+            the rows of an adapted weight.
         constant: of that start.
     """
 
@@ -77,14 +79,20 @@ class Entry:
     parts: dict[str, Shape] = field(default_factory=dict)
     mix: Mix = COPY
     layers: int | None = None
+    numbers: tuple[int, ...] | None = None
     tp_axis: int | None = None
     dtype: Literal["model", "float32"] = "model"
     start: Start = "normal"
     constant: float = 0.0
 
+    def number(self, layer: int) -> int:
+        """Number in the model of a layer of the stack."""
+        return layer if self.numbers is None else self.numbers[layer]
+
     def names(self, layer: int | None) -> list[str]:
-        """Hugging Face names of one layer (None: of an entry without layers)."""
-        return [name.replace("{layer}", str(layer)) for name in self.parts]
+        """Hugging Face names of one layer of the stack (None: of an entry without layers)."""
+        number = None if layer is None else self.number(layer)
+        return [name.replace("{layer}", str(number)) for name in self.parts]
 
     def steps(self) -> list[int | None]:
         """The layers to go through; `[None]` for an entry without layers."""
@@ -169,18 +177,26 @@ def in_order_of_layers(table: Iterable[Entry]) -> list[tuple[Entry, int | None]]
 
 
 def in_order_of_modules(
-    table: Iterable[Entry], num_layers: int | None = None
+    table: Iterable[Entry], layers: Sequence[int] | None = None
 ) -> Iterator[tuple[Entry, int | None]]:
     """What Megatron-Core's modules hold, in their order: stacks of layers layer by layer.
 
     Args:
         table: in the order of the modules.
-        num_layers: of a part of the stack, numbered from 0; None: of all of it.
+        layers: numbers in the model of the layers that are there; None: all of the stack.
+
+    Yields:
+        A line, and which of the layers that are there it is, from 0.
     """
-    for layers, group in itertools.groupby(table, key=lambda entry: entry.layers):
+    for is_single, group in itertools.groupby(table, key=lambda entry: entry.layers is None):
         entries = [entry for entry in group if entry.key is not None]
-        if layers is None:
+        if is_single:
             yield from ((entry, None) for entry in entries)
-        else:
-            numbers = range(layers if num_layers is None else num_layers)
-            yield from ((entry, layer) for layer in numbers for entry in entries)
+            continue
+        most = max((entry.layers or 0 for entry in entries), default=0)
+        for place, number in enumerate(range(most) if layers is None else layers):
+            yield from (
+                (entry, place)
+                for entry in entries
+                if entry.numbers is None or number in entry.numbers
+            )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dattn_mcore.types import V2V, Implementation, Merge, T2VPosition
+from dattn_mcore.types import V2V, Merge, T2VPosition
 
 LayerKind = Literal["sliding", "full"]
 TowerActivation = Literal["gelu_tanh", "gelu", "quick_gelu", "silu"]
@@ -143,7 +143,6 @@ class ModelConfig:
     """What is trained."""
 
     family: str = "mistral"  # of the language model
-    transformer_impl: Literal["auto", Implementation] = "auto"  # of linears and norms
     visual_positions: bool = True  # False removes the tower's and the projector's positions
     llm: LlmConfig = field(default_factory=LlmConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)

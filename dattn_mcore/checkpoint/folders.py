@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from dattn_mcore.checkpoint.manifest import MANIFEST, is_of_a_run, read_manifest, step_of
+from dattn_mcore.checkpoint.retention import Retention
 from dattn_mcore.errors import CheckpointError
 
+EXPORTS = "exports"  # folder of a run's Hugging Face folders, beside that of its checkpoints
 _ASIDE = ".old.tmp"  # of a checkpoint that is being deleted or replaced
 
 
@@ -84,35 +87,60 @@ def find_checkpoints(path: Path) -> list[Path]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a run saved a checkpoint whose manifest is right and whose files have their sizes.
+    """Whether a run saved the checkpoint and it is whole; see `whole_manifest`."""
+    return whole_manifest(folder) is not None
 
-    Their content is not read: that takes as long as a load, and is done before one.
+
+def whole_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a whole checkpoint that a run saved; None of any other folder.
+
+    It is whole if its manifest is right and its files have their sizes. Their content is not read:
+    that takes as long as a load, and is done before one.
     """
     try:
         manifest = read_manifest(folder)
         files = manifest["files"]
-        return is_of_a_run(manifest) and damage(folder, sorted(files), files, hashes=False) is None
+        whole = is_of_a_run(manifest) and damage(folder, sorted(files), files, hashes=False) is None
     except (CheckpointError, OSError):
-        return False
+        return None
+    return manifest if whole else None
 
 
-def remove_old(root: Path, keep: int, saved: Path) -> None:
+def export_of(checkpoint: Path) -> Path:
+    """Where the Hugging Face folder of a run's checkpoint lives."""
+    return checkpoint.parent.parent / EXPORTS / checkpoint.name
+
+
+def delete_export(checkpoint: Path) -> None:
+    """Deletes the Hugging Face folder of a run's checkpoint, where there is one of its own."""
+    export = export_of(checkpoint)
+    if export.is_dir() and not export.is_symlink():
+        delete(export)
+
+
+def remove_old(root: Path, rules: Retention, saved: Path, in_use: Collection[Path] = ()) -> None:
     """Deletes older whole checkpoints, and what interrupted saves and deletions left behind.
 
     Newer ones than `saved` are there only because they could not be read, or were not asked for.
+    The export of a checkpoint goes with it, and before it: killed in between, the next save
+    deletes the checkpoint.
 
     Args:
         root: folder of checkpoints.
-        keep: how many whole ones stay, `saved` among them.
+        rules: say which whole ones stay.
         saved: the checkpoint that was written just now; it stays in any case.
+        in_use: others that somebody still reads; a later save deletes them.
     """
     newest = step_of(saved) or 0
     older = [path for path in list_checkpoints(root) if (step_of(path) or 0) <= newest]
-    whole = [path for path in older if not path.is_symlink() and is_whole(path)]
-    for path in whole[keep:]:
-        if path != saved:
+    manifests = {path: whole_manifest(path) for path in older if not path.is_symlink()}
+    whole = {path: fields for path, fields in manifests.items() if fields is not None}
+    stay = rules.staying({f["step"]: f.get("metrics", {}) for f in whole.values()})
+    for path in whole:
+        if path != saved and path not in in_use and step_of(path) not in stay:
+            delete_export(path)
             delete(path)
-    for path in root.glob("step_*.tmp"):
+    for path in (*root.glob("step_*.tmp"), *(root.parent / EXPORTS).glob("step_*.tmp")):
         if _is_unfinished(path):
             delete(path)
 

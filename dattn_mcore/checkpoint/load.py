@@ -13,14 +13,17 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dattn_mcore.checkpoint import folders, state
-from dattn_mcore.checkpoint.content import check_content, only_weights, read_object
+from dattn_mcore.checkpoint.adapters import check_same_adapters, has_base
+from dattn_mcore.checkpoint.content import EMA, check_content, only_weights, read_object
 from dattn_mcore.checkpoint.manifest import is_of_a_run, read_manifest
 from dattn_mcore.checkpoint.metadata import read_metadata
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.config.load import to_dict
+from dattn_mcore.config.optim_groups import layers_differ, resolved
 from dattn_mcore.config.saved import saved_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import difference, image_changes, same_samples
@@ -31,8 +34,7 @@ from dattn_mcore.parallel import platform
 logger = logging.getLogger(__name__)
 
 # Settings of the model that shape no parameter and may differ from the checkpoint's.
-_FREE: dict[str, set[str | None]] = {
-    "transformer_impl": {None},  # both have the same parameters
+_FREE = {
     "llm": {"init_std"},
     "vision": {"init_std"},
     "projector": {"output_norm_init"},
@@ -141,8 +143,10 @@ def load_weights(
 ) -> Path:
     """Loads the weights of a run or checkpoint, and nothing else (`checkpoint.init_from`).
 
+    Adapters of the model keep their values.
+
     Raises:
-        CheckpointError: none there, all damaged, or another model's.
+        CheckpointError: none there, all damaged, another model's, or adapters alone.
     """
     found = choose_checkpoint(path, fall_back=False)
     if found is None:
@@ -152,9 +156,31 @@ def load_weights(
         )
     folder, manifest = found
     check_same_model(config, manifest, folder)
-    content = _load(folder, state.model_state(chunks, pg_collection))
-    _put_weights(content, chunks)
+    if has_base(manifest):
+        raise CheckpointError(
+            f"checkpoint.init_from={path}: {folder} holds adapters alone, beside the weights of "
+            f"{manifest['base']['path']}; export it (mcore-to-hf merges them) and convert that "
+            "back (hf-to-mcore), or start from the base with lora.init_from"
+        )
+    content = _load(folder, state.model_state(chunks, pg_collection, "base"))
+    _put_weights(content, chunks, "base")
     return folder
+
+
+def load_adapters(
+    folder: Path, chunks: list[DattnModel], pg_collection: ProcessGroupCollection
+) -> None:
+    """Loads what a run with adapters has saved, and nothing else, over the weights of its base.
+
+    Args:
+        folder: a checkpoint of adapters, accepted by `check_same_model` and `check_base`.
+        chunks: this rank's model chunks, with the same parts frozen.
+        pg_collection: process groups.
+
+    Raises:
+        CheckpointError: the content does not fit.
+    """
+    _put_weights(_load(folder, state.model_state(chunks, pg_collection, "run")), chunks, "run")
 
 
 def check_same_run(
@@ -166,6 +192,7 @@ def check_same_run(
         CheckpointError: names what differs.
     """
     check_same_model(config, manifest, folder)
+    check_same_adapters(config, manifest, folder)
     if not is_of_a_run(manifest):
         raise CheckpointError(
             f"{folder} holds converted weights without a step to go on from; start in another "
@@ -192,12 +219,32 @@ def check_same_run(
                 "step would mean other samples; keep it, or start in another log.run_dir with "
                 "checkpoint.init_from"
             )
-    trained = manifest["config"]["train"].get("trains", [])
-    if sorted(trained) != sorted(config.train.trains):
+    _check_same_parameters(config, manifest, folder)
+
+
+def _check_same_parameters(config: Config, manifest: dict[str, Any], folder: Path) -> None:
+    """Refuses to go on where other parameters would learn: they have no optimizer states there.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    saved = saved_config(manifest["config"])
+    there, here = resolved(saved), resolved(config)
+    other = next((tensor for tensor in here if here[tensor].trains != there[tensor].trains), None)
+    if other is None:
+        return
+    new_stage = "start the new stage in another log.run_dir with checkpoint.init_from"
+    if not (saved.optim.groups or config.optim.groups):
         raise CheckpointError(
-            f"{folder} trains {trained} and this run {list(config.train.trains)} (train.trains); "
-            "start the new stage in another log.run_dir with checkpoint.init_from"
+            f"{folder} trains {list(saved.train.trains)} and this run {list(config.train.trains)} "
+            f"(train.trains); {new_stage}"
         )
+    (key, layer), learns = other, here[other].trains
+    place = "" if layer is None else f" of layer {layer}"
+    raise CheckpointError(
+        f"{folder} {'does not train' if learns else 'trains'} {key}{place} and this run "
+        f"{'does' if learns else 'does not'} (train.trains, optim.groups); {new_stage}"
+    )
 
 
 def _check_same_images(
@@ -247,10 +294,12 @@ def resume(
     Raises:
         CheckpointError: the content does not fit.
     """
-    model = state.model_state(chunks, pg_collection)
+    model = learning = state.model_state(chunks, pg_collection, "run")
+    if layers_differ(saved_config(manifest["config"])):
+        learning = state.model_state(chunks, pg_collection, "run", by_layer=True)
     content: dict[str, Any] = {
         **model,
-        "optimizer": state.optimizer_state(optimizer, model, pg_collection, is_loading=True),
+        "optimizer": state.optimizer_state(optimizer, learning, pg_collection, is_loading=True),
     }
     layout = state.layout_of(pg_collection)
     index = read_metadata(folder)
@@ -259,7 +308,7 @@ def resume(
     if has_rng:
         content["rng"] = rng
     loaded = _load(folder, content)
-    _put_weights(loaded, chunks)
+    _put_weights(loaded, chunks, "run")
     try:
         _take_own_groups(loaded["optimizer"], optimizer, folder)
         if has_rng:
@@ -271,6 +320,35 @@ def resume(
         raise CheckpointError(f"{folder} does not fit this run ({reason(error)})") from error
     optimizer.load_state_dict(loaded["optimizer"])
     return int(manifest["step"])
+
+
+def holds_ema(folder: Path) -> bool:
+    """Whether a checkpoint has a running mean of its weights."""
+    return any(key.startswith(EMA) for key in read_metadata(folder).state_dict_metadata)
+
+
+def load_ema(
+    folder: Path,
+    chunks: list[DattnModel],
+    means: list[dict[str, Tensor]],
+    pg_collection: ProcessGroupCollection,
+) -> None:
+    """Loads the running mean of the weights of a checkpoint, saved in any layout.
+
+    Args:
+        folder: from `choose_checkpoint`.
+        chunks: this rank's model chunks, without DDP.
+        means: of these, float32 by the names of parameters; overwritten.
+        pg_collection: process groups.
+
+    Raises:
+        CheckpointError: it is a mean of other parameters.
+    """
+    content = state.ema_state(state.model_state(chunks, pg_collection), means)
+    loaded = _load(folder, dict(content))
+    for index, chunk in enumerate(means):
+        for name, mean in chunk.items():
+            mean.copy_(loaded[f"ema{index}"][name])
 
 
 def _holds(index: Metadata, tensors: dict[str, ShardedTensor]) -> bool:
@@ -325,10 +403,16 @@ def _take_own_groups(content: dict[Any, Any], optimizer: MegatronOptimizer, fold
         ]
 
 
-def _put_weights(content: dict[str, Any], chunks: list[DattnModel]) -> None:
+def _put_weights(content: dict[str, Any], chunks: list[DattnModel], kind: state.Kind) -> None:
     for index, chunk in enumerate(chunks):
-        missing, unexpected = chunk.load_state_dict(content[f"model{index}"], strict=False)
-        missing = [name for name in missing if not name.endswith("_extra_state")]
+        # A stage where nothing learns has saved nothing.
+        own = content.get(f"model{index}", {})
+        missing, unexpected = chunk.load_state_dict(own, strict=False)
+        wanted = state.names_of_kind(chunk, kind)
+        others = {name for name, _ in chunk.named_parameters()} - set(wanted)
+        missing = [
+            name for name in missing if not name.endswith("_extra_state") and name not in others
+        ]
         if missing or unexpected:
             raise CheckpointError(
                 f"checkpoint lacks {missing or 'nothing'} and has {unexpected or 'nothing'} more"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ _OF_A_RUN = {"layout", "data_fingerprint", "dattn_mcore"}
 _LATER = {"data", "tokenizer"}  # not in the first manifests of format 1
 _SINCE_2 = {"digest", "schedule_steps"}
 _OPTIONAL = {"metrics", "hooks"}  # not in the first manifests of format 2
+_OF_ADAPTERS = {"base"}  # only where a checkpoint needs the weights of another
 
 
 class _Damaged(Exception):
@@ -44,6 +46,7 @@ def new_manifest(
     schedule_steps: int | None = None,
     metrics: dict[str, float] | None = None,
     hooks: dict[str, Any] | None = None,
+    base: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The fields of a manifest, without files.
 
@@ -55,10 +58,13 @@ def new_manifest(
         data: identity of the data set.
         data_fingerprint: of that identity.
         schedule_steps: steps that the learning rate's schedule takes.
-        metrics: newest value of each metric that the run measures beside its training loss.
+        metrics: newest value of each metric that the run measures beside its training loss; those
+            that are no finite number are left out, since they cannot be compared.
         hooks: what the run's hooks remember over a resume, by name.
+        base: of a checkpoint that holds adapters, from `checkpoint.adapters.describe_base`.
     """
-    return {
+    finite = {name: float(v) for name, v in (metrics or {}).items() if math.isfinite(v)}
+    fields = {
         "format": FORMAT,
         "digest": _NO_DIGEST,
         "step": step,
@@ -66,12 +72,13 @@ def new_manifest(
         "data_fingerprint": data_fingerprint,
         "data": data,
         "schedule_steps": schedule_steps,
-        "metrics": metrics or {},
-        "hooks": hooks or {},
+        **({"hooks": hooks} if hooks else {}),
         "tokenizer": tokenizer,
+        **({"metrics": finite} if finite else {}),
         "dattn_mcore": dattn_mcore.__version__,
         "config": to_dict(config),
     }
+    return fields if base is None else {**fields, "base": base}
 
 
 def write_manifest(folder: Path, fields: dict[str, Any], files: dict[str, list[Any]]) -> None:
@@ -187,7 +194,7 @@ def _check_fields(fields: dict[str, Any], path: Path) -> None:
     else:
         known |= _SINCE_2
         needed = known
-        known = known | _OPTIONAL
+        known = known | _OPTIONAL | _OF_ADAPTERS
     for name in sorted(needed - fields.keys()):
         raise _Damaged(f"no {name}")
     for name in sorted(fields.keys() - known):
@@ -222,10 +229,15 @@ def _check_values(fields: dict[str, Any]) -> None:
         if not isinstance(fields[name], dict) and (of_a_run or name != "data"):
             raise _Damaged(f"{name} is no mapping")
     metrics = fields.get("metrics", {})
-    if not isinstance(metrics, dict) or not all(type(v) in (int, float) for v in metrics.values()):
-        raise _Damaged("metrics are no numbers")
+    if not isinstance(metrics, dict) or not all(map(_is_finite, metrics.values())):
+        raise _Damaged("metrics are no mapping of names to finite numbers")
     if not isinstance(fields.get("hooks", {}), dict):
         raise _Damaged("hooks is no mapping")
+    base = fields.get("base", {"path": "", "fingerprint": ""})
+    if not isinstance(base, dict) or base.keys() != {"path", "fingerprint"}:
+        raise _Damaged("base is no path and fingerprint")
+    if not all(isinstance(value, str) for value in base.values()):
+        raise _Damaged("base is no text")
     tokenizer = fields.get("tokenizer", {})
     if not all(isinstance(value, str | None) for value in tokenizer.values()):
         raise _Damaged("tokenizer is no text")
@@ -243,6 +255,10 @@ def _check_files(files: Any, path: Path) -> None:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
 
 
 def _is_sha256(value: Any) -> bool:

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import queue
 import threading
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -32,6 +33,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.checkpoint import folders, manifest, state
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
+from dattn_mcore.checkpoint.retention import Retention
+from dattn_mcore.config.optim_groups import layers_differ
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import fingerprint_of
 from dattn_mcore.errors import CheckpointError
@@ -75,6 +78,8 @@ class CheckpointSaver:
         data_identity: of the data set that positions refer to.
         tokenizer_fingerprint: of what made ids of its texts; an export takes the same.
         schedule_steps: that the learning rate's schedule takes.
+        base: of a run with adapters: the checkpoint beside whose weights they learn.
+        in_use: checkpoints that must not be deleted now; asked on the first rank.
     """
 
     def __init__(
@@ -87,11 +92,16 @@ class CheckpointSaver:
         data_identity: dict[str, Any],
         tokenizer_fingerprint: str,
         schedule_steps: int,
+        base: dict[str, str] | None = None,
+        in_use: Callable[[], Collection[Path]] = tuple,
     ) -> None:
+        self._in_use = in_use
         self.root, self.config, self.data_identity = root, config, data_identity
         self.tokenizer = manifest.describe_tokenizer(config, tokenizer_fingerprint)
-        self.schedule_steps = schedule_steps
+        self.schedule_steps, self.base = schedule_steps, base
         self.chunks, self.optimizer, self.pg_collection = chunks, optimizer, pg_collection
+        # More sharded tensors of the same save, made from the model's.
+        self.beside: Callable[[dict[str, dict[str, Any]]], dict[str, Any]] = lambda model: {}
         self._calls = AsyncCallsQueue()
         self._results: SyncManager | None = None
         self._pending: _Pending | None = None
@@ -197,12 +207,14 @@ class CheckpointSaver:
             self._results.shutdown()
 
     def _content(self, step: int, layout: tuple[int, int]) -> dict[str, Any]:
-        model = state.model_state(self.chunks, self.pg_collection)
+        groups = self.pg_collection
+        model = learning = state.model_state(self.chunks, groups, "run")
+        if layers_differ(self.config):
+            learning = state.model_state(self.chunks, groups, "run", by_layer=True)
         return {
             **model,
-            "optimizer": state.optimizer_state(
-                self.optimizer, model, self.pg_collection, is_loading=False
-            ),
+            **self.beside(model),
+            "optimizer": state.optimizer_state(self.optimizer, learning, groups, is_loading=False),
             "rng": state.rng_state(self.pg_collection, layout),
             "step": step,
         }
@@ -243,6 +255,7 @@ class CheckpointSaver:
             schedule_steps=self.schedule_steps,
             metrics=metrics,
             hooks=hooks,
+            base=self.base,
         )
 
     def _hash(self, pending: _Pending) -> None:
@@ -266,6 +279,7 @@ class CheckpointSaver:
             }
             try:
                 manifest.write_manifest(pending.temporary, pending.manifest, files)
+                folders.delete_export(pending.final)  # of what had this step's name before
                 replaced = folders.put(pending.temporary, pending.final)
             except OSError as error:
                 failure = reason(error)
@@ -278,7 +292,9 @@ class CheckpointSaver:
         try:
             if replaced is not None:
                 folders.delete(replaced)
-            folders.remove_old(self.root, self.config.checkpoint.keep, saved)
+            folders.remove_old(
+                self.root, Retention.of(self.config.checkpoint), saved, self._in_use()
+            )
         except OSError as error:  # the new one is whole: the next save tries again
             logger.warning("an older checkpoint in %s could not be deleted (%s)", self.root, error)
 

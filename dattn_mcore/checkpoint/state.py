@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
-from dattn_mcore.checkpoint.content import RNG
+from dattn_mcore.checkpoint.content import EMA, RNG
+from dattn_mcore.layers.adaptable import adapter_names
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import platform
 
+Kind = Literal["all", "base", "run"]
 _TRACKER = "tracker."  # in names of RNG states: of Megatron-Core's tracker
 # Optimizer state per parameter in its full shape: loads into any tp, pp and dp.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -25,19 +33,72 @@ def metadata(pg_collection: ProcessGroupCollection) -> dict[str, Any]:
     return {**METADATA, "dp_cp_group": pg_collection.dp_cp}
 
 
+def names_of_kind(chunk: DattnModel, kind: Kind) -> Collection[str]:
+    """Names of the parameters of a chunk that a checkpoint of a kind holds; see `model_state`."""
+    every = {name for name, _ in chunk.named_parameters()}
+    if not chunk.has_adapters or kind == "all":
+        return every
+    if kind == "base":
+        return every - adapter_names(chunk)
+    return {name for name, parameter in chunk.named_parameters() if parameter.requires_grad}
+
+
 def model_state(
-    chunks: list[DattnModel], pg_collection: ProcessGroupCollection
+    chunks: list[DattnModel],
+    pg_collection: ProcessGroupCollection,
+    kind: Kind = "all",
+    *,
+    by_layer: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Sharded weights of this rank's chunks, under the names `model0`, `model1`, ..."""
+    """Sharded weights of this rank's chunks, under the names `model0`, `model1`, ...
+
+    Args:
+        chunks: of this rank.
+        pg_collection: process groups.
+        kind: of a model with adapters: `all`, `base` (all but the adapters), or `run`: what
+            learns, which is what a run with adapters saves. Without adapters all of it, always.
+        by_layer: a tensor of its own for each layer; otherwise one for a stack of them.
+    """
     state = {}
+    options = metadata(pg_collection)
+    if by_layer:
+        options["non_homogeneous_layers"] = True  # Megatron-Core's name
     for index, chunk in enumerate(chunks):
-        entries = chunk.sharded_state_dict(metadata=metadata(pg_collection))
+        left_out = {name for name, _ in chunk.named_parameters()} - set(names_of_kind(chunk, kind))
+        entries = chunk.sharded_state_dict(metadata=options)
         # FP8 scales of Transformer Engine aside, `_extra_state` is empty; without it a checkpoint
         # is the same for every layer spec.
         state[f"model{index}"] = {
-            name: entry for name, entry in entries.items() if not name.endswith("_extra_state")
+            name: entry
+            for name, entry in entries.items()
+            if not name.endswith("_extra_state") and name not in left_out
         }
     return state
+
+
+def ema_state(
+    model: dict[str, dict[str, Any]], means: list[dict[str, Tensor]]
+) -> dict[str, dict[str, Any]]:
+    """Sharded running mean of the weights, cut over the ranks as they are.
+
+    Args:
+        model: from `model_state`.
+        means: of this rank's chunks, float32 by the names of parameters; frozen ones are missing.
+    """
+    return {
+        f"ema{index}": {
+            name: _with_data(model[f"model{index}"][name], mean) for name, mean in chunk.items()
+        }
+        for index, chunk in enumerate(means)
+    }
+
+
+def _with_data(entry: Any, mean: Tensor) -> ShardedTensor | ShardedTensorFactory:
+    """The sharded entry of a weight with its mean in it, under a key of its own."""
+    key = f"{EMA}{entry.key}"
+    if isinstance(entry, ShardedTensorFactory):
+        return replace(entry, key=key, data=mean)
+    return replace(entry, key=key, data=mean, dtype=mean.dtype)
 
 
 def optimizer_state(
@@ -46,7 +107,11 @@ def optimizer_state(
     pg_collection: ProcessGroupCollection,
     is_loading: bool,
 ) -> dict[str, Any]:
-    """Sharded optimizer state that matches a `model_state`."""
+    """Sharded optimizer state that matches a `model_state`.
+
+    Where only some layers of a stack learn (`config.optim_groups.layers_differ`), the `model_state`
+    must be `by_layer`: Megatron-Core saves no stack that lacks layers.
+    """
     if not is_loading:
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             if not part.is_stub_optimizer and not part.optimizer.state:

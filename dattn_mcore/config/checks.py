@@ -1,7 +1,8 @@
 """Checks of a whole configuration, each rule a small function that gives one line per breach.
 
-The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules` and
-`export_rules`; what depends on the number of processes stands here.
+The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules`,
+`optim_groups`, `schedule`, `lora`, `validation_rules`, `checkpoint_rules` and `export_rules`; what
+depends on the number of processes stands here.
 """
 
 from __future__ import annotations
@@ -9,9 +10,14 @@ from __future__ import annotations
 import math
 
 from dattn_mcore.config import (
+    checkpoint_rules,
     export_rules,
+    lora,
     model_rules,
+    optim_groups,
     profile_rules,
+    schedule,
+    scores_rules,
     training_rules,
     validation_rules,
     value_rules,
@@ -31,14 +37,20 @@ _ACROSS = (
     model_rules.vision,
     export_rules.export,
     training_rules.visual_chunk,
-    training_rules.training,
+    optim_groups.mistakes,
+    schedule.mistakes,
+    schedule.lengths,
     training_rules.overlap,
     training_rules.recompute,
     training_rules.fp8,
     validation_rules.held_out,
+    checkpoint_rules.kept,
+    checkpoint_rules.mean_of_weights,
     profile_rules.window,
     profile_rules.what_is_recorded,
+    scores_rules.scores,
     training_rules.unbuilt,
+    lora.lora,
 )
 
 

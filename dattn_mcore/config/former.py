@@ -14,21 +14,41 @@ from dattn_mcore.errors import ConfigError
 def translated(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A tree of settings in today's form.
 
-    What a family's models have in common was once set one by one; it must be what they have.
+    What a family's models have in common was once set one by one; it must be what they have. Who
+    makes linears and norms was once a setting of the model.
 
     Raises:
-        ConfigError: a setting of before says what no model of the family has.
+        ConfigError: a setting of before says what no model of the family has, or another thing than
+            the setting that took its place.
     """
+    tree = _implementation_of_the_run(tree)
     model = tree.get("model")
     llm = model.get("llm") if isinstance(model, Mapping) else None
     if not isinstance(model, Mapping) or not isinstance(llm, Mapping):
-        return dict(tree)
+        return tree
     family = model.get("family", ModelConfig.family)
     llm = dict(llm)
     if isinstance(family, str) and family in language_models():
         _check_features(llm, family, language_models()[family].features)
     _to_pattern(llm)
     return {**tree, "model": {**model, "llm": llm}}
+
+
+def _implementation_of_the_run(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`model.transformer_impl` as `train.transformer_impl`."""
+    model, train = tree.get("model"), tree.get("train", {})
+    if not isinstance(model, Mapping) or not isinstance(train, Mapping):
+        return dict(tree)
+    if "transformer_impl" not in model:
+        return dict(tree)
+    others = {name: value for name, value in model.items() if name != "transformer_impl"}
+    former = model["transformer_impl"]
+    if train.get("transformer_impl", former) != former:
+        raise ConfigError(
+            f"model.transformer_impl={former} is the former name of train.transformer_impl, which "
+            f"is {train['transformer_impl']} here; leave the former out"
+        )
+    return {**tree, "model": others, "train": {**train, "transformer_impl": former}}
 
 
 def _check_features(llm: dict[str, Any], family: str, features: TextFeatures) -> None:

@@ -27,6 +27,9 @@ _OTHER_NAMES = {
 }
 # What others have a setting for and this project has not: words of such a setting, and what to say.
 _ABSENT: dict[frozenset[str], str] = {
+    frozenset({"val", "valid", "validate", "eval", "evaluation", "evaluate"}): (
+        "the held-out loss has settings in validation (validation.share, validation.interval)"
+    ),
     frozenset({"comet", "neptune", "swanlab", "clearml", "aim"}): (
         "metrics go to metrics.jsonl, TensorBoard, Weights & Biases and MLflow (log.tensorboard, "
         "log.wandb, log.mlflow), nowhere else"
@@ -83,7 +86,7 @@ def unknown_argument(argument: str) -> str:
         return f"{said}; {absent}"
     name, value = name[:_SHOWN], value[:_SHOWN]
     known: dict[str, list[str]] = {}
-    for key in all_keys(Config):
+    for key in _of_command_line():
         known.setdefault(key.split(".")[-1], []).append(key)
     meant = known.get(name) or known.get(next(iter(_close(name, known)), ""), [])
     examples = [f"{key}={value or '...'}" for key in meant[:_MOST]]
@@ -96,7 +99,7 @@ def unknown_argument(argument: str) -> str:
 def unknown_flag(flag: str) -> str:
     """What to say about a flag that does not exist."""
     name = flag.partition("=")[0].lstrip("-").replace("_", "-").lower()
-    names = {key.split(".")[-1].replace("_", "-"): f"{key}=..." for key in all_keys(Config)}
+    names = {key.split(".")[-1].replace("_", "-"): f"{key}=..." for key in _of_command_line()}
     names |= {short: f"--{short}" for short in SHORT_FLAGS} | _OTHER_NAMES
     near = _close(name, names)
     if absent := _absent(name):
@@ -104,6 +107,11 @@ def unknown_flag(flag: str) -> str:
     hint = f"did you mean {names[near[0]]}?" if near else "--help lists the flags."
     shown = flag.partition("=")[0][:_SHOWN]
     return f"flag {shown} is unknown; {hint} Any setting is section.key=value"
+
+
+def _of_command_line() -> list[str]:
+    """Settings that can be set one by one: without those of a list's entries."""
+    return [key for key in all_keys(Config) if "[" not in key]
 
 
 def all_keys(cls: type, prefix: str = "") -> list[str]:

@@ -16,7 +16,14 @@ from dattn_mcore.architectures.sizes import (
     ProjectorConfig,
     VisionConfig,
 )
-from dattn_mcore.types import Fp8Recipe, Part, RecomputeGranularity, RecomputeModule
+from dattn_mcore.types import (
+    BenchmarkName,
+    Fp8Recipe,
+    Implementation,
+    Part,
+    RecomputeGranularity,
+    RecomputeModule,
+)
 
 __all__ = [
     "ANYRES_GRIDS",
@@ -26,18 +33,23 @@ __all__ = [
     "DataConfig",
     "HealthConfig",
     "LlmConfig",
+    "LoraConfig",
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "OptimGroup",
     "ParallelConfig",
     "ProfileConfig",
     "ProjectorConfig",
+    "ScoresConfig",
     "SourceConfig",
     "TrainConfig",
     "ValidationConfig",
     "VisionConfig",
 ]
 ImagePolicy = Literal["stretch", "pad", "crop", "anyres_stretch", "anyres_letterbox"]
+Schedule = Literal["cosine", "linear", "constant", "inverse_square_root", "wsd"]
+WsdDecay = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (1, 4), (4, 1))
 
 
@@ -109,19 +121,50 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class OptimGroup:
+    """Settings of the parameters that patterns name; they win, later groups over earlier ones."""
+
+    patterns: tuple[str, ...] = ()  # of names; `*`, `?`, `{a,b}`, `{13..25}`: docs/training.md
+    trains: bool | None = None  # true: they learn; false: frozen; null: as train.trains says
+    lr: float | None = None  # peak learning rate; null: as without this group
+    weight_decay: float | None = None  # not on norms and biases; null: as without this group
+    beta1: float | None = None  # null: as without this group
+    beta2: float | None = None  # null: as without this group
+
+
+@dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with cosine decay after a linear warm-up."""
+    """AdamW, and its learning rate after a linear warm-up."""
 
     lr: float = 2e-3  # peak learning rate
     lr_projector: float | None = None  # None: lr
     lr_vision: float | None = None  # None: lr
+    vision_layer_decay: float | None = None  # the tower's rate x this ^ (layers above); null: 1
+    groups: tuple[OptimGroup, ...] = ()  # parameters with settings of their own, by name
+    schedule: Schedule = "cosine"  # wsd: at the peak, then a decay at the end of the run
     min_lr_ratio: float = 0.0  # learning rate after the last step, relative to its peak
-    warmup_ratio: float = 0.05  # share of the steps; of w such steps, step i has lr x i / w
+    min_lr: float | None = None  # the same for lr; the others' are in proportion; null: the ratio
+    warmup_ratio: float | None = None  # share of the steps; null: warmup_steps, or else 0.05
+    warmup_steps: int | None = None  # of w such steps, step i has lr x i / w; null: by ratio
+    decay_steps: int | None = None  # cosine, linear: of warm-up and decay; wsd: of the last decay
+    wsd_decay: WsdDecay = "exponential"  # curve of the last decay
     weight_decay: float = 0.0  # decoupled; not on norms and biases
     beta1: float = 0.9  # decay of Adam's mean of gradients
     beta2: float = 0.95  # decay of Adam's mean of squared gradients
     eps: float = 1e-8  # added to Adam's denominator
     clip_grad: float = 1.0  # largest norm of all gradients together; 0: no limit
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of the language model's linears, of which nothing else learns then."""
+
+    targets: tuple[str, ...] = ()  # patterns over names, such as "*.{q,v}_proj"; empty: no adapters
+    rank: int = 8  # rows of A, columns of B
+    alpha: float = 16.0  # the product of B and A counts alpha / rank
+    dropout: float = 0.0  # share of an adapter's inputs that are 0 in training
+    dora: bool = False  # also learn the length of each row of the sum of weights (DoRA)
+    init_from: str | None = None  # folder of peft whose adapters this run starts from
 
 
 @dataclass(frozen=True)
@@ -136,11 +179,14 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"  # of parameters and activations
     fp8: Literal["none", Fp8Recipe] = "none"  # recipe of the decoder's linears
     fp8_bf16_layers: int | None = None  # at each end, in bf16; null: 1, with delayed 0
+    transformer_impl: Literal["auto", Implementation] = "auto"  # of linears and norms
     recompute: RecomputeGranularity = "none"  # of modules of each layer, or of whole layers
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # where recompute is selective
     recompute_layers: int | None = None  # full: the first so many of each stage; null: all
     recompute_visual_chunk: int | None = None  # visual rows recomputed at a time; null: all kept
     loss_chunk: int = 1024  # supervised rows whose logits are in memory at once
+    ema_decay: float | None = None  # of a running mean of the weights, saved beside; null: none
+    ema_start: int = 0  # steps before that mean begins; up to there it is the weights
     seed: int = 1234  # of initial weights and of the order of samples
     deterministic: bool = False  # the same bits each time; slower on a GPU, refuses some kernels
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU where there is one
@@ -158,6 +204,24 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class ScoresConfig:
+    """Evaluation questions that checkpoints answer; off without benchmarks and questions."""
+
+    benchmarks: tuple[BenchmarkName, ...] = ()  # those that are scored without a judge or a server
+    data: str = "data/val"  # folder that holds the benchmarks' folders
+    questions: str | None = None  # own question file with answers, scored by exact match
+    image_folder: str | None = None  # folder that its image paths start in
+    interval: int | None = None  # steps; of whole checkpoints; null: after the last step only
+    samples: int | None = 200  # most questions of each, the same ones each time; null: all
+    max_new_tokens: int | None = None  # of an answer; null: each benchmark's own, 128 for questions
+    batch_size: int = 16  # questions answered at once
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # of the process that answers; auto: a GPU
+    wait: bool = False  # training waits for the scores; false: they are made beside it
+    examples: int = 4  # answers shown in trackers, with their images
+    keep_export: bool = False  # keep the Hugging Face folder that answered
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Where weights come from and go to."""
 
@@ -165,6 +229,11 @@ class CheckpointConfig:
     save_interval: int = 200  # steps; the last step is always saved
     asynchronous: bool = False  # write while training goes on; a stage's last save is awaited
     keep: int = 2  # newest whole checkpoints that stay on disk
+    keep_every: int | None = None  # those of a step that it divides stay for ever; null: none
+    keep_best: int = 0  # so many of the best ones by best_by stay as well
+    best_by: str | None = None  # a metric of validation or scores, as validation/loss
+    best_mode: Literal["auto", "min", "max"] = "auto"  # auto: min of a loss, max of all else
+    also_export: bool = False  # a Hugging Face folder of each, run_dir/exports/step_XXXXXXXX
     resume: bool = True  # go on from the newest whole checkpoint of the run folder
     keep_optimizer_settings: bool = False  # on a resume: optim and schedule of the checkpoint
 
@@ -215,8 +284,10 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    scores: ScoresConfig = field(default_factory=ScoresConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.types import Part
 
 FP8_ROWS = 16  # rows and columns of an FP8 product are multiples of this
 FP8_BLOCK = 128  # columns, or rows, of a block with one scale (blockwise)
-
-
-def training(config: Config) -> Iterator[str]:
-    """Parts that are trained."""
-    if not config.train.trains:
-        yield f"train.trains=[] must name one or more of {', '.join(get_args(Part))}"
 
 
 def overlap(config: Config) -> Iterator[str]:
@@ -39,8 +31,8 @@ def overlap(config: Config) -> Iterator[str]:
         yield f"{name} needs parallel.sp=true and --tp of at least 2"
     if not config.data.fixed_rows:
         yield f"{name} needs data.fixed_rows=true: its buffers have one size"
-    if config.model.transformer_impl == "local":
-        yield f"{name} needs Transformer Engine; use model.transformer_impl=auto"
+    if config.train.transformer_impl == "local":
+        yield f"{name} needs Transformer Engine; use train.transformer_impl=auto"
     if train.recompute_visual_chunk is not None:
         yield f"{name} cannot go with train.recompute_visual_chunk; set one of them off"
     if train.fp8 == "blockwise":
@@ -66,10 +58,10 @@ def recompute(config: Config) -> Iterator[str]:
             "train.recompute_modules with layernorm cannot go with train.fp8=delayed; use the "
             "recipe tensorwise or blockwise"
         )
-    if "layernorm" in modules and config.model.transformer_impl == "local":
+    if "layernorm" in modules and config.train.transformer_impl == "local":
         yield (
             "train.recompute_modules with layernorm needs Transformer Engine; use "
-            "model.transformer_impl=auto, or leave layernorm out"
+            "train.transformer_impl=auto, or leave layernorm out"
         )
     if train.recompute_layers is not None:
         name = f"train.recompute_layers={train.recompute_layers}"
@@ -108,9 +100,9 @@ def fp8(config: Config) -> Iterator[str]:
         yield f"{name} needs train.precision=bf16, got {train.precision}"
     if train.device == "cpu":
         yield f"{name} needs a GPU; use train.fp8=none with train.device=cpu"
-    if config.model.transformer_impl == "local":
+    if config.train.transformer_impl == "local":
         yield (
-            f"{name} needs Transformer Engine; use model.transformer_impl=auto or "
+            f"{name} needs Transformer Engine; use train.transformer_impl=auto or "
             "transformer_engine"
         )
     if train.recompute_visual_chunk is not None:

@@ -55,6 +55,7 @@ _POSITIVE = {
     ),
     "optim": ("lr", "eps"),
     "train": ("global_batch_size", "epochs", "loss_chunk"),
+    "scores": ("batch_size",),
     "checkpoint": ("save_interval", "keep"),
     "health": ("start_timeout_seconds",),
     "log": ("interval",),
@@ -66,20 +67,30 @@ _POSITIVE_OR_NULL = {
     "model.llm.query_scale": "null for model.llm.head_dim",
     "model.llm.sliding_window": "null for none",
     "model.llm.sliding_rotary_base": "null for model.llm.rotary_base",
+    "checkpoint.keep_every": "null for none",
     "data.step_packs_multiple": "null",
     "optim.lr_projector": "null for optim.lr",
     "optim.lr_vision": "null for optim.lr",
+    "optim.min_lr": "null for optim.min_lr_ratio",
     "train.steps": "null for train.epochs",
     "profile.start": "null for no profile",
     "validation.interval": "null for the end of the run alone",
     "validation.samples": "null for all",
+    "scores.interval": "null for the end of the run alone",
+    "scores.samples": "null for all",
+    "scores.max_new_tokens": "null for each benchmark's own",
 }
 _AT_LEAST_ZERO = {
     "model.llm.rope.query_scale_beta": "0: none",
+    "checkpoint.keep_best": "0: none",
+    "scores.examples": "0: none",
     "health.step_timeout_seconds": "0: no limit",
     "health.checkpoint_timeout_seconds": "0: no limit",
     "optim.weight_decay": "0: none",
     "optim.clip_grad": "0: no limit",
+    "optim.warmup_steps": "0: none",
+    "optim.decay_steps": "null: the run's steps, of wsd none",
+    "train.ema_start": "0: from the first step",
 }
 _SHARES = (
     "optim.warmup_ratio",
@@ -119,10 +130,10 @@ def ranges(config: Config) -> Iterator[str]:
         if value is not None and value <= 0:
             yield f"{name}={value} must be greater than 0, or {or_else}"
     for name, meaning in _AT_LEAST_ZERO.items():
-        if (value := value_of(config, name)) < 0:
+        if (value := value_of(config, name)) is not None and value < 0:
             yield f"{name}={value} must be at least 0 ({meaning})"
     for name in _SHARES:
-        if (value := value_of(config, name)) < 0 or value > 1:
+        if (value := value_of(config, name)) is not None and (value < 0 or value > 1):
             yield f"{name}={value} must lie between 0 and 1"
     for name in _BELOW_ONE:
         if (value := value_of(config, name)) < 0 or value >= 1:

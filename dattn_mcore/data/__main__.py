@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dattn_mcore.config.checks import check_config
@@ -71,7 +71,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             command.add_argument("--output", type=Path, default=Path(f"{name}.html"))
         if name == "stats":
             command.add_argument(
-                "--dp", type=int, default=1, help="data parallel ranks to plan for"
+                "--dp", type=int, default=1, help="data parallel ranks to pack for"
             )
         if name == "preview":
             command.add_argument(
@@ -102,23 +102,49 @@ def _configured(chosen: argparse.Namespace) -> tuple[Config, Tokenizer]:
 
 def _index(chosen: argparse.Namespace) -> int:
     from dattn_mcore.data.failures import check_share
+    from dattn_mcore.data.held_out import held_out_samples
     from dattn_mcore.data.index.store import open_index
 
     config, tokenizer = _configured(chosen)
-    index = open_index(config, tokenizer, chosen.workers, chosen.again)
-    say(
-        f"{len(index):,} samples, {index.num_usable:,} usable, "
-        f"{index.content['num_images']:,} images: {index.folder}"
-    )
-    check_share(index, config.data.max_bad_share)
+    for settings, which in _indexed(config):
+        index = open_index(settings, tokenizer, chosen.workers, chosen.again)
+        say(
+            f"{len(index):,} {which}samples, {index.num_usable:,} usable, "
+            f"{index.content['num_images']:,} images: {index.folder}"
+        )
+        check_share(index, config.data.max_bad_share)
+        if (held_out := held_out_samples(index, settings)) is not None:
+            say(
+                f"{int(held_out.validated.sum()):,} of them held out, "
+                f"{int(held_out.withheld.sum()):,} withheld (validation.share)"
+            )
     return 0
+
+
+def _indexed(config: Config) -> Iterator[tuple[Config, str]]:
+    """The configuration of each index of a run, and what its samples are called."""
+    # Imported here: reading a command line should not wait for NumPy.
+    from dattn_mcore.data.held_out import validation_config
+
+    yield config, ""
+    if config.validation.sources:
+        yield validation_config(config), "held-out "
 
 
 def _check(chosen: argparse.Namespace) -> int:
     from dattn_mcore.data.check import check
 
     config, tokenizer = _configured(chosen)
-    return check(config, tokenizer, chosen.workers, chosen.decode, chosen.report)
+    status = 0
+    for settings, which in _indexed(config):
+        report = chosen.report
+        if which and report is not None:
+            report = report.with_name(f"held_out_{report.name}")
+        if which:
+            say("validation.sources:")
+        found = check(settings, tokenizer, chosen.workers, chosen.decode, report)
+        status = max(status, found)
+    return status
 
 
 def _stats(chosen: argparse.Namespace) -> int:

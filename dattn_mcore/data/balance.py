@@ -47,11 +47,11 @@ def split_over_ranks(
     budgets: tuple[int, int],
     work: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[tuple[Pack, ...], ...]:
-    """Deals packs to ranks: the same number each, work as even as can be had.
+    """Divides packs among ranks: the same number each, work as even as can be had.
 
     Args:
-        packs: The plan; its length is a multiple of dp_size.
-        lengths: (text rows, visual rows) of each sample; what the plan was made from.
+        packs: Of a step; their number is a multiple of dp_size.
+        lengths: (text rows, visual rows) of each sample; what the packs were made from.
         dp_size: Number of data-parallel ranks.
         budgets: Most text and visual rows of a pack.
         work: Of one text row and one visual row.
@@ -60,15 +60,15 @@ def split_over_ranks(
         For each rank its packs.
     """
     if len(packs) % dp_size:
-        raise ValueError(f"{len(packs)} packs cannot be divided evenly to {dp_size} ranks")
+        raise ValueError(f"{len(packs)} packs cannot be divided evenly among {dp_size} ranks")
     works = [text * work[0] + visual * work[1] for text, visual in lengths]
     ranked = sorted(packs, key=lambda pack: (-sum(works[i] for i in pack), pack))
     shares: list[list[Pack]] = [[] for _ in range(dp_size)]
     for turn in range(0, len(ranked), dp_size):
-        deal = ranked[turn : turn + dp_size]
+        turn_packs = ranked[turn : turn + dp_size]
         if (turn // dp_size) % 2:
-            deal = deal[::-1]
-        for share, pack in zip(shares, deal, strict=True):
+            turn_packs = turn_packs[::-1]
+        for share, pack in zip(shares, turn_packs, strict=True):
             share.append(pack)
     _even_out(shares, np.array(lengths, np.int64).reshape(-1, 2), np.array(works), budgets)
     return tuple(tuple(share) for share in shares)

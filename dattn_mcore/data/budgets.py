@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dattn_mcore.config.optim_groups import part_learns
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.store import Index
 from dattn_mcore.errors import DataError
@@ -64,11 +65,12 @@ def check_trainable(index: Index, config: Config, drawn: np.ndarray, skipped: np
             f"nothing can be trained: {counts}: {_named(index, config, too_long)}; raise "
             f"{_budgets(config)}"
         )
-    if "llm" not in config.train.trains and not index.samples["num_tiles"][trained].any():
+    if not part_learns(config, "llm") and not index.samples["num_tiles"][trained].any():
+        groups = " with optim.groups" if config.optim.groups else ""
         raise DataError(
-            f"nothing can be trained: train.trains={list(config.train.trains)} learns from images "
-            f"alone, and none of the {len(trained)} samples that can be used has one; add llm to "
-            "train.trains, or give other data"
+            f"nothing can be trained: train.trains={list(config.train.trains)}{groups} learns from "
+            f"images alone, and none of the {len(trained)} samples that can be used has one; add "
+            "llm to train.trains, or give other data"
         )
     if data.over_budget == "error":
         return

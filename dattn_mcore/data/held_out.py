@@ -10,6 +10,7 @@ neither trained on nor validated on. So no image and no record is on both sides.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import os
@@ -85,6 +86,15 @@ def held_out_samples(index: Index, config: Config) -> HeldOut | None:
                 "validation.sources"
             )
     return held_out
+
+
+def validation_config(config: Config) -> Config:
+    """The configuration whose data are `validation.sources`, with nothing held out of them."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, sources=config.validation.sources),
+        validation=ValidationConfig(),
+    )
 
 
 def training_shares(index: Index, config: Config) -> list[Share]:

@@ -1,7 +1,7 @@
 """Which samples share a micro-batch: a pure function that every rank computes alike.
 
 A pack holds samples whose text rows sum to at most the text budget and whose visual rows sum to
-at most the visual budget. The plan depends only on the lengths of the global batch, so ranks
+at most the visual budget. The packs depend only on the lengths of the global batch, so ranks
 need not talk to agree on it.
 """
 

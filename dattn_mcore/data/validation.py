@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch
 from dattn_mcore.data.batches import BatchBuilder
 from dattn_mcore.data.failures import check_share
-from dattn_mcore.data.held_out import check_apart
+from dattn_mcore.data.held_out import check_apart, validation_config
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.order import epoch_permutation
 from dattn_mcore.data.pipeline import DataPipeline
@@ -87,8 +85,7 @@ class ValidationData:
 
 def _own_index(config: Config, tokenizer: Tokenizer) -> Index:
     """The index of `validation.sources`."""
-    data = dataclasses.replace(config.data, sources=config.validation.sources)
-    index = open_index(dataclasses.replace(config, data=data), tokenizer)
+    index = open_index(validation_config(config), tokenizer)
     try:
         check_share(index, config.data.max_bad_share)
     except DataError as error:

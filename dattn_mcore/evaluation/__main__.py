@@ -7,7 +7,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -18,8 +20,11 @@ from dattn_mcore.evaluation import commands
 from dattn_mcore.evaluation.benchmarks import BY_NAME
 from dattn_mcore.log import log_to_stderr
 
+if TYPE_CHECKING:
+    from dattn_mcore.evaluation.exact_match import ExactMatch
+
 PROGRAM = "dattn_mcore.evaluation"
-SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake and end
+SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to report a mistake and end
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
@@ -49,6 +54,7 @@ def _parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
 
     run = added.add_parser("run", help="answer and score benchmarks with a model")
     run.add_argument("--model", required=True, help="exported Hugging Face folder")
+    run.add_argument("--adapter", help="folder of peft that is added to the model (needs peft)")
     run.add_argument("--data", required=True, help="folder that holds all benchmarks' folders")
     run.add_argument("--benchmarks", help=many)
     run.add_argument("--out", help="folder of this run (runs/evaluation/MODEL); goes on if there")
@@ -56,6 +62,9 @@ def _parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
         "--batch-size", type=_positive, default=16, help="questions at once, each process"
     )
     run.add_argument("--max-new-tokens", type=_positive, help="instead of each benchmark's own")
+    run.add_argument(
+        "--limit", type=_positive, metavar="N", help="at most N questions of each, always the same"
+    )
     run.add_argument("--device", default="auto", help="auto, cpu or gpu")
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     _scoring(run)
@@ -86,22 +95,38 @@ def _parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     report.add_argument("--out", help="file to write (report.html of the first run)")
     report.set_defaults(run=commands.report)
 
-    answer = added.add_parser("answer", help="answer a LLaVA question file")
+    _question_files(added.add_parser)
+    return parser
+
+
+def _question_files(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds the commands for question files of one's own."""
+    answer = add("answer", help="answer a LLaVA question file")
     answer.add_argument("--model", required=True, help="exported Hugging Face folder")
+    answer.add_argument("--adapter", help="folder of peft that is added to the model (needs peft)")
     answer.add_argument("--questions", required=True, help="question file, JSON lines")
     answer.add_argument("--image-folder", required=True, help="folder that image paths start in")
     answer.add_argument("--answers", required=True, help="answer file to write, JSON lines")
     answer.add_argument("--batch-size", type=_positive, default=32)
     answer.add_argument("--max-new-tokens", type=_positive, default=128)
     answer.add_argument("--device", default="auto", help="auto, cpu or gpu")
+    answer.add_argument("--limit", type=_positive, metavar="N", help="at most N, always the same")
     answer.set_defaults(run=_answer)
 
-    digits = added.add_parser("score-digits", help="exact-match accuracy of digits answers")
-    digits.add_argument("--questions", required=True, help="question file with expected answers")
-    digits.add_argument("--answers", required=True, help="answer file")
-    digits.add_argument("--json", help="also write the score here")
+    exact = add("score-questions", help="exact-match accuracy of a question file")
+    _exact_match(exact)
+    exact.add_argument("--limit", type=_positive, metavar="N", help="as it was answered with")
+    exact.set_defaults(run=_score_questions)
+
+    digits = add("score-digits", help="the same of digits answers, beside guessing")
+    _exact_match(digits)
     digits.set_defaults(run=_score_digits)
-    return parser
+
+
+def _exact_match(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", required=True, help="question file with expected answers")
+    parser.add_argument("--answers", required=True, help="answer file")
+    parser.add_argument("--json", help="also write the score here")
 
 
 def _existing(parser: argparse.ArgumentParser) -> None:
@@ -156,14 +181,19 @@ def _seconds(text: str) -> float:
 
 
 def _answer(options: argparse.Namespace) -> None:
-    from dattn_mcore.evaluation.questions import read_questions, write_answers
+    from dattn_mcore.evaluation.questions import part_of, read_questions, write_answers
 
-    questions = read_questions(options.questions)  # before the slow imports: mistakes show at once
+    questions = part_of(read_questions(options.questions), options.limit)  # before the slow imports
 
     from dattn_mcore.evaluation.answer import Answerer, Settings
     from dattn_mcore.evaluation.progress import bars
 
-    settings = Settings(options.batch_size, options.max_new_tokens, options.device)
+    settings = Settings(
+        options.batch_size,
+        options.max_new_tokens,
+        options.device,
+        None if options.adapter is None else Path(options.adapter),
+    )
     answerer = Answerer(options.model, settings)
     with bars(Console(stderr=True)) as bar:
         task = bar.add_task("answer", total=len(questions))
@@ -171,18 +201,31 @@ def _answer(options: argparse.Namespace) -> None:
             questions,
             options.image_folder,
             lambda done, total: bar.update(task, completed=done),
-            told=lambda line: bar.console.print(cell(line)),
+            checked=lambda line: bar.console.print(cell(line)),
         )
     write_answers(options.answers, answers)
     say(f"{len(answers)} answers -> {options.answers}")
 
 
 def _score_digits(options: argparse.Namespace) -> int:
-    from dattn_mcore.evaluation.digits_score import Tally, score_digits, write_score
+    from dattn_mcore.evaluation.digits_score import score_digits
 
     score = score_digits(options.questions, options.answers)
+    return _show_exact_match(score, "digits, exact match", options.json)
+
+
+def _score_questions(options: argparse.Namespace) -> int:
+    from dattn_mcore.evaluation.exact_match import score_file
+
+    score = score_file(options.questions, options.answers, limit=options.limit)
+    return _show_exact_match(score, "exact match", options.json)
+
+
+def _show_exact_match(score: ExactMatch, title: str, json_path: str | None) -> int:
+    from dattn_mcore.evaluation.exact_match import Tally, write_score
+
     columns = ("category", "correct", "total", "accuracy", "guessing")
-    table = Table(*columns, title="digits, exact match")
+    table = Table(*columns, title=title)
     for column in table.columns[1:]:
         column.justify = "right"
 
@@ -199,8 +242,8 @@ def _score_digits(options: argparse.Namespace) -> int:
     Console().print(table)
     for note in score.notes:
         say(f"note: {note}")
-    if options.json:
-        write_score(options.json, score)
+    if json_path:
+        write_score(json_path, score)
     return commands.FAILED if score.broken else 0
 
 

@@ -22,11 +22,13 @@ class Settings:
         batch_size: questions generated at once.
         max_new_tokens: longest answer.
         device: auto, cpu or gpu.
+        adapter: folder of `peft` that is added to the model; None: none is.
     """
 
     batch_size: int = 32
     max_new_tokens: int = 128
     device: str = "auto"
+    adapter: Path | None = None
 
 
 class Answerer:
@@ -43,7 +45,9 @@ class Answerer:
 
     def __init__(self, folder: str | Path, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
-        self.generator = Generator(folder, resolve_device(self.settings.device))
+        self.generator = Generator(
+            folder, resolve_device(self.settings.device), adapter=self.settings.adapter
+        )
         self.processor = self.generator.processor
         self.model_id = self.generator.model_id
 
@@ -52,7 +56,7 @@ class Answerer:
         questions: Sequence[Question],
         image_folder: str | Path,
         progress: Progress = lambda done, total: None,
-        told: Callable[[str], object] = lambda line: None,
+        checked: Callable[[str], object] = lambda line: None,
     ) -> list[Answer]:
         """Answers all questions, in their order, after a self-check on the first.
 
@@ -60,7 +64,7 @@ class Answerer:
             questions: to answer.
             image_folder: that image paths start in.
             progress: called after every batch.
-            told: called with what the self-check compared.
+            checked: called with what the self-check compared.
 
         Raises:
             DataError: an image is missing, damaged or outside the folder.
@@ -75,7 +79,7 @@ class Answerer:
         if requests:
             # One with a picture, if there is one: pixels too can get lost on their way.
             first = next((request for request in requests if request.pictures), requests[0])
-            told(self.generator.self_check(first, self.settings.batch_size))
+            checked(self.generator.self_check(first, self.settings.batch_size))
         limit = self.settings.max_new_tokens
         texts: dict[int, str] = {}
         for batch in self.generator.generate(requests, self.settings.batch_size, limit):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -31,10 +32,17 @@ def run(options: argparse.Namespace) -> int:
 
     model = Path(options.model)
     check_model_folder(model)
+    adapter = None if options.adapter is None else Path(options.adapter)
+    name = model.resolve().name
+    if adapter is not None:
+        from dattn_mcore.evaluation.adapter import check_adapter_folder
+
+        check_adapter_folder(adapter)
+        name += f"+{adapter.resolve().name}"
     from dattn_mcore.evaluation.run import RunSettings
     from dattn_mcore.evaluation.run import run as run_benchmarks
 
-    out = Path(options.out or f"runs/evaluation/{model.resolve().name}")
+    out = Path(options.out or f"runs/evaluation/{name}")
     settings = RunSettings(
         model=model,
         data=Path(options.data),
@@ -44,12 +52,13 @@ def run(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         device=options.device,
         dtype=options.dtype,
-        options=scoring_options(options),
+        options=replace(scoring_options(options), limit=options.limit),
+        adapter=adapter,
     )
     results = run_benchmarks(settings, judge)
     if not results:  # not rank 0
         return 0
-    _console().print(table(results, f"{model.resolve().name}, {options.data}"))
+    _console().print(table(results, f"{name}, {options.data}"))
     say(f"scores {out / 'scores.json'}")
     say(f"report {write_report([out])}")
     return FAILED if any(result.fault for result in results if result.name in names) else 0

@@ -22,11 +22,11 @@ def reason(error: Exception, folder: RunFolder, name: str, rank: int = 0) -> str
     if isinstance(error, DattnError):
         return str(error)
     first = " ".join(str(error).split())[:200]
-    told = f"internal error: {type(error).__name__}: {first}"
+    summary = f"internal error: {type(error).__name__}: {first}"
     path = folder.path / f"errors-{rank}.log"
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{name}\n{''.join(traceback.format_exception(error))}\n")
     except OSError as problem:
-        return f"{told}; its traceback cannot be written to {path} ({problem.strerror})"
-    return f"{told}; see {path}"
+        return f"{summary}; its traceback cannot be written to {path} ({problem.strerror})"
+    return f"{summary}; see {path}"

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 import dattn_mcore.hf
 from dattn_mcore.errors import CheckpointError, ConfigError, DataError
+from dattn_mcore.evaluation.adapter import with_adapter
 from dattn_mcore.evaluation.files import read_object
 from dattn_mcore.evaluation.images import Picture, rules_of_processor
 from dattn_mcore.evaluation.self_check import (
@@ -74,15 +75,25 @@ class Generator:
         folder: exported folder.
         device: where it runs.
         dtype: auto (as stored), float32 or bfloat16.
+        adapter: folder of `peft` whose adapters are added to the weights; None: none are.
 
     Raises:
-        CheckpointError: the folder cannot be loaded.
+        CheckpointError: a folder cannot be loaded, or they do not fit each other.
+        ConfigError: `peft` is needed and not installed.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device, dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        device: torch.device,
+        dtype: str = "auto",
+        adapter: Path | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.device = device
         self.model_id = self.folder.resolve().name
+        if adapter is not None:
+            self.model_id += f"+{adapter.resolve().name}"
         check_model_folder(self.folder)
         dattn_mcore.hf.register()
         transformers_logging.disable_progress_bar()
@@ -94,13 +105,15 @@ class Generator:
                 str(folder),
                 dtype=DTYPES[dtype],
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `check_weights` tells them
+                ignore_mismatched_sizes=True,  # `check_weights` reports them
                 **NO_FOREIGN_CODE,
             )
         except Exception as error:  # transformers raises whatever its parts raise
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"--model {folder} cannot be loaded ({reason})") from error
         check_weights(self.folder, loaded)
+        if adapter is not None:
+            model = with_adapter(model, adapter)
         if not getattr(self.processor, "chat_template", None):
             raise CheckpointError(
                 f"--model {folder} has no chat template, which every prompt needs; copy "

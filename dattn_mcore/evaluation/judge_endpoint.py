@@ -207,12 +207,13 @@ class Endpoint:
             )
         names = {status.value: status.phrase for status in http.HTTPStatus}
         said = self.shown(answer.body.decode(errors="replace"))
-        told = f"{answer.status} {names.get(answer.status, '')}".strip() + (said and f": {said}")
+        problem = f"{answer.status} {names.get(answer.status, '')}".strip() + (said and f": {said}")
         if answer.status in REFUSED:
             return ConfigError(
-                f"--judge-url {self.url} refuses ({told}); check the URL, --judge-model and the key"
+                f"--judge-url {self.url} refuses ({problem}); check the URL, --judge-model and the "
+                "key"
             )
-        return JudgementFailed(told, final=answer.status in FINAL)
+        return JudgementFailed(problem, final=answer.status in FINAL)
 
     def shown(self, foreign: object) -> str:
         """The beginning of a foreign text, or an error, on one line and without the key."""

@@ -39,7 +39,7 @@ class TaskFailures:
         first = " ".join(str(error).split())[:300]
         plain = isinstance(error, DattnError | NotImplementedError)
         self.reasons[task] = first if plain else f"{type(error).__name__}: {first}"
-        logger.error("dattn_mcore: %s; the other tasks go on", self._told(task))
+        logger.error("dattn_mcore: %s; the other tasks go on", self._line(task))
         self._take_out(task)
 
     def share(self) -> None:
@@ -54,11 +54,11 @@ class TaskFailures:
         for task in self.reasons:
             self._take_out(task)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """One line of all of them."""
-        return "; ".join(map(self._told, self.reasons))
+        return "; ".join(map(self._line, self.reasons))
 
-    def _told(self, task: str) -> str:
+    def _line(self, task: str) -> str:
         return f"task {task} failed and has no score ({self.reasons[task]})"
 
     def _take_out(self, task: str) -> None:

@@ -215,7 +215,7 @@ class DattnMcore(lmms):
         self._failures.share()
         super().clean()
         if self._all_failed():
-            raise ConfigError(self._failures.told())
+            raise ConfigError(self._failures.summary())
 
     def _all_failed(self) -> bool:
         return bool(self._failures.reasons) and self._failures.reasons.keys() >= set(self.task_dict)
@@ -223,7 +223,7 @@ class DattnMcore(lmms):
     def _end_if_all_failed(self) -> None:
         """In one process there is nothing to wait for; several end together, in `clean`."""
         if self.world_size == 1 and self._all_failed():
-            raise ConfigError(self._failures.told())
+            raise ConfigError(self._failures.summary())
 
 
 def generation_settings(wanted: dict[str, Any]) -> tuple[int, dict[str, Any]]:

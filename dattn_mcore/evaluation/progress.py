@@ -56,12 +56,12 @@ class RunProgress:
         self.bars = bars(console) if shown and console.is_terminal else None
         self.tasks: dict[str, int] = {}
         self.begun: dict[str, tuple[float, int]] = {}
-        self.told = 0.0
+        self.reported = 0.0
 
     def begin(self, name: str, done: int, total: int) -> None:
         """A benchmark starts, of which some rows were answered before."""
         self.begun[name] = (time.monotonic(), done)
-        self.told = time.monotonic()
+        self.reported = time.monotonic()
         if self.bars is not None:
             task = self.bars.add_task(name, total=total, completed=done)
             self.tasks[name] = task
@@ -74,12 +74,12 @@ class RunProgress:
             self.bars.update(self.tasks[name], completed=done)  # type: ignore[arg-type]
             return
         now = time.monotonic()
-        if self.shown and (now - self.told >= LINE_SECONDS or done >= total):
+        if self.shown and (now - self.reported >= LINE_SECONDS or done >= total):
             start, before = self.begun[name]
             rate = (done - before) / max(now - start, 1e-9)
             left = f"{(total - done) / rate:.0f} s" if rate else "unknown"
             complain(f"{name}: {done}/{total}, {rate:.1f} questions/s, ETA {left}")
-            self.told = now
+            self.reported = now
 
     def __enter__(self) -> RunProgress:
         if self.bars is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.files import read_json_lines, write_json_lines
+from dattn_mcore.evaluation.subset import Item, subset
 from dattn_mcore.types import IMAGE_MARK
 
 
@@ -95,6 +96,12 @@ def read_questions(path: str | Path) -> list[Question]:
     if not questions:
         raise DataError(f"{path} holds no questions; write one JSON object a line")
     return questions
+
+
+def part_of(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """So many questions at most, the same ones each time; see `subset`."""
+    items = [Item(f"{q.question_id}\n{q.text}", q.category) for q in questions]
+    return [questions[place] for place in subset(items, limit)]
 
 
 def read_answers(path: str | Path) -> dict[str | int, str]:

@@ -95,7 +95,10 @@ def evaluate(
     """
     result = Result(benchmark.name, benchmark.title, len(benchmark.rows))
     unsubmitted = ""
-    if benchmark.submits:
+    whole = len(benchmark.rows) == len(benchmark.all_rows)
+    if benchmark.submits and not whole:
+        result.note = "no submission: a part of the rows is asked"
+    elif benchmark.submits:
         try:
             target = folder.submissions / benchmark.name
             result.submission = benchmark.submit(answers, target, model_id)

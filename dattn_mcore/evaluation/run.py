@@ -16,7 +16,7 @@ from dattn_mcore.console import complain
 from dattn_mcore.errors import ConfigError, DataError, DattnError
 from dattn_mcore.evaluation.answer_files import AnswerStore
 from dattn_mcore.evaluation.benchmarks import Options, make_benchmark
-from dattn_mcore.evaluation.benchmarks.base import Benchmark
+from dattn_mcore.evaluation.benchmarks.base import Benchmark, check_pictures
 from dattn_mcore.evaluation.failures import reason
 from dattn_mcore.evaluation.generation import (
     Generator,
@@ -48,6 +48,7 @@ class RunSettings:
         device: auto, cpu or gpu.
         dtype: auto (as stored), float32 or bfloat16.
         options: choices about scoring.
+        adapter: folder of `peft` that is added to the model; None: none is.
     """
 
     model: Path
@@ -59,6 +60,7 @@ class RunSettings:
     device: str = "auto"
     dtype: str = "auto"
     options: Options = Options()
+    adapter: Path | None = None
 
 
 def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result]:
@@ -80,7 +82,7 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
     folder = RunFolder(settings.out)
     begun = time.time()
     identity = _claim(folder, settings, processes)
-    generator = Generator(settings.model, device, settings.dtype)
+    generator = Generator(settings.model, device, settings.dtype, settings.adapter)
     checked = _self_check(generator, benchmarks, settings.batch_size)
     if processes.rank == 0:
         complain(f"{checked}")
@@ -143,10 +145,14 @@ def _claim(folder: RunFolder, settings: RunSettings, processes: Processes) -> di
         if problem:
             raise DataError(problem)
         return {}
+    adapter = settings.adapter
     identity = {
         "model": str(settings.model.resolve()),
         "model fingerprint": model_fingerprint(settings.model),
         "dtype": settings.dtype,
+        "adapter": None if adapter is None else str(adapter.resolve()),
+        "adapter fingerprint": None if adapter is None else model_fingerprint(adapter),
+        "limit": settings.options.limit,
     }
     try:
         folder.claim(identity)
@@ -258,20 +264,9 @@ class Share:
                 "prompt": self.generator.chat_prompt(benchmark.rows[0].text),
             }
         except Exception as error:  # as above
-            told = reason(error, self.folder, benchmark.name)
-            return Result(benchmark.name, benchmark.title, error=told)
+            problem = reason(error, self.folder, benchmark.name)
+            return Result(benchmark.name, benchmark.title, error=problem)
         return result
-
-
-def check_pictures(benchmark: Benchmark, numbers: Sequence[int]) -> None:
-    """Raises DataError where images of rows are missing, before anything slow begins."""
-    pictures = {p.name: p for i in numbers for p in benchmark.rows[i].pictures}
-    missing = [name for name, picture in pictures.items() if not picture.exists()]
-    if missing:
-        raise DataError(
-            f"{benchmark.title}: {len(missing)} of {len(pictures)} images are not there (first: "
-            f"{missing[0]!r} below {benchmark.root}){benchmark.images_hint(missing)}"
-        )
 
 
 def _about(

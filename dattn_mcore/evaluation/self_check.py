@@ -55,8 +55,7 @@ def saying_versions(who: str, way_out: str) -> Iterator[None]:
     else:
         return
     raise SelfCheckError(
-        f"{who} fails its self-check: {reason}; {versions_told()}: install a tested release"
-        f"{way_out}"
+        f"{who} fails its self-check: {reason}; {versions()}: install a tested release{way_out}"
     )
 
 
@@ -77,7 +76,7 @@ class Agreement:
     difference: float
 
 
-def versions_told() -> str:
+def versions() -> str:
     """Both versions and the tested range, for the message of a mismatch."""
     oldest, newest = TESTED_TRANSFORMERS
     return (

@@ -105,22 +105,29 @@ class FoldableRowParallelLinear(RowParallelLinear):
         return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group), None
 
 
-class RowParallelLinearWithPostNorm(FoldableRowParallelLinear):
-    """A row-parallel linear whose output is normalised before the residual is added.
+class PostNorm:
+    """Mixed into a linear: its output is normalised before the residual is added.
 
-    Swapped in for `linear_proj` and `linear_fc2` by the layer spec, so that the transformer layer
-    itself stays Megatron-Core's own. Adds the parameter `post_norm.weight` (replicated).
+    Adds the parameter `post_norm.weight` (replicated).
     """
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, **kwargs)
+        super().__init__(input_size, output_size, **kwargs)  # type: ignore[call-arg]
         self.post_norm = Norm(kwargs["config"], output_size, kwargs["config"].layernorm_epsilon)
 
     def forward(
         self, input_: torch.Tensor, values: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, None]:
         """Shapes are those of `FoldableRowParallelLinear`; the bias is added here."""
-        output, bias = super().forward(input_, values)
+        output, bias = super().forward(input_, values)  # type: ignore[misc]
         if bias is not None:
             output = output + bias
         return self.post_norm(output), None
+
+
+class RowParallelLinearWithPostNorm(PostNorm, FoldableRowParallelLinear):
+    """A row-parallel linear whose output is normalised before the residual is added.
+
+    Swapped in for `linear_proj` and `linear_fc2` by the layer spec, so that the transformer layer
+    itself stays Megatron-Core's own.
+    """

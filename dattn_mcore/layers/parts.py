@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+from dattn_mcore.layers.adaptable import (
+    AdaptableColumn,
+    AdaptableFoldableRow,
+    AdaptableRow,
+    AdaptableRowWithPostNorm,
+)
 from dattn_mcore.layers.bidirectional_attention import BidirectionalAttention
 from dattn_mcore.layers.linear import FoldableRowParallelLinear, RowParallelLinearWithPostNorm
 from dattn_mcore.layers.norm import Norm
@@ -51,11 +57,31 @@ LOCAL_PARTS = LayerParts(
 )
 
 
-def parts_of(implementation: Implementation) -> LayerParts:
-    """The parts of an implementation."""
+ADAPTABLE_LOCAL_PARTS = replace(
+    LOCAL_PARTS,
+    linear_q=AdaptableColumn,
+    linear_kv=AdaptableColumn,
+    linear_proj=AdaptableFoldableRow,
+    linear_proj_post_norm=AdaptableRowWithPostNorm,
+    linear_fc1=AdaptableColumn,
+    linear_fc2=AdaptableRow,
+    linear_fc2_post_norm=AdaptableRowWithPostNorm,
+    text_fc1=AdaptableColumn,
+    text_fc2=AdaptableRow,
+    text_fc2_post_norm=AdaptableRowWithPostNorm,
+)
+
+
+def parts_of(implementation: Implementation, *, adaptable: bool = False) -> LayerParts:
+    """The parts of an implementation.
+
+    Args:
+        implementation: whose.
+        adaptable: the decoder's linears can have adapters (`layers.lora`).
+    """
     if implementation == "transformer_engine":
         # An optional package, whose import takes seconds.
-        from dattn_mcore.layers.spec_te import PARTS
+        from dattn_mcore.layers.spec_te import ADAPTABLE_PARTS, PARTS
 
-        return PARTS
-    return LOCAL_PARTS
+        return ADAPTABLE_PARTS if adaptable else PARTS
+    return ADAPTABLE_LOCAL_PARTS if adaptable else LOCAL_PARTS

@@ -62,7 +62,7 @@ class Runtime:
         tp_comm_overlap: Transformer Engine's exchanges beside products; its buffers must have been
             registered (`layers.spec_te.start_overlap`).
         overlap_grad_reduce, overlap_param_gather: what the DDP around the model does while backward
-            and forward go on; it must be told the same.
+            and forward go on; it must be given the same.
         gradient_accumulation_fusion: the decoder's linears add their weights' gradients into DDP's
             buffers. Without such buffers it must be off.
         chunks_per_stage: model chunks of a pipeline stage (interleaved schedule, where > 1).

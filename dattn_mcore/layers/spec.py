@@ -66,7 +66,11 @@ def text_rows_bias_dropout_add(training: bool, fused: bool) -> Callable[..., tor
 
 
 def decoder_layer_spec(
-    model: ModelConfig, attention: AttentionConfig, runtime: Runtime, last: bool = False
+    model: ModelConfig,
+    attention: AttentionConfig,
+    runtime: Runtime,
+    last: bool = False,
+    adaptable: bool = False,
 ) -> ModuleSpec:
     """The language model's layer: decomposed attention, where the family has them post-norms.
 
@@ -76,8 +80,9 @@ def decoder_layer_spec(
         runtime: how the layer is computed.
         last: of the whole model; its visual rows end at their keys and values, unless
             `attention.skip_last_visual_rows` is off.
+        adaptable: its linears can have adapters (`layers.lora`).
     """
-    llm, parts = model.llm, parts_of(runtime.implementation)
+    llm, parts = model.llm, parts_of(runtime.implementation, adaptable=adaptable)
     features = text_features(model)
     post_norms = features.norms == "sandwich"
     text_only = last and attention.skip_last_visual_rows

@@ -11,6 +11,7 @@ context around each layer of the language model, and everything that is not one 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from megatron.core.tensor_parallel import (
 )
 
 from dattn_mcore.errors import ConfigError
+from dattn_mcore.layers.adaptable import Adaptable
 from dattn_mcore.layers.linear import fold
 from dattn_mcore.layers.parts import LayerParts
 
@@ -90,41 +92,33 @@ class FoldableRowLinear(TERowParallelLinear):
         return torch.cat([visual, text]), None
 
 
-class FoldableRowLinearWithPostNorm(FoldableRowLinear):
-    """A projection whose output is normalised before the residual is added."""
+class PostNorm:
+    """Mixed into a linear: its output is normalised before the residual is added."""
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, **kwargs)
+        super().__init__(input_size, output_size, **kwargs)  # type: ignore[call-arg]
         config = kwargs["config"]
         self.post_norm = TENorm(config, output_size, config.layernorm_epsilon)
 
     def forward(
         self, input_: torch.Tensor, values: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, None]:
-        """Shapes are those of `layers.linear.RowParallelLinearWithPostNorm`."""
-        output, bias = super().forward(input_, values)
+        """Shapes are those of the linear; of the folded projection see `layers.linear`."""
+        arguments = (input_,) if values is None else (input_, values)
+        output, bias = super().forward(*arguments)  # type: ignore[misc]
         return self.post_norm(output if bias is None else output + bias), None
 
 
-class RowLinearWithPostNorm(TERowParallelLinear):
+class FoldableRowLinearWithPostNorm(PostNorm, FoldableRowLinear):
+    """A projection whose output is normalised before the residual is added."""
+
+
+class RowLinearWithPostNorm(PostNorm, TERowParallelLinear):
     """The MLP's second linear, whose output is normalised."""
 
-    def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, **kwargs)
-        config = kwargs["config"]
-        self.post_norm = TENorm(config, output_size, config.layernorm_epsilon)
 
-    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Takes [rows, 1, input_size / tp]; returns [rows (/ tp with sp), 1, output_size]."""
-        output, bias = super().forward(input_)
-        return self.post_norm(output if bias is None else output + bias), None
-
-
-class TextRowLinearWithPostNorm(RowLinearWithPostNorm):
+class TextRowLinearWithPostNorm(PostNorm, TextRowLinear):
     """The same on text rows alone."""
-
-    def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
-        super().__init__(input_size, output_size, **_without_overlap(kwargs))
 
 
 PARTS = LayerParts(
@@ -142,6 +136,57 @@ PARTS = LayerParts(
     column=TEColumnParallelLinear,
     row=TERowParallelLinear,
     bidirectional_attention=TEDotProductAttention,
+)
+
+
+class AdaptableTextColumn(Adaptable, TextColumnLinear):
+    """`TextColumnLinear` that can have an adapter, as all below."""
+
+
+class AdaptableKeyValueColumn(Adaptable, KeyValueColumnLinear):
+    """Column-parallel linear on all rows."""
+
+
+class AdaptableColumn(Adaptable, TEColumnParallelLinear):
+    """The MLP's first linear."""
+
+
+class AdaptableFoldableRow(Adaptable, FoldableRowLinear):
+    """Row-parallel projection with the cheaper way for visual rows."""
+
+
+class AdaptableRow(Adaptable, TERowParallelLinear):
+    """The MLP's second linear."""
+
+
+class AdaptableTextRow(Adaptable, TextRowLinear):
+    """The same on text rows alone."""
+
+
+class AdaptableFoldableRowWithPostNorm(PostNorm, Adaptable, FoldableRowLinear):
+    """The projection, its output normalised; the adapter comes before the norm."""
+
+
+class AdaptableRowWithPostNorm(PostNorm, Adaptable, TERowParallelLinear):
+    """The MLP's second linear, likewise."""
+
+
+class AdaptableTextRowWithPostNorm(PostNorm, Adaptable, TextRowLinear):
+    """The same on text rows alone."""
+
+
+ADAPTABLE_PARTS = replace(
+    PARTS,
+    linear_q=AdaptableTextColumn,
+    linear_kv=AdaptableKeyValueColumn,
+    linear_proj=AdaptableFoldableRow,
+    linear_proj_post_norm=AdaptableFoldableRowWithPostNorm,
+    linear_fc1=AdaptableColumn,
+    linear_fc2=AdaptableRow,
+    linear_fc2_post_norm=AdaptableRowWithPostNorm,
+    text_fc1=AdaptableTextColumn,
+    text_fc2=AdaptableTextRow,
+    text_fc2_post_norm=AdaptableTextRowWithPostNorm,
 )
 
 

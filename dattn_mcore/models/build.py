@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from dattn_mcore.architectures.adapters import Adapters
 from dattn_mcore.architectures.sizes import AttentionConfig, ModelConfig
 from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.models.dattn import DattnModel
@@ -26,6 +27,7 @@ def build_model(
     *,
     device: torch.device,
     seed: int | None,
+    adapters: Adapters | None = None,
 ) -> list[DattnModel]:
     """Builds the model chunks of this pipeline stage (one, or `runtime.chunks_per_stage`).
 
@@ -37,6 +39,7 @@ def build_model(
         device: where parameters end up.
         seed: of initial weights, which are the same in every layout; None: the parameters hold
             garbage until a checkpoint is loaded.
+        adapters: of the language model's linears; None: there are none.
 
     Returns:
         The chunks in the order of the interleaved schedule; all parameters learn.
@@ -59,10 +62,11 @@ def build_model(
                 pre_process=is_pp_first_stage(pp_group) and is_vp_first_stage(vp_stage, vp_size),
                 post_process=is_pp_last_stage(pp_group) and is_vp_last_stage(vp_stage, vp_size),
                 vp_stage=vp_stage,
+                adapters=adapters,
             )
         )
     if seed is not None:
-        initialize_weights(chunks, model, seed)
+        initialize_weights(chunks, model, seed, adapters)
     for chunk in chunks:
         chunk.to(device)
     return chunks

@@ -7,6 +7,7 @@ final norm and the output layer. Between them travels one tensor, `[V; T]` [rows
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank
 
 from dattn_mcore.architectures import text_features
+from dattn_mcore.architectures.adapters import Adapters, adapted_linears
 from dattn_mcore.architectures.parameters import part_of
 from dattn_mcore.architectures.sizes import AttentionConfig, ModelConfig
+from dattn_mcore.layers.adaptable import adapter_names, add_adapters
 from dattn_mcore.layers.attention.frequencies import rotary_frequencies
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.layout import DecomposedSeqParams
@@ -74,6 +77,7 @@ class DattnModel(LanguageModule):
         pre_process: this chunk embeds (first stage).
         post_process: this chunk computes logits (last stage).
         vp_stage: number of this chunk in the interleaved schedule; None without it.
+        adapters: of the language model's linears; None: there are none.
     """
 
     def __init__(
@@ -86,9 +90,11 @@ class DattnModel(LanguageModule):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         super().__init__(config=transformer_config, pg_collection=pg_collection)
         self.runtime, llm = runtime, model.llm
+        self.has_adapters = adapters is not None
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = llm.tie_embeddings
@@ -109,9 +115,12 @@ class DattnModel(LanguageModule):
         num_layers = get_num_layers_to_build(
             transformer_config, vp_stage, get_pg_rank(pg_collection.pp)
         )
-        layers = [decoder_layer_spec(model, attention, runtime)] * num_layers
+        spec = functools.partial(
+            decoder_layer_spec, model, attention, runtime, adaptable=self.has_adapters
+        )
+        layers = [spec()] * num_layers
         if post_process and layers:
-            layers[-1] = decoder_layer_spec(model, attention, runtime, last=True)
+            layers[-1] = spec(last=True)
         self.decoder = DecomposedBlock(
             visual_chunk=runtime.recompute.visual_chunk,
             config=transformer_config,
@@ -121,6 +130,9 @@ class DattnModel(LanguageModule):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        if adapters is not None:
+            linears = adapted_linears(model, adapters)
+            add_adapters(self.decoder.layers, adapters, linears, self.tp_group)
         if post_process:
             # The rows that carry a label are gathered before the output layer, so this one
             # layer works on whole rows even under sequence parallelism.
@@ -163,8 +175,11 @@ class DattnModel(LanguageModule):
         """
         params = inputs.params
         positions = torch.cat([params.visual_positions, params.text_positions])
+        embedded = self._embed(inputs) if self.pre_process else None
+        if embedded is not None and self._must_learn(embedded):
+            embedded.requires_grad_()
         hidden = self.decoder(
-            hidden_states=self._embed(inputs) if self.pre_process else None,
+            hidden_states=embedded,
             attention_mask=None,
             rotary_pos_emb=self.angles(positions),
             packed_seq_params=params,
@@ -175,6 +190,20 @@ class DattnModel(LanguageModule):
         if return_logits:
             return self._logits(text)[:, 0]
         return self._losses(text, inputs.labels)
+
+    def _must_learn(self, embedded: torch.Tensor) -> bool:
+        """Whether autograd must believe that a chunk's input learns, though nothing below it does.
+
+        Megatron-Core's checkpoint computes gradients of weights only where its input has one. With
+        adapters nothing of a whole stage may learn, but the schedule goes back through it.
+        """
+        recompute = self.runtime.recompute
+        again = recompute.granularity != "none" or recompute.visual_chunk is not None
+        if embedded.requires_grad or not torch.is_grad_enabled():
+            return False
+        if self.has_adapters or not again:
+            return self.has_adapters
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Rotary angles [n, 1, 1, kinds * head_dim] of positions [n], for each kind of layer.
@@ -274,6 +303,13 @@ class DattnModel(LanguageModule):
 
 
 def freeze_all_but(model: DattnModel, trains: Collection[Part]) -> None:
-    """Leaves gradients to the named parts only: vision, projector, llm."""
+    """Leaves gradients to the named parts only: vision, projector, llm.
+
+    Of a part with adapters these alone learn.
+    """
+    adapters = adapter_names(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in trains)
+        learns = part_of(name) in trains
+        if model.has_adapters and part_of(name) == "llm":
+            learns = learns and name in adapters
+        parameter.requires_grad_(learns)

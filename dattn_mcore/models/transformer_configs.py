@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dattn_mcore.architectures import text_features, tower_features
-from dattn_mcore.architectures.sizes import ModelConfig
+from dattn_mcore.architectures.activations import ACTIVATIONS
+from dattn_mcore.architectures.sizes import ModelConfig, TowerActivation
 from dattn_mcore.layers.runtime import Runtime
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "quick_gelu": quick_gelu,
-}
+
+def activation_function(name: TowerActivation) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What computes an activation of `architectures.activations`."""
+    activation = ACTIVATIONS[name]
+    module, _, attribute = activation.function.partition(":")
+    function: Callable[..., torch.Tensor] = getattr(importlib.import_module(module), attribute)
+    if not activation.arguments:
+        return function  # itself: Megatron-Core compares functions to find those that it can fuse
+    return functools.partial(function, **activation.arguments)
 
 
 def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
@@ -90,15 +93,7 @@ def llm_transformer_config(
         runtime: how it is computed.
         tp_size: ranks of the tensor parallel group.
         pp_size: pipeline stages.
-
-    Raises:
-        ValueError: the two records name different implementations.
     """
-    if model.transformer_impl not in ("auto", runtime.implementation):
-        raise ValueError(
-            f"transformer_impl={model.transformer_impl!r} of the model is not "
-            f"implementation={runtime.implementation!r} of the runtime; give both the same"
-        )
     llm, features = model.llm, text_features(model)
     interleaved = runtime.chunks_per_stage > 1
     common = _common(runtime, tp_size)
@@ -114,7 +109,7 @@ def llm_transformer_config(
         layernorm_epsilon=llm.norm_eps,
         layernorm_zero_centered_gamma=features.zero_centered_gamma,
         gated_linear_unit=True,
-        activation_func=ACTIVATIONS[features.activation],
+        activation_func=activation_function(features.activation),
         add_bias_linear=False,
         add_qkv_bias=features.qkv_bias,
         qk_layernorm=features.qk_norm,
@@ -149,7 +144,7 @@ def vision_transformer_config(
         normalization=features.normalization,
         layernorm_epsilon=vision.norm_eps,
         gated_linear_unit=features.gated_mlp,
-        activation_func=ACTIVATIONS[vision.activation],
+        activation_func=activation_function(vision.activation),
         add_bias_linear=features.linear_bias,
         **_common(runtime, tp_size),
     )
@@ -166,7 +161,7 @@ def projector_transformer_config(
         num_attention_heads=tp_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.projector.norm_eps,
-        activation_func=ACTIVATIONS["gelu"],
+        activation_func=activation_function("gelu"),
         add_bias_linear=True,
         **_common(runtime, tp_size),
     )

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from dattn_mcore.config.schema import ParallelConfig
 from dattn_mcore.errors import ConfigError, RankError, first_line
 from dattn_mcore.parallel import platform, torch_adam
 
@@ -71,22 +70,27 @@ def wait_for_all(name: str) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGroupCollection:
+def initialize_model_parallel(
+    *, seed: int, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1
+) -> ProcessGroupCollection:
     """Creates Megatron-Core's groups for a layout, and seeds its RNG tracker.
 
     Args:
-        parallel: sizes; the world size must be a multiple of tp * pp * cp.
-        seed: seed of the run; each pipeline stage and tensor rank derives its own.
+        seed: of the run; each pipeline stage and tensor rank derives its own.
+        tp: ranks of a tensor parallel group; the world size must be a multiple of tp * pp * cp.
+        pp: pipeline stages.
+        vpp: model chunks of a stage.
+        cp: ranks of a context parallel group.
 
     Returns:
         The groups, to be passed to whoever communicates.
     """
     torch_adam.install()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tp,
-        pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-        context_parallel_size=parallel.cp,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        context_parallel_size=cp,
     )
     platform.seed_model_parallel(seed)
     return ProcessGroupCollection.use_mpu_process_groups()
@@ -112,7 +116,7 @@ def single_process(device: str = "cpu") -> Iterator[ProcessGroupCollection]:
     platform.install(device)
     initialize_alone(device)
     try:
-        yield initialize_model_parallel(ParallelConfig(), seed=1)
+        yield initialize_model_parallel(seed=1)
     finally:
         destroy_model_parallel()
         dist.destroy_process_group()

@@ -89,6 +89,11 @@ def _slurm_binds_gpus() -> bool:
     return one_each or bound or "gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
 
 
+def without_gpus() -> dict[str, str]:
+    """The environment of a process that is to see no GPU."""
+    return {"CUDA_VISIBLE_DEVICES": ""}
+
+
 def check_device(device: str, local_rank: int) -> None:
     """Uses this process's device once.
 
@@ -289,6 +294,13 @@ def seed_model_parallel(seed: int) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def own_rng() -> contextlib.AbstractContextManager[None]:
+    """Inside, what is drawn differs between the ranks of a tensor parallel group."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return get_cuda_rng_tracker().fork()
 
 
 def rng_state() -> dict[str, Any]:

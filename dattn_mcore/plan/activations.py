@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dattn_mcore.architectures import text_features, tower_features
 from dattn_mcore.config.schema import Config
+from dattn_mcore.plan.backward import decoder_gradients, tower_gradients
 from dattn_mcore.plan.flops import folds
 from dattn_mcore.plan.hardware import LIBRARY_BYTES
 from dattn_mcore.plan.rows import Rows
@@ -148,9 +149,8 @@ def _tower_bytes(config: Config, pack: Rows) -> tuple[float, float]:
     v, f = vision.hidden_size, vision.ffn_hidden_size
     mlp = tower_features(config.model).mlp_products * f  # read by activation and second linear
     layer = rows * (8 * v + e * (2 * v + (3 * v + v + mlp) / tp))
-    layers = vision.layers_run
-    kept = layer * layers if "vision" in config.train.trains else e * rows * v
-    return kept, layer
+    kept = layer * sum(gradients.any for gradients in tower_gradients(config))
+    return kept or e * rows * v, layer
 
 
 def working_memory(
@@ -168,7 +168,8 @@ def working_memory(
     """
     llm, tp = config.model.llm, config.parallel.tp
     e = 2 if config.train.precision == "bf16" else 4
-    kept, beside = stage_bytes(config, num_layers, pack, fp8)
+    frozen = 0 if stage else sum(not gradients.any for gradients in decoder_gradients(config))
+    kept, beside = stage_bytes(config, max(num_layers - frozen, 0), pack, fp8)
     activations = kept * micro_batches_in_flight(config, stage, num_microbatches)
     at_once = pack.text + min(pack.visual, config.train.recompute_visual_chunk or pack.visual)
     mlp = e * 2 * llm.ffn_hidden_size / tp * at_once

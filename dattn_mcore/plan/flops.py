@@ -22,7 +22,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dattn_mcore.architectures import tower_features
+from dattn_mcore.architectures.adapters import AdaptedLinear, adapted_linears
+from dattn_mcore.architectures.decoder import OUTPUT
+from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schema import Config
+from dattn_mcore.plan.backward import (
+    DECODER,
+    FC1,
+    FC2,
+    FIRST,
+    PROJ,
+    TOWER,
+    Gradients,
+    decoder_gradients,
+    learning_outside,
+    tower_gradients,
+)
 from dattn_mcore.plan.parameters import layers_of_stage
 from dattn_mcore.plan.rows import Rows
 
@@ -74,10 +89,43 @@ def step_work(config: Config, rows: Rows) -> dict[str, Work]:
     """
     return {
         **decoder_work(config, rows),
+        **_adapters(config, rows),
         "tower": _tower(config, rows),
         "projector": _projector(config, rows),
         "head": _head(config, rows),
     }
+
+
+def _adapters(config: Config, rows: Rows) -> dict[str, Work]:
+    """Of adapters, if there are any: A, B, and with DoRA their product with the weights' lengths.
+
+    Both learn, and pass gradients on. What fused linears compute beside it is left out.
+    """
+    adapters = adapters_of(config)
+    if adapters is None:
+        return {}
+    forward = again = 0.0
+    recomputed, chunks = _recomputed_layers(config), config.train.recompute_visual_chunk
+    for linear in adapted_linears(config.model, adapters):
+        for layer in linear.layers:
+            work = sum(
+                2 * adapters.rank * (inputs + outputs) * _adapted_rows(config, rows, linear, layer)
+                for outputs, inputs in linear.shapes()
+            )
+            forward += work
+            again += work * (layer in recomputed or chunks is not None)
+            if adapters.dora:
+                again += sum(2 * adapters.rank * m * n for m, n in linear.shapes()) * rows.packs
+    return {"adapters": Work(forward, forward, forward, again)}
+
+
+def _adapted_rows(config: Config, rows: Rows, linear: AdaptedLinear, layer: int) -> float:
+    """Rows that go through an adapted linear."""
+    if linear.place == "self_attention.linear_q":
+        return rows.text + (rows.visual if _visual_asks(config, layer) else 0)
+    if linear.place == "self_attention.linear_kv" or not _visual_ends(config, layer):
+        return rows.text + rows.visual
+    return rows.text
 
 
 def decoder_work(config: Config, rows: Rows) -> dict[str, Work]:
@@ -86,32 +134,50 @@ def decoder_work(config: Config, rows: Rows) -> dict[str, Work]:
     text = visual = attention = Work()
     chunks = train.recompute_visual_chunk is not None
     recomputed = _recomputed_layers(config)
-    for layer in range(llm.num_layers):
+    for layer, gradients in enumerate(decoder_gradients(config)):
         last = layer == llm.num_layers - 1
-        per_text, per_visual = layer_products(config, layer)
         scores = 4 * llm.num_attention_heads * llm.head_dim * layer_pairs(config, rows, layer)
-        full = layer in recomputed
+        full = layer in recomputed and gradients.any
         # A chunk of visual rows is computed twice, with full recompute three times, but for the
         # keys and values of the last layer.
-        visual_again = 1 + (full and not last) if chunks else int(full)
+        visual_again = 1 + (full and not last) if chunks and gradients.any else int(full)
+        for linear, (per_text, per_visual) in layer_linears(config, layer).items():
+            text += _product(gradients, linear, rows.text * per_text, int(full))
+            visual += _product(gradients, linear, rows.visual * per_visual, visual_again)
         mlp_again = 0
-        if train.recompute == "selective" and "mlp" in train.recompute_modules:
+        if train.recompute == "selective" and "mlp" in train.recompute_modules and gradients.any:
             mlp_again = 6 * llm.hidden_size * llm.ffn_hidden_size
-        text += _product(config, rows.text * per_text, full * rows.text * per_text)
         text += Work(again=rows.text * mlp_again)
-        visual += _product(
-            config, rows.visual * per_visual, visual_again * rows.visual * per_visual
-        )
         visual += Work(again=0 if _visual_ends(config, layer) else rows.visual * mlp_again)
         core = train.recompute == "selective" and "core_attn" in train.recompute_modules
-        # Flash kernels find the scores once more: 10 H d a pair in backward instead of 8.
-        attention += Work(scores, 2 * scores, again=scores // 2 + (full or core) * scores)
+        attention += _attention(gradients, scores, full or core)
     return {"text": text, "visual": visual, "attention": attention}
 
 
-def _product(config: Config, forward: float, again: float = 0) -> Work:
-    """Of the language model's linears, which pass gradients on even where they are frozen."""
-    return Work(forward, forward, forward if "llm" in config.train.trains else 0, again)
+def _product(gradients: Gradients, linear: str, forward: float, times_again: int = 0) -> Work:
+    """Of a linear.
+
+    Args:
+        gradients: of its layer.
+        linear: its name there.
+        forward: operations of its forward pass.
+        times_again: how often backward does the forward pass again.
+    """
+    inputs, computed = linear in gradients.inputs, linear in gradients.computed
+    return Work(
+        forward=forward,
+        inputs=forward * inputs,
+        weights=forward * (linear in gradients.weights),
+        again=forward * (times_again + (computed and not inputs)),
+    )
+
+
+def _attention(gradients: Gradients, scores: float, recomputed: bool) -> Work:
+    """Of the pairs of query and key; flash kernels do 10 H d a pair in backward instead of 8."""
+    if not gradients.scores_computed:
+        return Work(scores)
+    work = Work(scores, 2 * scores, again=scores // 2 + recomputed * scores)
+    return work if gradients.scores else Work(scores, again=work.again + work.inputs)
 
 
 def _recomputed_layers(config: Config) -> set[int]:
@@ -146,18 +212,23 @@ def _visual_asks(config: Config, layer: int) -> bool:
     return config.attention.v2v == "causal" and not unread
 
 
-def layer_products(config: Config, layer: int) -> tuple[int, int]:
-    """Forward operations of a layer's linears per text row and per visual row."""
+def layer_linears(config: Config, layer: int) -> dict[str, tuple[int, int]]:
+    """Forward operations of each linear of a layer per text row and per visual row."""
     llm = config.model.llm
     per_head = llm.hidden_size * llm.head_dim
     query = output = 2 * per_head * llm.num_attention_heads
     keys_values = 4 * per_head * llm.num_query_groups
-    mlp = 6 * llm.hidden_size * llm.ffn_hidden_size
-    text = query + keys_values + output + mlp
-    if folds(config):
-        output = 2 * per_head * llm.num_query_groups
-    visual = keys_values + (query if _visual_asks(config, layer) else 0)
-    return text, visual + (0 if _visual_ends(config, layer) else output + mlp)
+    mlp_in, mlp_out = (n * llm.hidden_size * llm.ffn_hidden_size for n in (4, 2))
+    folded = 2 * per_head * llm.num_query_groups if folds(config) else output
+    goes_on = not _visual_ends(config, layer)
+    first_linear, second_linear = FIRST[DECODER]
+    return {
+        first_linear: (query, query * _visual_asks(config, layer)),
+        second_linear: (keys_values, keys_values),
+        PROJ: (output, folded * goes_on),
+        FC1: (mlp_in, mlp_in * goes_on),
+        FC2: (mlp_out, mlp_out * goes_on),
+    }
 
 
 def layer_pairs(config: Config, rows: Rows, layer: int) -> float:
@@ -172,41 +243,60 @@ def _head(config: Config, rows: Rows) -> Work:
     """The output layer, for labelled rows; backward computes the logits again."""
     llm = config.model.llm
     product = 2 * llm.hidden_size * llm.padded_vocab_size * rows.labelled
-    return _product(config, product, again=product)
+    outside = learning_outside(config)
+    weight, before = OUTPUT in outside.keys, outside.before_head
+    return Work(product, product * before, product * weight, product * (before or weight))
 
 
 def _tower(config: Config, rows: Rows) -> Work:
-    """The vision tower; without gradients where it is frozen."""
+    """The vision tower; without gradients below what learns."""
     vision, features = config.model.vision, tower_features(config.model)
     v, p = vision.hidden_size, vision.rows_per_tile
     seen = p + features.class_row
-    layers = vision.layers_run
+    square, mlp = 2 * v * v * seen, 2 * v * vision.ffn_hidden_size * seen
+    linears = {
+        FIRST[TOWER][0]: 3 * square,
+        PROJ: square,
+        FC1: (features.mlp_products - 1) * mlp,
+        FC2: mlp,
+    }
     patches = 2 * 3 * vision.patch_size**2 * v * p
-    linears = layers * 2 * (4 * v * v + features.mlp_products * v * vision.ffn_hidden_size) * seen
-    scores = layers * 4 * seen * seen * v
-    forward = patches + linears + scores
-    if "vision" not in config.train.trains:
-        return Work(forward) * rows.tiles
-    # The first layer that learns needs no gradient of pixels.
-    return Work(forward, linears + 2 * scores, patches + linears, scores // 2) * rows.tiles
+    # Nobody needs a gradient of pixels.
+    learning = learning_outside(config).keys
+    work = Work(patches, weights=patches * ("vision.patch_embedding.weight" in learning))
+    for gradients in tower_gradients(config):
+        for linear, forward in linears.items():
+            work += _product(gradients, linear, forward)
+        work += _attention(gradients, 4 * seen * seen * v, recomputed=False)
+    return work * rows.tiles
 
 
 def _projector(config: Config, rows: Rows) -> Work:
-    vision, trains, h = config.model.vision, config.train.trains, config.model.llm.hidden_size
+    vision, h = config.model.vision, config.model.llm.hidden_size
     width = config.model.projector.ffn_hidden_size
     first = 2 * vision.hidden_size * width * rows.tiles * vision.rows_per_tile
     second = 2 * width * h * rows.tiles * vision.rows_per_tile
-    work = Work(first + second)
-    if "projector" in trains or "vision" in trains:
+    outside = learning_outside(config)
+    features, learning = outside.features, outside.keys
+    one, bias, two = (
+        f"projector.mlp.{name}" in learning
+        for name in ("linear_fc1.weight", "linear_fc1.bias", "linear_fc2.weight")
+    )
+    hidden = features or one or bias
+    work = Work(
+        forward=first + second,
+        inputs=first * features + second * hidden,
+        weights=first * one + second * two,
         # Megatron-Core's linears compute their input's gradient, of frozen features too.
-        work += Work(inputs=second)
-        work += Work(inputs=first) if "vision" in trains else Work(again=first)
-    if "projector" in trains:
-        work += Work(weights=first + second)
+        again=first * (one and not features) + second * (two and not hidden),
+    )
     if config.model.visual_positions and rows.tiles:
         # Row and column positions, two linears each, once a pack; sinusoids need no gradient.
-        axis = 2 * 2 * vision.grid_size * h * h * rows.packs
-        work += Work(2 * axis)
-        if "projector" in trains:
-            work += Work(inputs=axis, weights=2 * axis)
+        axis = 2 * vision.grid_size * h * h * rows.packs
+        for name in ("row_position", "column_position"):
+            one, bias, two = (
+                f"projector.{name}.{end}" in learning
+                for end in ("fc1.weight", "fc1.bias", "fc2.weight")
+            )
+            work += Work(2 * axis, inputs=axis * (one or bias), weights=axis * (one + two))
     return work

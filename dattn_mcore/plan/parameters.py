@@ -10,10 +10,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dattn_mcore.architectures.adapters import with_adapters
 from dattn_mcore.architectures.decoder import EMBEDDING, OUTPUT, output_layer
 from dattn_mcore.architectures.parameters import Entry, in_order_of_modules, part_of
 from dattn_mcore.architectures.projector import projector_table
 from dattn_mcore.architectures.tables import language_table, tower_table
+from dattn_mcore.config.lora import adapters_of
+from dattn_mcore.config.optim_groups import Table, resolved, tensor_of
 from dattn_mcore.config.schema import Config
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -68,39 +71,53 @@ def stage_parameters(config: Config, stage: int) -> list[list[Parameter]]:
         config: a checked configuration.
         stage: pipeline stage, from 0.
     """
-    parallel = config.parallel
+    parallel, table = config.parallel, resolved(config)
     chunks = []
     for index, layers in enumerate(layers_of_stage(config, stage)):
         first = stage == 0 and index == 0
         last = stage == parallel.pp - 1 and index == parallel.vpp - 1
-        chunks.append(list(_chunk(config, len(layers), first, last)))
+        chunks.append(list(_chunk(config, table, layers, first, last)))
     return chunks
 
 
-def _chunk(config: Config, num_layers: int, first: bool, last: bool) -> Iterator[Parameter]:
-    """Parameters of a model chunk with so many of the decoder's layers."""
+def _chunk(
+    config: Config, table: Table, layers: list[int], first: bool, last: bool
+) -> Iterator[Parameter]:
+    """Parameters of a model chunk with some of the decoder's layers, numbered in the model."""
     model = config.model
     apart = model.llm.tie_embeddings and config.parallel.pp > 1
-    language = language_table(model)
+    language, adapters = language_table(model), adapters_of(config)
+    if adapters is not None:
+        language = with_adapters(language, model, adapters)
     if apart:
         language.append(output_layer(model.llm))
     if first:
         for entry, layer in in_order_of_modules([*tower_table(model), *projector_table(model)]):
-            yield _parameter(config, entry, layer)
-    for entry, layer in in_order_of_modules(language, num_layers):
+            yield _parameter(config, table, entry, layer, number=layer)
+    for entry, layer in in_order_of_modules(language, layers):
         embeds = entry.key == EMBEDDING
         if entry.layers is not None or (first if embeds else last):
             copied = apart and (embeds or entry.key == OUTPUT)
-            yield _parameter(config, entry, layer, shared=copied)
+            number = None if layer is None else layers[layer]
+            yield _parameter(config, table, entry, layer, number=number, shared=copied)
 
 
-def _parameter(config: Config, entry: Entry, layer: int | None, shared: bool = False) -> Parameter:
+def _parameter(
+    config: Config,
+    table: Table,
+    entry: Entry,
+    layer: int | None,
+    *,
+    number: int | None,
+    shared: bool = False,
+) -> Parameter:
+    """A parameter of a layer, which has a number here and one in the whole model."""
     assert entry.key is not None
     dtype = "bf16" if config.train.precision == "bf16" else "fp32"
     return Parameter(
         name=entry.key.replace(".layers.", f".layers.{layer}."),
         shape=entry.shard_shape(config.parallel.tp),
         dtype="fp32" if entry.dtype == "float32" else dtype,
-        trained=part_of(entry.key) in config.train.trains,
+        trained=table[tensor_of(config.model, entry.key, number)].trains,
         shared_embedding=shared,
     )

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from dattn_mcore.config.schema import Config, TrainConfig
 from dattn_mcore.plan import hardware
+from dattn_mcore.plan.disk import disk_lines
 from dattn_mcore.plan.estimate import Plan
 from dattn_mcore.plan.warnings import warnings_of
 from dattn_mcore.plan.workload import DataSize, Sample, full_packs, samples_per_pack
@@ -104,6 +105,7 @@ def notes(config: Config, sample: Sample, assumed: list[str], data: DataSize) ->
             "attention.backend=reference keeps a score matrix of text by visual rows, which is "
             "not counted"
         )
+    lines += disk_lines(config)
     if config.train.steps is None:
         lines.append(_what_days_rest_on(config, sample, data))
     return [line for line in lines if line]

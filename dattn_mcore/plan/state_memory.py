@@ -30,7 +30,7 @@ class StateMemory:
     Attributes:
         parameters: number of parameters.
         trained: those with a gradient.
-        weights: in their own dtype, padding of buffers included.
+        weights: in their own dtype, padding of buffers included, and their running mean.
         gradients: float32, padding included.
         optimizer: of the data parallel rank that holds most.
     """
@@ -62,10 +62,12 @@ def state_memory(config: Config, stage: int, dp: int) -> StateMemory:
     buffers = [buffer for chunk in chunks for buffer in _buffers(chunk, dp)]
     frozen = sum(p.numel * BYTES[p.dtype] for p in everything if not p.trained)
     sizes = [(buffer, buffer.buckets[-1][1]) for buffer in buffers]
+    trained = sum(p.numel for p in everything if p.trained)
+    ema = 4 * trained if config.train.ema_decay is not None else 0
     return StateMemory(
         parameters=sum(p.numel for p in everything),
-        trained=sum(p.numel for p in everything if p.trained),
-        weights=frozen + sum(size * BYTES[buffer.dtype] for buffer, size in sizes),
+        trained=trained,
+        weights=frozen + ema + sum(size * BYTES[buffer.dtype] for buffer, size in sizes),
         gradients=sum(4 * size for _, size in sizes),
         optimizer=max(optimizer_bytes(config, stage, dp)),
     )

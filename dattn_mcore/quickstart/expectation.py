@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dattn_mcore.config.load import load_config
 from dattn_mcore.errors import DattnError
-from dattn_mcore.evaluation.digits_score import Tally
+from dattn_mcore.evaluation.exact_match import Tally
 
 LEAST = 0.90  # of the held-out questions, with the shipped settings
 MOST_BLIND = 0.30  # with every visual position signal off

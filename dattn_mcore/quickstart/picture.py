@@ -16,7 +16,7 @@ from PIL import Image
 
 from dattn_mcore.data.digits_questions import bag_of_digits_ceiling
 from dattn_mcore.errors import DataError
-from dattn_mcore.evaluation.digits_score import DigitsScore
+from dattn_mcore.evaluation.exact_match import ExactMatch
 from dattn_mcore.evaluation.questions import Question, read_answers, read_questions
 from dattn_mcore.quickstart.steps import STAGES, QuickstartRun
 
@@ -26,7 +26,7 @@ _RIGHT, _WRONG = "#1a7f4b", "#c2362b"
 _STAGE_COLOURS = dict(zip(STAGES, ("#8a9bb0", "#3b6fb6", "#d97a1e"), strict=True))
 
 
-def draw(run: QuickstartRun, result: DigitsScore) -> Path:
+def draw(run: QuickstartRun, result: ExactMatch) -> Path:
     """Draws the picture.
 
     Raises:
@@ -153,7 +153,7 @@ def _draw_losses(axes: Any, run: QuickstartRun) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_accuracy(axes: Any, result: DigitsScore) -> None:
+def _draw_accuracy(axes: Any, result: ExactMatch) -> None:
     names = list(result.categories)
     values = [result.categories[name].accuracy * 100 for name in names]
     ceilings = [bag_of_digits_ceiling(name) * 100 for name in names]

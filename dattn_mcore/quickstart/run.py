@@ -104,7 +104,7 @@ def run_step(step: Step, logs: Path, console: Console, clone: Path = ROOT) -> No
 def _last_error(log: Path) -> str:
     lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines()]
     lines = [line for line in lines if line]
-    told = [line for line in lines if line.startswith("error: ")]
-    if told:
-        return "; also: ".join(line.removeprefix("error: ") for line in told)
+    errors = [line for line in lines if line.startswith("error: ")]
+    if errors:
+        return "; also: ".join(line.removeprefix("error: ") for line in errors)
     return (lines or ["it said nothing"])[-1]

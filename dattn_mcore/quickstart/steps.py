@@ -16,6 +16,7 @@ from dattn_mcore.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]  # of the cloned repository
 STAGES = ("align", "pretrain", "instruct")
 PROCESSES = 2  # the quickstart's machine has two cores
+CONFIGS = Path("configs")
 DATA = Path("data/digits")  # what configs/digits_*.yaml name
 _OWN_SETTINGS = (
     "log.run_dir",
@@ -67,7 +68,11 @@ class QuickstartRun:
 
 
 def make_run(
-    run_dir: Path, data: Path, overrides: Sequence[str] = (), processes: int = PROCESSES
+    run_dir: Path,
+    data: Path,
+    overrides: Sequence[str] = (),
+    processes: int = PROCESSES,
+    configs: Path = CONFIGS,
 ) -> QuickstartRun:
     """Turns the settings of the three stages into commands.
 
@@ -76,6 +81,7 @@ def make_run(
         data: folder of the digits data set, likewise.
         overrides: `section.key=value`, for every stage.
         processes: that train; more where one model needs more.
+        configs: folder of the stages' settings; absolute, or relative to `ROOT`.
 
     Raises:
         ConfigError: a setting that is unknown, cannot run, or is not the user's here.
@@ -101,9 +107,10 @@ def make_run(
                 f"validation.sources=[{{annotations: {data / f'heldout_{stage}'}.json, "
                 f"image_folder: {data / 'images'}}}]",
             ]
-        config = load_config(ROOT / "configs" / f"digits_{stage}.yaml", own)
+        file = configs / f"digits_{stage}.yaml"
+        config = load_config(ROOT / file, own)
         check_config(config)
-        steps.append(_train(stage, config, own, processes_of(config, processes)))
+        steps.append(_train(stage, file, config, own, processes_of(config, processes)))
         before = run_dir / stage
     questions, exported = data / "heldout_questions.jsonl", run_dir / "hf"
     answers, score = run_dir / "answers.jsonl", run_dir / "score.json"
@@ -158,7 +165,9 @@ def processes_of(config: Config, processes: int = PROCESSES) -> int:
     return replica * max(1, processes // replica)
 
 
-def _train(stage: str, config: Config, overrides: Sequence[str], processes: int) -> Step:
+def _train(
+    stage: str, file: Path, config: Config, overrides: Sequence[str], processes: int
+) -> Step:
     parallel = config.parallel
     data_parallel = processes // processes_per_replica(config)
     splits = [
@@ -175,7 +184,7 @@ def _train(stage: str, config: Config, overrides: Sequence[str], processes: int)
         str(processes),
         "pretrain_dattn.py",
         "--config",
-        f"configs/digits_{stage}.yaml",
+        str(file),
         *overrides,
     )
     return Step(

@@ -7,11 +7,12 @@ from rich.table import Table
 
 from dattn_mcore.console import cell
 from dattn_mcore.data.digits_questions import bag_of_digits_ceiling
-from dattn_mcore.evaluation.digits_score import DigitsScore, Tally, score_digits, write_score
+from dattn_mcore.evaluation.digits_score import score_digits
+from dattn_mcore.evaluation.exact_match import ExactMatch, Tally, write_score
 from dattn_mcore.quickstart.steps import QuickstartRun
 
 
-def score(run: QuickstartRun) -> DigitsScore:
+def score(run: QuickstartRun) -> ExactMatch:
     """Compares the answers with the expected ones; writes score.json."""
     result = score_digits(run.questions, run.answers)
     write_score(run.score, result)
@@ -20,7 +21,7 @@ def score(run: QuickstartRun) -> DigitsScore:
 
 def show(
     run: QuickstartRun,
-    result: DigitsScore,
+    result: ExactMatch,
     seconds: dict[str, float],
     total: float,
     console: Console,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,10 @@ class Hook:
 
     def saved(self, folder: Path) -> None:
         """A checkpoint is whole, on every rank."""
+
+    def in_use(self) -> Collection[Path]:
+        """Checkpoints that must not be deleted now, whatever `checkpoint.keep` is."""
+        return ()
 
     def metrics(self) -> dict[str, float]:
         """Newest value of each metric of this hook; the checkpoint's manifest keeps them."""
@@ -138,6 +142,10 @@ class Hooks:
             for hook in self._hooks:
                 hook.saved(folder)
 
+    def in_use(self) -> set[Path]:
+        """Checkpoints that a hook of this rank needs."""
+        return {folder for hook in self._hooks for folder in hook.in_use()}
+
     def metrics(self) -> dict[str, float]:
         """Newest values of the metrics of all hooks."""
         return {name: value for hook in self._hooks for name, value in hook.metrics().items()}
@@ -156,14 +164,21 @@ class Hooks:
     def close(self, step: int, complete: bool) -> None:
         """Calls all hooks at the end of the run.
 
+        After one that fails those that all ranks have are called still, since ranks wait in them.
+
         Raises:
             CheckpointError: a report cannot be written.
         """
-        try:
-            for hook in self._hooks:
+        problem: OSError | None = None
+        for hook in self._hooks:
+            if problem is not None and not hook.everywhere:
+                continue
+            try:
                 hook.close(step, complete)
-        except OSError as error:
-            raise cannot_report(self._config, error) from None
+            except OSError as error:
+                problem = problem or error
+        if problem is not None:
+            raise cannot_report(self._config, problem) from None
 
 
 def cannot_report(config: Config, error: OSError) -> CheckpointError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,11 +14,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.scores_rules import asks
 from dattn_mcore.data.index.identity import fingerprint_of
 from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.validation import ValidationData
 from dattn_mcore.errors import DattnError
 from dattn_mcore.training.agreement import agree
+from dattn_mcore.training.ema import Ema
+from dattn_mcore.training.export_beside import ExportBeside
 from dattn_mcore.training.hooks import Hook, Hooks, cannot_report
 from dattn_mcore.training.interval import IntervalReport
 from dattn_mcore.training.last_words import unexpected
@@ -25,6 +29,8 @@ from dattn_mcore.training.ledger import SampleLedger
 from dattn_mcore.training.part_norms import PartNorms
 from dattn_mcore.training.profile import profile_hooks
 from dattn_mcore.training.sample_log import SampleLog
+from dattn_mcore.training.scores import ScoreCheckpoints, WaitForScores
+from dattn_mcore.training.scores_check import check_scores
 from dattn_mcore.training.sinks.build import build_sinks, check_trackers
 from dattn_mcore.training.sinks.run_facts import facts_of
 from dattn_mcore.training.sinks.sink import Sink
@@ -58,6 +64,7 @@ def build_hooks(
     optimizer: MegatronOptimizer,
     pg_collection: ProcessGroupCollection,
     *,
+    ema: Ema | None,
     device: torch.device,
     watchdog: Watchdog,
     first_step: int,
@@ -72,10 +79,11 @@ def build_hooks(
         model: this stage's chunks.
         optimizer: of these.
         pg_collection: process groups.
+        ema: the running mean of the weights, where the run has one.
         device: of this process.
         watchdog: of this process.
         first_step: step the run starts or resumes at.
-        last_step: steps after which it is complete.
+        last_step: steps after which the run is complete.
 
     Raises:
         DattnError: on every rank, what any rank ran into.
@@ -97,21 +105,12 @@ def build_hooks(
         last_step=last_step,
         device="cpu" if device.type == "cpu" else "gpu",
     )
-    hooks: list[Hook] = [*profiles, parts]
-    sinks: list[Sink] = []
-    interval: IntervalReport | None = None
+    reports = _Reports()
     problem: DattnError | None = None
     run_dir = Path(config.log.run_dir)
     try:
         if dist.get_rank() == 0:
-            (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            check_trackers(config)
-            fingerprint = fingerprint_of(data.identity)
-            facts = facts_of(config, first_step=first_step, data_fingerprint=fingerprint)
-            sinks = build_sinks(config, facts)
-            samples = SampleLog(config, run_dir, first_step)
-            interval = IntervalReport(config, sinks, samples, data.groups, parts, first_step)
-            hooks += [samples, interval, SampleLedger(config, data, first_step)]
+            reports = _open_reports(config, data, parts, first_step, last_step)
     except DattnError as error:
         problem = error
     except OSError as error:
@@ -119,6 +118,12 @@ def build_hooks(
     except Exception as error:  # noqa: BLE001 (the other ranks must know)
         problem = unexpected(error, "opening the reports", run_dir)
     agree(problem, device)
+    hooks: list[Hook] = [*profiles, parts, *([ema] if ema is not None else [])]
+    if asks(config):  # in front of those that close the sinks
+        scoring = reports.scoring
+        waiting = WaitForScores(config, scoring, watchdog, reports.interval, last_step)
+        hooks += [waiting] if scoring is None else [scoring, waiting]
+    hooks += reports.hooks
     if held_out is not None:
         hooks.append(
             Validation(
@@ -128,10 +133,53 @@ def build_hooks(
                 pg_collection,
                 device=device,
                 watchdog=watchdog,
-                sinks=sinks,
-                interval=interval,
+                sinks=reports.sinks,
+                interval=reports.interval,
             )
         )
+    if config.checkpoint.also_export:
+        hooks.append(ExportBeside(run_dir, watchdog))
     if dist.get_rank() == 0:
         hooks.append(Finished(run_dir))
     return Hooks(hooks, config)
+
+
+@dataclass
+class _Reports:
+    """What reports on the first rank; empty on the others.
+
+    Attributes:
+        hooks: in order.
+        sinks: where rows go.
+        interval: the one of the hooks whose rates leave time out.
+        scoring: scores checkpoints, where they are scored; not one of the hooks.
+    """
+
+    hooks: list[Hook] = field(default_factory=list)
+    sinks: list[Sink] = field(default_factory=list)
+    interval: IntervalReport | None = None
+    scoring: ScoreCheckpoints | None = None
+
+
+def _open_reports(
+    config: Config, data: DataPipeline, parts: PartNorms, first_step: int, last_step: int
+) -> _Reports:
+    """Opens them.
+
+    Raises:
+        DattnError: a tracker's package, or what evaluation questions need, is missing.
+        OSError: the run's folder cannot be written.
+    """
+    run_dir = Path(config.log.run_dir)
+    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    check_trackers(config)
+    if asks(config):
+        check_scores(config)
+    fingerprint = fingerprint_of(data.identity)
+    facts = facts_of(config, first_step=first_step, data_fingerprint=fingerprint)
+    sinks = build_sinks(config, facts)
+    samples = SampleLog(config, run_dir, first_step)
+    interval = IntervalReport(config, sinks, samples, data.groups, parts, first_step)
+    scoring = ScoreCheckpoints(config, sinks, first_step, last_step) if asks(config) else None
+    hooks: list[Hook] = [samples, interval, SampleLedger(config, data, first_step)]
+    return _Reports(hooks, sinks, interval, scoring)

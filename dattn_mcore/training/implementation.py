@@ -34,14 +34,14 @@ def _say(text: str) -> None:
 
 
 def choose_implementation(config: Config) -> Implementation:
-    """`model.transformer_impl`, with `auto` resolved; says once what `auto` took, and why.
+    """`train.transformer_impl`, with `auto` resolved; says once what `auto` took, and why.
 
     Raises:
         ConfigError: Transformer Engine was asked for (by name, or by FP8) and cannot be used, or
             this GPU knows no FP8.
     """
-    wanted, fp8 = config.model.transformer_impl, config.train.fp8 != "none"
-    asked = f"train.fp8={config.train.fp8}" if fp8 else f"model.transformer_impl={wanted}"
+    wanted, fp8 = config.train.transformer_impl, config.train.fp8 != "none"
+    asked = f"train.fp8={config.train.fp8}" if fp8 else f"train.transformer_impl={wanted}"
     if wanted == "local":
         return "local"
     missing = transformer_engine_missing()
@@ -50,7 +50,7 @@ def choose_implementation(config: Config) -> Implementation:
             raise ConfigError(
                 f"{asked} needs Transformer Engine, and {missing}; install it with "
                 "pip install --no-build-isolation 'dattn-mcore[te]', or use "
-                "model.transformer_impl=local and train.fp8=none"
+                "train.transformer_impl=local and train.fp8=none"
             )
         problem = fp8_problem(config.train.fp8) if fp8 else None
         if problem is not None:

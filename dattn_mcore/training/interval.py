@@ -8,6 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from dattn_mcore.config.optim_groups import own_peaks
 from dattn_mcore.config.schema import Config
 from dattn_mcore.parallel import platform
 from dattn_mcore.plan.hardware import peak_flops
@@ -145,8 +146,6 @@ def mean(sums: torch.Tensor) -> float | None:
 
 
 def learning_rates(config: Config, rates: dict[float, float]) -> dict[str, Value]:
-    """`lr`, and those of parts with a rate of their own; `lr` is the first where all have one."""
-    optim = config.optim
-    own = {"lr_projector": optim.lr_projector, "lr_vision": optim.lr_vision}
-    found = {name: rates[peak] for name, peak in own.items() if peak in rates and peak != optim.lr}
-    return {"lr": rates.get(optim.lr, next(iter(rates.values()))), **found}
+    """`lr`, and those of parts and groups with their own; `lr` is the first where all have one."""
+    found = {name: rates[peak] for name, peak in own_peaks(config).items() if peak in rates}
+    return {"lr": rates.get(config.optim.lr, next(iter(rates.values()))), **found}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dattn_mcore.console import say
 from dattn_mcore.errors import ConfigError
 
-# What torchrun told this process about its place; a new torchrun must not inherit it.
+# This process's place, as torchrun gave it; a new torchrun must not inherit it.
 _TORCHRUN_VARIABLES = (
     "RANK",
     "LOCAL_RANK",

@@ -91,6 +91,7 @@ def _train(run: Run, claim: Claim) -> bool:
         run.saver.close()
         stop.restore()
         run.data.close()
+    run.hooks.close(step, step == run.last_step)
     _close(run, step)
     return step == run.last_step
 

@@ -23,7 +23,7 @@ from dattn_mcore.training.launch import restart_under_torchrun
 
 PROGRAM = "pretrain_dattn.py"
 FAULT_STATUS = 4  # of a rank that a machine or the network ended; a user's mistake is 2
-SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to tell a mistake and end
+SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to report a mistake and end
 logger = logging.getLogger("dattn_mcore")
 
 
@@ -141,7 +141,13 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
             watchdog.phase("the first all-reduce", limit, "health.start_timeout_seconds")
             check_all_reduce(device)
             watchdog.phase("making process groups", limit, "health.start_timeout_seconds")
-            pg_collection = groups.initialize_model_parallel(config.parallel, config.train.seed)
+            pg_collection = groups.initialize_model_parallel(
+                seed=config.train.seed,
+                tp=config.parallel.tp,
+                pp=config.parallel.pp,
+                vpp=config.parallel.vpp,
+                cp=config.parallel.cp,
+            )
             logger.info(
                 "%s: %s on %d %s process%s, tp %d x pp %d x dp %d%s",
                 Path(config.log.run_dir).name,

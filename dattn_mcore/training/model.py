@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from dattn_mcore.architectures.adapters import Adapters, adapter_table
+from dattn_mcore.architectures.patterns import key_and_layer
+from dattn_mcore.checkpoint.peft_folder import read_peft_folder
+from dattn_mcore.config.lora import adapters_of
+from dattn_mcore.config.optim_groups import learns
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.models.build import build_model
-from dattn_mcore.models.dattn import DattnModel, freeze_all_but
+from dattn_mcore.models.dattn import DattnModel
+from dattn_mcore.models.initialize import fill, initialize_adapters
 from dattn_mcore.parallel import platform
 from dattn_mcore.training.inputs import fixed_rows
 from dattn_mcore.training.runtime import decide_runtime
@@ -31,7 +39,7 @@ def build_from_config(
         runtime: what was decided at the start of the run; None: it is decided here.
 
     Returns:
-        The chunks in the order of the interleaved schedule, frozen parts marked.
+        The chunks in the order of the interleaved schedule, frozen parameters marked.
     """
     chunks = build_model(
         config.model,
@@ -40,10 +48,36 @@ def build_from_config(
         pg_collection,
         device=device,
         seed=config.train.seed if initialize else None,
+        adapters=adapters_of(config),
     )
     for chunk in chunks:
-        freeze_all_but(chunk, config.train.trains)
+        freeze(config, chunk)
     return chunks
+
+
+def start_adapters(config: Config, adapters: Adapters, chunks: list[DattnModel]) -> None:
+    """Gives adapters their first values, beside weights that are there: new, or `lora.init_from`.
+
+    Raises:
+        CheckpointError: the folder is broken, or of another model or other adapters.
+    """
+    initialize_adapters(chunks, config.model, config.train.seed, adapters)
+    if config.lora.init_from is not None:
+        folder = read_peft_folder(Path(config.lora.init_from), config.model, adapters)
+        fill(chunks, adapter_table(config.model, adapters), folder.value, others=True)
+
+
+def freeze(config: Config, chunk: DattnModel) -> None:
+    """Only parameters that learn get gradients and optimizer states."""
+    first = first_layer(chunk)
+    for name, parameter in chunk.named_parameters():
+        parameter.requires_grad_(learns(config, *key_and_layer(name, first)))
+
+
+def first_layer(chunk: DattnModel) -> int:
+    """Number in the whole model, from 0, of the first of the decoder's layers in a chunk."""
+    layers = chunk.decoder.layers
+    return int(layers[0].layer_number) - 1 if len(layers) else 0
 
 
 def start_overlap(config: Config, runtime: Runtime, device: torch.device) -> None:

@@ -1,10 +1,11 @@
-"""Megatron-Core's DDP, distributed optimizer and schedule, from the run's configuration."""
+"""Megatron-Core's DDP and distributed optimizer, from the run's configuration."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from dattn_mcore.architectures.patterns import key_and_layer
+from dattn_mcore.config.optim_groups import NO_DECAY, resolved, settings_of
+from dattn_mcore.config.schedule import peak_ratio
 from dattn_mcore.config.schema import Config
 from dattn_mcore.models.dattn import DattnModel
+from dattn_mcore.training.model import first_layer
 from dattn_mcore.training.not_finite import NotFiniteError
 from dattn_mcore.training.runtime import params_dtype
 
@@ -55,12 +59,12 @@ def gathered_weights(model: list[DistributedDataParallel], config: Config) -> It
 
 
 def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW, sharded over data parallel ranks, with a peak learning rate per part."""
+    """AdamW, sharded over data parallel ranks, with the settings of `config.optim_groups`."""
     optim = config.optim
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
-        min_lr=optim.lr * optim.min_lr_ratio,
+        min_lr=optim.lr * peak_ratio(optim),
         weight_decay=optim.weight_decay,
         adam_beta1=optim.beta1,
         adam_beta2=optim.beta2,
@@ -72,7 +76,8 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
     overrides: dict[Any, Any] = {
-        ParamKey(name=("*.bias", "*norm.weight", "*class_embedding")): {"wd_mult": 0.0},
+        ParamKey(name=tuple(f"*{end}" for end in NO_DECAY)): {"wd_mult": 0.0},
+        **_own_settings(config, model),
     }
     if config.train.precision == "bf16":
         # The axis positions stay float32. Megatron-Core's distributed optimizer mixes up states
@@ -80,14 +85,6 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
         # groups apart and has no other effect.
         full_precision = ParamPredicate("float32", lambda p: p.dtype is torch.float32)
         overrides[ParamKey(predicate=full_precision)] = {"is_decoupled_lr": True}
-    for part, peak in (("projector", optim.lr_projector), ("vision", optim.lr_vision)):
-        if peak is not None and peak != optim.lr:
-            overrides[ParamKey(name=f"*{part}.*")] = {
-                "max_lr": peak,
-                "min_lr": peak * optim.min_lr_ratio,
-                # Not used as a factor, but Megatron-Core tells groups apart by it on a resume.
-                "lr_mult": peak / optim.lr,
-            }
     optimizer = get_megatron_optimizer(optimizer_config, model, config_overrides=overrides)
     _refuse_gradients_that_are_not_finite(optimizer)
     chunk_config = model[0].config
@@ -97,6 +94,41 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
     if len(model) == 1:
         chunk_config.no_sync_func = model[0].no_sync
     return optimizer
+
+
+def _own_settings(config: Config, model: list[DistributedDataParallel]) -> dict[Any, Any]:
+    """Overrides for parameters with other settings than `optim` has; each has one at most.
+
+    Groups are numbered over the whole model, so that they are the same on every rank.
+    """
+    optim = config.optim
+    kinds = dict.fromkeys(it.adam for it in resolved(config).values())
+    kinds.pop((optim.lr, optim.weight_decay, optim.beta1, optim.beta2), None)
+    numbers = {kind: number for number, kind in enumerate(kinds)}
+    members: dict[int, set[int]] = {number: set() for number in numbers.values()}
+    for chunk in model:
+        for name, parameter in chunk.module.named_parameters():
+            settings = settings_of(config, *key_and_layer(name, first_layer(chunk.module)))
+            if settings.adam in numbers:
+                members[numbers[settings.adam]].add(id(parameter))
+    overrides: dict[Any, Any] = {}
+    for (lr, weight_decay, *betas), number in numbers.items():
+        # Not used as a factor; Megatron-Core tells groups apart by it on a resume, and by neither
+        # rates nor betas.
+        override: dict[str, Any] = {"lr_mult": number + 2.0}
+        if lr != optim.lr:
+            override |= {"max_lr": lr, "min_lr": lr * peak_ratio(optim)}
+        if weight_decay != optim.weight_decay:
+            override |= {"start_wd": weight_decay, "end_wd": weight_decay}
+        if betas != [optim.beta1, optim.beta2]:
+            override["betas"] = tuple(betas)
+        belongs = partial(_is_among, members[number])
+        overrides[ParamKey(predicate=ParamPredicate(f"settings {number}", belongs))] = override
+    return overrides
+
+
+def _is_among(identities: set[int], parameter: torch.nn.Parameter) -> bool:
+    return id(parameter) in identities
 
 
 def _refuse_gradients_that_are_not_finite(optimizer: MegatronOptimizer) -> None:
@@ -110,34 +142,3 @@ def _refuse_gradients_that_are_not_finite(optimizer: MegatronOptimizer) -> None:
         return norm
 
     optimizer.get_grad_norm = finite_grad_norm
-
-
-def build_scheduler(
-    config: Config, optimizer: MegatronOptimizer, total_steps: int
-) -> OptimizerParamScheduler:
-    """Cosine decay to `min_lr_ratio` after a linear warm-up, counted in optimizer steps.
-
-    Of N steps with a warm-up of w, step i (from 1) has the rate peak x i / w up to step w, and the
-    minimum is reached after the last step, where step N + 1 would be. So no step has rate 0: a
-    step of rate 0 learns nothing. Without a warm-up the first step has the peak.
-
-    Returns:
-        Megatron-Core's scheduler, with the rates of the first step set; `step(1)` after each step.
-    """
-    optim = config.optim
-    warmup = min(max(round(optim.warmup_ratio * total_steps), 1), total_steps)
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=optim.lr,
-        min_lr=optim.lr * optim.min_lr_ratio,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=total_steps + 1,
-        lr_decay_style="cosine",
-        start_wd=optim.weight_decay,
-        end_wd=optim.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )
-    scheduler.step(1)  # Megatron-Core counts steps that are done; its rate of 0 steps is 0
-    return scheduler

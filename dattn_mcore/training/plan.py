@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+from dattn_mcore.architectures.adapters import adapter_table
 from dattn_mcore.config.checks import data_parallel_size, processes_per_replica
 from dattn_mcore.config.load import to_yaml
+from dattn_mcore.config.lora import adapters_of
+from dattn_mcore.config.schedule import schedule_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.attention import BackendChoice, choose_backend
 from dattn_mcore.layers.spec import attention_options
 from dattn_mcore.parallel.platform import resolve_device
+from dattn_mcore.plan.disk import disk_lines
+from dattn_mcore.plan.learning import learning_lines
 from dattn_mcore.plan.parameters import layers_of_stage, stage_parameters
 from dattn_mcore.plan.warnings import part_full
 from dattn_mcore.plan.workload import Sample, full_budget_sample, pack_multiple, step_of
 from dattn_mcore.training.runtime import params_dtype
+from dattn_mcore.training.schedule import rate_of
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -39,6 +46,7 @@ def describe(config: Config, world_size: int) -> str:
     for stage in range(parallel.pp):
         total, trained, holds = stage_summary(config, stage)
         lines.append(f"{stage:>5}  {total:>20,}  {trained:>14,}  {holds}")
+    lines += ["", *learning_lines(config), *_schedule_lines(config)]
     shards = parallel.tp if parallel.sp else 1
     most = config.data.max_tiles
     tiles = "1" if most == 1 else f"up to {most}"
@@ -49,10 +57,30 @@ def describe(config: Config, world_size: int) -> str:
         f"an image has {tiles}) and {text:,} text",
         f"rows per rank between layers: {visual // shards:,} visual and {text // shards:,} text",
         *_global_batch(config, dp),
+        *_adapter_lines(config),
         *_attention_lines(config),
+        *disk_lines(config),
         "",
     ]
     return "\n".join(lines)
+
+
+def _schedule_lines(config: Config) -> list[str]:
+    """The learning rate over the run, where its steps are known before the data are opened."""
+    optim, steps = config.optim, config.train.steps
+    if steps is None:
+        return [
+            f"learning rate: {optim.schedule}; warm-up and decay once the run's steps are known"
+        ]
+    schedule = schedule_of(optim, steps)
+    line = f"learning rate: warm-up over {schedule.warmup} of {steps} steps, then {optim.schedule}"
+    if optim.schedule == "wsd":
+        line += ", at the peak to the end"
+        if schedule.final_decay:
+            line = line.replace("to the end", f"to step {schedule.falls_from - 1}")
+            line += f", then {optim.wsd_decay} decay"
+    rates = [f"{rate_of(optim, steps, step):.3g} in step {step}" for step in sorted({1, steps})]
+    return [f"{line}; of optim.lr={optim.lr:g}: {', '.join(rates)}"]
 
 
 def attention_backends(config: Config, device_type: str) -> list[tuple[str, BackendChoice]]:
@@ -97,16 +125,32 @@ def _global_batch(config: Config, dp: int) -> list[str]:
         line = (
             f"global batch: about {size} samples, in full micro-batches, a multiple of {multiple}"
         )
-        dealt = pack_multiple(config, dp)
-        if multiple % dealt:
+        needed = pack_multiple(config, dp)
+        if multiple % needed:
             line += (
-                f"; {dp} replicas round it up to a multiple of {dealt} and then leave packs less "
+                f"; {dp} replicas round it up to a multiple of {needed} and then leave packs less "
             )
             line += "full: set data.step_packs_multiple to one"
     images = 1.0 if config.data.visual_budget >= config.model.vision.rows_per_tile else 0.0
     sample = Sample(full_budget_sample(config, images), images)
     problem = part_full(config, step_of(config, sample, dp), dp)
     return [line, f"warning: {problem}, if samples are like the budgets"] if problem else [line]
+
+
+def _adapter_lines(config: Config) -> list[str]:
+    """Which linears have adapters, and how many parameters these are."""
+    adapters = adapters_of(config)
+    if adapters is None:
+        return []
+    table = adapter_table(config.model, adapters)
+    names = sorted({name.split(".")[-2] for name in adapters.targets})
+    count = sum(math.prod(entry.mcore_shape()) for entry in table)
+    kind = "DoRA" if adapters.dora else "LoRA"
+    return [
+        f"adapters: {kind} of rank {adapters.rank} at {len(adapters.targets)} linears "
+        f"({', '.join(names)}), {count:,} parameters; the rest of the language model is frozen"
+        + (" but for what optim.groups names" if config.optim.groups else "")
+    ]
 
 
 def _attention_lines(config: Config) -> list[str]:

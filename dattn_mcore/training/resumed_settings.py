@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from dattn_mcore.config.load import from_dict, to_dict
-from dattn_mcore.config.schema import Config
+from dattn_mcore.config.schedule import WARMUP_RATIO, peak_ratio, schedule_of
+from dattn_mcore.config.schema import Config, OptimConfig
 from dattn_mcore.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -29,10 +30,12 @@ def take_settings(
         The configuration to train with, and the steps of its schedule.
 
     Raises:
-        ConfigError: the kept schedule would train further steps at rate 0.
+        ConfigError: the kept schedule would train further steps at rate 0, or a schedule that was
+            decaying would rise again.
     """
-    there = from_dict({"optim": manifest["config"].get("optim", {})}).optim
-    ours, theirs = to_dict(config)["optim"], to_dict(replace(config, optim=there))["optim"]
+    saved = from_dict({name: manifest["config"].get(name, {}) for name in ("optim", "train")})
+    there = saved.optim
+    ours, theirs = (_shown(optim) for optim in (config.optim, there))
     changed = [
         f"optim.{name} {theirs[name]} -> {value}"
         for name, value in ours.items()
@@ -44,6 +47,7 @@ def take_settings(
         return config, steps
     what, done = ", ".join(changed), manifest["step"]
     if not config.checkpoint.keep_optimizer_settings:
+        _refuse_to_rise_again(config.optim, steps, there, steps_there, done)
         logger.info(
             "optimizer settings differ from those of step %d and hold from here: %s (%s=true keeps "
             "the others)",
@@ -52,10 +56,41 @@ def take_settings(
             _KEEP,
         )
         return config, steps
-    if steps > steps_there and there.min_lr_ratio == 0:
+    end = schedule_of(there, steps_there).end - 1
+    if steps > end and peak_ratio(there) == 0:
         raise ConfigError(
-            f"{_KEEP}=true: the checkpoint's schedule ends at step {steps_there} with a learning "
-            f"rate of 0, and this run has {steps}; set it to false, or train.steps={steps_there}"
+            f"{_KEEP}=true: the checkpoint's schedule ends at step {end} with a learning "
+            f"rate of 0, and this run has {steps}; set it to false, or train.steps={end}"
         )
     logger.info("optimizer settings of step %d are kept (%s=true), not: %s", done, _KEEP, what)
-    return replace(config, optim=there), steps_there
+    # With its groups the parts that they add to; both together train the same parameters.
+    train = replace(config.train, trains=saved.train.trains)
+    return replace(config, optim=there, train=train), steps_there
+
+
+def _shown(optim: OptimConfig) -> dict[str, Any]:
+    """Settings as plain values; a warm-up that is not set as the ratio that it has."""
+    if optim.warmup_ratio is None and optim.warmup_steps is None:
+        optim = replace(optim, warmup_ratio=WARMUP_RATIO)
+    return to_dict(Config(optim=optim))["optim"]
+
+
+def _refuse_to_rise_again(
+    ours: OptimConfig, steps: int, theirs: OptimConfig, steps_there: int, done: int
+) -> None:
+    """Refuses a WSD schedule that moves its decay after the checkpoint's has begun.
+
+    Raises:
+        ConfigError: with the last step from which it could go on.
+    """
+    if not ours.schedule == theirs.schedule == "wsd" or not theirs.decay_steps:
+        return
+    here, there = schedule_of(ours, steps), schedule_of(theirs, steps_there)
+    if done >= there.falls_from and here.falls_from != there.falls_from:
+        raise ConfigError(
+            f"the checkpoint of step {done} stands in the last decay of its schedule, which began "
+            f"at step {there.falls_from}, and optim.decay_steps={ours.decay_steps} with {steps} "
+            "steps would raise the learning rate again; keep the run's length and "
+            f"optim.decay_steps={theirs.decay_steps}, or remove the checkpoints after step "
+            f"{there.falls_from - 1}"
+        )

@@ -57,13 +57,13 @@ class Claim:
             return None
         if self.is_anothers():
             what = "another folder is in its place, and nothing was saved there; choose another"
-            return ConfigError(f"{self._told()}; {what} log.run_dir")
+            return ConfigError(f"{self._gone()}; {what} log.run_dir")
         return ConfigError(
-            f"{self._told()}; its metrics, samples and settings are not there any more. A "
+            f"{self._gone()}; its metrics, samples and settings are not there any more. A "
             "checkpoint of the last step was saved there anew: start again to go on from it"
         )
 
-    def _told(self) -> str:
+    def _gone(self) -> str:
         return f"log.run_dir={self.run_dir} was deleted or moved while the run wrote into it"
 
     def _state(self) -> str:

@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank
 
+from dattn_mcore.checkpoint.adapters import check_base, describe_base
 from dattn_mcore.checkpoint.load import (
     check_same_run,
     choose_checkpoint,
@@ -25,6 +26,7 @@ from dattn_mcore.checkpoint.load import (
 )
 from dattn_mcore.checkpoint.save import CheckpointSaver
 from dattn_mcore.config.load import from_dict
+from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.config.validation_rules import validates
 from dattn_mcore.data.index.identity import difference
@@ -36,13 +38,15 @@ from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import groups
 from dattn_mcore.training.agreement import agree
+from dattn_mcore.training.ema import start_ema
 from dattn_mcore.training.hooks import Hooks
 from dattn_mcore.training.hooks_of_run import FINISHED, build_hooks
 from dattn_mcore.training.inputs import needs_pixels
 from dattn_mcore.training.last_words import unexpected
-from dattn_mcore.training.model import build_from_config, start_overlap
-from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from dattn_mcore.training.model import build_from_config, start_adapters, start_overlap
+from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 from dattn_mcore.training.resumed_settings import take_settings
+from dattn_mcore.training.schedule import build_scheduler
 from dattn_mcore.training.start_checks import check_checkpoint_folder
 from dattn_mcore.training.watchdog import Watchdog
 
@@ -113,7 +117,7 @@ def set_up(
     if found is not None:
         check_same_run(config, found[1], found[0], data.identity)
         config, schedule = take_settings(config, found[1], last, _schedule_of(found[1], data))
-    chunks = _build(config, runtime, pg_collection, device, found)
+    chunks, base = _build(config, runtime, pg_collection, device, found)
     model = wrap_ddp(chunks, config, pg_collection)
     optimizer = build_optimizer(config, model)
     scheduler = build_scheduler(config, optimizer, schedule)
@@ -122,6 +126,7 @@ def set_up(
         first = resume(*found, chunks, optimizer, pg_collection)
         scheduler.step(first)
         logger.info("resumed at step %d of %d", first, last)
+    ema = start_ema(config, model, pg_collection, found)
     hooks = build_hooks(
         config,
         data,
@@ -129,6 +134,7 @@ def set_up(
         model,
         optimizer,
         pg_collection,
+        ema=ema,
         device=device,
         watchdog=watchdog,
         first_step=first,
@@ -145,7 +151,11 @@ def set_up(
         data_identity=data.identity,
         tokenizer_fingerprint=data.tokenizer_fingerprint,
         schedule_steps=schedule,
+        base=base,
+        in_use=hooks.in_use,
     )
+    if ema is not None:
+        saver.beside = ema.sharded
     return Run(
         config=config,
         pg_collection=pg_collection,
@@ -244,14 +254,27 @@ def _build(
     pg_collection: ProcessGroupCollection,
     device: torch.device,
     found: Found | None,
-) -> list[DattnModel]:
-    """This stage's chunks: at random, or from another run's weights; `resume` comes later."""
+) -> tuple[list[DattnModel], dict[str, str] | None]:
+    """This stage's chunks: at random, or from another run's weights; `resume` comes later.
+
+    With adapters the other weights are another run's, on a resume too.
+
+    Returns:
+        The chunks, and with adapters what a checkpoint says of the base.
+    """
     source = config.checkpoint.init_from
     if runtime.tp_comm_overlap:
         start_overlap(config, runtime, device)
     fresh = source is None and found is None
     chunks = build_from_config(config, pg_collection, device, initialize=fresh, runtime=runtime)
-    if source is not None and found is None:
+    adapters, base = adapters_of(config), None
+    if source is not None and (found is None or adapters is not None):
         loaded = load_weights(Path(source), config, chunks, pg_collection)
         logger.info("weights from %s", loaded)
-    return chunks
+        if adapters is not None:
+            base = describe_base(loaded)
+            if found is not None:
+                check_base(found[1], found[0], loaded, "checkpoint.init_from")
+            else:
+                start_adapters(config, adapters, chunks)
+    return chunks, base

@@ -19,7 +19,7 @@ from dattn_mcore.data.failures import SampleFailure, mask
 from dattn_mcore.data.validation import ValidationData
 from dattn_mcore.errors import DattnError
 from dattn_mcore.training.agreement import agree
-from dattn_mcore.training.hooks import Hook, StepDone
+from dattn_mcore.training.hooks import Hook, StepDone, cannot_report
 from dattn_mcore.training.inputs import all_model_inputs
 from dattn_mcore.training.interval import IntervalReport, by_source, mean
 from dattn_mcore.training.last_words import unexpected
@@ -27,6 +27,7 @@ from dattn_mcore.training.memory import StepMemoryError, explain_memory
 from dattn_mcore.training.sinks.sink import Row, Sink, Value
 from dattn_mcore.training.step import run_schedule, sum_reports
 from dattn_mcore.training.watchdog import Watchdog
+from dattn_mcore.units import duration
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
@@ -67,15 +68,12 @@ class Validation(Hook):
         self._best: tuple[float, int] | None = None  # loss, step
         self._masked: set[int] = set()  # samples that were named in the log
 
-    def after_step(self, done: StepDone) -> None:
-        """Measures the loss, when it is its turn."""
+    def after_step(self, done: StepDone) -> DattnError | None:
+        """Measures the loss, when it is its turn; returns why it cannot be written, on rank 0."""
         interval = self._config.validation.interval
         due = interval is not None and done.step % interval == 0
         if not due and done.step != done.last_step:
-            return
-        limit = self._config.health.checkpoint_timeout_seconds
-        name = "health.checkpoint_timeout_seconds"
-        self._watchdog.phase(f"the held-out loss after step {done.step}", limit, name)
+            return None
         started = time.perf_counter()
         sums, num_samples = self._measure(done.step)
         self._loss = mean(sums[0])
@@ -93,10 +91,14 @@ class Validation(Hook):
             "samples": num_samples,
             "seconds": time.perf_counter() - started,
         }
-        for sink in self._sinks:
-            sink.write(Row("validation", done.step, done.last_step, values))
         if self._interval is not None:
             self._interval.leave_out(time.perf_counter() - started)
+        try:
+            for sink in self._sinks:
+                sink.write(Row("validation", done.step, done.last_step, values))
+        except OSError as error:  # of this rank alone: the others learn of it before the next step
+            return cannot_report(self._config, error)
+        return None
 
     def metrics(self) -> dict[str, float]:
         """`validation/loss` of the newest pass."""
@@ -119,20 +121,23 @@ class Validation(Hook):
     def _measure(self, step: int) -> tuple[torch.Tensor, int]:
         """Sums of losses and supervised tokens, float64 [1 + groups, 2]; and samples seen."""
         total = torch.zeros(1 + len(self._data.groups), 2, dtype=torch.float64)
-        num_samples, said = 0, time.monotonic()
+        limit = self._config.health.step_timeout_seconds, "health.step_timeout_seconds"
+        started = said = time.monotonic()
+        num_samples = 0
         for chunk in self._model:
             chunk.eval()
         try:
             for number in range(self._data.num_batches):
+                self._watchdog.phase(f"the held-out loss after step {step}", *limit)
                 batch, failures = self._batch(number, step)
                 num_samples += len(batch.samples) - len(failures)
                 total += self._sums_of(batch, failures, step)
-                if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-                    said = time.monotonic()
+                now = time.monotonic()
+                if now - said > _SECONDS_BETWEEN_LINES:
+                    said, share = now, (number + 1) / self._data.num_batches
+                    left = duration((now - started) * (1 / share - 1))
                     logger.info(
-                        "held-out loss after step %d: %.0f%%",
-                        step,
-                        100 * (number + 1) / self._data.num_batches,
+                        "held-out loss after step %d: %.0f%%  ETA %s", step, 100 * share, left
                     )
         finally:
             self._data.end_pass()

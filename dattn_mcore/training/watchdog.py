@@ -104,7 +104,7 @@ class Watchdog:
 
     @property
     def has_ended(self) -> bool:
-        """Whether this rank has told the others that it is about to end."""
+        """Whether this rank has reported to the others that it is about to end."""
         return self._phase.name.startswith(_ENDED)
 
     def ended(self, reason: str) -> None:
@@ -140,8 +140,8 @@ class Watchdog:
         except Exception:  # noqa: BLE001 (whatever the store raises, it is gone)
             return [Lost(0, "", "or torchrun on its machine: their store gives no answer", False)]
 
-    def _last(self, rank: int, told: dict[int, tuple[str, str, int]]) -> Lost:
-        host, name, _ = told[rank]
+    def _last(self, rank: int, reports: dict[int, tuple[str, str, int]]) -> Lost:
+        host, name, _ = reports[rank]
         spoke = name.startswith(_ENDED)
         last = name.removeprefix(_ENDED) if spoke else f"last heard of: {name}"
         return Lost(rank, host, last, spoke)

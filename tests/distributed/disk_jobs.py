@@ -60,10 +60,10 @@ def train_on_a_full_disk(tree: dict[str, Any], rank: int, limit: int, since: str
     owner, name = (CheckpointSaver, "save") if since == "save" else (loop, "train_step")
     original = getattr(owner, name)
 
-    def limited(*args: Any) -> Any:
+    def limited(*args: Any, **kwargs: Any) -> Any:
         if dist.get_rank() == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-        return original(*args)
+        return original(*args, **kwargs)
 
     setattr(owner, name, limited)
     try:

@@ -11,7 +11,17 @@ from collections.abc import Collection
 from typing import Any
 
 from dattn_mcore.config.load import merge
-from tests.distributed.jobs import AIMV2, CLIP, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3
+from tests.distributed.small_models import (
+    AIMV2,
+    CLIP,
+    GEMMA,
+    GEMMA3,
+    LLAMA,
+    MINISTRAL3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+)
 from tests.pairwise import Pair, pairs_of, pairwise
 
 Settings = dict[str, dict[str, Any]]
@@ -52,6 +62,8 @@ MEANING: dict[str, dict[str, Settings]] = {
         "qwen2": {"model": QWEN2},  # biases
         "qwen3": {"model": QWEN3},  # norms of heads
         "llama": {"model": LLAMA},  # rotary positions stretched by wave length
+        "ministral3": {"model": MINISTRAL3},  # yarn; queries scaled by their positions
+        "smollm3": {"model": SMOLLM3},  # a layer without rotary positions
     },
     "tower": {
         "siglip": {},
@@ -151,6 +163,10 @@ REQUIRED = [
     {"pipeline": "pp2", "trains": "projector-alone", "visual chunks": "visual-chunks"},
     {"pipeline": "pp2", "trains": "projector-alone", "run": "resumed-async"},
     {"tensor": "tp2-sp", "recompute": "full", "visual chunks": "visual-chunks"},
+    # A row's position in its sample, and a layer's number in the whole model, follow from no shard
+    # or stage, and are the same where a layer is computed again.
+    {**FOUR, "family": "ministral3", "visual chunks": "visual-chunks", "recompute": "selective"},
+    {**FOUR, "family": "smollm3", "recompute": "full"},
 ]
 CASES = pairwise(
     {name: tuple(values) for name, values in FACTORS.items()}, EXCLUDED.keys(), REQUIRED

@@ -7,12 +7,9 @@ import torch
 
 from dattn_mcore.config.load import merge, to_dict
 from dattn_mcore.hf import DattnForConditionalGeneration
-from tests.distributed.jobs import (
-    model_outputs,
-    read_metrics,
-    small_config,
-    train_without_last_save,
-)
+from tests.distributed.jobs import read_metrics, train_without_last_save
+from tests.distributed.model_jobs import model_outputs
+from tests.distributed.small_models import small_config
 from tests.unit.convert.convert_helpers import make_checkpoint, make_tokenizer
 from tests.unit.convert.raw_models import raw_config
 from tools.checkpoint_convert.mcore_to_hf import convert as export

@@ -5,16 +5,16 @@ import shutil
 
 import pytest
 
+from tests.distributed.interrupted_jobs import train_until_killed
 from tests.distributed.jobs import (
     read_metrics,
     run_training,
     run_training_of_rank,
     run_training_with_log,
-    small_config,
-    train_until_killed,
-    weights_by_step,
 )
 from tests.distributed.pool import WorkerError
+from tests.distributed.small_models import small_config
+from tests.distributed.watched_jobs import weights_by_step
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ STAGES = [
             [
                 "parallel.tp_comm_overlap=true",
                 "data.fixed_rows=true",
-                "model.transformer_impl=local",
+                "train.transformer_impl=local",
             ],
             "needs Transformer Engine",
         ),
@@ -52,7 +52,7 @@ STAGES = [
             [
                 "train.recompute=selective",
                 "train.recompute_modules=[layernorm]",
-                "model.transformer_impl=local",
+                "train.transformer_impl=local",
             ],
             "needs Transformer Engine",
         ),

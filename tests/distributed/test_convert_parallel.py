@@ -11,7 +11,7 @@ import torch
 
 from dattn_mcore.architectures import language_models, vision_towers
 from dattn_mcore.config.load import from_dict, merge, to_dict
-from tests.distributed.jobs import load_and_save, model_outputs
+from tests.distributed.model_jobs import load_and_save, model_outputs
 from tests.unit.convert.convert_helpers import make_tokenizer
 from tests.unit.convert.raw_models import (
     hugging_face_features,

@@ -6,7 +6,8 @@ from collections import defaultdict
 import pytest
 
 from tests.distributed.corpus import GOOD, write_corpus
-from tests.distributed.jobs import read_metrics, small_config
+from tests.distributed.jobs import read_metrics
+from tests.distributed.small_models import small_config
 from tests.distributed.unprivileged import run_training_as_anyone, train_until_killed_as_anyone
 
 BATCH = 12

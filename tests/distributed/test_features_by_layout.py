@@ -20,12 +20,9 @@ from tests.distributed.features import (
     settings_of,
     with_every_value,
 )
-from tests.distributed.jobs import (
-    read_metrics,
-    small_config,
-    train_until_killed,
-    train_without_last_save,
-)
+from tests.distributed.interrupted_jobs import train_until_killed
+from tests.distributed.jobs import read_metrics, train_without_last_save
+from tests.distributed.small_models import small_config
 
 # Adam divides a gradient by its own size, so that an element of which rounding is all there is steps
 # by the whole rate, up or down: one such element of 60,000 moved a loss by 2e-5. This is far above

@@ -17,16 +17,11 @@ from dattn_mcore.errors import CheckpointError, ConfigError, DattnError, FaultEr
 from dattn_mcore.training import start_checks, watchdog
 from dattn_mcore.training.start_checks import check_ranks, describe_rank
 from tests.distributed.faults import start_ranks
-from tests.distributed.jobs import (
-    agree_on,
-    check_folder,
-    read_metrics,
-    run_training,
-    small_config,
-    train_with_poison,
-    wait_for_a_slow_rank,
-)
+from tests.distributed.jobs import read_metrics, run_training
 from tests.distributed.pool import WorkerError
+from tests.distributed.small_models import small_config
+from tests.distributed.start_jobs import agree_on, check_folder, wait_for_a_slow_rank
+from tests.distributed.watched_jobs import train_with_poison
 from tests.ranks import end_ranks
 
 HOST = socket.gethostname()
@@ -312,7 +307,7 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_found(pool, tmp_path):
     assert list((tmp_path / "a/checkpoints").iterdir()) == []
 
 
-def test_a_watchdog_that_is_closed_or_told_of_progress_stays_quiet(tmp_path):
+def test_a_watchdog_that_is_closed_or_notified_of_progress_stays_quiet(tmp_path):
     with open(tmp_path / "log", "w") as output:
         dog = watchdog.Watchdog(0, 1, output=output)
         # The limit is far above what a busy machine adds to a short sleep, and below all of them.

@@ -1,7 +1,6 @@
 """The held-out loss: the same in every layout and split, never trained on, whole over a resume."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,20 +8,22 @@ import pytest
 from dattn_mcore.config.load import from_dict
 from dattn_mcore.data.index.store import open_index
 from dattn_mcore.data.tokenizer import load_tokenizer
-from tests.distributed.jobs import read_metrics, run_training, small_config, train_until_killed
+from tests.distributed.interrupted_jobs import train_until_killed
+from tests.distributed.jobs import read_metrics, run_training
+from tests.distributed.small_models import small_config
 
-HELD_OUT = {"validation": {"share": 0.2, "interval": 2, "samples": 40}}
+HELD_OUT = {"validation": {"share": 0.2, "interval": 2, "samples": 24}}
+STILL = {"lr": 1e-9}
 LAYOUTS = [
     (2, {"tp": 2, "sp": True}, {}),
-    (2, {"pp": 2}, {"text_budget": 64}),
+    (2, {"pp": 2}, {"text_budget": 200}),
     (2, {}, {}),
     (4, {"tp": 2, "pp": 2, "sp": True}, {"text_budget": 256, "visual_budget": 192}),
 ]
 
 
 def read(run_dir, name="validation"):
-    text = (Path(run_dir) / f"{name}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return read_metrics(run_dir, name)
 
 
 def losses(row):
@@ -66,11 +67,19 @@ def alone(pool, digits, mixed, tmp_path_factory):
     return run_dir
 
 
+@pytest.fixture(scope="module")
+def still(pool, digits, mixed, tmp_path_factory):
+    """Weights hardly move, so that losses of layouts differ by the rounding of one pass alone."""
+    run_dir = tmp_path_factory.mktemp("still")
+    pool.run(run_training, 1, tree_for(digits, mixed, run_dir, optim=STILL))
+    return run_dir
+
+
 def test_the_mean_is_over_supervised_tokens_and_by_kind_and_source(alone):
     first, last = read(alone)
     assert (first["step"], last["step"]) == (2, 4)
     assert set(losses(last)) == {"loss", "loss/images", "loss/text_only", "loss/shown", "loss/text"}
-    assert last["samples"] == 40
+    assert last["samples"] == 24
     for row in (first, last):
         # `text` holds text alone; of both kinds together the mean lies between.
         assert row["loss/text"] == row["loss/text_only"] or "loss/shown" in row
@@ -85,16 +94,15 @@ def test_the_mean_is_over_supervised_tokens_and_by_kind_and_source(alone):
     ("world_size", "parallel", "data"), LAYOUTS, ids=["tp2-sp", "pp2", "dp2", "tp2-pp2-sp"]
 )
 def test_equal_in_every_layout_and_split(
-    pool, digits, mixed, alone, tmp_path, world_size, parallel, data
+    pool, digits, mixed, still, tmp_path, world_size, parallel, data
 ):
-    tree = tree_for(digits, mixed, tmp_path, parallel=parallel, data=data)
+    tree = tree_for(digits, mixed, tmp_path, parallel=parallel, data=data, optim=STILL)
     pool.run(run_training, world_size, tree)
-    for row, want in zip(read(tmp_path), read(alone), strict=True):
+    for row, want in zip(read(tmp_path), read(still), strict=True):
         assert row["supervised_tokens"] == want["supervised_tokens"]
-        # After 2 and 4 steps, whose own sums are added in another order.
-        assert losses(row) == pytest.approx(losses(want), rel=1e-6 if row["step"] == 0 else 1e-5)
-    for row, want in zip(read(tmp_path, "metrics"), read(alone, "metrics"), strict=True):
-        assert losses(row) == pytest.approx(losses(want), rel=1e-5)
+        assert losses(row) == pytest.approx(losses(want), rel=1e-6)
+    for row, want in zip(read(tmp_path, "metrics"), read(still, "metrics"), strict=True):
+        assert losses(row) == pytest.approx(losses(want), rel=1e-6)
         parts = {name: value for name, value in row.items() if name.startswith("grad_norm/")}
         assert set(parts) == {"grad_norm/vision", "grad_norm/projector", "grad_norm/llm"}
         assert parts == pytest.approx({name: want[name] for name in parts}, rel=1e-4)
@@ -123,13 +131,18 @@ def test_nothing_held_out_is_trained_on(pool, digits, mixed, tmp_path):
     sides = np.load(next(index.folder.glob("held_out-*.npy")))
     assert trained == set(np.flatnonzero(sides == 0))
     images = {
-        side: {image.identity for n in np.flatnonzero(sides == side) for image in index.sample(n).images}
+        side: {
+            image.identity
+            for n in np.flatnonzero(sides == side)
+            for image in index.sample(n).images
+        }
         for side in (0, 1)
     }
     assert images[1] and not images[0] & images[1]
     report = json.loads((tmp_path / "data_report.json").read_text())
     assert report["held_out"] == int((sides == 1).sum())
-    assert report["trained"] == 2 * int((sides == 0).sum())
+    in_epochs = [epoch["trained"] for epoch in report["epochs"][:2]]
+    assert in_epochs == [int((sides == 0).sum())] * 2
 
 
 def test_stopped_after_a_pass_it_goes_on_and_remembers_the_best(

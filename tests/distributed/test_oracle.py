@@ -19,8 +19,10 @@ from transformers import (
     SmolLM3Config,
 )
 
+from dattn_mcore.architectures import language_models
 from dattn_mcore.config.load import merge
-from tests.distributed.jobs import (
+from tests.distributed.model_jobs import model_outputs
+from tests.distributed.small_models import (
     GEMMA,
     GEMMA3,
     LLAMA,
@@ -29,7 +31,6 @@ from tests.distributed.jobs import (
     QWEN3,
     SMALL_MODEL,
     SMOLLM3,
-    model_outputs,
 )
 
 MISTRAL = {"llm": {"sliding_window": None}}
@@ -216,43 +217,44 @@ LAYOUTS = {
 }
 
 
+FAMILIES = {
+    "mistral": MISTRAL,
+    "gemma2": GEMMA,
+    "gemma3": GEMMA3,
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "ministral3": MINISTRAL3,
+    "smollm3": SMOLLM3,
+}
+WINDOWED = {"windowed": WINDOWED_MISTRAL}
+PARALLEL = {**WINDOWED, **{name: FAMILIES[name] for name in FAMILIES if name != "mistral"}}
+# Every family as the baseline, and in the other modes those whose layers differ in the most ways;
+# `test_convert_real_models.py` has text of every family in D-Attn's own mode.
+MODES = {"dattn": {}, "sum": {"merge": "sum"}, "baseline": BASELINE}
+TEXT_CASES = [(family, "baseline") for family in FAMILIES]
+TEXT_CASES += [(family, mode) for family in ("gemma2", "gemma3") for mode in ("dattn", "sum")]
+TEXT_CASES += [("ministral3", "dattn"), ("ministral3", "sum")]
+
+
+def test_no_family_is_left_out():
+    assert set(FAMILIES) == set(language_models())
+
+
 @pytest.mark.parametrize("layouts", [IMAGE_FIRST, INTERLEAVED], ids=["first", "interleaved"])
 @pytest.mark.parametrize(
-    "model",
-    [MISTRAL, WINDOWED_MISTRAL, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3, MINISTRAL3, SMOLLM3],
-    ids=[
-        "mistral",
-        "windowed",
-        "gemma2",
-        "gemma3",
-        "llama",
-        "qwen2",
-        "qwen3",
-        "ministral3",
-        "smollm3",
-    ],
+    "model", [*FAMILIES.values(), WINDOWED_MISTRAL], ids=[*FAMILIES, *WINDOWED]
 )
 def test_baseline_equals_hugging_face(pool, model, layouts):
     compare(pool, model, BASELINE, layouts)
 
 
-@pytest.mark.parametrize(
-    "attention", [{}, {"merge": "sum"}, BASELINE], ids=["dattn", "sum", "baseline"]
-)
-@pytest.mark.parametrize(
-    "model",
-    [MISTRAL, GEMMA, GEMMA3, QWEN2, MINISTRAL3],
-    ids=["mistral", "gemma2", "gemma3", "qwen2", "ministral3"],
-)
-def test_text_only_equals_hugging_face(pool, model, attention):
-    compare(pool, model, attention, TEXT_ONLY)
+@pytest.mark.parametrize(("family", "mode"), TEXT_CASES)
+def test_text_only_equals_hugging_face(pool, family, mode):
+    compare(pool, FAMILIES[family], MODES[mode], TEXT_ONLY)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [WINDOWED_MISTRAL, GEMMA, GEMMA3, LLAMA, QWEN2, QWEN3, MINISTRAL3, SMOLLM3],
-    ids=["windowed", "gemma2", "gemma3", "llama", "qwen2", "qwen3", "ministral3", "smollm3"],
-)
+@pytest.mark.parametrize("model", PARALLEL.values(), ids=PARALLEL)
 @pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS)
 def test_baseline_in_parallel_equals_hugging_face(pool, model, parallel):
     ranks = parallel.get("tp", 1) * parallel.get("pp", 1)

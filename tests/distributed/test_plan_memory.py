@@ -5,8 +5,8 @@ import pytest
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.plan.parameters import stage_parameters
 from dattn_mcore.plan.state_memory import optimizer_bytes, state_memory
-from tests.distributed.jobs import AIMV2, CLIP, GEMMA, SMALL_MODEL
 from tests.distributed.plan_jobs import built_state
+from tests.distributed.small_models import AIMV2, CLIP, GEMMA, SMALL_MODEL
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -22,6 +22,7 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
         ({}, 4, {"tp": 2, "pp": 2, "sp": True}, {"precision": "bf16", "trains": ["projector"]}),
         ({"visual_positions": False}, 2, {"pp": 2, "vpp": 2}, {}),
         ({}, 3, {"pp": 3, "first_stage_layers": 2}, {}),
+        ({}, 2, {"pp": 2, "vpp": 2}, {"trains": ["projector"]}),
     ],
     ids=[
         "fp32",
@@ -32,10 +33,15 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
         "frozen-tp2-pp2",
         "interleaved",
         "uneven",
+        "groups-interleaved",
     ],
 )
 def test_states_are_those_of_the_model_that_is_built(pool, model, world_size, parallel, train):
     tree = {"model": merge(SMALL_MODEL, model), "parallel": parallel, "train": train}
+    if parallel.get("vpp") and train:
+        # Layers 2 and 3 are numbered from 0 again in their chunks.
+        patterns = ["vision.layers.1", "decoder.layers.{1..2}.mlp", "output_layer"]
+        tree["optim"] = {"groups": [{"patterns": patterns, "trains": True}]}
     config = from_dict(tree)
     for built in pool.run(built_state, world_size, tree):
         stage, dp = built["stage"], built["dp"]

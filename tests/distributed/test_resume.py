@@ -9,20 +9,18 @@ import pytest
 
 from dattn_mcore.checkpoint.folders import damage
 from dattn_mcore.checkpoint.manifest import read_manifest
+from tests.distributed.adam_jobs import train_with_fused_adam
 from tests.distributed.disk_jobs import train_on_a_full_disk
-from tests.distributed.jobs import (
+from tests.distributed.interrupted_jobs import (
     adam_steps_after_resume,
-    read_metrics,
-    run_training,
-    run_training_with_log,
     saves_until_killed,
-    small_config,
     train_until_killed,
     train_with_a_dead_first_step,
-    train_with_fused_adam,
-    weights_by_step,
 )
+from tests.distributed.jobs import read_metrics, run_training, run_training_with_log
 from tests.distributed.pool import WorkerError
+from tests.distributed.small_models import small_config
+from tests.distributed.watched_jobs import weights_by_step
 
 STEPS = {"train": {"steps": 6, "global_batch_size": 12}}
 

@@ -3,14 +3,10 @@
 import pytest
 import yaml
 
-from tests.distributed.jobs import (
-    read_metrics,
-    run_training,
-    run_training_with_log,
-    small_config,
-    train_until_killed,
-)
+from tests.distributed.interrupted_jobs import train_until_killed
+from tests.distributed.jobs import read_metrics, run_training, run_training_with_log
 from tests.distributed.pool import WorkerError
+from tests.distributed.small_models import small_config
 
 FIRST = {"lr": 3e-3, "warmup_ratio": 0.0}
 OTHER = {

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.distributed.disk_jobs import train_without_folder
-from tests.distributed.jobs import read_metrics, run_training, small_config
+from tests.distributed.jobs import read_metrics, run_training
+from tests.distributed.small_models import small_config
 
 
 def names(folder):

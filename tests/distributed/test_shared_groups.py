@@ -10,14 +10,8 @@ import torch
 from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.errors import ConfigError
-from tests.distributed.jobs import (
-    GEMMA3,
-    QWEN2,
-    SMALL_MODEL,
-    read_metrics,
-    small_config,
-    train_without_last_save,
-)
+from tests.distributed.jobs import read_metrics, train_without_last_save
+from tests.distributed.small_models import GEMMA3, QWEN2, SMALL_MODEL, small_config
 from tests.distributed.visual_jobs import attention_gradients
 
 LAYOUTS = (((True, 16), (False, 9)), ((False, 4), (True, 16), (False, 6), (True, 16), (False, 3)))
@@ -39,9 +33,10 @@ def tree_of(family, groups):
 
 
 def whole(results):
-    """Gradients by key, put together from the ranks' shards; each place is written alike."""
-    found, norms = {}, set()
-    for shards, norm in results:
+    """Gradients by key, put together from the ranks' shards, each place written alike; norm, loss."""
+    found, norms, losses = {}, set(), []
+    for shards, norm, loss in results:
+        losses += [] if loss is None else [loss]
         norms.add(round(norm, 6))
         for key, shape, offset, gradient in shards:
             tensor = found.setdefault(key, torch.full(shape, torch.nan))
@@ -56,7 +51,8 @@ def whole(results):
             if not before.isnan().all():  # a weight that every rank holds
                 torch.testing.assert_close(before, gradient, rtol=0, atol=0)
             tensor[tuple(spans)] = gradient
-    return found, norms
+    (norm,), (loss,) = norms, losses
+    return found, norm, loss
 
 
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "unfolded"])
@@ -66,13 +62,14 @@ def test_gradients_are_those_of_one_process(pool, name, fold):
     attention = {"attention": {"fold_visual_projection": fold}}
     tree = {**tree_of(family, groups), **attention}
     shared = {**tree, "parallel": {"tp": tp, **parallel}}
-    found, (norm,) = whole(pool.run(attention_gradients, tp, shared, LAYOUTS))
-    expected, (want,) = whole(pool.run(attention_gradients, 1, tree, LAYOUTS))
+    found, norm, loss = whole(pool.run(attention_gradients, tp, shared, LAYOUTS))
+    expected, want, plain = whole(pool.run(attention_gradients, 1, tree, LAYOUTS))
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
         assert gradient.abs().max() > 1e-4, key
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=2e-5, msg=key)
     assert norm == pytest.approx(want, rel=1e-5)
+    assert loss == pytest.approx(plain, rel=1e-5)  # float32 sums in another order
 
 
 @pytest.mark.parametrize("name", ["tp4 on 2 groups, biases", "tp8 on 4 groups, norms of heads"])

@@ -14,7 +14,8 @@ import pytest
 
 from dattn_mcore.config.checks import processes_per_replica
 from dattn_mcore.config.load import load_config, merge, to_dict
-from tests.distributed.jobs import read_metrics, run_training, small_config
+from tests.distributed.jobs import read_metrics, run_training
+from tests.distributed.small_models import small_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = [

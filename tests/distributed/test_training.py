@@ -6,18 +6,10 @@ import pytest
 
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.training.plan import stage_summary
-from tests.distributed.jobs import (
-    AIMV2,
-    CLIP,
-    GEMMA,
-    SMALL_MODEL,
-    count_parameters,
-    read_metrics,
-    run_training,
-    small_config,
-    train_without_last_save,
-)
+from tests.distributed.jobs import read_metrics, run_training, train_without_last_save
+from tests.distributed.model_jobs import count_parameters
 from tests.distributed.pool import WorkerError
+from tests.distributed.small_models import AIMV2, CLIP, GEMMA, SMALL_MODEL, small_config
 
 
 def test_bf16_learns_as_fp32_does(pool, digits, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dattn_mcore.config.load import merge
-from tests.distributed.jobs import GEMMA, SMALL_MODEL
+from tests.distributed.small_models import GEMMA, SMALL_MODEL
 from tests.distributed.visual_jobs import (
     oracle_gradients,
     reductions,

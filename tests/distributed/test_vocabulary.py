@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dattn_mcore.config.load import merge
-from tests.distributed.jobs import GEMMA, SMALL_MODEL
+from tests.distributed.small_models import GEMMA, SMALL_MODEL
 from tests.distributed.visual_jobs import most_rows_of_logits, vocabulary_losses
 
 

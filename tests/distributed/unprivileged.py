@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.distributed.jobs import run_training, train_until_killed
+from tests.distributed.interrupted_jobs import train_until_killed
+from tests.distributed.jobs import run_training
 
 _READ_ANYTHING = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH (linux/capability.h)
 _VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3: two structs of 32 capabilities each

@@ -16,9 +16,11 @@ from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.layers.vocabulary import chunked_cross_entropy
 from dattn_mcore.models.dattn import DattnModel, ModelInputs
 from dattn_mcore.training.model import build_from_config
-from dattn_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_ddp
+from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
+from dattn_mcore.training.schedule import build_scheduler
 from dattn_mcore.training.step import run_schedule, train_step
-from tests.distributed.jobs import randomize_norms, start
+from tests.distributed.jobs import start
+from tests.distributed.model_jobs import randomize_norms
 
 
 def random_inputs(config, layouts, supervised: float = 0.5) -> ModelInputs:
@@ -72,16 +74,20 @@ def trained_gradients(tree: dict[str, Any], layouts: Any) -> dict[str, torch.Ten
     return {name: p.main_grad / 2 for name, p in model.named_parameters() if p.requires_grad}
 
 
-def attention_gradients(tree: dict[str, Any], layouts: Any) -> tuple[list[Any], float]:
-    """This rank's shards of the attention's gradients after a schedule, and the gradient norm.
+def attention_gradients(
+    tree: dict[str, Any], layouts: Any
+) -> tuple[list[Any], float, float | None]:
+    """This rank's shards of the attention's gradients after a schedule, gradient norm and loss.
 
-    Each shard: key, global shape, offset, gradient; summed over ranks as a training step does.
+    Each shard: key, global shape, offset, gradient; summed over ranks as a training step does. The
+    loss is a sum over tokens, and None but on the first rank.
     """
     config, groups, model = _model(tree)
     inputs = random_inputs(config, layouts)
     wrapped = wrap_ddp([model], config, groups)
     optimizer = build_optimizer(config, wrapped)
-    run_schedule(wrapped, [inputs, inputs], groups, forward_only=False)
+    reports = run_schedule(wrapped, [inputs, inputs], groups, forward_only=False)
+    loss = float(sum(report[0] for report in reports)) if reports else None
     entries = model.sharded_state_dict()
     shards = []
     for name, parameter in model.named_parameters():
@@ -90,7 +96,7 @@ def attention_gradients(tree: dict[str, Any], layouts: Any) -> tuple[list[Any], 
             gradient = parameter.main_grad.detach().float().clone()
             shards.append((entry.key, entry.global_shape, entry.global_offset, gradient))
     optimizer.prepare_grads()
-    return shards, float(optimizer.get_grad_norm())
+    return shards, float(optimizer.get_grad_norm()), loss
 
 
 def step_memory(tree: dict[str, Any], layouts: Any) -> int:

@@ -201,7 +201,7 @@ class Cluster:
         return dict(word.partition("=")[::2] for word in text.split() if "=" in word)
 
     def crash(self, name: str) -> None:
-        """A node dies with all that runs on it, and Slurm is told."""
+        """A node dies with all that runs on it, and Slurm is informed."""
         ranks = self.processes(SLURMD_NODENAME=name)
         parents = {_parent(rank) for rank in ranks} - {0, 1, os.getpid()}
         self.daemons[name].kill()

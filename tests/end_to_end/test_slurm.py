@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed.jobs import SMALL_MODEL, read_metrics
+from tests.distributed.jobs import read_metrics
+from tests.distributed.small_models import SMALL_MODEL
 from tests.end_to_end.slurm_cluster import Cluster, kill, missing_programs, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,7 +180,7 @@ def test_a_failed_stage_takes_the_others_out_of_the_queue(cluster):
     assert text.startswith("error: VENV=/nowhere has no bin/python") and text.count("\n") == 1
 
 
-def test_a_mistake_is_told_once_and_does_not_come_back(cluster, configuration):
+def test_a_mistake_is_reported_once_and_does_not_come_back(cluster, configuration):
     job = Job(cluster, configuration, "mistake", "optim.lrr=1")
     wait_until(job.ended, "the job to end")
     assert (job.state(), cluster.job(job.number)["Restarts"]) == ("FAILED", "0")
@@ -240,8 +241,8 @@ def lives(cluster, configuration):
             wait_until(one.ended, "the jobs to end")
         cluster.repair(f"n{node}")
     except BaseException:
-        told = ("disturbed.out", "*/logs/*/rank-*.log", "log/slurm*.log")
-        for path in [path for pattern in told for path in cluster.folder.glob(pattern)]:
+        logs = ("disturbed.out", "*/logs/*/rank-*.log", "log/slurm*.log")
+        for path in [path for pattern in logs for path in cluster.folder.glob(pattern)]:
             print(f"== {path}\n{path.read_text()[-3000:]}")  # pytest shows it with the failure
         raise
     return whole, job, saved

@@ -24,8 +24,8 @@ STEPS = {"align": 200, "pretrain": 600, "instruct": 1200}
 SIZES = ["model.llm.ffn_hidden_size=384"]
 PRECISIONS = {
     "fp32": ["train.precision=fp32"],
-    "bf16-local": ["train.precision=bf16", "model.transformer_impl=local"],
-    "bf16-te": ["train.precision=bf16", "model.transformer_impl=transformer_engine"],
+    "bf16-local": ["train.precision=bf16", "train.transformer_impl=local"],
+    "bf16-te": ["train.precision=bf16", "train.transformer_impl=transformer_engine"],
     **{
         recipe: ["train.precision=bf16", f"train.fp8={recipe}"]
         for recipe in ("delayed", "tensorwise", "blockwise")

@@ -59,7 +59,7 @@ def train(digits, run_dir, *arguments, steps=3):
 def test_both_specs_have_the_same_losses(digits, tmp_path):
     """bf16 keeps 8 bits; the two round at other places."""
     losses = {
-        name: train(digits, tmp_path / name, f"model.transformer_impl={name}", steps=8)
+        name: train(digits, tmp_path / name, f"train.transformer_impl={name}", steps=8)
         for name in ("local", "transformer_engine")
     }
     assert losses["transformer_engine"] == pytest.approx(losses["local"], rel=2**-7)
@@ -68,19 +68,19 @@ def test_both_specs_have_the_same_losses(digits, tmp_path):
 @pytest.mark.parametrize("first", ["local", "transformer_engine"])
 def test_a_checkpoint_of_one_spec_resumes_in_the_other(digits, tmp_path, first):
     other = {"local": "transformer_engine", "transformer_engine": "local"}[first]
-    whole = train(digits, tmp_path / "whole", f"model.transformer_impl={first}", steps=6)
+    whole = train(digits, tmp_path / "whole", f"train.transformer_impl={first}", steps=6)
     run_dir = tmp_path / "parts"
     train(
         digits,
         run_dir,
-        f"model.transformer_impl={first}",
+        f"train.transformer_impl={first}",
         "checkpoint.save_interval=3",
         "checkpoint.keep=5",
         steps=6,
     )
     for folder in sorted((run_dir / "checkpoints").iterdir())[1:]:
         subprocess.run(["rm", "-r", str(folder)], check=True)
-    resumed = train(digits, run_dir, f"model.transformer_impl={other}", steps=6)
+    resumed = train(digits, run_dir, f"train.transformer_impl={other}", steps=6)
     assert resumed[:3] == pytest.approx(whole[:3], rel=2**-7)
     assert resumed == pytest.approx(whole, rel=2**-6)
 

@@ -22,6 +22,7 @@ TODAY = {
     "data": "python -m dattn_mcore.data",
     "plan": "python -m dattn_mcore.plan",
     "convert": "checkpoint_convert",
+    "average": "checkpoint_convert average",
     "evaluate": "dattn_mcore.evaluation",
     "quickstart": "python -m dattn_mcore.quickstart",
 }
@@ -109,7 +110,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"dattn {__version__}\n"
 
 
-LISTED = "the commands are train, data, plan, convert, evaluate, quickstart"
+LISTED = "the commands are train, data, plan, convert, average, evaluate, quickstart"
 
 
 @pytest.mark.parametrize(

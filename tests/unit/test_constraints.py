@@ -208,12 +208,12 @@ def test_a_torch_in_the_range_stays(empty, tmp_path):
 
     for release, requires in OLDER_TORCH.items():
         put_distribution(empty.packages, "torch", release, requires)
-        told = f"PyTorch {release} is installed already and stays\nTrue\n"
-        assert empty("-c", STAYS, **offline).stdout == told
+        stays = f"PyTorch {release} is installed already and stays\nTrue\n"
+        assert empty("-c", STAYS, **offline).stdout == stays
         empty.record.write_text(f"{release}\n")  # came from constraints-torch.txt
         assert empty("-c", STAYS, **offline).stdout == "False\n"
         empty.record.write_text("2.13.0\n")  # has been exchanged since
-        assert empty("-c", STAYS, **offline).stdout == told
+        assert empty("-c", STAYS, **offline).stdout == stays
         empty.record.unlink()
         (empty.packages / f"torch-{release}.dist-info/METADATA").unlink()
         (empty.packages / f"torch-{release}.dist-info/RECORD").unlink()

@@ -18,7 +18,7 @@ from tests.distributed.features import (
     processes,
     settings_of,
 )
-from tests.distributed.jobs import SMALL_MODEL
+from tests.distributed.small_models import SMALL_MODEL
 from tests.pairwise import all_pairs, pairs_of
 
 

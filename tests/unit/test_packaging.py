@@ -30,12 +30,25 @@ def _list(name: str) -> list[str]:
 def test_the_extras_are_these():
     block = PROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0]
     extras = re.findall(r"^(\w+) = \[", block, re.MULTILINE)
-    assert extras == ["dali", "parquet", "heif", "te", "flash", "triton", "eval", "dev"]
+    assert extras == [
+        "dali",
+        "parquet",
+        "heif",
+        "trackers",
+        "adapters",
+        "te",
+        "flash",
+        "triton",
+        "eval",
+        "dev",
+    ]
 
 
 def test_everything_that_is_imported_is_asked_for():
     asked = {re.split(r"[\[<>=; ]", entry)[0].lower() for entry in _list("dependencies")}
-    asked |= {re.split(r"[><=]", entry)[0] for entry in _list("eval")}
+    for extra in ("eval", "trackers"):
+        asked |= {re.split(r"[><=]", entry)[0] for entry in _list(extra)}
+    asked |= {"peft"}  # an extra of one entry
     asked |= {"nvidia-dali-" + "cu" + "da120"}  # an extra; Pillow decodes without it
     asked |= {"transformer-engine"}  # an extra; the local linears do without it
     asked |= {"triton"}  # an extra; other attention backends do without it

@@ -31,7 +31,7 @@ ORDER = [
     "cli",
 ]
 # What a model is made of knows no run: another trainer imports these rooms.
-WITHOUT_A_RUN = ("layers", "models")
+WITHOUT_A_RUN = ("parallel", "layers", "models")
 OF_A_RUN = {"log", "config", "data"}
 OUTSIDE_OF_A_RUN = {"argparse", "yaml"}  # of other packages
 

@@ -64,6 +64,23 @@ def _parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     export.add_argument("output", help="folder to make; must not exist")
     export.add_argument("--tokenizer", help="instead of data.tokenizer of the run")
     export.add_argument("--template", help="chat template; instead of data.template")
+    export.add_argument(
+        "--ema", action="store_true", help="the running mean of the weights (train.ema_decay)"
+    )
+    export.add_argument(
+        "--adapter",
+        choices=("merged", "peft"),
+        default="merged",
+        help="of a run with adapters (lora.targets): a whole model (default), or a folder of peft",
+    )
+    export.add_argument(
+        "--base", metavar="CHECKPOINT", help="of adapters, where that of their base is not any more"
+    )
+    export.add_argument(
+        "--base-model",
+        metavar="NAME",
+        help="with --adapter peft: exported base model that the folder names",
+    )
     _add_processes(export)
     export.add_argument("--max-shard-size", type=_size, default=_size("5GB"), metavar="SIZE")
     export.add_argument(
@@ -99,6 +116,25 @@ def _parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
         help="of the tower, without --config: all layers, or all but the last (default, as LLaVA)",
     )
     load.set_defaults(run=_hf_to_mcore)
+
+    mean = commands.add_parser("average", help="the mean of the weights of several checkpoints")
+    mean.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="a run folder, or checkpoint folders"
+    )
+    mean.add_argument("output", help="checkpoint folder to make; must not exist")
+    mean.add_argument(
+        "--last", type=_count, metavar="K", help="newest of the run folder (default: all)"
+    )
+    mean.add_argument(
+        "--dtype",
+        choices=("same", "float32"),
+        default="same",
+        help="of the result (default: that of the checkpoints)",
+    )
+    mean.add_argument(
+        "--ema", action="store_true", help="the running means of the weights (train.ema_decay)"
+    )
+    mean.set_defaults(run=_average)
 
     same = commands.add_parser("verify", help="compares two folders or checkpoints, bit by bit")
     same.add_argument("first", help="checkpoint, run folder, exported folder, or a model's own")
@@ -193,6 +229,14 @@ def _own_modules_cache() -> Iterator[None]:
 
 
 def _mcore_to_hf(options: argparse.Namespace) -> None:
+    if options.adapter == "peft":
+        from tools.checkpoint_convert.peft_out import write_peft
+
+        what = write_peft(options.checkpoint, options.output, options.base, options.base_model)
+        say(f"{options.checkpoint} -> {options.output}: {what}")
+        return
+    if options.base_model is not None:
+        raise CheckpointError("--base-model needs --adapter peft")
     with _own_modules_cache():
         from tools.checkpoint_convert.mcore_to_hf import ExportOptions, convert
 
@@ -202,11 +246,22 @@ def _mcore_to_hf(options: argparse.Namespace) -> None:
             max_shard_bytes=options.max_shard_size,
             processes=options.processes,
             check=not options.no_check,
+            ema=options.ema,
+            base=options.base,
         )
         with _progress("mcore-to-hf") as progress:
             done = convert(options.checkpoint, options.output, chosen, progress)
     say(f"{done.source} -> {options.output}")
     say(f"{done.checked or 'not checked, because of --no-check'}")
+
+
+def _average(options: argparse.Namespace) -> None:
+    from tools.checkpoint_convert.average import AverageOptions, average
+
+    chosen = AverageOptions(last=options.last, dtype=options.dtype, ema=options.ema)
+    with _progress("average") as progress:
+        done = average(options.checkpoints, options.output, chosen, progress)
+    say(f"mean of {', '.join(map(str, done))} -> {options.output}")
 
 
 def _hf_to_mcore(options: argparse.Namespace) -> None:
@@ -348,6 +403,12 @@ def interruptible(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -
         with suppress(OSError):  # a closed terminal
             complain(f"stopped by {signal.Signals(stopped[0]).name}; {left}")
         return 128 + stopped[0]
+
+
+def average(arguments: Sequence[str] | None = None, prog: str = f"{PROGRAM} average") -> int:
+    """The command `average`, under a name of its own: `dattn average`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return interruptible(["average", *arguments], prog.removesuffix(" average"))
 
 
 if __name__ == "__main__":

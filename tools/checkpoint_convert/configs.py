@@ -20,9 +20,9 @@ from dattn_mcore.architectures import (
     vision_tower,
     vision_towers,
 )
+from dattn_mcore.architectures.activations import ACTIVATIONS
 from dattn_mcore.architectures.records import Unsupported, shared_from_hf, shared_to_hf
 from dattn_mcore.architectures.shared_rules import check_stated
-from dattn_mcore.architectures.sizes import TowerActivation
 from dattn_mcore.config.export_rules import not_exportable
 from dattn_mcore.config.schema import (
     AttentionConfig,
@@ -34,14 +34,6 @@ from dattn_mcore.config.schema import (
 from dattn_mcore.errors import CheckpointError, DattnError
 from dattn_mcore.hf import AUTO_MAP, TESTED_TRANSFORMERS, DattnConfig
 from dattn_mcore.hf.configuration_dattn import TEXT_FEATURES, VISION_FEATURES
-
-# Of towers.
-ACTIVATIONS: dict[TowerActivation, str] = {
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "silu": "silu",
-}
 
 
 @contextmanager
@@ -219,7 +211,7 @@ def vision_to_hf(vision: VisionConfig, dtype: torch.dtype) -> Any:
         num_attention_heads=vision.num_attention_heads,
         image_size=vision.image_size,
         patch_size=vision.patch_size,
-        hidden_act=ACTIVATIONS[vision.activation],
+        hidden_act=ACTIVATIONS[vision.activation].hugging_face,
         dtype=dtype,
         **{record.norm_eps: vision.norm_eps},
         **record.to_hf,
@@ -234,7 +226,7 @@ def vision_from_hf(vision: Any, select_layer: int) -> VisionConfig:
         CheckpointError: it has a setting that cannot be trained, or is of an unknown kind.
     """
     records = {record.model_type: record for record in vision_towers().values()}
-    names = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+    names = {activation.hugging_face: name for name, activation in ACTIVATIONS.items()}
     for field, known in (("model_type", records), ("hidden_act", names)):
         if (value := getattr(vision, field)) not in known:
             raise CheckpointError(

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from dattn_mcore.architectures.parameters import Shape
 from dattn_mcore.checkpoint import manifest
-from dattn_mcore.checkpoint.content import RNG, SMALL, check_content
+from dattn_mcore.checkpoint.content import EMA, RNG, SMALL, check_content
 from dattn_mcore.checkpoint.folders import damage, data_files, digest, find_checkpoints
 from dattn_mcore.checkpoint.manifest import (
     MANIFEST,
@@ -38,7 +38,12 @@ from tools.checkpoint_convert.streaming import Planned, write_tensors
 from tools.checkpoint_convert.workers import Progress
 
 logger = logging.getLogger(__name__)
-NOT_THE_MODEL = ("optimizer.", "chained_", RNG)  # key prefixes of what a conversion leaves behind
+NOT_THE_MODEL = (
+    "optimizer.",
+    "chained_",
+    RNG,
+    EMA,
+)  # key prefixes of what a conversion leaves behind
 
 
 class DistCheckpoint:
@@ -51,19 +56,28 @@ class DistCheckpoint:
         tokenizer: `path` and `fingerprint` of the run's; empty in a checkpoint of before.
         shapes: shape of every tensor of the model, the layer axis included.
         dtypes: dtype of the same.
-        ignored: keys that belong to the optimizer or are no tensors.
+        ignored: keys that belong to the optimizer, to the running mean, or are no tensors.
+        ema: whether weights are those of the running mean, where there is one of them: parameters
+            that were frozen are their own mean.
+        of_base: `path` and `fingerprint` of the base of adapters; None: it holds a whole model.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, ema: bool = False) -> None:
         """Opens a checkpoint or a run folder.
 
+        Args:
+            path: its folder.
+            ema: read the running mean of the weights in their place.
+
         Raises:
-            CheckpointError: it is missing or unreadable.
+            CheckpointError: it is missing or unreadable, or holds no running mean.
         """
+        self.ema = ema
         self.path, fields, self._metadata = _open(Path(path))
         self.step = int(fields["step"])
         self.tokenizer: dict[str, Any] = fields.get("tokenizer", {})
         self._files: dict[str, Any] = fields["files"]
+        self.of_base: dict[str, str] | None = fields.get("base")
         try:
             self.config: Config = saved_config(fields["config"])
             check_config(self.config)
@@ -78,6 +92,11 @@ class DistCheckpoint:
                 continue
             self.shapes[key] = tuple(stored.size)
             self.dtypes[key] = stored.properties.dtype
+        if ema and not any(self._stored_key(key) != key for key in self.shapes):
+            raise CheckpointError(
+                f"{self.path} holds no running mean of the weights (train.ema_decay was not set); "
+                "leave --ema out"
+            )
 
     @property
     def digests(self) -> dict[str, tuple[int, str]]:
@@ -86,6 +105,7 @@ class DistCheckpoint:
 
     def place(self, key: str, layer: int | None = None) -> tuple[str, int]:
         """File and offset where a tensor, or one layer of it, begins."""
+        key = self._stored_key(key)
         stored: Any = self._metadata.state_dict_metadata[key]
         for chunk in stored.chunks:
             first, count = (chunk.offsets[0], chunk.sizes[0]) if chunk.sizes else (0, 1)
@@ -96,26 +116,35 @@ class DistCheckpoint:
         return "", 0  # read() says what is missing
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
-        """Reads a tensor, or one layer of a stacked tensor.
+        """Reads a tensor, or one layer of a stacked tensor, in the dtype of the weights.
 
         Raises:
             CheckpointError: its file is missing or damaged, or does not hold all of it.
         """
-        stored: Any = self._metadata.state_dict_metadata[key]
+        return self.read_exact(key, layer).to(self.dtypes[key])
+
+    def read_exact(self, key: str, layer: int | None = None) -> Tensor:
+        """Reads a tensor, or one layer of it, as it is stored: a running mean in float32.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        place = self._stored_key(key)
+        stored: Any = self._metadata.state_dict_metadata[place]
         first, shape = (
             (0, self.shapes[key]) if layer is None else (layer, (1, *self.shapes[key][1:]))
         )
         for chunk in stored.chunks:  # the usual case: nothing to put together
             if list(chunk.sizes) == list(shape) and (layer is None or chunk.offsets[0] == layer):
-                part = self._read_chunk(key, chunk.offsets, list(shape))
+                part = self._read_chunk(place, chunk.offsets, list(shape))
                 return part if layer is None else part[0]
-        result = torch.empty(shape, dtype=self.dtypes[key])
+        result = torch.empty(shape, dtype=stored.properties.dtype)
         filled = 0
         for chunk in stored.chunks:
             offsets, sizes = list(chunk.offsets), list(chunk.sizes)
             if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
                 continue
-            part = self._read_chunk(key, chunk.offsets, sizes)
+            part = self._read_chunk(place, chunk.offsets, sizes)
             if layer is not None:
                 part = part[layer - offsets[0]][None]
                 offsets[0], sizes[0] = layer, 1
@@ -127,7 +156,13 @@ class DistCheckpoint:
             raise CheckpointError(f"{self.path}: {key} is stored in part only; it is damaged")
         return result if layer is None else result[0]
 
+    def _stored_key(self, key: str) -> str:
+        """The key of the running mean of a weight, where that is asked for and there."""
+        mean = f"{EMA}{key}"
+        return mean if self.ema and mean in self._metadata.state_dict_metadata else key
+
     def _read_chunk(self, key: str, offsets: torch.Size, sizes: list[int]) -> Tensor:
+        stored: Any = self._metadata.state_dict_metadata[key]
         place = self._metadata.storage_data.get(MetadataIndex(key, offsets))
         if place is None:
             raise CheckpointError(f"{self.path}: {key} has no place in a file; it is damaged")
@@ -136,7 +171,7 @@ class DistCheckpoint:
             with file.open("rb", buffering=0) as stream:
                 section: Any = _Section(stream, place.offset, place.length)
                 part = torch.load(section, map_location="cpu", weights_only=True)
-            if not isinstance(part, Tensor) or part.dtype != self.dtypes[key]:
+            if not isinstance(part, Tensor) or part.dtype != stored.properties.dtype:
                 raise ValueError
             return part.reshape(sizes)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -244,6 +279,7 @@ def write_checkpoint(
     config: Config,
     progress: Progress = lambda done, total: None,
     processes: int = 1,
+    tokenizer: dict[str, Any] | None = None,
 ) -> None:
     """Writes a checkpoint that a run can start from (`checkpoint.init_from`).
 
@@ -253,14 +289,18 @@ def write_checkpoint(
         config: written beside them.
         progress: called after every tensor.
         processes: how many share the work.
+        tokenizer: what a manifest says of it; None: `data.tokenizer` of the configuration.
     """
     path.mkdir(parents=True, exist_ok=True)
     known = write_tensors(path, tensors, progress, processes)
-    write_manifest(path, config, known)
+    write_manifest(path, config, known, tokenizer)
 
 
 def write_manifest(
-    path: Path, config: Config, known: Mapping[str, list[Any]] | None = None
+    path: Path,
+    config: Config,
+    known: Mapping[str, list[Any]] | None = None,
+    tokenizer: dict[str, Any] | None = None,
 ) -> None:
     """Writes `dattn.json`, with which converted weights are whole: configuration, all files."""
     known = known or {}
@@ -268,5 +308,5 @@ def write_manifest(
         name: known.get(name) or [(path / name).stat().st_size, digest(path / name)]
         for name in data_files(path)
     }
-    fields = new_manifest(config, step=0, tokenizer=describe_tokenizer(config))
+    fields = new_manifest(config, step=0, tokenizer=tokenizer or describe_tokenizer(config))
     manifest.write_manifest(path, fields, files)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from dattn_mcore.architectures.tables import model_table
-from dattn_mcore.checkpoint.load import load_weights
-from dattn_mcore.config.schema import Config
+from dattn_mcore.config.schema import Config, LoraConfig
 from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.data.image_rules import rules_of
 from dattn_mcore.data.resize import to_tiles
@@ -52,7 +51,7 @@ from tools.checkpoint_convert.first_layers import (
     renumbered,
     write_first_layers,
 )
-from tools.checkpoint_convert.logits import trainer_logits
+from tools.checkpoint_convert.logits import load_model, trainer_logits
 from tools.checkpoint_convert.tables import hf_shapes
 
 QUESTION = f"{IMAGE_MARK}\nWhich digit is in the top-left cell?"
@@ -253,7 +252,7 @@ def _by_trainer(
     source: DistCheckpoint, part: FirstLayers | None, prompt: Prompt, agreement: Agreement
 ) -> Tensor:
     """The trainer's logits [text rows, vocabulary] of the prompt and of what was generated."""
-    config = source.config if part is None else part.config
+    config = source.config if part is None else replace(part.config, lora=LoraConfig())
     before, tiles = prompt.image_column, prompt.tiles
     ids = torch.cat([agreement.sequence[:before], agreement.sequence[before + 1 :]])
     rows = config.model.vision.rows_per_tile * len(tiles)
@@ -271,8 +270,8 @@ def _by_trainer(
     )
 
     def load(config: Config, model: DattnModel, groups: ProcessGroupCollection) -> None:
-        if part is None:
-            load_weights(source.path, config, [model], groups)
+        if part is None and not source.ema:
+            load_model(source, config, model, groups)
         else:
             load_first_layers(model, groups, source, part)
 

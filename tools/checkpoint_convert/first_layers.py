@@ -102,7 +102,10 @@ def write_first_layers(folder: Path, target: Path, part: FirstLayers) -> None:
 
 
 def load_first_layers(
-    model: DattnModel, groups: ProcessGroupCollection, source: DistCheckpoint, part: FirstLayers
+    model: DattnModel,
+    groups: ProcessGroupCollection,
+    source: DistCheckpoint,
+    part: FirstLayers | None,
 ) -> None:
     """Fills a model of the size of `part` from a checkpoint of the whole one.
 
@@ -110,7 +113,7 @@ def load_first_layers(
         model: the trainer's, on one process.
         groups: its process groups.
         source: the checkpoint.
-        part: what the model holds of it.
+        part: what the model holds of it; None: all.
     """
     with torch.no_grad():
         for entry in model_state([model], groups)["model0"].values():
@@ -120,10 +123,10 @@ def load_first_layers(
                     _load(shard, source, part)
 
 
-def _load(shard: ShardedTensor, source: DistCheckpoint, part: FirstLayers) -> None:
+def _load(shard: ShardedTensor, source: DistCheckpoint, part: FirstLayers | None) -> None:
     leading = shard.prepend_axis_num
     value = source.read(shard.key, shard.global_offset[0] if leading else None)
-    if shard.key in VOCABULARY_KEYS:
+    if part is not None and shard.key in VOCABULARY_KEYS:
         value = value[part.vocabulary]
         padding = shard.global_shape[0] - len(value)
         value = torch.cat([value, value.new_zeros(padding, value.shape[1])])

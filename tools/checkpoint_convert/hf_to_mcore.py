@@ -15,6 +15,7 @@ from dattn_mcore.architectures import language_model, vision_tower
 from dattn_mcore.architectures.parameters import Entry, in_order_of_layers
 from dattn_mcore.architectures.projector import projector_table
 from dattn_mcore.architectures.tables import language_table, model_table, tower_table
+from dattn_mcore.checkpoint.mixing import join
 from dattn_mcore.config.load import from_dict, to_dict
 from dattn_mcore.config.schema import (
     AttentionConfig,
@@ -30,7 +31,6 @@ from dattn_mcore.hf.image_rules_dattn import OLD_RULES, ImageRules
 from tools.checkpoint_convert.atomic_folder import AtomicFolder, check_free
 from tools.checkpoint_convert.configs import from_hf, understanding, with_features
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
-from tools.checkpoint_convert.mixing import join
 from tools.checkpoint_convert.raw_folders import (
     PROCESSORS,
     check_fits,

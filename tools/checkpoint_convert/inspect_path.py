@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from dattn_mcore.architectures.adapters import adapter_table
 from dattn_mcore.architectures.parameters import Shape
 from dattn_mcore.architectures.tables import language_table, model_table, tower_table
+from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schema import AttentionConfig, ModelConfig
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import read_model
@@ -64,6 +66,11 @@ def inspect(path: str | Path) -> Contents:
     source = DistCheckpoint(path)
     model, attention = source.config.model, source.config.attention
     expected = mcore_shapes(model_table(model))
+    adapters = adapters_of(source.config)
+    if source.of_base is not None and adapters is not None:
+        own = mcore_shapes(adapter_table(model, adapters))
+        # Of the base there are here only the parts that learnt beside the adapters.
+        expected = own | {key: shape for key, shape in expected.items() if key in source.shapes}
     check_keys(str(source.path), expected, source.shapes, source.dtypes)
     tensors = {key: (shape, source.dtypes[key]) for key, shape in source.shapes.items()}
     return Contents(

@@ -5,6 +5,7 @@ A round trip of weights cannot see a wrong norm, cap or scale; two implementatio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,15 @@ from transformers.utils import logging as transformers_logging
 
 from dattn_mcore.config.schema import Config, DataConfig, ParallelConfig
 from dattn_mcore.hf import NO_FOREIGN_CODE
+from tools.checkpoint_convert.adapted_checkpoint import AdaptedCheckpoint, open_checkpoint
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import image_settings
 
 if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
     from dattn_mcore.data.batch import MicroBatch
+    from dattn_mcore.models.dattn import DattnModel
 
 BEFORE, AFTER = 3, 24  # text rows around the images
 GRIDS = ((0, 0), (2, 1))  # canvases of the images: one tile; a base view and two tiles
@@ -67,10 +72,10 @@ def _by_transformers(folder: Path, avoid: frozenset[int]) -> Tensor:
 
 
 def _by_megatron(path: Path, avoid: frozenset[int]) -> Tensor:
-    from dattn_mcore.checkpoint.load import load_weights
     from dattn_mcore.data.batch import MicroBatch
 
-    config = DistCheckpoint(path).config
+    source = open_checkpoint(path)
+    config = source.config
     vision, vocab_size = config.model.vision, config.model.llm.vocab_size
     ids, tiles = _input(vocab_size, vision.image_size, avoid)
     rows = vision.rows_per_tile * TILES
@@ -84,9 +89,20 @@ def _by_megatron(path: Path, avoid: frozenset[int]) -> Tensor:
         num_samples=1,
         image_grids=GRIDS,
     )
-    return trainer_logits(
-        config, batch, lambda config, model, groups: load_weights(path, config, [model], groups)
-    )
+    return trainer_logits(config, batch, functools.partial(load_model, source))
+
+
+def load_model(
+    source: DistCheckpoint, config: Config, model: DattnModel, groups: ProcessGroupCollection
+) -> None:
+    """Fills the trainer's model from a checkpoint; of adapters, the base's weights come first."""
+    from dattn_mcore.checkpoint.load import load_adapters, load_weights
+
+    if isinstance(source, AdaptedCheckpoint):
+        load_weights(source.base.path, config, [model], groups)
+        load_adapters(source.path, [model], groups)
+    else:
+        load_weights(source.path, config, [model], groups)
 
 
 def trainer_logits(config: Config, batch: MicroBatch, load: Callable[..., object]) -> Tensor:

@@ -13,14 +13,15 @@ from transformers import GenerationConfig
 import dattn_mcore.hf
 from dattn_mcore.architectures.parameters import Entry, Shape, in_order_of_layers
 from dattn_mcore.architectures.tables import model_table
+from dattn_mcore.checkpoint.mixing import split
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import CheckpointError, DataError
 from dattn_mcore.hf import REMOTE_CODE_FILES
+from tools.checkpoint_convert.adapted_checkpoint import open_checkpoint
 from tools.checkpoint_convert.atomic_folder import AtomicFolder
 from tools.checkpoint_convert.configs import TokenIds, to_hf
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.following_digest import FollowingDigest
-from tools.checkpoint_convert.mixing import split
 from tools.checkpoint_convert.safetensors_folder import SafetensorsWriter
 from tools.checkpoint_convert.tables import check_keys, mcore_shapes
 from tools.checkpoint_convert.tokenizers_out import export_processor
@@ -41,6 +42,9 @@ class ExportOptions:
         max_shard_bytes: largest safetensors file.
         processes: how many share the work.
         check: load the export and compare it with the trainer before it gets its name.
+        ema: export the running mean of the weights.
+        base: of a checkpoint of adapters: where the checkpoint of its base is now; None: where it
+            was.
     """
 
     tokenizer: str | None = None
@@ -48,6 +52,8 @@ class ExportOptions:
     max_shard_bytes: int = 5_000_000_000
     processes: int = 1
     check: bool = False
+    ema: bool = False
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def convert(
     """Writes a Hugging Face folder that loads without this package.
 
     Args:
-        checkpoint: checkpoint or run folder.
+        checkpoint: checkpoint or run folder; adapters are added to the weights of their base.
         output: folder to make.
         options: see `ExportOptions`.
         progress: called after every tensor.
@@ -83,7 +89,7 @@ def convert(
         SelfCheckError: the export does not say what the trainer says; nothing is left of it.
     """
     options = options or ExportOptions()
-    source = DistCheckpoint(checkpoint)
+    source = open_checkpoint(checkpoint, options.base, ema=options.ema)
     table = model_table(source.config.model)
     check_keys(str(source.path), mcore_shapes(table), source.shapes, source.dtypes)
     data = source.config.data

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dattn_mcore.architectures.parameters import Entry, Shape
 from dattn_mcore.architectures.tables import model_table
+from dattn_mcore.checkpoint.mixing import split
 from dattn_mcore.config.schema import AttentionConfig, ModelConfig
 from dattn_mcore.errors import CheckpointError
-from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
+from tools.checkpoint_convert.adapted_checkpoint import open_checkpoint
 from tools.checkpoint_convert.hf_to_mcore import read_hf_config, read_model
-from tools.checkpoint_convert.mixing import split
 from tools.checkpoint_convert.raw_folders import (
     TEXT_TYPES,
     VISION_TYPES,
@@ -170,7 +170,7 @@ def open_weights(path: Path, select_layer: int) -> Weights:
 
 
 def _open_checkpoint(path: Path) -> Weights:
-    source = DistCheckpoint(path)
+    source = open_checkpoint(path)
     model = source.config.model
     table = model_table(model)
     check_keys(str(source.path), mcore_shapes(table), source.shapes, source.dtypes)
@@ -210,9 +210,7 @@ def _settings(a: Weights, b: Weights, parts: frozenset[str]) -> list[str]:
     if parts == ALL:
         pairs.append(("model.projector", a.model.projector, b.model.projector, ()))
         pairs.append(("attention", a.attention, b.attention, ("backend",)))
-        pairs.append(
-            ("model", a.model, b.model, ("llm", "vision", "projector", "transformer_impl"))
-        )
+        pairs.append(("model", a.model, b.model, ("llm", "vision", "projector")))
     differences = []
     for section, ours, theirs, free in pairs:
         for name in vars(ours):

@@ -35,7 +35,7 @@ def write_stats(
         tokenizer: Its tokenizer, opened.
         output: The page.
         workers: Processes that make the index where it is absent.
-        dp_size: Data-parallel ranks to plan for.
+        dp_size: Data-parallel ranks to pack for.
 
     Raises:
         DataError: The page cannot be written.
@@ -75,7 +75,7 @@ def packing_of(index: Index, config: Config, dp_size: int) -> tuple[PackingFigur
     budgets = (data.text_budget, data.visual_budget)
     order = SampleOrder(training_shares(index, config), config.train.seed)
     cut = steps_of(config, index, order)
-    planned, over = [], 0
+    packed, over = [], 0
     for step in range(max(1, min(_STEPS, cut.up_to(order.epoch_size + 1) - 1))):
         rows = index.samples[np.array(order.numbers(*cut.bounds(step)))]
         lengths = [
@@ -84,8 +84,8 @@ def packing_of(index: Index, config: Config, dp_size: int) -> tuple[PackingFigur
         ]
         fitting = [pair for pair in lengths if pair[0] <= budgets[0] and pair[1] <= budgets[1]]
         over += len(lengths) - len(fitting)
-        planned.append(fitting)
-    return measure_packing(planned, budgets, dp_size, work), over
+        packed.append(fitting)
+    return measure_packing(packed, budgets, dp_size, work), over
 
 
 def _packing(figures: PackingFigures, over: int) -> list[list[Any]]:

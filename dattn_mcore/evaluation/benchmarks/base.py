@@ -16,6 +16,7 @@ from dattn_mcore.evaluation.files import read_json_lines, write_text
 from dattn_mcore.evaluation.images import Picture
 from dattn_mcore.evaluation.questions import mark_images
 from dattn_mcore.evaluation.scores import Score
+from dattn_mcore.evaluation.subset import Item, subset
 from dattn_mcore.types import IMAGE_MARK
 
 
@@ -29,12 +30,14 @@ class Options:
         lenient_letters: SEED-Bench and ScienceQA also take `A.` or `(A) text` for A.
         textvqa_ocr: leave the reference OCR tokens in TextVQA's prompts.
         seed_images_only: leave out SEED-Bench's video rows.
+        limit: ask so many rows at most, chosen by `subset`; None: all.
     """
 
     as_original: bool = False
     lenient_letters: bool = False
     textvqa_ocr: bool = True
     seed_images_only: bool = False
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,28 @@ class Benchmark(ABC):
 
     @cached_property
     def rows(self) -> list[Row]:
+        """The questions that are asked, in the order of the question file.
+
+        Raises:
+            DataError: a file is missing or malformed.
+        """
+        return [self.all_rows[number] for number in self.chosen]
+
+    @cached_property
+    def chosen(self) -> list[int]:
+        """Which rows are asked: all, or the part that the option `limit` leaves."""
+        items = [
+            Item(str(self.join_key(row.question_id, row.prompt)), row.category, self.together(row))
+            for row in self.all_rows
+        ]
+        return subset(items, self.options.limit)
+
+    def together(self, row: Row) -> Hashable:
+        """What a row shares with those that it must be scored with; None: it stands alone."""
+        return None
+
+    @cached_property
+    def all_rows(self) -> list[Row]:
         """All questions, in the order of the question file.
 
         Raises:
@@ -130,12 +155,14 @@ class Benchmark(ABC):
 
     def file_rows(self) -> int:
         """Rows of the question file that is there, also of those that are not asked."""
-        return len(self.rows)
+        return len(self.all_rows)
 
     def coverage(self) -> list[str]:
         """Notes where a score is over other rows than those of the released question file."""
         count, full = self.file_rows(), self.released_rows
         notes = [f"{count} rows; the released file has {full}"] if full not in (0, count) else []
+        if len(self.rows) < len(self.all_rows):
+            notes.append(f"a part: {len(self.rows)} of {len(self.all_rows)} rows are asked")
         return notes + repeated(self)
 
     def asked_with(self) -> dict[str, str]:
@@ -230,11 +257,22 @@ class Benchmark(ABC):
         return write_text(folder / name, json.dumps(value, indent=indent), "submission")
 
 
+def check_pictures(benchmark: Benchmark, numbers: Sequence[int]) -> None:
+    """Raises DataError where images of rows are missing, before anything slow begins."""
+    pictures = {p.name: p for i in numbers for p in benchmark.rows[i].pictures}
+    missing = [name for name, picture in pictures.items() if not picture.exists()]
+    if missing:
+        raise DataError(
+            f"{benchmark.title}: {len(missing)} of {len(pictures)} images are not there (first: "
+            f"{missing[0]!r} below {benchmark.root}){benchmark.images_hint(missing)}"
+        )
+
+
 def repeated(benchmark: Benchmark) -> list[str]:
     """A note where questions stand twice, as in a file that was appended to itself."""
     if not benchmark.unique_ids:
         return []
-    counts = Counter(str(row.question_id) for row in benchmark.rows)
+    counts = Counter(str(row.question_id) for row in benchmark.all_rows)
     twice = [name for name, count in counts.items() if count > 1]
     return [f"{len(twice)} question ids stand twice (first: {name!r})" for name in twice[:1]]
 

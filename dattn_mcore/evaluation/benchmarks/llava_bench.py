@@ -99,7 +99,7 @@ class LlavaBench(Judged):
         return references
 
     def rule(self, category: str) -> str:
-        """What the judge is told: `rule.json` of the folder, or the released rule."""
+        """The rule that the judge gets: `rule.json` of the folder, or the released rule."""
         path = self.root / "rule.json"
         if not path.is_file():
             return RULE

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -125,6 +125,10 @@ class MmBench(Benchmark):
             )
         return rows
 
+    def together(self, row: Row) -> Hashable:
+        """All rotations of a question."""
+        return int(row.question_id) % ROTATION
+
     def groups(self) -> list[list[int]]:
         """Row numbers of each question, the row of its lowest index first."""
         groups: dict[int, list[int]] = {}
@@ -171,7 +175,7 @@ class MmBench(Benchmark):
         """
         if self.unscored():
             raise ConfigError(f"{self.root}: {self.unscored()}")
-        cells = self.table[1]
+        cells = [self.table[1][number] for number in self.chosen]
         notes = [*self.check_truth(), *unanswered_note(answers)]
         outcomes = []
         for answer, row, cell in zip(answers, self.rows, cells, strict=True):

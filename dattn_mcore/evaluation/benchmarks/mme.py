@@ -99,6 +99,10 @@ class Mme(Benchmark):
         """Image and question, since each image id stands twice."""
         return str(question_id), _bare(prompt)
 
+    def together(self, row: Row) -> Hashable:
+        """Both questions of an image."""
+        return str(row.question_id)
+
     def pairs(self) -> list[tuple[int, int]]:
         """Row numbers of the two questions of every image."""
         found: dict[str, list[int]] = {}

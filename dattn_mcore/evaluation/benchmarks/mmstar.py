@@ -88,7 +88,8 @@ class MmStar(Benchmark):
         """See the interface."""
         outcomes = []
         articles = words = gained = 0
-        for answer, record in zip(answers, self.table, strict=True):
+        for answer, number in zip(answers, self.chosen, strict=True):
+            record = self.table[number]
             text = (answer or "").lower().strip().replace("\n", " ")
             truth = str(record["answer"]).lower().strip()
             right = any(text.startswith(prefix + truth) for prefix in PREFIXES)

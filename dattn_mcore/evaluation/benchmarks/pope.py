@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
-from dattn_mcore.errors import DataError
+from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark, Row, unanswered_note
 from dattn_mcore.evaluation.files import read_json_lines
 from dattn_mcore.evaluation.guessing import compare
@@ -49,6 +49,10 @@ class Pope(Benchmark):
             )
         return rows
 
+    def together(self, row: Row) -> Hashable:
+        """All questions of a split about an image: as many of yes as of no."""
+        return row.category, row.pictures[0].name if row.pictures else ""
+
     def _label_file(self, split: str) -> list[tuple[tuple[str, str], str]]:
         """Image and question, and yes or no, in the order of the label file."""
         path = self.root / f"coco/coco_pope_{split}.json"
@@ -66,13 +70,20 @@ class Pope(Benchmark):
 
         Raises:
             DataError: a label file is missing or lacks a row that is asked.
+            ConfigError: labels are to be joined by position, to a part of the rows.
         """
         truths: dict[int, str] = {}
         notes = []
+        whole = len(self.rows) == len(self.all_rows)
+        if self.options.as_original and not whole:
+            raise ConfigError(
+                f"{self.title}: --as-original joins labels by position, which --limit changes; "
+                "leave one of them out"
+            )
         for split in dict.fromkeys(row.category for row in self.rows):
             labels = self._label_file(split)
             numbers = [i for i, row in enumerate(self.rows) if row.category == split]
-            if len(labels) != len(numbers):
+            if whole and len(labels) != len(numbers):
                 notes.append(
                     f"{split}: {len(numbers)} rows are asked, the label file has {len(labels)}"
                 )
@@ -106,13 +117,13 @@ class Pope(Benchmark):
 
     def _release(self) -> str:
         """Which release the questions are of, for messages."""
-        misspelt = sum(bool(MISSPELT.search(row.prompt)) for row in self.rows)
-        count = sum(row.category == "random" for row in self.rows)
+        misspelt = sum(bool(MISSPELT.search(row.prompt)) for row in self.all_rows)
+        count = sum(row.category == "random" for row in self.all_rows)
         if not misspelt and count != FIRST_RANDOM_ROWS:
             return "of the corrected release (3,000 rows of random, no 'imange')"
         return (
             f"of the first release ({FIRST_RANDOM_ROWS:,} rows of random, with 'imange' in "
-            f"{misspelt} of {len(self.rows)})"
+            f"{misspelt} of {len(self.all_rows)})"
         )
 
     def check_truth(self) -> list[str]:

@@ -87,6 +87,9 @@ class ScienceQa(Benchmark):
         ] * (missing > 0)
 
     def _unasked(self, problems: dict[str, dict[str, Any]]) -> set[str]:
+        """Problems that the question file lacks; of a part of it, the score is over that part."""
+        if len(self.rows) < len(self.all_rows):
+            return set()
         return set(problems) - {str(row.question_id) for row in self.rows}
 
     def score(self, answers: Sequence[str | None]) -> Score:

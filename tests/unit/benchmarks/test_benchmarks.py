@@ -101,8 +101,8 @@ def test_a_gpu_without_transformer_engine_does_not_pass_unasked(te, flag, monkey
     last = lines[len(lines) // 2 :]
     assert lines == 2 * last
     assert any("flash is gone" in line and "'.[flash]'" in line for line in last)
-    told = [line for line in last if line.startswith("skipped without Transformer Engine: ")]
-    assert len(told) == (te is not None)
+    skipped = [line for line in last if line.startswith("skipped without Transformer Engine: ")]
+    assert len(skipped) == (te is not None)
 
 
 def test_the_page_has_a_section_for_every_table():

@@ -11,6 +11,7 @@ from benchmarks.checkouts import Checkout
 from benchmarks.compare_losses import first_difference, main, read_metrics
 from dattn_mcore.errors import ConfigError, DattnError
 from dattn_mcore.quickstart.run import StepError
+from dattn_mcore.quickstart.steps import STAGES
 
 
 def rows(*losses, grad_norm=2.5):
@@ -58,6 +59,14 @@ def test_metrics_that_hold_nothing_are_no_equality(tmp_path):
     assert read_metrics(path) == rows(0.1 + 0.2)
 
 
+def write_settings(folder):
+    """As an earlier commit had them: a form of before, and another layout."""
+    folder.mkdir(parents=True)
+    former = "model: {llm: {activation: silu}}\nparallel: {tp: 2, pp: 2}\n"
+    for stage in STAGES:
+        (folder / f"digits_{stage}.yaml").write_text(former)
+
+
 @pytest.fixture
 def steps(monkeypatch, tmp_path):
     """Steps in place of the quickstart's: the loss is the stage's number, HEAD's `off` on top.
@@ -71,6 +80,8 @@ def steps(monkeypatch, tmp_path):
     def checked_out(name, folder):
         if name == "none":
             raise ConfigError("'none' is no commit")
+        if folder.name == "settings":
+            write_settings(folder / "configs")
         yield Checkout(name, folder)
 
     def run_step(step, logs, console, clone):
@@ -128,6 +139,19 @@ def test_layouts_steps_and_seed_are_the_same_on_both_sides(steps, capsys):
     assert layouts["base"] == layouts["head"]
     assert layouts["base"] == [("1", "1", "1"), ("2", "2", "1"), ("2", "1", "2"), ("2", "1", "1")]
     assert capsys.readouterr().out.count("| align |") == 4
+
+
+def test_both_sides_read_the_settings_of_one_commit(steps, capsys):
+    ran, _ = steps
+    assert main(["old", "new", "--settings-of", "older", "--until", "align"]) == 0
+    typed = [step.typed for _, step in ran if step.name == "align"]
+    files = {words.partition("--config ")[2].partition(" ")[0] for words in typed}
+    assert len(typed) == 2 and len(files) == 1
+    assert files.pop().endswith("/settings/configs/digits_align.yaml")
+    assert all("--nproc-per-node 4 " in words for words in typed)
+    assert "BASE old, HEAD new, settings of older" in capsys.readouterr().out
+    assert main(["old", "new", "--settings-of", "none"]) == 2
+    assert capsys.readouterr().err == "error: 'none' is no commit\n"
 
 
 def test_a_difference_is_shown_and_is_status_1(steps, capsys):

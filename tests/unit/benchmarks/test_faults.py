@@ -49,7 +49,7 @@ def _passes(folder, workshop):
         (_hangs, True, "it took more than"),
     ],
 )
-def test_what_is_not_survived_is_told(tmp_path, monkeypatch, capsys, run, apart, problem):
+def test_what_is_not_survived_is_reported(tmp_path, monkeypatch, capsys, run, apart, problem):
     monkeypatch.setattr(faults, "make_workshop", lambda folder: None)
     monkeypatch.setattr(faults, "SECONDS_APART", 1.0)
     monkeypatch.setattr(faults, "SECONDS_TO_START", 60.0 if run is not _hangs else 20.0)

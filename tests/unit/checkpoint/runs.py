@@ -49,7 +49,8 @@ class SmallRun:
         for chunk in self.chunks:
             for parameter in chunk.parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.main_grad.copy_(noise)
+                if parameter.requires_grad:
+                    parameter.main_grad.copy_(noise)
         self.optimizer.step()
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -132,7 +133,7 @@ def point_at(folder: Path, key: str, data: bytes, as_bytes: bool) -> None:
 
 
 def vouch(folder: Path, **changes: Any) -> None:
-    """A manifest that is right about every file and itself, and says what else it is told."""
+    """A manifest that is right about every file and itself, and says what else it is given."""
     fields = json.loads((folder / "dattn.json").read_text()) | changes
     for name in fields["files"]:
         path = folder / name

@@ -101,7 +101,7 @@ def test_an_old_checkpoint_means_the_old_rules(policy: str) -> None:
     )
 
 
-def test_other_samples_are_told_as_such() -> None:
+def test_other_samples_are_reported_as_such() -> None:
     config = Config()
     for make in (manifest_of, old_manifest):
         manifest = make(config)

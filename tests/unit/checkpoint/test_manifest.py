@@ -144,7 +144,7 @@ def test_converted_weights_are_no_run(tmp_path, small_configuration):
             check_same_run(run.config, found[1], found[0], IDENTITY)
 
 
-def test_a_folder_that_cannot_be_read_is_told_on_every_rank(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_reported_on_every_rank(tmp_path, monkeypatch):
     """By rank 0, which lists for all: it must not leave the others waiting."""
 
     def refuses(path):

@@ -114,7 +114,7 @@ def old_pickle(thing) -> bytes:
 
 
 def test_an_index_of_any_python_is_read(checkpoint):
-    """Members of enums are told from other uses of getattr."""
+    """Members of enums are distinguished from other uses of getattr."""
     whole = read_metadata(checkpoint)
     data = old_pickle(whole)
     assert b"getattr" in data

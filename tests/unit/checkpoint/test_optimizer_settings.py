@@ -1,6 +1,7 @@
 """A resumed run takes the optimizer settings given now, in every field of every group, or all of
 the checkpoint's; what differs is said in one line."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,11 +9,11 @@ import torch
 
 from dattn_mcore.checkpoint.load import choose_checkpoint
 from dattn_mcore.config.checks import check_config
-from dattn_mcore.config.schema import OptimConfig
+from dattn_mcore.config.schema import OptimConfig, OptimGroup
 from dattn_mcore.errors import CheckpointError, ConfigError
 from dattn_mcore.parallel.groups import single_process
-from dattn_mcore.training.optimizer import build_scheduler
 from dattn_mcore.training.resumed_settings import take_settings
+from dattn_mcore.training.schedule import build_scheduler
 from tests.unit.checkpoint.runs import small_run, vouch
 
 OTHER = OptimConfig(
@@ -26,7 +27,37 @@ OTHER = OptimConfig(
     beta2=0.5,
     eps=1e-6,
     clip_grad=0.5,
+    vision_layer_decay=0.5,
+    groups=(
+        OptimGroup(("decoder.layers.0",), weight_decay=0.3, beta1=0.6),
+        OptimGroup(("*.self_attn.{q,k,v}_proj",), beta2=0.7),
+    ),
 )
+# The same by hand: pattern of a module's names, and rate, weight decay and both betas.
+BY_HAND = [
+    (r"^vision\.decoder\.layers\.2\..*linear_qkv\.weight", (2e-5, 0.1, 0.8, 0.7)),
+    (r"^vision\.decoder\.layers\.2\..*linear_qkv\.bias", (2e-5, 0.0, 0.8, 0.7)),
+    (r"^vision\.decoder\.layers\.1\..*linear_qkv\.weight", (1e-5, 0.1, 0.8, 0.7)),
+    (r"^vision\.decoder\.layers\.1\..*linear_qkv\.bias", (1e-5, 0.0, 0.8, 0.7)),
+    (r"^vision\.decoder\.layers\.0\..*linear_qkv\.weight", (5e-6, 0.1, 0.8, 0.7)),
+    (r"^vision\.decoder\.layers\.0\..*linear_qkv\.bias", (5e-6, 0.0, 0.8, 0.7)),
+    (r"^vision\.decoder\.(layers\.2|final).*(norm\.weight|bias)$", (2e-5, 0.0, 0.8, 0.5)),
+    (r"^vision\.decoder\.layers\.2", (2e-5, 0.1, 0.8, 0.5)),
+    (r"^vision\.decoder\.layers\.1.*(norm\.weight|bias)$", (1e-5, 0.0, 0.8, 0.5)),
+    (r"^vision\.decoder\.layers\.1", (1e-5, 0.1, 0.8, 0.5)),
+    (r"^vision\.decoder\.layers\.0.*(norm\.weight|bias)$", (5e-6, 0.0, 0.8, 0.5)),
+    (r"^vision\.decoder\.layers\.0", (5e-6, 0.1, 0.8, 0.5)),
+    (r"^vision\..*bias$", (2.5e-6, 0.0, 0.8, 0.5)),
+    (r"^vision\.", (2.5e-6, 0.1, 0.8, 0.5)),
+    (r"^projector\..*(norm\.weight|bias)$", (3e-4, 0.0, 0.8, 0.5)),
+    (r"^projector\.", (3e-4, 0.1, 0.8, 0.5)),
+    (r"^decoder\.layers\.0\.self_attention\.linear_k?[qv]\.", (1e-4, 0.3, 0.6, 0.7)),
+    (r"^decoder\.layers\.0\..*norm\.weight$", (1e-4, 0.0, 0.6, 0.5)),
+    (r"^decoder\.layers\.0\.", (1e-4, 0.3, 0.6, 0.5)),
+    (r"self_attention\.linear_k?[qv]\.", (1e-4, 0.1, 0.8, 0.7)),
+    (r"norm\.weight$", (1e-4, 0.0, 0.8, 0.5)),
+    (r"", (1e-4, 0.1, 0.8, 0.5)),
+]
 
 
 def groups_of(run):
@@ -61,6 +92,42 @@ def test_every_field_of_every_group_is_todays(checkpoints, small_configuration, 
         assert counts == {2}
         run.step(9)
         run.saver.save(done + 1)
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["fresh", "resumed"])
+def test_each_parameter_is_updated_by_its_own_settings(tmp_path, small_configuration, resumed):
+    """As `torch.optim.AdamW` does by groups written out by hand, on the same random gradients.
+
+    float32; a step moves a weight by up to 3e-4.
+    """
+    optim = replace(OTHER, clip_grad=0.0, schedule="constant", min_lr_ratio=0.0)
+    config = replace(small_configuration, optim=optim)
+    with small_run(tmp_path, config) as run:
+        build_scheduler(config, run.optimizer, 10)
+        plain = {name: weight.requires_grad_() for name, weight in run.weights().items()}
+        groups = []
+        for name, weight in plain.items():
+            lr, decay, *betas = next(hand for pattern, hand in BY_HAND if re.search(pattern, name))
+            groups.append(dict(params=[weight], lr=lr, weight_decay=decay, betas=tuple(betas)))
+        adam = torch.optim.AdamW(groups, eps=optim.eps)
+        for step in (1, 2):
+            run.step(step)
+        if resumed:
+            run.saver.save(2)
+    with small_run(tmp_path, config) as run:
+        if resumed:
+            assert run.resume() == 2
+        build_scheduler(config, run.optimizer, 10).step(0)
+        for step in (3,) if resumed else (1, 2, 3):
+            run.step(step)
+        ours = run.weights()
+    for step in (1, 2, 3):
+        generator = torch.Generator().manual_seed(step)
+        for weight in plain.values():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        adam.step()
+    for name, weight in plain.items():
+        assert (ours[name] - weight).abs().max() < 1e-6, name
 
 
 def test_another_optimizer_is_refused_in_one_line(checkpoints, small_configuration):

@@ -87,10 +87,10 @@ def test_frozen():
         ("paralel.tp=2", "unknown configuration key 'paralel.tp'; did you mean 'parallel.tp'"),
         ("attn.v2v=causal", "unknown configuration key 'attn.v2v'; did you mean 'attention.v2v'"),
         ("optim.steps=3", "did you mean 'train.steps'"),
-        ("log.wandb=true", "'log.wandb'; metrics go to metrics.jsonl and TensorBoard .log.tensor"),
-        ("train.val_interval=9", "'train.val_interval'; nothing is evaluated while a model trains"),
-        ("val_interval=9", "'val_interval=9' is not understood; nothing is evaluated while"),
-        ("log.folder=x", "'log.folder'; log has run_dir, interval, tensorboard, communication_"),
+        ("log.comet=true", "'log.comet'; metrics go to metrics.jsonl, TensorBoard, Weights & Bias"),
+        ("train.val_interval=9", "'train.val_interval'; the held-out loss has settings in valid"),
+        ("val_interval=9", "'val_interval=9' is not understood; the held-out loss has settings"),
+        ("log.folder=x", "'log.folder'; log has run_dir, interval, run_name, project, tensorboard"),
         ("log.intervall=x", "'log.intervall'; did you mean 'log.interval'"),
         ("train.grad_clip=1", "did you mean 'optim.clip_grad'"),
         ("modell.llm.num_layer=3", "did you mean 'model.llm.num_layers'"),
@@ -152,7 +152,7 @@ def test_one_clear_line(override, message):
     assert "\n" not in str(caught.value)
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         checked("optim.beta2=1.5", "attention.v2v=full", "parallel.sp=true", "model.llm.head_dim=7")
     assert caught.value.mistakes == (
@@ -166,7 +166,7 @@ def test_all_mistakes_are_told_at_once():
     assert "\n" not in str(caught.value)
 
 
-def test_all_unknown_keys_and_wrong_types_are_told_at_once():
+def test_all_unknown_keys_and_wrong_types_are_reported_at_once():
     overrides = ["optim.lrr=1", "train.seed=x", "data.sources=[{weight: a, zzz: b}]"]
     with pytest.raises(ConfigError) as caught:
         load_config(None, overrides)
@@ -266,6 +266,15 @@ def test_what_a_family_has_passes():
     assert of_before.model.llm.windows == (8, None, None, 8)
 
 
+def test_a_setting_of_the_model_that_is_the_runs_now():
+    assert checked("model.transformer_impl=local").train.transformer_impl == "local"
+    assert checked("train.transformer_impl=local").train.transformer_impl == "local"
+    both = ("model.transformer_impl=local", "train.transformer_impl=local")
+    assert checked(*both).train.transformer_impl == "local"
+    with pytest.raises(ConfigError, match="is the former name of train.transformer_impl, which is"):
+        checked("model.transformer_impl=auto", both[1])
+
+
 def test_epochs_count_where_steps_do_not():
     assert checked("train.epochs=2", "train.steps=null").train.epochs == 2
 
@@ -279,8 +288,8 @@ def test_epochs_count_where_steps_do_not():
         ("--lr=1", "did you mean optim.lr=...?"),
         ("--devices", "did you mean --device?"),
         ("--zzz", "--help lists the flags."),
-        ("--val-interval", "nothing is evaluated while a model trains"),
-        ("--wandb-project", "metrics go to metrics.jsonl and TensorBoard"),
+        ("--val-interval", "the held-out loss has settings in validation"),
+        ("--wandb-project", "did you mean log.project=...?"),
     ],
 )
 def test_unknown_flags(flag, hint):

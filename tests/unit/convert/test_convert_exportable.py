@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 
 from dattn_mcore.architectures import language_models, vision_towers
+from dattn_mcore.architectures.activations import ACTIVATIONS
 from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError
 from dattn_mcore.hf import DattnForConditionalGeneration
-from dattn_mcore.models.transformer_configs import ACTIVATIONS
+from dattn_mcore.models.transformer_configs import activation_function
 from tests.unit.convert.convert_helpers import make_tokenizer, small_config
-from tools.checkpoint_convert import configs
 from tools.checkpoint_convert.configs import TokenIds, from_hf, to_hf
 
 IDS = TokenIds(bos=1, eos=2, pad=0, image=330, stop=(2,))
@@ -67,11 +67,11 @@ def test_what_the_trainer_accepts_becomes_a_model_and_comes_back(data: st.DataOb
     assert to_hf(back, config.attention, IDS, torch.float32).to_dict() == exported.to_dict()
 
 
-@pytest.mark.parametrize("ours", sorted(configs.ACTIVATIONS))
+@pytest.mark.parametrize("ours", sorted(ACTIVATIONS))
 def test_activations_of_towers_are_the_same_on_both_sides(ours: str):
     x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
-    theirs = ACT2FN[configs.ACTIVATIONS[ours]](x)
-    torch.testing.assert_close(ACTIVATIONS[ours](x), theirs, rtol=1e-12, atol=1e-12)
+    theirs = ACT2FN[ACTIVATIONS[ours].hugging_face](x)
+    torch.testing.assert_close(activation_function(ours)(x), theirs, rtol=1e-12, atol=1e-12)
     exact = {"gelu": F.gelu(x), "quick_gelu": x * torch.sigmoid(1.702 * x)}
     if ours in exact:
         torch.testing.assert_close(theirs, exact[ours], rtol=1e-12, atol=1e-12)

@@ -61,7 +61,8 @@ def test_code_that_is_not_needed_is_not_run(tmp_path, monkeypatch):
 def test_no_folder_is_read_with_the_question_left_open():
     """Every from_pretrained of the trainer and the tools says trust_remote_code=False.
 
-    But the check of an export: it runs the code that this package has just written into it.
+    But the check of an export: it runs the code that this package has just written into it. And
+    `peft`, which reads a JSON file and safetensors beside a model that is there already.
     """
     files = [
         file
@@ -73,6 +74,8 @@ def test_no_folder_is_read_with_the_question_left_open():
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
+                if ast.unparse(node.func) == "peft.PeftModel.from_pretrained":
+                    continue
                 calls += 1
                 if any(ast.unparse(keyword.value) == "OWN_CODE" for keyword in node.keywords):
                     own_calls.append(file.name)

@@ -98,7 +98,7 @@ def test_a_manifest_that_lacks_a_setting_means_its_default(release):
     manifest = read_manifest(release / CHECKPOINT)
     config = saved_config(manifest["config"])
     today, default = to_dict(config)["model"], to_dict(Config())["model"]
-    shapes_nothing = {("transformer_impl",), ("projector", "output_norm_init")}
+    shapes_nothing = {("projector", "output_norm_init")}
     shapes_nothing |= {("llm", "init_std"), ("vision", "init_std")}
     same, other = 0, 0
     for path in leaves(today):

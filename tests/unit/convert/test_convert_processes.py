@@ -169,18 +169,18 @@ def test_a_defect_keeps_its_traceback():
         run_shares(job, 2, 0, lambda done, total: None)
 
 
-def test_progress_of_all_is_told_by_one():
-    told = []
+def test_progress_of_all_is_reported_by_one():
+    reports = []
 
     def job(share, report):
         for _ in range(3):
             report(10 + share)
         return os.getpid()
 
-    pids = run_shares(job, 2, 63, lambda done, total: told.append((os.getpid(), done, total)))
+    pids = run_shares(job, 2, 63, lambda done, total: reports.append((os.getpid(), done, total)))
     assert len({HERE, *pids}) == 3
-    assert {pid for pid, _, _ in told} == {HERE} and {total for *_, total in told} == {63}
-    done = [done for _, done, _ in told]
+    assert {pid for pid, _, _ in reports} == {HERE} and {total for *_, total in reports} == {63}
+    done = [done for _, done, _ in reports]
     assert done == sorted(done) and len(done) == 6 and done[-1] == 63
 
 

@@ -218,7 +218,7 @@ def test_what_their_configurations_could_also_say_is_refused(tmp_path, name, cha
     assert "\n" not in str(raised.value)
 
 
-def test_a_difference_in_rotary_positions_is_told_as_in_a_file(tmp_path):
+def test_a_difference_in_rotary_positions_is_reported_as_in_a_file(tmp_path):
     for name in ("llm", "tower"):
         (tmp_path / name).mkdir()
     written(tmp_path / "llm", LANGUAGE_MODELS["ministral3_8b"])

@@ -195,8 +195,8 @@ def test_a_signal_waits_until_all_files_are_in_place(old, capsys):
         check=False,
     )
     assert done.returncode == 128 + signal.SIGTERM
-    told = "stopped by SIGTERM; the folder is whole, with all of its files renewed or none"
-    assert done.stderr.splitlines()[-1] == told
+    message = "stopped by SIGTERM; the folder is whole, with all of its files renewed or none"
+    assert done.stderr.splitlines()[-1] == message
     assert refreshed(capsys, old) == [f"{old}: up to date; weights untouched"]
 
 

@@ -256,14 +256,14 @@ def test_a_damaged_line_is_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", ["", "\ufeff", "\n "])
-def test_an_object_over_several_lines_is_told_once(tmp_path: Path, start: str) -> None:
+def test_an_object_over_several_lines_is_reported_once(tmp_path: Path, start: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(start + json.dumps({"data": [GOOD] * 9, "by": "ä"}, indent=1))
-    told = (
+    message = (
         r"a.json' starts with a JSON object over several lines \(keys 'data', 'by'\); it must be "
         "a list of samples, or one object per line$"
     )
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         list(JsonFile(path, "").scan())
     for text in ('{"id": "a"\n' + json.dumps(GOOD), json.dumps(GOOD)):  # one line that is damaged
         path.write_text(start + text)

@@ -175,7 +175,7 @@ def test_sizes_come_from_headers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_header_is_told_as_when_loading(tmp_path: Path, name: str) -> None:
+def test_a_bad_header_is_reported_as_when_loading(tmp_path: Path, name: str) -> None:
     """What a header shows is refused with the words of the full check; the rest has a size."""
     folder = tmp_path / "images"
     folder.mkdir()

@@ -315,7 +315,7 @@ def test_sources_are_mixed_by_weight(
     assert difference(identities[1], identities[1]) == ""
 
 
-def test_weights_that_leave_no_sample_are_told(
+def test_weights_that_leave_no_sample_are_reported(
     make_config: MakeConfig, toy_data: Path, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
     source = SourceConfig(str(toy_data / "toy.json"), str(toy_data / "images"), 0.01)
@@ -324,7 +324,7 @@ def test_weights_that_leave_no_sample_are_told(
         shares_of(index)
 
 
-def test_a_missing_image_folder_is_told_once(
+def test_a_missing_image_folder_is_reported_once(
     make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
     """Not as so many missing images."""

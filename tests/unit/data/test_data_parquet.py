@@ -118,7 +118,7 @@ def test_no_time_is_promised_before_there_is_a_share(
 def test_a_corrupt_corpus(
     make_config: Callable[..., Config], toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
-    """Good rows are used, bad ones told with their reason, and a cut file by its name."""
+    """Good rows are used, bad ones reported with their reason, and a cut file by its name."""
     out = io.BytesIO()
     Image.new("RGB", (56, 56)).save(out, "PNG")
     png = out.getvalue()

@@ -310,7 +310,7 @@ def test_what_the_index_finds_unusable_takes_no_part(
         opened(dataclasses.replace(config, data=strict), toy_tokenizer),
     ):
         pass
-    # Mended: found when the index is opened next.
+    # Fixed: found when the index is opened next.
     shutil.copy(tmp_path / "images" / "12.png", tmp_path / "images" / "11.png")
     with opened(dataclasses.replace(config, data=strict), toy_tokenizer) as pipeline:
         assert pipeline.num_samples == 40

@@ -98,8 +98,8 @@ def test_a_shard_that_is_cut_or_damaged_is_refused(tmp_path: Path, name: str) ->
     for walk in (TarFile.digest, lambda file: list(TarFile.scan(file))):
         with pytest.raises(DataError) as raised:
             walk(TarFile(path))
-        told = message.format(at=at, past=at + 200, data=at + 512)
-        assert str(raised.value).startswith(f"'{path}' {told}")
+        expected = message.format(at=at, past=at + 200, data=at + 512)
+        assert str(raised.value).startswith(f"'{path}' {expected}")
 
 
 @pytest.mark.parametrize("zeros", [512, 1024, 10240 + 512, (1 << 20) + 1024])
@@ -193,7 +193,7 @@ def test_more_shards_than_may_be_open(
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
-def test_the_lack_of_descriptors_is_told_as_what_it_is(tmp_path: Path, name: str) -> None:
+def test_the_lack_of_descriptors_is_reported_as_what_it_is(tmp_path: Path, name: str) -> None:
     if name == "a.parquet":
         pytest.importorskip("pyarrow.parquet", reason="the extra 'parquet' is not installed")
     kind = {"a.tar": TarFile, "a.parquet": lambda path: ParquetFile(path, "")}[name]
@@ -228,7 +228,7 @@ def test_a_shard_that_goes_during_a_run_masks_its_samples(
 def test_a_corrupt_corpus_of_tars(
     shards: Callable[..., Config], toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
-    """Good samples are used, bad ones told with their reason, and a bad shard by its name."""
+    """Good samples are used, bad ones reported with their reason, and a bad shard by its name."""
     write_tar(tmp_path / "0.tar", good_members(5))
     half = image(1)[: len(image(1)) // 3]
     bad = {
@@ -259,7 +259,7 @@ def test_a_corrupt_corpus_of_tars(
         (tmp_path / "2.tar").write_bytes(damage(whole, at))
         with pytest.raises(DataError) as raised:
             open_index(shards("*.tar"), toy_tokenizer)
-        told = message.format(at=at, past=at + 200, data=at + 512)
-        assert str(raised.value).startswith(f"'{tmp_path / '2.tar'}' {told}")
+        expected = message.format(at=at, past=at + 200, data=at + 512)
+        assert str(raised.value).startswith(f"'{tmp_path / '2.tar'}' {expected}")
     (tmp_path / "2.tar").write_bytes(whole)
     assert open_index(shards("*.tar"), toy_tokenizer).num_usable == len(good) + 4

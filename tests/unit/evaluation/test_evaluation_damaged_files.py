@@ -66,7 +66,7 @@ def lines(records):
 
 
 def only_one_line(action, *arguments):
-    """Runs it; a mistake may be told in one line, anything else is a defect."""
+    """Runs it; a mistake may be reported in one line, anything else is a defect."""
     try:
         action(*arguments)
     except DattnError as error:

@@ -153,7 +153,7 @@ def test_the_judge_by_command(tree, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_refusal_ends_at_once(tree, tmp_path, status):
-    """A wrong key or model is told once, not asked five times a row."""
+    """A wrong key or model is reported once, not asked five times a row."""
     benchmark = make_benchmark("llava-bench", tree)
     with JudgeServer(lambda asked, body: status) as server:
         with pytest.raises(ConfigError, match=f"refuses .{status}.*check the URL"):
@@ -200,10 +200,10 @@ def test_replies_that_are_no_http_are_failed_judgements(tree, tmp_path, caplog):
     """A reply that is cut in its body, and a port where something else listens."""
     benchmark = make_benchmark("llava-bench", tree)
     cut = b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"
-    for said, told in ((cut, "the reply is cut"), (b"SSH-2.0-OpenSSH\r\n", "no answer of HTTP")):
+    for said, problem in ((cut, "the reply is cut"), (b"SSH-2.0-OpenSSH\r\n", "no answer of HTTP")):
         with Talker(said) as talker, pytest.raises(DataError, match="none of 3 judgements"):
             judge(talker, attempts=2)(benchmark, ANSWERS, tmp_path / "r.jsonl")
-        assert told in caplog.text
+        assert problem in caplog.text
         caplog.clear()
 
 

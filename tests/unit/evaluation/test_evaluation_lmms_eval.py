@@ -253,6 +253,6 @@ def test_what_failed_on_another_process_fails_here(monkeypatch):
     monkeypatch.setattr(distributed, "all_gather_object", gather)
     here.share()
     assert task.instances[0].doc_id is None
-    assert here.told() == (
+    assert here.summary() == (
         "task film failed and has no score (film, document 7: shows something else)"
     )

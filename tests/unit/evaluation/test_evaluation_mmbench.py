@@ -107,7 +107,7 @@ def chinese_tree(tree, name="mmbench_dev_cn_20231003.tsv"):
 
 @pytest.mark.parametrize("name", ["mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv", "dev.tsv"])
 def test_mmbench_cn_is_asked_in_chinese(tree, name):
-    """As LLaVA's model_vqa_mmbench.py with --lang cn; told by the questions, not by the name."""
+    """As LLaVA's model_vqa_mmbench.py with --lang cn; decided by the questions, not by the name."""
     benchmark = chinese_tree(tree, name)
     row = benchmark.rows[0]
     assert row.prompt == "请仔细看图。\n图中是什么？\nA. 猫\nB. 狗"

@@ -8,8 +8,8 @@ import pytest
 from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.evaluation.answer_files import read_answers_for
 from dattn_mcore.evaluation.benchmarks import ALL, Options, make_benchmark
+from dattn_mcore.evaluation.benchmarks.base import check_pictures
 from dattn_mcore.evaluation.check import check
-from dattn_mcore.evaluation.run import check_pictures
 from dattn_mcore.evaluation.text import leading_letter, normalise_answer, says_no, yes_or_no
 from tests.unit.evaluation import trees
 

@@ -1,4 +1,4 @@
-"""Folders that were exported before load with the code as it is; weights that lack are told."""
+"""Folders that were exported before load with the code as it is; missing weights are reported."""
 
 import json
 from types import SimpleNamespace

@@ -17,12 +17,18 @@ import torch.distributed as dist
 
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.parallel import platform
-from tests.distributed.jobs import AIMV2, CLIP, GEMMA, MINISTRAL3, SMALL_MODEL, randomize_norms
+from tests.distributed.model_jobs import randomize_norms
+from tests.distributed.small_models import AIMV2, CLIP, GEMMA, MINISTRAL3, SMALL_MODEL
 
 BASELINE = {"attention": {"v2v": "causal", "t2v_position": "rope"}}
 WHOLE = {"attention": {"fold_visual_projection": False, "skip_last_visual_rows": False}}
 TP = {"parallel": {"tp": 2}}
 SP = {"parallel": {"tp": 2, "sp": True}}
+LORA = {
+    "lora": {"targets": ["*_proj"], "rank": 3},
+    "train": {"trains": ["llm"]},
+    "checkpoint": {"init_from": "not-opened"},
+}
 CASES = {
     "mistral": (1, {}, {}),
     "gemma-clip": (1, merge(GEMMA, CLIP), {}),
@@ -32,6 +38,8 @@ CASES = {
     "tp2": (2, {}, TP),
     "gemma-tp2-sp": (2, GEMMA, SP),
     "aimv2-tp2": (2, AIMV2, TP),
+    "lora": (1, {}, merge(LORA, WHOLE)),
+    "gemma-dora-tp2-sp": (2, GEMMA, merge(merge(LORA, SP), {"lora": {"dora": True}})),
 }
 LAYOUTS = [
     ((True, 16), (False, 9)),
@@ -76,7 +84,16 @@ def _losses(model, config):
     tiles = torch.randint(0, 256, (3, 3, 56, 56), generator=generator, dtype=torch.uint8)
     losses = model(ModelInputs(params=params, text_ids=ids, labels=labels, tiles=tiles))
     losses.sum().backward()
-    return losses.detach(), {n: p.grad for n, p in model.named_parameters()}
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return losses.detach(), gradients
+
+
+def _randomize_adapters(model):
+    """B of zeros would hide what A and the layers do with it; the same in both specs."""
+    for name, p in model.named_parameters():
+        if name.endswith(".lora.b"):
+            generator = torch.Generator().manual_seed(sum(name.encode()))
+            p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
 
 
 def compare(case: str) -> dict[str, object]:
@@ -88,9 +105,10 @@ def compare(case: str) -> dict[str, object]:
     tree = merge({"model": merge(SMALL_MODEL, model)}, sections)
     results, modules = {}, {}
     for name in ("local", "transformer_engine"):
-        config, groups = start(merge(tree, {"model": {"transformer_impl": name}}))
+        config, groups = start(merge(tree, {"train": {"transformer_impl": name}}))
         (built,) = build_from_config(config, groups, torch.device("cpu"))
         randomize_norms(built)
+        _randomize_adapters(built)
         modules[name] = {type(module).__module__.partition(".")[0] for module in built.modules()}
         classes = {type(module).__name__ for module in built.modules()}
         results[name] = (_state(built), *_losses(built, config), classes)
@@ -143,10 +161,9 @@ def overlap_buffers() -> dict[str, object]:
     from dattn_mcore.training.runtime import decide_runtime
 
     asked = {
-        "model": {"transformer_impl": "transformer_engine"},
         "parallel": {"tp": 2, "sp": True, "tp_comm_overlap": True},
         "data": {"fixed_rows": True, "text_budget": 100, "visual_budget": 64},
-        "train": {"precision": "bf16"},
+        "train": {"transformer_impl": "transformer_engine", "precision": "bf16"},
     }
     recipes: dict[str, dict[str, Any]] = {
         "bf16": {},

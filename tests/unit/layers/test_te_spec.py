@@ -62,6 +62,12 @@ def test_the_second_spec_is_made_of_megatrons_wrappers(compared):
     assert {"DecomposedSelfAttention", "TransformerLayer"} <= classes
 
 
+def test_linears_with_adapters_are_megatrons_wrappers_too(compared):
+    classes = {name for rank in compared["gemma-dora-tp2-sp"] for name in rank["te_classes"]}
+    assert {"AdaptableTextColumn", "AdaptableFoldableRowWithPostNorm", "Adapter"} <= classes
+    assert not {"AdaptableFoldableRow", "TextColumnLinear"} & classes
+
+
 def test_recomputed_norms_in_fp8_have_the_linears_after_them_keep_their_input(compared):
     (kept,) = compared["fp8-norms"]
     after_a_norm = {name for name, all_layers in kept.items() if all(all_layers)}
@@ -82,11 +88,11 @@ def test_overlap_has_buffers_for_fp8_and_for_the_layers_in_bf16(compared):
     }
 
 
-def test_auto_is_local_on_a_cpu_and_a_missing_package_is_told():
+def test_auto_is_local_on_a_cpu_and_a_missing_package_is_reported():
     assert choose_implementation(from_dict({})) == "local"
     if transformer_engine_missing() is None:
         pytest.skip("Transformer Engine is installed")
-    wanted = from_dict({"model": {"transformer_impl": "transformer_engine"}})
+    wanted = from_dict({"train": {"transformer_impl": "transformer_engine"}})
     with pytest.raises(ConfigError, match="needs Transformer Engine, and it is not installed"):
         choose_implementation(wanted)
     fp8 = from_dict({"train": {"fp8": "tensorwise", "precision": "bf16"}})
@@ -94,7 +100,7 @@ def test_auto_is_local_on_a_cpu_and_a_missing_package_is_told():
         choose_implementation(fp8)
 
 
-def test_a_gpu_without_fp8_is_told_in_one_line(monkeypatch):
+def test_a_gpu_without_fp8_is_reported_in_one_line(monkeypatch):
     """An A100; the devices' names are the vendor's."""
     monkeypatch.setattr(implementation, "transformer_engine_missing", lambda: None)
     monkeypatch.setattr(platform, "_installed", "gpu")
@@ -132,7 +138,7 @@ CHUNKS = [
         (["train.fp8=tensorwise", "train.precision=fp32"], "needs train.precision=bf16"),
         (["train.fp8=delayed", "train.fp8_bf16_layers=1"], "cannot go with train.fp8=delayed"),
         (["train.fp8=tensorwise", "train.fp8_bf16_layers=21"], "must leave some of"),
-        (["train.fp8=tensorwise", "model.transformer_impl=local"], "needs Transformer Engine"),
+        (["train.fp8=tensorwise", "train.transformer_impl=local"], "needs Transformer Engine"),
         (["train.fp8=tensorwise", "train.device=cpu"], "needs a GPU"),
         ([*CHUNKS, "train.fp8=tensorwise"], "is not implemented"),
         (["train.fp8=tensorwise", "model.llm.hidden_size=3592"], "multiple of 16"),

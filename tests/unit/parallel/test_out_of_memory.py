@@ -1,4 +1,4 @@
-"""Too little memory is told from other errors, whoever raises it."""
+"""Too little memory is distinguished from other errors, whoever raises it."""
 
 import errno
 

@@ -11,7 +11,7 @@ from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import decoder_work, layer_pairs, step_work
 from dattn_mcore.plan.rows import rows_of
 from dattn_mcore.training.model import build_from_config
-from tests.distributed.jobs import AIMV2, SMALL_MODEL
+from tests.distributed.small_models import AIMV2, SMALL_MODEL
 
 LAYOUTS = (((True, 64), (False, 32)),)
 LABELLED = 10
@@ -57,6 +57,49 @@ def work_of(config, labelled=LABELLED):
     return step_work(config, rows_of(config, LAYOUTS, labelled))
 
 
+UPPER = {"optim": {"groups": [{"patterns": "decoder.layers.{2..3}", "trains": True}]}}
+# Without anything that learns below: backward ends at the first layer that does.
+ABOVE = {
+    "upper-layers": {},
+    "one-linear": {"patterns": "decoder.layers.2.mlp.linear_fc2"},
+    "one-attention": {"patterns": "decoder.layers.1.self_attention"},
+    "between": {"patterns": "decoder.layers.{0,2}.self_attention.linear_kv"},
+    "a-norm": {"patterns": "decoder.layers.2.pre_mlp_layernorm"},
+}
+
+
+@pytest.mark.parametrize("name", ABOVE)
+def test_nothing_is_computed_below_what_learns(groups, name):
+    """Exact; a linear whose weight learns also gets the gradient of its input."""
+    group = {"patterns": "decoder.layers.{2..3}"} | ABOVE[name] | {"trains": True}
+    config = config_of({"train": {"trains": []}, "optim": {"groups": [group]}})
+    (model,) = build_from_config(config, groups, torch.device("cpu"))
+    counted = counted_decoder_step(model, config, LAYOUTS, "cpu", entered_learns=False)
+    work = decoder_work(config, rows_of(config, LAYOUTS, LABELLED))
+    assert counted == sum(part.executed for part in work.values())
+    everything = work_of(config_of({"train": {"trains": ["llm"]}}))
+    assert sum(part.total for part in work.values()) < 0.9 * sum(
+        everything[part].total for part in work
+    )
+
+
+@pytest.mark.parametrize("recompute", ["full", "chunks"])
+def test_what_is_computed_again_reaches_below_what_learns(groups, recompute):
+    """Megatron-Core's checkpoint needs an input that learns; the model does not."""
+    train = {"recompute": "full"} if recompute == "full" else {"recompute_visual_chunk": 24}
+    config = config_of(merge(UPPER, {"train": {"trains": [], **train}}))
+    (model,) = build_from_config(config, groups, torch.device("cpu"))
+    counted = counted_decoder_step(model, config, LAYOUTS, "cpu")
+    work = decoder_work(config, rows_of(config, LAYOUTS, LABELLED))
+    assert counted == sum(part.executed for part in work.values())
+    plain = decoder_work(
+        config_of(merge(UPPER, {"train": {"trains": []}})), rows_of(config, LAYOUTS, LABELLED)
+    )
+    assert {name: part.total for name, part in work.items()} == {
+        name: part.total for name, part in plain.items()
+    }
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_decoder_as_counted(groups, name):
     """Exact: the same products, with nothing left over."""
@@ -90,6 +133,32 @@ def test_tower_and_projector_as_counted(groups, trains, tower):
     work = work_of(config)
     closed = work["tower"].executed + work["projector"].executed
     assert counter.get_total_flops() == pytest.approx(closed, rel=0.03)
+
+
+TOWER_GROUPS = {
+    "upper-half": {"patterns": "vision.layers.1"},
+    "one-linear": {"patterns": "vision.layers.1.mlp.linear_fc1"},
+    "first-layer": {"patterns": "vision.layers.0.self_attention"},
+    "patches": {"patterns": "vision.patch_embedding"},
+    "projectors-second": {"patterns": "projector.mlp.linear_fc2"},
+}
+
+
+@pytest.mark.parametrize("name", TOWER_GROUPS)
+def test_a_tower_that_learns_in_part_as_counted(groups, name):
+    """The tower's layers need no backward pass below the first that learns."""
+    group = TOWER_GROUPS[name] | {"trains": True}
+    config = config_of({"train": {"trains": []}, "optim": {"groups": [group]}})
+    (model,) = build_from_config(config, groups, torch.device("cpu"))
+    tiles = torch.zeros(4, 3, 56, 56, dtype=torch.uint8)
+    with FlopCounterMode(display=False, custom_mapping=FLASH) as counter:
+        rows = model._visual_rows(tiles, torch.float32)
+        rows.sum().backward()
+    work = work_of(config)
+    closed = work["tower"].executed + work["projector"].executed
+    assert counter.get_total_flops() == pytest.approx(closed, rel=0.01)
+    whole = work_of(config_of({"train": {"trains": ["vision"]}}))
+    assert work["tower"].total < whole["tower"].total
 
 
 def test_head_as_counted(groups):

@@ -8,7 +8,7 @@ from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.plan.__main__ import main
 from dattn_mcore.plan.data_size import data_size
-from tests.distributed.jobs import small_config
+from tests.distributed.small_models import small_config
 
 
 @pytest.fixture

@@ -160,18 +160,18 @@ def test_full_packs_decide_how_many_samples_a_step_has():
         (512, "a step's 256 samples leave 256 of its 512 packs empty (512 replicas): raise"),
     ],
 )
-def test_too_few_samples_for_the_replicas_are_told(dp, message):
+def test_too_few_samples_for_the_replicas_are_reported(dp, message):
     config = load_config(GEMMA)
     plan = make_plan(config, Cluster(dp // 4, 8), GPUS["h100"], False, Sample(512, 1))
     lines = warnings_of(plan)
     assert [line.startswith(message) for line in lines] == ([True] if message else [])
     dry = [line for line in describe(config, 2 * dp).splitlines() if "warning: " in line]
     assert len(dry) == len(lines) and all(line in dry[0] for line in lines)
-    dealt = f"{dp} replicas round it up to a multiple of {dp} and then leave packs less full: set"
-    assert dealt in describe(config, 2 * dp)
+    needed = f"{dp} replicas round it up to a multiple of {dp} and then leave packs less full: set"
+    assert needed in describe(config, 2 * dp)
 
 
-def test_tensor_parallel_groups_over_nodes_are_told():
+def test_tensor_parallel_groups_over_nodes_are_reported():
     config = load_config(GEMMA, ["parallel.tp=8"])
     found = [
         warnings_of(make_plan(config, Cluster(*nodes), GPUS["h100"], False, Sample(512, 1)))
@@ -309,5 +309,5 @@ def test_fp8_memory_counts_copies_of_weights():
         ("", "bf16", None),
     ],
 )
-def test_peaks_are_known_or_not_told(name, precision, peak):
+def test_peaks_are_known_or_not_reported(name, precision, peak):
     assert peak_flops(name, precision) == peak

@@ -11,7 +11,7 @@ from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import step_work
 from dattn_mcore.plan.rows import Rows, causal_pairs, rows_of
 from dattn_mcore.training.model import build_from_config
-from tests.distributed.jobs import AIMV2, CLIP, GEMMA, SMALL_MODEL
+from tests.distributed.small_models import AIMV2, CLIP, GEMMA, SMALL_MODEL
 
 LAYOUTS = [((True, 32), (False, 40)), ((True, 16), (False, 8), (True, 16), (False, 32))]
 TOWER_TOO = ["vision", "projector", "llm"]

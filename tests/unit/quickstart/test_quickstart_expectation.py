@@ -3,7 +3,7 @@
 import pytest
 
 from dattn_mcore.errors import ConfigError
-from dattn_mcore.evaluation.digits_score import Tally
+from dattn_mcore.evaluation.exact_match import Tally
 from dattn_mcore.evaluation.questions import Answer, read_questions, write_answers
 from dattn_mcore.quickstart import __main__ as command
 from dattn_mcore.quickstart import picture

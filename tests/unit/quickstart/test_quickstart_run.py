@@ -38,19 +38,19 @@ def test_warnings_go_to_the_log(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stderr", "told"),
+    ("stderr", "reported"),
     [
         ("Traceback\nerror: optim.lr=x is bad\nChildFailedError: rank 0\n", "optim.lr=x is bad"),
         ("Traceback\n  File\nValueError: no\n", "ValueError: no"),
         ("", "it said nothing"),
     ],
 )
-def test_a_failed_step_is_told_in_one_line(tmp_path, stderr, told):
+def test_a_failed_step_is_reported_in_one_line(tmp_path, stderr, reported):
     code = f"import sys; sys.stderr.write({stderr!r}); sys.exit(3)"
     with pytest.raises(StepError) as caught:
         _run(code, tmp_path)
     message = str(caught.value)
-    assert told in message
+    assert reported in message
     assert "'sample' failed with status 3" in message
     assert str(tmp_path / "sample.log") in message
     assert "\n" not in message

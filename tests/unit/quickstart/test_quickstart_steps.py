@@ -56,7 +56,7 @@ def test_settings_that_the_quickstart_makes_are_refused(override):
     ("override", "message"),
     [("optim.lrr=1", "did you mean 'optim.lr'"), ("parallel.tp=3", "multiples of parallel.tp=3")],
 )
-def test_a_setting_that_cannot_run_is_told_before_anything_starts(override, message):
+def test_a_setting_that_cannot_run_is_reported_before_anything_starts(override, message):
     with pytest.raises(ConfigError, match=message):
         _plan(override)
 

@@ -107,7 +107,7 @@ def test_a_finished_run_is_done(job):
     assert out.splitlines()[-1].endswith("finished")
 
 
-def test_ranks_are_told_where_they_are(job):
+def test_ranks_are_given_their_place(job):
     job.run(FINISH.format(job.run_dir))
     assert job.read("world") == ["10.0.0.7:24711", "4", "2"]
     words = job.read("srun")
@@ -135,7 +135,7 @@ def test_a_rank_takes_its_place_from_slurm(tmp_path):
 
 
 def test_a_run_that_saved_and_stopped_comes_back(job):
-    """The ranks alone were told to stop: they exit with 0 and the run is not finished."""
+    """The ranks alone got the signal to stop: they exit with 0 and the run is not finished."""
     status, out, err = job.run("exit 0")
     assert (status, err, job.requeued) == (0, "", True)
     assert "back into the queue" in out
@@ -231,7 +231,7 @@ def test_faults_count_as_restarts(job):
 
 
 def test_preempted_while_importing_comes_back(job):
-    """Slurm told the ranks alone, which died of it: the job's PreemptTime tells."""
+    """Slurm sent the signal to the ranks alone, which died of it: the job's PreemptTime shows it."""
     status, _, _ = job.run("exit 143", preempted="2026-01-31T10:00:00")
     assert (status, job.requeued) == (0, True)
 

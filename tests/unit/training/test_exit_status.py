@@ -1,4 +1,4 @@
-"""What the trainer's command says and returns: a user's mistake and a fault are told apart."""
+"""What the trainer's command says and returns: a user's mistake and a fault differ."""
 
 import pytest
 
@@ -42,13 +42,13 @@ def ended(folder, *arguments):
         ("model.llm.head_dim=33", "error: model.llm.head_dim=33 and model.llm.hidden_size=128 "),
     ],
 )
-def test_a_mistake_of_all_ranks_is_told_by_the_first(tmp_path, setting, said):
+def test_a_mistake_of_all_ranks_is_reported_by_the_first(tmp_path, setting, said):
     (status, first), *others = ended(tmp_path, ([setting],), ([setting],))
     assert status == 2 and first.startswith(said) and first.count("\n") == 1
     assert others == [(2, "")]
 
 
-def test_a_fault_that_all_ranks_know_is_told_by_the_first(tmp_path):
+def test_a_fault_that_all_ranks_know_is_reported_by_the_first(tmp_path):
     start = ["--device", "cpu"]
     (status, first), second = ended(tmp_path, (start,), (start, True))
     assert status == 4 and first.count("\n") == 1
@@ -56,7 +56,7 @@ def test_a_fault_that_all_ranks_know_is_told_by_the_first(tmp_path):
     assert second == (4, "")
 
 
-def test_a_fault_that_one_rank_knows_is_told_by_that_rank(tmp_path):
+def test_a_fault_that_one_rank_knows_is_reported_by_that_rank(tmp_path):
     """The first rank, which holds the run's store, never comes."""
     start = ["--device", "cpu", "health.start_timeout_seconds=1"]
     _, (status, said) = ended(tmp_path, (None,), (start,))

@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dattn_mcore.architectures.sizes import ModelConfig
 from dattn_mcore.config.load import load_config
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.layers.runtime import Fp8, Recompute, Runtime
-from dattn_mcore.models.transformer_configs import llm_transformer_config
 from dattn_mcore.training import implementation, runtime
 from dattn_mcore.training.runtime import decide_runtime
 
@@ -114,7 +112,7 @@ def test_on_a_gpu_the_interleaved_schedule_empties_outputs_and_apex_fuses(monkey
         ),
     ],
 )
-def test_what_the_local_linears_cannot_do_is_told(settings, message):
+def test_what_the_local_linears_cannot_do_is_reported(settings, message):
     with pytest.raises(ConfigError, match=message) as caught:
         decide_runtime(load_config(None, settings))
     assert "\n" not in str(caught.value)
@@ -142,12 +140,3 @@ def test_what_the_local_linears_cannot_do_is_told(settings, message):
 def test_fields_that_cannot_go_together(fields, message):
     with pytest.raises(ValueError, match=message):
         Runtime(**fields)
-
-
-@pytest.mark.parametrize("asked", ["auto", "local"])
-def test_a_model_that_asks_for_another_implementation_is_refused(asked):
-    model = ModelConfig(transformer_impl=asked)
-    assert llm_transformer_config(model, Runtime(), tp_size=1, pp_size=1).num_layers == 4
-    other = ModelConfig(transformer_impl="transformer_engine")
-    with pytest.raises(ValueError, match="is not implementation='local' of the runtime"):
-        llm_transformer_config(other, Runtime(), tp_size=1, pp_size=1)

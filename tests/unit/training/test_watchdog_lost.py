@@ -23,7 +23,7 @@ def dogs(monkeypatch):
         for dog in made:
             stack.callback(dog.close)
             dog.phase("step 7", 0, "")
-        time.sleep(0.5)  # all have told it
+        time.sleep(0.5)  # all have reported it
         yield made
 
 
