@@ -88,7 +88,10 @@ def draw(title: str, step: Event, found: Sequence[Event], out: Path) -> None:
     times = own_times(found)
     longest = sorted(times, key=lambda name: -times[name])[: len(COLOURS)]
     colours = dict(zip(longest, COLOURS, strict=False))
-    threads = list(dict.fromkeys(event["tid"] for event in found))
+    busy = {event["tid"]: 0.0 for event in found}
+    for event in found:
+        busy[event["tid"]] = max(busy[event["tid"]], event["dur"])
+    threads = [thread for thread, longest_one in busy.items() if longest_one > step["dur"] / 1e3]
     figure, axes = plt.subplots(figsize=(11, 4.2), layout="constrained")
     bars: dict[tuple[float, str], list[tuple[float, float]]] = defaultdict(list)
     levels, base, ticks = depths(found), 0, []
@@ -102,14 +105,22 @@ def draw(title: str, step: Event, found: Sequence[Event], out: Path) -> None:
     for (row, name), spans in bars.items():
         axes.broken_barh(spans, (row, 0.9), facecolors=colours.get(name, OTHER), linewidth=0)
     for name in longest:
-        label = f"{name}, {times[name] / 1e3:.0f} ms itself"
+        short = name if len(name) < 40 else f"{name[:38]}..."
+        label = f"{times[name] / 1e3:.0f} ms  {short}"
         axes.plot([], [], linewidth=6, color=colours[name], label=label)
     axes.set_yticks(ticks, [f"thread {number + 1}" for number in range(len(threads))])
     axes.invert_yaxis()
     axes.set_xlim(0, step["dur"] / 1e3)
     axes.set_xlabel(f"ms of {step['name']} ({title})")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(
+        fontsize=8,
+        frameon=False,
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
+        title="without what they call",
+        title_fontsize=8,
+    )
     figure.savefig(out, dpi=90)
     plt.close(figure)
 
