@@ -55,7 +55,7 @@ BASELINE = {"v2v": "causal", "t2v_position": "rope"}
 
 def adapted(folder, family, lora, **attention):
     """A configuration with adapters, the random base that it names, and that base's export."""
-    config = small_config(make_tokenizer(folder), family)
+    config = small_config(make_tokenizer(folder), family, template="plain")
     config = replace(config, attention=replace(config.attention, **attention))
     make_checkpoint(folder / "base", config)
     convert(folder / "base", folder / "hf")
