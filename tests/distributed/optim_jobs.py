@@ -49,7 +49,7 @@ def weights_by_plain_adamw(
         (adam,) = done
         model[0].zero_grad_buffer()
         reports = run_schedule(model, micro_batches, pg_collection, forward_only=False)
-        sums = sum_reports(reports, micro_batches[0].labels.device, model_flops)
+        sums, _ = sum_reports(reports, micro_batches[0], model_flops)
         gradients = {name: named[name].main_grad for name in sorted(learning)}
         norm = torch.stack([g.double().norm() for g in gradients.values()]).norm()
         for name, gradient in gradients.items():
@@ -60,8 +60,8 @@ def weights_by_plain_adamw(
         adam.step()
         for parameter in named.values():
             parameter.grad = None
-        loss = float(sums[0] / sums[1])
-        return StepResult(loss, float(norm), int(sums[1]), 0.0, {1.0: 1.0})
+        loss = float(sums[0, 0] / sums[0, 1])
+        return StepResult(loss, float(norm), int(sums[0, 1]), 0.0, {1.0: 1.0})
 
     with (
         mock.patch.object(loop, "train_step", step),
