@@ -20,6 +20,8 @@ STEPS = 4
 def tree(digits, tmp_path):
     """Settings of a run whose checkpoints answer digits questions and a small POPE."""
 
+    data = make_tree(tmp_path / "val")
+
     def made(run_dir):
         return small_config(
             digits,
@@ -28,7 +30,7 @@ def tree(digits, tmp_path):
             checkpoint={"save_interval": 2, "keep": 1},
             scores={
                 "benchmarks": ["pope", "mme"],
-                "data": str(make_tree(tmp_path / "val")),
+                "data": str(data),
                 "questions": str(digits / "heldout_questions.jsonl"),
                 "image_folder": str(digits / "images"),
                 "interval": 2,

@@ -71,7 +71,7 @@ def test_every_whole_checkpoint_is_exported_by_the_end(run_dir, caplog):
     caplog.set_level(logging.INFO, "dattn_mcore")
     (checkpoint(run_dir, 3) / "shard").unlink()
     with exporting(run_dir) as hook:
-        hook.after_save(2, None)
+        hook.saved(run_dir)
         hook.close(2, True)
     assert exports(run_dir) == ["step_00000001", "step_00000002"]
     for name in exports(run_dir):
@@ -89,7 +89,7 @@ def test_a_failure_is_one_warning_and_tried_again_at_the_next_start(run_dir, cap
     shutil.rmtree(run_dir / "checkpoints/step_00000001")
     (run_dir / "order").write_text("fail")
     with exporting(run_dir) as hook:
-        hook.after_save(2, None)
+        hook.saved(run_dir)
         hook.close(2, True)
     (said,) = [record.getMessage() for record in caplog.records]
     assert said == (
@@ -107,7 +107,7 @@ def test_a_stopped_run_ends_its_export_and_does_it_again(run_dir):
     """Killed so hard that the temporary folder stays, too."""
     (run_dir / "order").write_text("hang")
     with exporting(run_dir) as hook:
-        hook.after_save(2, None)
+        hook.saved(run_dir)
         wait_for(run_dir / "hangs")
         hook.after_step(None)  # still running: nothing happens
         hook.close(2, False)
@@ -125,7 +125,7 @@ def test_a_stopped_run_ends_its_export_and_does_it_again(run_dir):
 def test_an_export_whose_checkpoint_is_gone_goes_too(run_dir, caplog):
     """Without a word: it is no failure."""
     with exporting(run_dir) as hook:
-        hook.after_save(2, None)
+        hook.saved(run_dir)
         wait_for(run_dir / "exports/step_00000002")
         shutil.rmtree(run_dir / "checkpoints")
         hook.close(2, True)
