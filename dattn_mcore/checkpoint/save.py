@@ -196,9 +196,7 @@ class CheckpointSaver:
             learning = state.model_state(self.chunks, groups, by_layer=True)
         return {
             **model,
-            "optimizer": state.optimizer_state(
-                self.optimizer, learning, groups, is_loading=False
-            ),
+            "optimizer": state.optimizer_state(self.optimizer, learning, groups, is_loading=False),
             "rng": state.rng_state(self.pg_collection, layout),
             "step": step,
         }
