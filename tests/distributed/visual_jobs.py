@@ -87,7 +87,7 @@ def attention_gradients(
     wrapped = wrap_ddp([model], config, groups)
     optimizer = build_optimizer(config, wrapped)
     reports = run_schedule(wrapped, [inputs, inputs], groups, forward_only=False)
-    loss = float(sum(report[0] for report in reports)) if reports else None
+    loss = float(sum(report[0, 0] for report in reports)) if reports else None
     entries = model.sharded_state_dict()
     shards = []
     for name, parameter in model.named_parameters():
