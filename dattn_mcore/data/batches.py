@@ -31,6 +31,7 @@ class BatchBuilder:
         index: That the numbers refer to.
         tokenizer: The one it was made with.
         share: Which part of a batch this rank takes.
+        by_group: Whether losses are counted by groups, too.
 
     Attributes:
         skipped: Whether each sample of the index fits no micro-batch, bool [samples].
@@ -39,13 +40,19 @@ class BatchBuilder:
     """
 
     def __init__(
-        self, config: Config, index: Index, tokenizer: Tokenizer, share: RankShare
+        self,
+        config: Config,
+        index: Index,
+        tokenizer: Tokenizer,
+        share: RankShare,
+        *,
+        by_group: bool,
     ) -> None:
         data, vision = config.data, config.model.vision
         self._config, self._index, self._share = config, index, share
         self._rows_per_tile = vision.rows_per_tile
         self.skipped = skipped_samples(index, config)
-        self.groups = groups_of(index)
+        self.groups, self._by_group = groups_of(index), by_group
         self._source_ends = np.array([end for _, end in index.source_ranges()])
         self._reader = SampleReader(index, tokenizer, self._rows_per_tile, data.max_image_pixels)
         self._images: ImageLoader | None = None
@@ -169,8 +176,8 @@ class BatchBuilder:
             sample_ids=tuple(item.indexed.id for item in members),
             num_samples=len(members),
             image_grids=tuple(image.grid for item in members for image in item.images),
-            groups=tuple(self._group(item) for item in members),
-            num_groups=len(self.groups),
+            groups=tuple(self._group(item) for item in members) if self._by_group else (),
+            num_groups=len(self.groups) if self._by_group else 0,
         )
 
     def _group(self, fitted: FittedSample) -> int:

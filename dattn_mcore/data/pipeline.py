@@ -19,14 +19,14 @@ from dattn_mcore.data.batch import GlobalBatch
 from dattn_mcore.data.batches import BatchBuilder
 from dattn_mcore.data.budgets import check_trainable
 from dattn_mcore.data.failures import SampleFailure, check_share
-from dattn_mcore.data.held_out import held_out_samples, training_shares
+from dattn_mcore.data.held_out import held_out_samples
 from dattn_mcore.data.index.identity import identity_of
 from dattn_mcore.data.index.store import open_index
 from dattn_mcore.data.order import SampleOrder
 from dattn_mcore.data.prefetch import Prefetcher
 from dattn_mcore.data.samples import FittedSample
 from dattn_mcore.data.share import RankShare
-from dattn_mcore.data.steps import FullSteps, steps_of
+from dattn_mcore.data.steps import FullSteps, shares_of, steps_of
 from dattn_mcore.data.templates import check_symbols
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import ConfigError
@@ -100,8 +100,15 @@ class DataPipeline:
         self.index = open_index(config, tokenizer)
         check_share(self.index, data.max_bad_share)
         self.held_out = held_out_samples(self.index, config)
-        shares = training_shares(self.index, config)
-        self._batches = BatchBuilder(config, self.index, tokenizer, self.share)
+        away = None if self.held_out is None else self.held_out.away
+        shares = shares_of(self.index, away)
+        self._batches = BatchBuilder(
+            config,
+            self.index,
+            tokenizer,
+            self.share,
+            by_group=len(self.index.settings.sources) > 1,  # else nobody reads it
+        )
         skipped = self._batches.skipped
         drawn = np.concatenate([share.numbers for share in shares if share.per_epoch])
         check_trainable(self.index, config, drawn, skipped)

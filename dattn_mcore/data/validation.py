@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from dattn_mcore.config.schema import Config
@@ -15,6 +17,8 @@ from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.prefetch import Prefetcher
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError
+
+_LOG = logging.getLogger(__name__)
 
 
 class ValidationData:
@@ -42,7 +46,7 @@ class ValidationData:
             index = _own_index(config, tokenizer)
             chosen = np.asarray(index.usable) == 1
             check_apart(training.index, training.drawn, index, chosen)
-        self._batches = BatchBuilder(config, index, tokenizer, training.share)
+        self._batches = BatchBuilder(config, index, tokenizer, training.share, by_group=True)
         self.groups = self._batches.groups
         fits = chosen & ~self._batches.skipped & (index.samples["supervised"] > 0)
         numbers = np.flatnonzero(fits)
@@ -52,7 +56,13 @@ class ValidationData:
                 f"data.text_budget={config.data.text_budget} and data.visual_budget="
                 f"{config.data.visual_budget}; raise them, or give other samples"
             )
-        self.num_left_out = int(chosen.sum()) - len(numbers)
+        if left_out := int(chosen.sum()) - len(numbers):
+            _LOG.warning(
+                "%d of %d held-out samples are over budget or have nothing to predict, and are "
+                "left out of the held-out loss",
+                left_out,
+                int(chosen.sum()),
+            )
         most = config.validation.samples
         if most is not None and most < len(numbers):
             numbers = np.sort(numbers[epoch_permutation(len(numbers), 0, 0)[:most]])

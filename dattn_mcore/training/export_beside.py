@@ -24,13 +24,12 @@ from dattn_mcore.checkpoint.folders import EXPORTS, export_of, list_checkpoints,
 from dattn_mcore.parallel import platform
 from dattn_mcore.parallel.groups import wait_for_all
 from dattn_mcore.training.hooks import Hook, StepDone
+from dattn_mcore.training.launch import without_rank
 from dattn_mcore.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 PROGRAM = "tools.checkpoint_convert.beside_training"
 END_SECONDS = 20.0  # to a process that was asked to end
-# What torchrun gave to this rank is not for a process of its own.
-_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
 @dataclass
@@ -160,7 +159,6 @@ class ExportBeside(Hook):
 
 def _environment() -> dict[str, str]:
     """Of a process that is no rank, needs no GPU, and finds this installation of the converter."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_RANK)}
     root = str(Path(dattn_mcore.__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**own, **platform.without_gpus(), "PYTHONPATH": path}
+    return {**without_rank(os.environ), **platform.without_gpus(), "PYTHONPATH": path}

@@ -118,7 +118,9 @@ def build_hooks(
     except Exception as error:  # noqa: BLE001 (the other ranks must know)
         problem = unexpected(error, "opening the reports", run_dir)
     agree(problem, device)
-    hooks: list[Hook] = [*profiles, parts, *([ema] if ema is not None else [])]
+    hooks: list[Hook] = [*profiles, parts]
+    if ema is not None:
+        hooks.append(ema)
     if asks(config):  # in front of those that close the sinks
         scoring = reports.scoring
         waiting = WaitForScores(config, scoring, watchdog, reports.interval, last_step)

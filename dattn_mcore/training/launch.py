@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dattn_mcore.console import say
 from dattn_mcore.errors import ConfigError
 
-# This process's place, as torchrun gave it; a new torchrun must not inherit it.
-_TORCHRUN_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_WORLD_SIZE",
-    "ROLE_WORLD_SIZE",
-    "ROLE_NAME",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_RESTART_COUNT",
-    "TORCHELASTIC_MAX_RESTARTS",
-    "TORCHELASTIC_RUN_ID",
-    "TORCHELASTIC_USE_AGENT_STORE",
-    "TORCHELASTIC_ERROR_FILE",
-    "OMP_NUM_THREADS",
-)
+# How names begin of what torchrun gives a rank: its place, and where the others are.
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+
+
+def without_rank(given: Mapping[str, str]) -> dict[str, str]:
+    """An environment for a process that is no rank of this run.
+
+    Args:
+        given: variables of this process.
+    """
+    return {name: value for name, value in given.items() if not name.startswith(_OF_A_RANK)}
 
 
 def restart_under_torchrun(
@@ -59,7 +50,7 @@ def restart_under_torchrun(
         f"torchrun --nproc-per-node {processes} {' '.join(started)}"
     )
     sys.stdout.flush()
-    environment = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES}
+    environment = without_rank(os.environ)
     environment["OMP_NUM_THREADS"] = "1"  # torchrun's own default, which it would announce
     command = [
         sys.executable,

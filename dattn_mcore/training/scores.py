@@ -23,6 +23,7 @@ from dattn_mcore.parallel.groups import wait_for_all
 from dattn_mcore.training.hooks import Hook, StepDone, cannot_report
 from dattn_mcore.training.interval import IntervalReport
 from dattn_mcore.training.last_words import unexpected
+from dattn_mcore.training.launch import without_rank
 from dattn_mcore.training.lines import read_lines
 from dattn_mcore.training.score_checkpoint import (
     EXPORT,
@@ -41,8 +42,6 @@ FOLDER, LOG = "scores", "log.txt"
 MOST_PENDING = 2  # checkpoints being scored or waiting for it, beside which training goes on
 _POLL_SECONDS = 0.2
 _SECONDS_BETWEEN_LINES = 30.0
-# What torchrun says to its ranks; the process is no rank.
-_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 _THREADS = "1"  # the cores are the run's
 
 
@@ -111,7 +110,8 @@ class ScoreCheckpoints(Hook):
 
     def in_use(self) -> set[Path]:
         """Checkpoints that are not scored yet."""
-        return {*self._waiting, *([self._running.checkpoint] if self._running else [])}
+        waiting = set(self._waiting)
+        return waiting if self._running is None else waiting | {self._running.checkpoint}
 
     def metrics(self) -> dict[str, float]:
         """`scores/NAME` of the newest checkpoint that has been scored, one before this one."""
@@ -295,11 +295,10 @@ class WaitForScores(Hook):
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
     """Variables of the scoring process: those of this one, but for what makes it a rank."""
-    kept = {name: value for name, value in given.items() if not name.startswith(_OF_A_RANK)}
     # The same packages as here, wherever this process found them.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return {
-        **kept,
+        **without_rank(given),
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": _THREADS,
