@@ -39,16 +39,16 @@ def lora(targets=ALL, **more):
 
 @pytest.fixture(scope="module")
 def base_of(pool, digits, tmp_path_factory):
-    """Run folders of models after one step, by family."""
+    """Run folders of models after one step, one for each model."""
     done = {}
 
     def base(model):
-        name = model.get("family", "mistral")
-        if name not in done:
-            done[name] = tmp_path_factory.mktemp(name)
-            tree = small_config(digits, done[name], model=model, train={"steps": 1})
+        key = json.dumps(model, sort_keys=True)
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("base")
+            tree = small_config(digits, done[key], model=model, train={"steps": 1})
             assert all(pool.run(run_training, 1, tree))
-        return {"checkpoint": {"init_from": str(done[name])}}
+        return {"checkpoint": {"init_from": str(done[key])}}
 
     return base
 
