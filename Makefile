@@ -34,7 +34,8 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest -q --tier default --beyond fast $(ARGS)
 
 test-all: .venv/installed-dev
-	$(BIN)/python -m pytest -q --tier all $(ARGS)
+	$(BIN)/python -m pytest -q --tier fast $(ALL_CORES) $(ARGS)
+	$(BIN)/python -m pytest -q --tier all --beyond fast $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
