@@ -83,7 +83,7 @@ def test_everything_that_is_imported_is_asked_for():
             ".venv/bin/python -m pytest -q --tier fast -n logical --maxprocesses 8 optim.lr=1",
         ),
         ("test", ".venv/bin/python -m pytest -q --tier default --beyond fast optim.lr=1"),
-        ("test-all", ".venv/bin/python -m pytest -q --tier all optim.lr=1"),
+        ("test-all", ".venv/bin/python -m pytest -q --tier all --beyond fast optim.lr=1"),
         ("check", ".venv/bin/mypy"),
         ("gpu-check", ".venv/bin/python -m benchmarks.gpu_check optim.lr=1"),
         ("update", ".venv/bin/python -m pytest -q tests/matrix"),
