@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ def words_of(name: str, kind: Any) -> tuple[str, ...]:
 
 
 def _of_section(section: Any, prefix: str) -> Iterator[str]:
-    kinds = typing.get_type_hints(type(section))
+    kinds = _kinds(section.__class__)
     for field in dataclasses.fields(section):
         name, value = f"{prefix}{field.name}", getattr(section, field.name)
         words = words_of(name, kinds[field.name])
@@ -55,6 +56,11 @@ def _of_section(section: Any, prefix: str) -> Iterator[str]:
                 yield from _of_section(item, f"{place}.")
             elif words and item is not None and item not in words:
                 yield _said(place, item, words)
+
+
+@functools.cache
+def _kinds(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section)
 
 
 def _items(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -152,7 +152,7 @@ def make_plan(config: Config, cluster: Cluster, gpu: Gpu, fp8: bool, sample: Sam
         exposed_seconds(config, exchange, stage.state, times[stage.stage])
         for exchange, stage in zip(data, memory, strict=True)
     )
-    update = max(update_seconds(config, stage, dp, gpu) for stage in stages)
+    update = max(update_seconds(config, stage.state, gpu) for stage in memory)
     seconds = pipeline + exposed + update
     return Plan(
         config=config,

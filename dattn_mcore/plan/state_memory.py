@@ -69,16 +69,20 @@ def state_memory(config: Config, stage: int, dp: int) -> StateMemory:
         trained=trained,
         weights=frozen + ema + sum(size * BYTES[buffer.dtype] for buffer, size in sizes),
         gradients=sum(4 * size for _, size in sizes),
-        optimizer=max(optimizer_bytes(config, stage, dp)),
+        optimizer=max(_optimizer_bytes(buffers, dp)),
     )
 
 
 def optimizer_bytes(config: Config, stage: int, dp: int) -> list[int]:
     """Bytes of masters and moments on each data parallel rank of a stage."""
+    chunks = stage_parameters(config, stage)
+    return _optimizer_bytes([buffer for chunk in chunks for buffer in _buffers(chunk, dp)], dp)
+
+
+def _optimizer_bytes(buffers: list[_Buffer], dp: int) -> list[int]:
     total = np.zeros(dp, dtype=np.int64)
-    for chunk in stage_parameters(config, stage):
-        for buffer in _buffers(chunk, dp):
-            total += (12 if buffer.dtype == "bf16" else 8) * _owned(buffer, dp)
+    for buffer in buffers:
+        total += (12 if buffer.dtype == "bf16" else 8) * _owned(buffer, dp)
     return total.tolist()
 
 

@@ -11,7 +11,7 @@ from dattn_mcore.plan.communication import Exchange, tensor_bytes_per_layer
 from dattn_mcore.plan.flops import Work
 from dattn_mcore.plan.hardware import Cluster, Gpu
 from dattn_mcore.plan.rows import Rows
-from dattn_mcore.plan.state_memory import StateMemory, optimizer_bytes, state_memory
+from dattn_mcore.plan.state_memory import StateMemory
 
 KERNELS = 30, 50  # of a layer, forward and backward: what the host must start
 
@@ -141,9 +141,7 @@ def exposed_seconds(
     return reduce + gather
 
 
-def update_seconds(config: Config, stage: int, dp: int, gpu: Gpu) -> float:
+def update_seconds(config: Config, state: StateMemory, gpu: Gpu) -> float:
     """Adam on a rank's share, and the norm of all its gradients."""
-    state = state_memory(config, stage, dp)
-    per_element = 12 if config.train.precision == "bf16" else 8
-    owned = max(optimizer_bytes(config, stage, dp)) / per_element
+    owned = state.optimizer / (12 if config.train.precision == "bf16" else 8)
     return (owned * 30 + 2 * state.gradients) / gpu.bandwidth
