@@ -98,6 +98,10 @@ class Entry:
         """The layers to go through; `[None]` for an entry without layers."""
         return [None] if self.layers is None else list(range(self.layers))
 
+    def all_numbers(self) -> list[int | None]:
+        """Numbers in the model of the stack's layers; `[None]` for an entry without layers."""
+        return [None if layer is None else self.number(layer) for layer in self.steps()]
+
     def layer_shape(self) -> Shape:
         """Shape of the Megatron-Core tensor, without the axis of layers."""
         return self.mix.shape(list(self.parts.values()))

@@ -1,7 +1,8 @@
 """Bytes on disk of a run's checkpoints and exports, from the parameter table.
 
 A checkpoint holds every weight in its own dtype, and of each that learns a float32 copy and Adam's
-two moments, whatever the layout; with an EMA a float32 mean more. Its index, manifest, RNG states
+two moments, whatever the layout; with an EMA a float32 mean more. With adapters it holds only what
+learns. Its index, manifest, RNG states
 and the headers of tensors come on top: some kilobytes a tensor and rank. An export holds the
 weights.
 """
@@ -11,8 +12,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dattn_mcore.architectures.parameters import part_of
+from dattn_mcore.architectures.adapters import with_adapters
+from dattn_mcore.architectures.parameters import Entry
 from dattn_mcore.architectures.tables import model_table
+from dattn_mcore.config.lora import adapters_of
+from dattn_mcore.config.optim_groups import layers_differ, resolved
 from dattn_mcore.config.schema import CheckpointConfig, Config
 from dattn_mcore.plan.parameters import BYTES
 
@@ -26,7 +30,7 @@ class CheckpointSize:
     """Bytes of one checkpoint and of its export.
 
     Attributes:
-        weights: of the model.
+        weights: of the model; with adapters, of what learns.
         optimizer: its state.
         ema: running mean of the weights; 0 without one.
         export: weights of the Hugging Face folder; its tokenizer and code are not counted.
@@ -45,18 +49,31 @@ class CheckpointSize:
 
 def checkpoint_size(config: Config) -> CheckpointSize:
     """Bytes of a checkpoint of this run; the same in every layout."""
-    weights = learns = export = 0
-    for entry in model_table(config.model):
-        width = BYTES["fp32" if entry.dtype == "float32" else config.train.precision]
-        layers = entry.layers or 1
-        export += width * layers * sum(map(math.prod, entry.parts.values()))
+    weights = numbers = learns = export = 0
+    table, adapters = resolved(config), adapters_of(config)
+    base = model_table(config.model)
+    for entry in base:
+        export += (
+            _width(config, entry) * len(entry.steps()) * sum(map(math.prod, entry.parts.values()))
+        )
+    for entry in base if adapters is None else with_adapters(base, config.model, adapters):
         if entry.key is None:
             continue
-        numel = math.prod(entry.mcore_shape())
-        weights += width * numel
-        learns += numel if part_of(entry.key) in config.train.trains else 0
-    ema = EMA_BYTES * learns if config.train.ema_decay is not None else 0
+        numel = math.prod(entry.layer_shape())
+        learning = numel * sum(table[entry.key, number].trains for number in entry.all_numbers())
+        numbers += numel * len(entry.steps())
+        learns += learning
+        # With adapters what learns is saved, and the rest is another checkpoint's.
+        saved = numel * len(entry.steps()) if adapters is None else learning
+        weights += _width(config, entry) * saved
+    ema = 0
+    if config.train.ema_decay is not None:  # where layers differ, `Ema` keeps all weights
+        ema = EMA_BYTES * (numbers if layers_differ(config) else learns)
     return CheckpointSize(weights, OPTIMIZER_BYTES * learns, ema, export)
+
+
+def _width(config: Config, entry: Entry) -> int:
+    return BYTES["fp32" if entry.dtype == "float32" else config.train.precision]
 
 
 def disk_lines(config: Config) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from dattn_mcore.architectures.adapters import adapter_table
 from dattn_mcore.architectures.parameters import part_of
 from dattn_mcore.architectures.tables import model_table
+from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.optim_groups import TensorSettings, resolved
 from dattn_mcore.config.schema import Config
 
@@ -50,12 +52,15 @@ def _grouped(config: Config) -> dict[tuple[str, bool], _Line]:
     table = resolved(config)
     lines: dict[tuple[str, bool], _Line] = {}
     numbers: dict[tuple[str, bool], int] = {}
-    for entry in model_table(config.model):
+    adapters = adapters_of(config)
+    added = [] if adapters is None else adapter_table(config.model, adapters)
+    for entry in [*model_table(config.model), *added]:
         if entry.key is None:
             continue
-        for layer in entry.steps():
-            settings = table[entry.key, layer]
-            name = part_of(entry.key) if settings.group is None else _name(config, settings.group)
+        part = "adapters" if entry in added else part_of(entry.key)
+        for number in entry.all_numbers():
+            settings = table[entry.key, number]
+            name = part if settings.group is None else _name(config, settings.group)
             key = (name, settings.trains)
             line = lines.setdefault(key, _Line())
             numbers[key] = -1 if settings.group is None else settings.group

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from dattn_mcore.architectures.adapters import adapter_table
+from dattn_mcore.checkpoint.metadata import read_metadata
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.config.lora import adapters_of
+from dattn_mcore.plan.disk import checkpoint_size
 from tests.distributed.interrupted_jobs import train_until_killed
 from tests.distributed.jobs import read_metrics, run_training
 from tests.distributed.pool import WorkerError
@@ -139,11 +141,21 @@ def test_adapters_learn_as_in_one_process(train, expected, case):
             assert value.abs().amax(dim=(1, 2)).gt(1e-6).all(), key  # of every layer
 
 
-def test_the_projector_learns_beside_them(train, base_of):
-    """`train.trains` names it; it is in the checkpoint, and nothing that is frozen."""
+def test_the_projector_learns_beside_them(train, digits, tmp_path):
+    """The checkpoint holds both, nothing that is frozen, and the bytes that the dry run says."""
     sections = merge(lora(SOME), {"train": {"trains": ["projector", "llm"], "steps": 1}})
-    _, found = train({}, 1, sections)
-    assert found
+    sections = merge(sections, {"checkpoint": {"init_from": "base"}})
+    config = from_dict(small_config(digits, tmp_path, **sections))
+    del sections["checkpoint"]
+    train({}, 1, sections, run_dir=tmp_path)
+    (folder,) = (tmp_path / "checkpoints").glob("step_*")
+    saved = {"weights": 0, "optimizer": 0}
+    for key, tensor in read_metadata(folder).state_dict_metadata.items():
+        if not key.startswith("rng."):
+            kind = "optimizer" if key.startswith("optimizer.") else "weights"
+            saved[kind] += tensor.size.numel() * tensor.properties.dtype.itemsize
+    size = checkpoint_size(config)
+    assert (size.weights, size.optimizer) == (saved["weights"], saved["optimizer"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dattn_mcore.checkpoint.metadata import read_metadata
 from dattn_mcore.config.load import from_dict
-from dattn_mcore.config.schema import CheckpointConfig
+from dattn_mcore.config.schema import CheckpointConfig, OptimGroup
 from dattn_mcore.plan.disk import checkpoint_size, disk_lines
 from dattn_mcore.training.ema import Ema
 from tests.unit.checkpoint.runs import small_run
@@ -18,15 +18,20 @@ from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
 
 # `torch.save` pads and describes each tensor, and the small files of a checkpoint come on top.
 A_TENSOR, A_CHECKPOINT = 4096, 200_000
+HALF = (
+    OptimGroup(patterns=("vision.layers.{1..1}",), trains=True),
+    OptimGroup(patterns=("llm.layers.0", "embedding"), trains=False),
+)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
-def test_a_checkpoint_and_its_export_take_what_was_said(tmp_path, family, precision):
+@pytest.mark.parametrize("groups", [(), HALF], ids=["parts", "groups"])
+def test_a_checkpoint_and_its_export_take_what_was_said(tmp_path, family, precision, groups):
     config = small_config(make_tokenizer(tmp_path), family)
     trains = ("projector", "llm")
     train = replace(config.train, precision=precision, ema_decay=0.9, trains=trains)
-    config = replace(config, train=train)
+    config = replace(config, train=train, optim=replace(config.optim, groups=groups))
     with small_run(tmp_path / "run/checkpoints", config) as run:
         model = [SimpleNamespace(module=chunk) for chunk in run.chunks]
         run.saver.beside = Ema(config, model).sharded

@@ -55,6 +55,28 @@ def test_groups_with_counts():
         assert counted == sum(p.numel for p in chunk if p.trained is learns)
 
 
+def test_adapters_have_a_line():
+    lora = {"targets": ["*.{q,down}_proj"], "rank": 2}
+    config = from_dict(
+        {
+            "lora": lora,
+            "train": {"trains": ["projector", "llm"]},
+            "optim": {"lr": 1e-3, "groups": [{"patterns": "*.down_proj.lora_B", "lr": 2e-3}]},
+            "checkpoint": {"init_from": "base"},
+        }
+    )
+    check_config(config)
+    rows, llm = rows_of(config), config.model.llm
+    head = llm.hidden_size // llm.num_attention_heads
+    queries = 2 * (llm.hidden_size + llm.num_attention_heads * head)
+    counted = [
+        llm.num_layers * one for one in (queries + 2 * llm.ffn_hidden_size, 2 * llm.hidden_size)
+    ]
+    assert rows["adapters", True][:2] == [f"{counted[0]:,}", "0.001"]
+    assert rows["optim.groups[0] (*.down_proj.lora_B)", True][:2] == [f"{counted[1]:,}", "0.002"]
+    assert rows["llm", False][1:] == ["frozen"]
+
+
 def test_the_dry_run_shows_them_and_the_schedule():
     groups = [{"patterns": "llm.layers.1", "lr": 7e-4}]
     text = describe(config_of(groups=groups, schedule="wsd", decay_steps=100), 1)
