@@ -107,8 +107,8 @@ def _staying(checkpoint: CheckpointConfig, steps: int | None) -> tuple[int, str]
         name = f"every {checkpoint.keep_every:,} steps"
         counts.append((often, name if steps is None else f"{often} of {name}"))
     most = sum(number for number, _ in counts)
-    if steps is not None:  # no more than are saved
-        most = min(most, math.ceil(steps / checkpoint.save_interval))
+    if steps is not None and (saves := math.ceil(steps / checkpoint.save_interval)) < most:
+        return saves, "all that are saved"
     return most, " + ".join(name for _, name in counts)
 
 

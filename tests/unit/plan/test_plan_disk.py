@@ -65,7 +65,7 @@ def shape_size(shape):
     ("checkpoint", "steps", "said"),
     [
         ({}, 1000, ["2 stay (2 newest): 63.0 MB with the one that is being written"]),
-        ({"keep": 99}, 1000, ["10 stay (99 newest)"]),
+        ({"keep": 99}, 1000, ["10 stay (all that are saved)"]),
         (
             {"keep_every": 500, "keep_best": 3, "also_export": True},
             1000,
