@@ -23,6 +23,7 @@ from dattn_mcore.config.schema import ScoresConfig
 from dattn_mcore.console import complain
 from dattn_mcore.errors import DataError, DattnError, error_lines
 from dattn_mcore.evaluation.benchmarks import Benchmark, Options, make_benchmark
+from dattn_mcore.evaluation.exact_match import ExactMatch, score_answers, write_score
 from dattn_mcore.evaluation.files import read_json_lines, read_object, write_text
 from dattn_mcore.log import log_to_stderr
 from dattn_mcore.orphans import end_with_parent
@@ -45,12 +46,14 @@ class Scores:
         values: main figure of each benchmark, and of the own questions in percent; None where it
             failed.
         problems: why, of those.
+        notes: what must be known to read the others: no better than guessing, answers all the same.
         examples: some answers.
     """
 
     step: int
     values: dict[str, float | None]
     problems: dict[str, str]
+    notes: dict[str, str]
     examples: tuple[Example, ...]
 
 
@@ -86,7 +89,13 @@ def read_scores(folder: Path) -> Scores | None:
             )
             for fields in found["examples"]
         )
-        return Scores(found["step"], dict(found["values"]), dict(found["problems"]), examples)
+        return Scores(
+            step=found["step"],
+            values=dict(found["values"]),
+            problems=dict(found["problems"]),
+            notes=dict(found.get("notes", {})),
+            examples=examples,
+        )
     except (DataError, KeyError, TypeError, ValueError):
         return None
 
@@ -130,15 +139,19 @@ def score(folder: Path) -> None:
         _export(request["checkpoint"], export)
         values: dict[str, float | None] = {}
         problems: dict[str, str] = {}
+        notes: dict[str, str] = {}
         examples: list[Example] = []
         shares = _shares(settings)
         if settings.benchmarks:
-            _ask_benchmarks(settings, folder, values, problems)
+            _ask_benchmarks(settings, folder, values, problems, notes)
             for name in settings.benchmarks:
                 if name not in problems:
                     examples += _examples(name, settings, folder, shares[name])
         if settings.questions is not None:
-            values[QUESTIONS], shown = _ask_questions(settings, folder, shares[QUESTIONS])
+            result, shown = _ask_questions(settings, folder, shares[QUESTIONS])
+            values[QUESTIONS] = 100 * result.overall.accuracy
+            if result.notes:
+                notes[QUESTIONS] = "; ".join(result.notes)
             examples += shown
     finally:
         if not settings.keep_export:
@@ -148,6 +161,7 @@ def score(folder: Path) -> None:
         "checkpoint": request["checkpoint"],
         "values": values,
         "problems": problems,
+        "notes": notes,
         "examples": [
             {**vars(example), "image": None if example.image is None else str(example.image)}
             for example in examples
@@ -180,6 +194,7 @@ def _ask_benchmarks(
     folder: Path,
     values: dict[str, float | None],
     problems: dict[str, str],
+    notes: dict[str, str],
 ) -> None:
     # Imported after the export, which may refuse a model: it takes seconds.
     from dattn_mcore.evaluation.run import RunSettings, run
@@ -200,12 +215,15 @@ def _ask_benchmarks(
         values[result.name] = None if result.score is None else result.score.value
         if result.error or result.score is None:
             problems[result.name] = result.error or result.note
+        elif result.note:
+            notes[result.name] = result.note
 
 
-def _ask_questions(settings: ScoresConfig, folder: Path, shown: int) -> tuple[float, list[Example]]:
-    """Percent of right answers to the own question file, and some of them."""
+def _ask_questions(
+    settings: ScoresConfig, folder: Path, shown: int
+) -> tuple[ExactMatch, list[Example]]:
+    """The score of the answers to the own question file, and some of them."""
     from dattn_mcore.evaluation.answer import Answerer, Settings  # as above
-    from dattn_mcore.evaluation.exact_match import score_answers, write_score
     from dattn_mcore.evaluation.questions import part_of, read_questions, write_answers
 
     assert settings.questions is not None
@@ -219,7 +237,7 @@ def _ask_questions(settings: ScoresConfig, folder: Path, shown: int) -> tuple[fl
     write_score(folder / "questions.json", result)
     root = Path(settings.image_folder or "").resolve()
     chosen = [questions[place] for place in _spread(len(questions), shown)]
-    return 100 * result.overall.accuracy, [
+    return result, [
         Example(
             image=root / question.images[0] if question.images else None,
             question=question.text,

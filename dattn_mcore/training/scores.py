@@ -210,6 +210,8 @@ class ScoreCheckpoints(Hook):
         """Passes on what a process left."""
         for name, problem in scores.problems.items():
             logger.warning("no score of %s at step %d: %s", name, scores.step, problem)
+        for name, note in scores.notes.items():
+            logger.warning("the score of %s at step %d: %s", name, scores.step, note)
         for sink in self._sinks:
             sink.write(Row("scores", scores.step, self._last_step, dict(scores.values)))
             if scores.examples:

@@ -63,6 +63,8 @@ def test_the_scores_are_those_of_the_evaluation_by_hand(tmp_path, world):
     found = read_scores(folder)
     assert found.step == 12 and list(found.values) == ["mme", "mmbench", "questions"]
     assert not found.problems
+    assert found.notes["mmbench"].startswith("all 4 answers are the same")
+    assert "no answer is right" in found.notes["questions"]
     model, out = f"--model={folder / 'hf'}", tmp_path / "by_hand"
     common = [model, "--max-new-tokens=4", "--device=cpu", "--limit=5"]
     asked = [f"--data={world / 'val'}", "--benchmarks=mme,mmbench", f"--out={out}"]

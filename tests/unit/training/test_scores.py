@@ -32,7 +32,8 @@ examples = [{"image": None, "question": "?", "answer": "1", "reference": "2"}]
 problems = {"mme": "no images"}
 values = {"pope": request["step"] / 2, "mme": None}
 (folder / "scores.json").write_text(json.dumps({
-    "step": request["step"], "values": values, "problems": problems, "examples": examples,
+    "step": request["step"], "values": values, "problems": problems,
+    "notes": {"pope": "all 9 answers are the same"}, "examples": examples,
 }))
 """
 
@@ -92,7 +93,7 @@ def test_when_it_is_a_checkpoint_s_turn(run_dir):
     assert [step for step in range(1, 10) if is_due(last, step, 9)] == [9]
 
 
-def test_one_after_the_other_beside_training(run_dir):
+def test_one_after_the_other_beside_training(run_dir, caplog):
     hook, sink = start(run_dir)
     folders = [checkpoint(run_dir, step) for step in (2, 3, 4)]
     for folder in folders:
@@ -111,6 +112,8 @@ def test_one_after_the_other_beside_training(run_dir):
     assert [row.step for row in sink.rows] == [2, 4] and hook.in_use() == set()
     assert hook.metrics() == {"scores/pope": 2.0}
     assert sink.shown == [("scores", 2, 1), ("scores", 4, 1)]
+    said = "the score of pope at step 2: all 9 answers are the same"
+    assert [record.getMessage() for record in caplog.records].count(said) == 1
 
 
 @pytest.mark.parametrize(
@@ -166,7 +169,7 @@ def test_a_stopped_run_ends_its_process(run_dir):
 def finished(run_dir, step, value):
     folder = run_dir / f"scores/step_{step:08d}"
     folder.mkdir(parents=True)
-    fields = {"step": step, "values": {"pope": value}, "problems": {}, "examples": []}
+    fields = {"step": step, "values": {"pope": value}, "problems": {}, "notes": {}, "examples": []}
     (folder / SCORES).write_text(json.dumps(fields))
     return folder
 
