@@ -8,6 +8,7 @@ unasked nor counted nor deleted.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Collection
@@ -18,6 +19,7 @@ from dattn_mcore.checkpoint.manifest import MANIFEST, is_of_a_run, read_manifest
 from dattn_mcore.checkpoint.retention import Retention
 from dattn_mcore.errors import CheckpointError
 
+SCORES = "scores"  # folder of what a run's checkpoints scored, with a file of that name for each
 EXPORTS = "exports"  # folder of a run's Hugging Face folders, beside that of its checkpoints
 _ASIDE = ".old.tmp"  # of a checkpoint that is being deleted or replaced
 
@@ -111,6 +113,24 @@ def export_of(checkpoint: Path) -> Path:
     return checkpoint.parent.parent / EXPORTS / checkpoint.name
 
 
+def _metrics(manifest: dict[str, Any]) -> dict[str, float]:
+    """Without scores, which older manifests have of an earlier checkpoint."""
+    metrics = manifest.get("metrics", {})
+    return {name: metrics[name] for name in metrics if not name.startswith(f"{SCORES}/")}
+
+
+def scored(checkpoint: Path) -> dict[str, float]:
+    """What a run's checkpoint scored (`scores/NAME`); none where it was not scored, or not yet."""
+    path = checkpoint.parent.parent / SCORES / checkpoint.name / f"{SCORES}.json"
+    try:
+        values = json.loads(path.read_text("utf-8"))["values"]
+        return {
+            f"{SCORES}/{name}": float(value) for name, value in values.items() if value is not None
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
 def delete_export(checkpoint: Path) -> None:
     """Deletes the Hugging Face folder of a run's checkpoint, where there is one of its own."""
     export = export_of(checkpoint)
@@ -135,7 +155,8 @@ def remove_old(root: Path, rules: Retention, saved: Path, in_use: Collection[Pat
     older = [path for path in list_checkpoints(root) if (step_of(path) or 0) <= newest]
     manifests = {path: whole_manifest(path) for path in older if not path.is_symlink()}
     whole = {path: fields for path, fields in manifests.items() if fields is not None}
-    stay = rules.staying({f["step"]: f.get("metrics", {}) for f in whole.values()})
+    known = {f["step"]: _metrics(f) | scored(path) for path, f in whole.items()}
+    stay = rules.staying(known)
     for path in whole:
         if path != saved and path not in in_use and step_of(path) not in stay:
             delete_export(path)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dattn_mcore.checkpoint import folders
 from dattn_mcore.config.convert import build
 from dattn_mcore.config.schema import ScoresConfig
 from dattn_mcore.console import complain
@@ -29,7 +30,7 @@ from dattn_mcore.log import log_to_stderr
 from dattn_mcore.orphans import end_with_parent
 from dattn_mcore.training.sinks.sink import Example
 
-REQUEST, SCORES = "request.json", "scores.json"
+REQUEST, SCORES = "request.json", f"{folders.SCORES}.json"
 EXPORT = "hf"  # the Hugging Face folder that answers
 BENCHMARKS = "benchmarks"  # a run's folder of `dattn_mcore.evaluation run`
 QUESTIONS = "questions"  # name of the own question file among the scores

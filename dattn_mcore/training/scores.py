@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dattn_mcore.checkpoint.folders import is_whole, list_checkpoints
+from dattn_mcore.checkpoint.folders import SCORES, is_whole, list_checkpoints
 from dattn_mcore.checkpoint.manifest import step_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import DataError, DattnError
@@ -38,7 +38,7 @@ from dattn_mcore.training.sinks.sink import Row, Sink
 from dattn_mcore.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-FOLDER, LOG = "scores", "log.txt"
+LOG = "log.txt"
 MOST_PENDING = 2  # checkpoints being scored or waiting for it, beside which training goes on
 _POLL_SECONDS = 0.2
 _SECONDS_BETWEEN_LINES = 30.0
@@ -80,10 +80,9 @@ class ScoreCheckpoints(Hook):
     def __init__(self, config: Config, sinks: list[Sink], first_step: int, last_step: int) -> None:
         self._config, self._sinks, self._last_step = config, sinks, last_step
         self._run_dir = Path(config.log.run_dir)
-        self._root = self._run_dir / FOLDER
+        self._root = self._run_dir / SCORES
         self._waiting: deque[Path] = deque()
         self._running: _Process | None = None
-        self._metrics: dict[str, float] = {}
         self._problem: DattnError | None = None
         self._clean(first_step)
         self._take_up(first_step)
@@ -112,10 +111,6 @@ class ScoreCheckpoints(Hook):
         """Checkpoints that are not scored yet."""
         waiting = set(self._waiting)
         return waiting if self._running is None else waiting | {self._running.checkpoint}
-
-    def metrics(self) -> dict[str, float]:
-        """`scores/NAME` of the newest checkpoint that has been scored, one before this one."""
-        return dict(self._metrics)
 
     def wait(self, most: int) -> None:
         """Waits until so many checkpoints at most are pending; says now and then how it goes."""
@@ -149,9 +144,7 @@ class ScoreCheckpoints(Hook):
         reported = {row["step"] for row in read_lines(self._run_dir / FILES["scores"])}
         for folder in sorted(self._root.glob("step_*")):
             scores = read_scores(folder)
-            if scores is not None and scores.step in reported:
-                self._keep_metrics(scores)
-            elif scores is not None:
+            if scores is not None and scores.step not in reported:
                 self._report(scores)
                 reported.add(scores.step)
         for checkpoint in reversed(list_checkpoints(self._run_dir / "checkpoints")):
@@ -216,12 +209,6 @@ class ScoreCheckpoints(Hook):
             sink.write(Row("scores", scores.step, self._last_step, dict(scores.values)))
             if scores.examples:
                 sink.show("scores", scores.step, scores.examples)
-        self._keep_metrics(scores)
-
-    def _keep_metrics(self, scores: Scores) -> None:
-        self._metrics = {
-            f"scores/{name}": value for name, value in scores.values.items() if value is not None
-        }
 
     def _warn(self, step: int, reason: str, folder: Path) -> None:
         logger.warning(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from dattn_mcore.checkpoint.folders import remove_old
 from dattn_mcore.checkpoint.manifest import new_manifest, read_manifest
 from dattn_mcore.checkpoint.retention import Retention
 from dattn_mcore.config.schema import CheckpointConfig
@@ -85,6 +86,29 @@ def test_the_best_stays_over_a_resume_and_a_move(small_configuration, tmp_path):
     assert sorted(path.name for path in (moved / "checkpoints").iterdir()) == left
     assert sorted(path.name for path in (moved / "exports").iterdir()) == ["mine", left[0]]
     assert "metrics" not in read_manifest(moved / "checkpoints/step_00000005")
+
+
+def test_the_best_by_scores_is_the_one_that_has_them(small_configuration, tmp_path):
+    """Scores come after later checkpoints; what is not scored yet waits for them."""
+    config = replace(small_configuration, checkpoint=replace(CheckpointConfig(), keep=9))
+    run_dir = tmp_path / "run"
+    root, rules = run_dir / "checkpoints", Retention(newest=1, best=1, best_by="scores/pope")
+    score = {1: 50.0, 2: 80.0, 3: None, 4: 60.0}  # the third's evaluation failed
+    stay = {1: [1], 2: [1, 2], 3: [1, 2, 3], 4: [2, 3, 4], 5: [2, 4, 5]}
+    with small_run(root, config) as run:
+        for step, left in stay.items():
+            saved = run.saver.save(step, metrics={"scores/pope": 99.0 - step})  # as once was said
+            before = root / f"step_{step - 1:08d}"
+            remove_old(root, rules, saved, [before, saved])
+            assert sorted(int(path.name[-1]) for path in root.iterdir()) == left
+            if step > 1:
+                write_scores(run_dir, before.name, {"pope": score[step - 1]})
+
+
+def write_scores(run_dir, name, values):
+    folder = run_dir / "scores" / name
+    folder.mkdir(parents=True)
+    (folder / "scores.json").write_text(json.dumps({"values": values}))
 
 
 def test_an_export_of_the_same_step_before_goes(small_configuration, tmp_path):

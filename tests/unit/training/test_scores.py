@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dattn_mcore.checkpoint.folders import scored
 from dattn_mcore.config.load import load_config
 from dattn_mcore.errors import DattnError
 from dattn_mcore.training import scores
@@ -103,14 +104,14 @@ def test_one_after_the_other_beside_training(run_dir, caplog):
     assert hook.after_step(None) is None
     assert (run_dir / "scores/step_00000002/request.json").exists()
     assert not (run_dir / "scores/step_00000004").exists()
-    assert not sink.rows and hook.metrics() == {}
+    assert not sink.rows
     go(run_dir)
     hook.wait(1)
     assert sink.rows == [Row("scores", 2, 9, {"pope": 1.0, "mme": None})]
-    assert hook.metrics() == {"scores/pope": 1.0} and hook.in_use() == {folders[2]}
+    assert scored(folders[0]) == {"scores/pope": 1.0} and hook.in_use() == {folders[2]}
     hook.wait(0)
     assert [row.step for row in sink.rows] == [2, 4] and hook.in_use() == set()
-    assert hook.metrics() == {"scores/pope": 2.0}
+    assert scored(folders[2]) == {"scores/pope": 2.0} and scored(folders[1]) == {}
     assert sink.shown == [("scores", 2, 1), ("scores", 4, 1)]
     said = "the score of pope at step 2: all 9 answers are the same"
     assert [record.getMessage() for record in caplog.records].count(said) == 1
@@ -185,7 +186,6 @@ def test_a_resumed_run_makes_good_what_is_missing(run_dir):
     (run_dir / "scores.jsonl").write_text('{"step": 2, "pope": 2.0}\n')
     hook, sink = start(run_dir, first_step=8, last_step=12)
     assert [(row.step, row.values["pope"]) for row in sink.rows] == [(4, 4.0)]
-    assert hook.metrics() == {"scores/pope": 4.0}
     assert {folder.name for folder in hook.in_use()} == {"step_00000006", "step_00000008"}
     assert not (run_dir / "scores/step_00000010").exists()
     assert not (run_dir / "scores/step_00000006").exists()
