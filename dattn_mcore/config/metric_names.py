@@ -17,7 +17,12 @@ BestMode = Literal["auto", "min", "max"]
 
 def known_metrics(config: Config) -> tuple[str, ...]:
     """The metrics that this run will compute: names, or patterns such as `validation/loss/*`."""
-    return ("validation/loss",) if validates(config) else ()
+    asked = config.scores
+    return (
+        *(["validation/loss"] if validates(config) else []),
+        *(f"scores/{name}" for name in asked.benchmarks),
+        *(["scores/questions"] if asked.questions is not None else []),
+    )
 
 
 def is_computed(name: str, config: Config) -> bool:

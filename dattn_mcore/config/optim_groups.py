@@ -198,7 +198,7 @@ def _resolve(
             problems += _unused(f"optim.groups[{number}]", group, matched[number], table)
         problems += _of_the_whole(optim, trains, table)
         if "llm" in trains:
-            problems += _frozen_adapters([(key, n) for _, key, n in added], table)
+            problems += _frozen_adapters([(key, n) for _, key, n in added], table, optim)
     return table, tuple(problems)
 
 
@@ -315,8 +315,17 @@ def _unused(name: str, group: OptimGroup, tensors: list[Tensor], table: Table) -
 
 
 def _frozen_adapters(
-    adapters: list[Tensor], table: Mapping[Tensor, TensorSettings]
+    adapters: list[Tensor], table: Mapping[Tensor, TensorSettings], optim: OptimConfig
 ) -> Iterator[str]:
+    weights = [(f"{key.rsplit('.', 2)[0]}.weight", layer) for key, layer in adapters]
+    groups = [table[weight].group for weight in weights]
+    if groups and all(it is not None and optim.groups[it].trains is False for it in groups):
+        yield (
+            f"optim.groups[{groups[0]}] freezes every linear that lora.targets gives an adapter; "
+            "leave them out of the group (beside adapters they are frozen in any case), or set "
+            "lora.targets=[]"
+        )
+        return
     frozen = [place for place in adapters if not table[place].trains]
     if frozen:
         key, layer = frozen[0]

@@ -69,8 +69,8 @@ class Hook:
         """Checkpoints that must not be deleted now, whatever `checkpoint.keep` is."""
         return ()
 
-    def metrics(self) -> dict[str, float]:
-        """Newest value of each metric of this hook; the checkpoint's manifest keeps them."""
+    def metrics(self, step: int) -> dict[str, float]:
+        """What was measured of the weights after a step; their checkpoint's manifest keeps it."""
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -146,9 +146,9 @@ class Hooks:
         """Checkpoints that a hook of this rank needs."""
         return {folder for hook in self._hooks for folder in hook.in_use()}
 
-    def metrics(self) -> dict[str, float]:
-        """Newest values of the metrics of all hooks."""
-        return {name: value for hook in self._hooks for name, value in hook.metrics().items()}
+    def metrics(self, step: int) -> dict[str, float]:
+        """What all hooks measured of the weights after a step."""
+        return {name: value for hook in self._hooks for name, value in hook.metrics(step).items()}
 
     def state(self) -> dict[str, Any]:
         """What hooks remember over a resume, by the name of their class."""

@@ -48,6 +48,7 @@ class IntervalReport(Hook):
         fp8 = config.train.fp8 != "none"
         self._peak = peak_flops(platform.device_name(), "fp8" if fp8 else config.train.precision)
         self._run_started = time.perf_counter()
+        self._by_group = torch.zeros(len(groups), 2, dtype=torch.float64)
         self._begin(first_step)
 
     def after_step(self, done: StepDone) -> None:
@@ -67,6 +68,7 @@ class IntervalReport(Hook):
         for sink in self._sinks:
             sink.write(row)
         self._begin(done.step)
+        self._by_group.zero_()
 
     def leave_out(self, seconds: float) -> None:
         """Leaves time out of the rates in which nothing was trained."""
@@ -87,7 +89,6 @@ class IntervalReport(Hook):
         self._started, self._since = time.perf_counter(), step
         self._num_samples = self._text = self._visual = 0
         self._data_wait = self._flops = 0.0
-        self._by_group = torch.zeros(len(self._groups), 2, dtype=torch.float64)
 
     def _values(self, done: StepDone) -> dict[str, Value]:
         """The row: names of the metrics and their values."""

@@ -91,7 +91,6 @@ def _train(run: Run, claim: Claim) -> bool:
         run.saver.close()
         stop.restore()
         run.data.close()
-    run.hooks.close(step, step == run.last_step)
     _close(run, step)
     return step == run.last_step
 
@@ -223,7 +222,7 @@ def _save(run: Run, step: int, claim: Claim, unsaved: bool = True) -> bool:
     run.watchdog.phase(f"saving after step {step}", limit, "health.checkpoint_timeout_seconds")
     run.hooks.before_save(step)
     with gathered_weights(run.model, run.config):
-        folder = run.saver.save(step, metrics=run.hooks.metrics(), hooks=run.hooks.state())
+        folder = run.saver.save(step, metrics=run.hooks.metrics(step), hooks=run.hooks.state())
     run.hooks.saved(folder)
     run.hooks.after_save(step)
     return True

@@ -10,6 +10,7 @@ from dattn_mcore.config.load import from_dict, to_dict
 from dattn_mcore.config.schedule import WARMUP_RATIO, peak_ratio, schedule_of
 from dattn_mcore.config.schema import Config, OptimConfig
 from dattn_mcore.errors import ConfigError
+from dattn_mcore.training.schedule import rate_of
 
 logger = logging.getLogger(__name__)
 _KEEP = "checkpoint.keep_optimizer_settings"
@@ -86,11 +87,17 @@ def _refuse_to_rise_again(
     if not ours.schedule == theirs.schedule == "wsd" or not theirs.decay_steps:
         return
     here, there = schedule_of(ours, steps), schedule_of(theirs, steps_there)
-    if done >= there.falls_from and here.falls_from != there.falls_from:
+    if done < there.falls_from:
+        return
+    # Of the peak, which may be another one now: steps, minimum or curve may differ too.
+    before, after = rate_of(theirs, steps_there, done), rate_of(ours, steps, done + 1)
+    rises = after / ours.lr > before / theirs.lr * (1 + 1e-6)
+    if rises or here.falls_from != there.falls_from:
         raise ConfigError(
             f"the checkpoint of step {done} stands in the last decay of its schedule, which began "
             f"at step {there.falls_from}, and optim.decay_steps={ours.decay_steps} with {steps} "
-            "steps would raise the learning rate again; keep the run's length and "
-            f"optim.decay_steps={theirs.decay_steps}, or remove the checkpoints after step "
+            "steps would raise the learning rate again; keep the run's length, optim.min_lr, "
+            f"optim.wsd_decay={theirs.wsd_decay} and optim.decay_steps={theirs.decay_steps}, or "
+            f"remove the checkpoints after step "
             f"{there.falls_from - 1}"
         )

@@ -65,6 +65,7 @@ class Validation(Hook):
         self._pg_collection, self._device, self._watchdog = pg_collection, device, watchdog
         self._sinks, self._interval = sinks, interval
         self._loss: float | None = None
+        self._measured: int | None = None  # the step of that loss
         self._best: tuple[float, int] | None = None  # loss, step
         self._masked: set[int] = set()  # samples that were named in the log
 
@@ -77,6 +78,7 @@ class Validation(Hook):
         started = time.perf_counter()
         sums, num_samples = self._measure(done.step)
         self._loss = mean(sums[0])
+        self._measured = done.step
         if self._loss is not None and not math.isfinite(self._loss):
             logger.warning("the held-out loss after step %d is %s", done.step, self._loss)
             self._loss = None
@@ -100,9 +102,11 @@ class Validation(Hook):
             return cannot_report(self._config, error)
         return None
 
-    def metrics(self) -> dict[str, float]:
-        """`validation/loss` of the newest pass."""
-        return {} if self._loss is None else {"validation/loss": self._loss}
+    def metrics(self, step: int) -> dict[str, float]:
+        """`validation/loss`, where there was a pass after this step."""
+        if self._loss is None or self._measured != step:
+            return {}
+        return {"validation/loss": self._loss}
 
     def state(self) -> dict[str, Any]:
         """The best loss so far and its step."""

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from dattn_mcore.checkpoint.manifest import read_manifest
 from dattn_mcore.config.load import from_dict
 from dattn_mcore.data.index.store import open_index
 from dattn_mcore.data.tokenizer import load_tokenizer
@@ -151,6 +152,8 @@ def test_stopped_after_a_pass_it_goes_on_and_remembers_the_best(
     tree = tree_for(digits, mixed, tmp_path)
     pool.run(train_until_killed, 1, tree, 3)
     assert [row["step"] for row in read(tmp_path)] == [2]
+    # What was measured of other weights is not this checkpoint's.
+    assert "metrics" not in read_manifest(tmp_path / "checkpoints/step_00000003")
     (tmp_path / "validation.jsonl").unlink()  # the best comes from the checkpoint
     pool.run(run_training, 1, tree)
     (row,) = read(tmp_path)

@@ -74,6 +74,12 @@ def average(
     first = sources[0]
     table = model_table(first.config.model)
     for source in sources:
+        if source.of_base is not None:
+            raise CheckpointError(
+                f"{source.path} holds adapters alone, beside the weights of "
+                f"{source.of_base['path']}; average whole models: export each merged (mcore-to-hf) "
+                "and take it back (hf-to-mcore)"
+            )
         _check_alike(first, source)
         check_keys(str(source.path), mcore_shapes(table), source.shapes, source.dtypes)
     with ExitStack() as stack:

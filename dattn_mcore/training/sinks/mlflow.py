@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -53,7 +54,7 @@ class MlflowSink:
         now = round(time.time() * 1000)
         present = {name: value for name, value in row.values.items() if value is not None}
         metrics = [
-            Metric(f"{row.kind}/{name}", float(value), now, row.step)
+            Metric(f"{row.kind}/{_allowed(name)}", float(value), now, row.step)
             for name, value in present.items()
         ]
         self._client.log_batch(self._id, metrics=metrics)
@@ -83,6 +84,15 @@ class MlflowSink:
         for start in range(0, len(parameters), _MOST_PARAMETERS):
             self._client.log_batch(run_id, params=parameters[start : start + _MOST_PARAMETERS])
         self._client.log_text(run_id, facts.settings_yaml, "config.yaml")
+
+
+def _allowed(name: str) -> str:
+    """A metric's name as MLflow's file store takes it.
+
+    It makes folders of slashes, so that `loss` and `loss/vqa` exclude each other; and refuses what
+    the path of a source may hold, such as `*`.
+    """
+    return re.sub(r"\.+", ".", re.sub(r"[^\w\-. :]", "_", name.replace("/", ".")))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """A resumed run takes the optimizer settings given now, in every field of every group, or all of
 the checkpoint's; what differs is said in one line."""
 
+import dataclasses
 import re
 from dataclasses import replace
 
@@ -191,3 +192,23 @@ def test_a_kept_schedule_that_has_ended_is_refused(small_configuration, manifest
     manifest["config"]["optim"]["min_lr_ratio"] = 0.1
     config, steps = take_settings(mine, manifest, 600, 300)
     assert (config.optim.min_lr_ratio, steps) == (0.1, 300)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"decay_steps": 200}, 500),  # both begin to fall at step 301
+        ({"wsd_decay": "linear"}, 400),
+        ({"min_lr_ratio": 0.5}, 400),
+    ],
+    ids=["longer", "another curve", "another minimum"],
+)
+def test_a_decay_that_has_begun_does_not_rise_again(small_configuration, manifest, changes, steps):
+    optim = replace(small_configuration.optim, schedule="wsd", decay_steps=100)
+    manifest["config"]["optim"] = dataclasses.asdict(optim)
+    manifest["step"] = 380
+    same = replace(small_configuration, optim=replace(optim, lr=1.0))  # another peak may be
+    assert take_settings(same, manifest, 400, 400) == (same, 400)
+    mine = replace(small_configuration, optim=replace(optim, **changes))
+    with pytest.raises(ConfigError, match="would raise the learning rate again"):
+        take_settings(mine, manifest, steps, 400)

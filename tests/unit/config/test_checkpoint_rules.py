@@ -4,7 +4,7 @@ import pytest
 
 from dattn_mcore.config import checkpoint_rules, metric_names
 from dattn_mcore.config.checks import check_config
-from dattn_mcore.config.load import load_config
+from dattn_mcore.config.load import from_dict, load_config
 from dattn_mcore.errors import ConfigError
 
 
@@ -86,6 +86,14 @@ def test_one_clear_line(overrides, line):
 )
 def test_a_metric_that_nobody_computes(computed, best_by, line):
     assert mistake("checkpoint.keep_best=1", f"checkpoint.best_by={best_by}") == line
+
+
+def test_what_a_run_computes():
+    scores = {"benchmarks": ["pope", "mme"], "questions": "own.jsonl"}
+    config = from_dict({"scores": scores, "validation": {"share": 0.1}})
+    own = ("scores/pope", "scores/mme", "scores/questions")
+    assert metric_names.known_metrics(config) == ("validation/loss", *own)
+    assert metric_names.known_metrics(from_dict({})) == ()
 
 
 def test_a_metric_that_is_computed(computed):

@@ -89,6 +89,7 @@ def test_without_targets_nothing_changes():
 
 
 FROZEN = {"optim": {"groups": [{"patterns": ["llm.layers.{0..1}"], "trains": False}]}}
+WHOLE = {"optim": {"groups": [{"patterns": ["language_model"], "trains": False}]}}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,7 @@ FROZEN = {"optim": {"groups": [{"patterns": ["llm.layers.{0..1}"], "trains": Fal
         (["*.q_proj"], {"lora": {"dropout": 1.0}}, "lora.dropout=1.0 must be at least 0 and less"),
         (["*.q_proj"], {"train": {"trains": ["projector"]}}, "freezes as a whole; add llm to"),
         (["*.q_proj"], FROZEN, "optim.groups.0. freezes 4 of 8 tensors of adapters"),
+        (["*.q_proj"], WHOLE, "optim.groups.0. freezes every linear that lora.targets gives an ad"),
         (["*.q_proj"], {"checkpoint": {}}, "lora.targets needs checkpoint.init_from"),
         ([], {"lora": {"init_from": "x"}}, "lora.init_from=x needs lora.targets"),
         (

@@ -33,7 +33,7 @@ class Noted(Hook):
     def saved(self, folder):
         self.calls.append((self.name, "saved", folder.name))
 
-    def metrics(self):
+    def metrics(self, step):
         return {f"{self.name}/loss": 1.0}
 
     def close(self, step, complete):
@@ -75,7 +75,7 @@ def test_all_are_called_in_order(tmp_path, done):
     hooks.close(3, complete=False)
     kinds = (("before", 3), ("after", 3), ("saved", "step_00000003"), ("close", False))
     assert calls == [(name, *kind) for kind in kinds for name in ("a", "b")]
-    assert hooks.metrics() == {"a/loss": 1.0, "b/loss": 1.0}
+    assert hooks.metrics(3) == {"a/loss": 1.0, "b/loss": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,8 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path, examples, monkeypatch):
     for first_step, loss in ((0, 2.0), (10, 1.0)):
         about = facts(run_dir, first_step, mlflow=True, project="tried")
         sink = build_sinks(config_of(run_dir, mlflow=True, project="tried"), about)[-1]
-        sink.write(Row("train", first_step + 10, 20, {**TRAIN, "loss": loss}))
+        glob = {"loss//data/sa*.json": 3.0}  # of a source that is a pattern
+        sink.write(Row("train", first_step + 10, 20, {**TRAIN, "loss": loss, **glob}))
         sink.show("scores", first_step + 10, examples)
         sink.close()
     client = mlflow.MlflowClient(tracking_uri=(run_dir / "mlruns").as_uri())
@@ -133,6 +134,7 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path, examples, monkeypatch):
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "run" and run.info.status == "FINISHED"
     history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert run.data.metrics["train/loss.data.sa_.json"] == 3.0
     assert sorted((m.step, m.value) for m in history) == [(10, 2.0), (20, 1.0)]
     assert run.data.params["optim.lr"] == "0.002" and run.data.params["data_fingerprint"] == "f00d"
     assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"config.yaml", "scores"}
