@@ -142,6 +142,7 @@ SLOW = (
     "tests/distributed/test_held_out_loss.py::test_equal_in_every_layout_and_split[dp2",
     "tests/distributed/test_held_out_loss.py::test_nothing_held_out_is_trained_on",
     "tests/distributed/test_held_out_loss.py::test_ratio_of_update_to_weights",
+    "tests/distributed/test_held_out_loss.py::test_sums_by_source_go_on_over_a_save",
     "tests/distributed/test_held_out_loss.py::test_validation_does_not_change_training",
     "tests/distributed/test_health.py::test_communication_share_is_measured_where_it_is_asked_for",
     "tests/distributed/test_killed.py::test_sigkill_at_any_moment",

@@ -91,6 +91,18 @@ def test_the_mean_is_over_supervised_tokens_and_by_kind_and_source(alone):
     assert train["token_share/shown"] + train["token_share/text"] == pytest.approx(1)
 
 
+def test_sums_by_source_go_on_over_a_save(pool, digits, mixed, tmp_path):
+    """A row is about the steps since the last row; a save between them changes nothing."""
+    rows = []
+    for save_interval in (1000, 3):
+        run_dir = tmp_path / str(save_interval)
+        saved = {"checkpoint": {"save_interval": save_interval}, "log": {"interval": 4}}
+        pool.run(run_training, 1, tree_for(digits, mixed, run_dir, **saved))
+        (row,) = read(run_dir, "metrics")
+        rows.append({name: row[name] for name in row if name.startswith(("loss", "token_share/"))})
+    assert rows[0] == rows[1] and "loss/shown" in rows[0]
+
+
 @pytest.mark.parametrize(
     ("world_size", "parallel", "data"), LAYOUTS, ids=["tp2-sp", "pp2", "dp2", "tp2-pp2-sp"]
 )
