@@ -101,12 +101,12 @@ def run(args: argparse.Namespace, seed: int, way: str) -> dict[str, Any]:
     python("tools.checkpoint_convert", "mcore-to-hf", str(folder / "run"), str(folder / "hf"))
     answer(args, folder / "hf", folder / "answers.jsonl")
     score = folder / "score.json"
-    questions = ("--questions", str(args.data / "heldout_questions.jsonl"))
     python(
         "dattn_mcore.evaluation",
         "score-digits",
-        *questions,
-        *("--answers", str(folder / "answers.jsonl"), "--json", str(score)),
+        f"--questions={args.data / 'heldout_questions.jsonl'}",
+        f"--answers={folder / 'answers.jsonl'}",
+        f"--json={score}",
         allowed=(0, 1),
     )
     overall = json.loads(score.read_text("utf-8"))["overall"]
@@ -153,10 +153,12 @@ def answer(args: argparse.Namespace, model: Path, answers: Path, *more: str) -> 
     python(
         "dattn_mcore.evaluation",
         "answer",
-        *("--model", str(model), "--answers", str(answers)),
-        *("--questions", str(args.data / "heldout_questions.jsonl")),
-        *("--image-folder", str(args.data / "images")),
-        *("--batch-size", "100", "--max-new-tokens", "8"),
+        f"--model={model}",
+        f"--answers={answers}",
+        f"--questions={args.data / 'heldout_questions.jsonl'}",
+        f"--image-folder={args.data / 'images'}",
+        "--batch-size=100",
+        "--max-new-tokens=8",
         *more,
     )
 
