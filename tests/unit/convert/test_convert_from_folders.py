@@ -9,6 +9,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PixtralVisionConfig,
@@ -76,15 +78,26 @@ def newer_part(name):
     raise AssertionError(name)
 
 
+LLAVA = LlavaConfig, LlavaForConditionalGeneration
+NEXT = LlavaNextConfig, LlavaNextForConditionalGeneration
+
+
 @pytest.mark.parametrize(
-    ("names", "kind"), [("newer", "clip"), ("older", "clip"), ("older", "aimv2")]
+    ("names", "kind", "classes"),
+    [
+        ("newer", "clip", LLAVA),
+        ("older", "clip", LLAVA),
+        ("older", "aimv2", LLAVA),
+        ("older", "clip", NEXT),
+    ],
+    ids=["newer names", "clip", "aimv2", "next"],
 )
-def test_a_llava_is_taken_apart(tmp_path, names, kind):
+def test_a_llava_is_taken_apart(tmp_path, names, kind, classes):
     """Its language model, its tower and the two linears of its projector."""
     config = raw_config("llama", kind, -2)
     llm, tower = make_llm(tmp_path / "llm", config), make_tower(tmp_path / "vision", config)
     sizes = {"text_config": llm.config, "vision_config": tower.config, "image_token_index": 1}
-    whole = LlavaForConditionalGeneration(LlavaConfig(**sizes, dtype="float32")).eval()
+    whole = classes[1](classes[0](**sizes, dtype="float32")).eval()
     randomize(whole.model.multi_modal_projector)
     whole.model.language_model.load_state_dict(llm.model.state_dict())
     whole.lm_head.load_state_dict(llm.lm_head.state_dict())
