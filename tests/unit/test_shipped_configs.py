@@ -148,6 +148,9 @@ def test_a_language_model_is_the_one_of_transformers(path):
     count = sum(parameter.numel() for parameter in built.parameters())
     unpadded = replace(model, llm=replace(model.llm, vocab_pad_multiple=1))
     assert sum(math.prod(entry.mcore_shape()) for entry in language_table(unpadded)) == count
+    config = load_config(path, ["train.trains=[llm]"])  # as the planner and the dry run count
+    alone = replace(config.parallel, tp=1, pp=1, vpp=1, sp=False, first_stage_layers=None)
+    assert stage_summary(replace(config, model=unpadded, parallel=alone), 0)[1] == count
     text = path.read_text(encoding="utf-8")
     if "parameters without tower" in text:
         assert f"{count:,} parameters without tower and projector" in text
