@@ -17,12 +17,11 @@ BestMode = Literal["auto", "min", "max"]
 
 def known_metrics(config: Config) -> tuple[str, ...]:
     """The metrics that this run will compute: names, or patterns such as `validation/loss/*`."""
-    asked = config.scores
-    return (
-        *(["validation/loss"] if validates(config) else []),
-        *(f"scores/{name}" for name in asked.benchmarks),
-        *(["scores/questions"] if asked.questions is not None else []),
-    )
+    known = ["validation/loss"] if validates(config) else []
+    known += [f"scores/{name}" for name in config.scores.benchmarks]
+    if config.scores.questions is not None:
+        known.append("scores/questions")
+    return tuple(known)
 
 
 def is_computed(name: str, config: Config) -> bool:

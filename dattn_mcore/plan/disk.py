@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dattn_mcore.architectures.adapters import with_adapters
+from dattn_mcore.architectures.adapters import adapted_table
 from dattn_mcore.architectures.parameters import Entry
 from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.config.lora import adapters_of
@@ -51,12 +51,11 @@ def checkpoint_size(config: Config) -> CheckpointSize:
     """Bytes of a checkpoint of this run; the same in every layout."""
     weights = numbers = learns = export = 0
     table, adapters = resolved(config), adapters_of(config)
-    base = model_table(config.model)
-    for entry in base:
+    for entry in model_table(config.model):
         export += (
             _width(config, entry) * len(entry.steps()) * sum(map(math.prod, entry.parts.values()))
         )
-    for entry in base if adapters is None else with_adapters(base, config.model, adapters):
+    for entry in adapted_table(config.model, adapters):
         if entry.key is None:
             continue
         numel = math.prod(entry.layer_shape())

@@ -89,15 +89,15 @@ def _refuse_to_rise_again(
     here, there = schedule_of(ours, steps), schedule_of(theirs, steps_there)
     if done < there.falls_from:
         return
-    # Of the peak, which may be another one now: steps, minimum or curve may differ too.
+    # The peak may be another one now, but not what remains of it: steps, minimum, curve may differ.
     before, after = rate_of(theirs, steps_there, done), rate_of(ours, steps, done + 1)
-    rises = after / ours.lr > before / theirs.lr * (1 + 1e-6)
+    rises = after > before and after / ours.lr > before / theirs.lr * (1 + 1e-6)
     if rises or here.falls_from != there.falls_from:
         raise ConfigError(
             f"the checkpoint of step {done} stands in the last decay of its schedule, which began "
             f"at step {there.falls_from}, and optim.decay_steps={ours.decay_steps} with {steps} "
             "steps would raise the learning rate again; keep the run's length, optim.min_lr, "
             f"optim.wsd_decay={theirs.wsd_decay} and optim.decay_steps={theirs.decay_steps}, or "
-            f"remove the checkpoints after step "
+            "remove the checkpoints after step "
             f"{there.falls_from - 1}"
         )

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dattn_mcore.checkpoint import folders
 from dattn_mcore.config.convert import build
@@ -24,11 +25,14 @@ from dattn_mcore.config.schema import ScoresConfig
 from dattn_mcore.console import complain
 from dattn_mcore.errors import DataError, DattnError, error_lines
 from dattn_mcore.evaluation.benchmarks import Benchmark, Options, make_benchmark
-from dattn_mcore.evaluation.exact_match import ExactMatch, score_answers, write_score
 from dattn_mcore.evaluation.files import read_json_lines, read_object, write_text
 from dattn_mcore.log import log_to_stderr
 from dattn_mcore.orphans import end_with_parent
 from dattn_mcore.training.sinks.sink import Example
+
+if TYPE_CHECKING:
+    from dattn_mcore.evaluation.exact_match import ExactMatch
+    from dattn_mcore.evaluation.results import Result
 
 REQUEST, SCORES = "request.json", f"{folders.SCORES}.json"
 EXPORT = "hf"  # the Hugging Face folder that answers
@@ -144,15 +148,20 @@ def score(folder: Path) -> None:
         examples: list[Example] = []
         shares = _shares(settings)
         if settings.benchmarks:
-            _ask_benchmarks(settings, folder, values, problems, notes)
-            for name in settings.benchmarks:
-                if name not in problems:
-                    examples += _examples(name, settings, folder, shares[name])
+            for result in _ask_benchmarks(settings, folder):
+                name, scored = result.name, result.score
+                values[name] = None if scored is None else scored.value
+                if result.error or scored is None:
+                    problems[name] = result.error or result.note
+                    continue
+                if result.note:
+                    notes[name] = result.note
+                examples += _examples(name, settings, folder, shares[name])
         if settings.questions is not None:
-            result, shown = _ask_questions(settings, folder, shares[QUESTIONS])
-            values[QUESTIONS] = 100 * result.overall.accuracy
-            if result.notes:
-                notes[QUESTIONS] = "; ".join(result.notes)
+            exact, shown = _ask_questions(settings, folder, shares[QUESTIONS])
+            values[QUESTIONS] = 100 * exact.overall.accuracy
+            if exact.notes:
+                notes[QUESTIONS] = "; ".join(exact.notes)
             examples += shown
     finally:
         if not settings.keep_export:
@@ -190,17 +199,11 @@ def _export(checkpoint: str, export: Path) -> None:
         raise _ExportError(f"{checkpoint} was not exported: {why}")
 
 
-def _ask_benchmarks(
-    settings: ScoresConfig,
-    folder: Path,
-    values: dict[str, float | None],
-    problems: dict[str, str],
-    notes: dict[str, str],
-) -> None:
+def _ask_benchmarks(settings: ScoresConfig, folder: Path) -> list[Result]:
     # Imported after the export, which may refuse a model: it takes seconds.
     from dattn_mcore.evaluation.run import RunSettings, run
 
-    results = run(
+    return run(
         RunSettings(
             model=folder / EXPORT,
             data=Path(settings.data),
@@ -212,12 +215,6 @@ def _ask_benchmarks(
             options=Options(limit=settings.samples),
         )
     )
-    for result in results:
-        values[result.name] = None if result.score is None else result.score.value
-        if result.error or result.score is None:
-            problems[result.name] = result.error or result.note
-        elif result.note:
-            notes[result.name] = result.note
 
 
 def _ask_questions(
@@ -225,6 +222,7 @@ def _ask_questions(
 ) -> tuple[ExactMatch, list[Example]]:
     """The score of the answers to the own question file, and some of them."""
     from dattn_mcore.evaluation.answer import Answerer, Settings  # as above
+    from dattn_mcore.evaluation.exact_match import score_answers, write_score
     from dattn_mcore.evaluation.questions import part_of, read_questions, write_answers
 
     assert settings.questions is not None

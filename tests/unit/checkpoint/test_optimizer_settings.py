@@ -212,3 +212,11 @@ def test_a_decay_that_has_begun_does_not_rise_again(small_configuration, manifes
     mine = replace(small_configuration, optim=replace(optim, **changes))
     with pytest.raises(ConfigError, match="would raise the learning rate again"):
         take_settings(mine, manifest, steps, 400)
+
+
+def test_a_lower_peak_above_the_same_minimum_is_no_rise(small_configuration, manifest):
+    optim = replace(small_configuration.optim, schedule="wsd", decay_steps=100, min_lr=5e-4)
+    manifest["config"]["optim"] = dataclasses.asdict(optim)
+    manifest["step"] = 380
+    mine = replace(small_configuration, optim=replace(optim, lr=optim.lr / 2))
+    assert take_settings(mine, manifest, 400, 400) == (mine, 400)
