@@ -107,6 +107,11 @@ def linears(model: ModelConfig) -> list[Entry]:
     ]
 
 
+def summed_weight(model: ModelConfig) -> Entry:
+    """The line of the weight that tells base models apart: the attention's projection."""
+    return next(entry for entry in linears(model) if entry.tp_axis == 1)
+
+
 def adapted_linears(model: ModelConfig, adapters: Adapters) -> list[AdaptedLinear]:
     """The adapters of a model, in the order of Megatron-Core's modules."""
     found = []

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dattn_mcore.architectures.adapters import PEFT_PREFIX, Adapters, adapter_table
-from dattn_mcore.architectures.parameters import Entry
+from dattn_mcore.architectures.parameters import PROJECTOR, TOWER, Entry, part_of
 from dattn_mcore.architectures.sizes import ModelConfig
+from dattn_mcore.architectures.tables import model_table
+from dattn_mcore.checkpoint.base_sums import Sums, metadata_of, sums_in
 from dattn_mcore.checkpoint.mixing import join
 from dattn_mcore.errors import CheckpointError
+from dattn_mcore.types import Part
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Modules of the exported model, as `modules_to_save` names them.
+MODULES: dict[Part, str] = {
+    "vision": TOWER.rstrip(".").rpartition(".")[2],
+    "projector": PROJECTOR.rstrip(".").rpartition(".")[2],
+}
 # Settings of `peft` that change what an adapter computes, with the values that this trainer knows.
 _KNOWN: dict[str, tuple[Any, ...]] = {
     "bias": (None, "none"),
@@ -29,7 +37,8 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "use_rslora": (None, False),
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
-    "modules_to_save": (None, []),
+    # Others change the weights of the base, or their names say that they do.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
     "trainable_token_indices": (None,),
     "lora_bias": (None, False),
     "alora_invocation_tokens": (None,),
@@ -44,13 +53,18 @@ class PeftFolder:
 
     Attributes:
         tensors: by their names there.
+        table: lines of what it holds, adapters first; by the names of `peft`.
+        base_sums: of the base that they learnt beside (`base_sums`); None: it is not known.
     """
 
     tensors: Mapping[str, torch.Tensor]
+    table: tuple[Entry, ...]
+    base_sums: Sums | None = None
 
     def value(self, entry: Entry, layer: int) -> torch.Tensor:
-        """The whole tensor of one layer of a line's stack."""
-        return join(entry, [self.tensors[name] for name in entry.names(layer)])
+        """The whole tensor of one layer of a line's stack (any layer, of a line without)."""
+        names = entry.names(None if entry.layers is None else layer)
+        return join(entry, [self.tensors[name] for name in names])
 
 
 def read_peft_folder(
@@ -68,11 +82,14 @@ def read_peft_folder(
         CheckpointError: it is missing or damaged, or holds other adapters.
     """
     where = f"{setting}={folder}"
-    _check_settings(where, _read_settings(where, folder / SETTINGS), adapters)
-    tensors = _read_tensors(where, folder / WEIGHTS)
+    settings = _read_settings(where, folder / SETTINGS)
+    _check_settings(where, settings, adapters)
+    tensors, sums = _read_tensors(where, folder / WEIGHTS)
+    table = adapter_table(model, adapters)
+    table += _whole_parts(where, model, settings.get("modules_to_save") or [])
     expected = {
         name: shape
-        for entry in adapter_table(model, adapters)
+        for entry in table
         for layer in entry.steps()
         for name, shape in zip(entry.names(layer), entry.parts.values(), strict=True)
     }
@@ -94,7 +111,23 @@ def read_peft_folder(
             f"{where} is an adapter of another base model, or of other linears: it has {more[0]}, "
             "which is not adapted here; lora.targets must match the linears that it adapts"
         )
-    return PeftFolder(tensors)
+    return PeftFolder(tensors, tuple(entry for entry in table if entry.key is not None), sums)
+
+
+def _whole_parts(where: str, model: ModelConfig, modules: Sequence[str]) -> list[Entry]:
+    """Lines, by the names of `peft`, of the parts that learnt as a whole beside the adapters."""
+    parts = {MODULES[part]: part for part in MODULES}
+    if other := sorted(set(modules) - parts.keys()):
+        raise CheckpointError(
+            f"{where}: {SETTINGS} has {other[0]!r} in modules_to_save; beside adapters this "
+            f"trainer knows {' and '.join(parts)} as a whole; use an adapter without it"
+        )
+    wanted = {parts[module] for module in modules}
+    return [
+        replace(entry, parts={peft_name(name): shape for name, shape in entry.parts.items()})
+        for entry in model_table(model)
+        if part_of(next(iter(entry.parts))) in wanted
+    ]
 
 
 def _read_settings(where: str, path: Path) -> dict[str, Any]:
@@ -131,13 +164,14 @@ def _check_settings(where: str, settings: dict[str, Any], adapters: Adapters) ->
             )
 
 
-def _read_tensors(where: str, path: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(where: str, path: Path) -> tuple[dict[str, torch.Tensor], Sums | None]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, sums_in(path)
     except FileNotFoundError:
         raise CheckpointError(f"{where} lacks {WEIGHTS}; copy the folder again") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{where}: {WEIGHTS} is damaged ({reason}); copy the folder again"
@@ -150,7 +184,8 @@ def write_peft_folder(
     tensors: Mapping[str, torch.Tensor],
     *,
     base: str | None,
-    parts: tuple[str, ...] = (),
+    base_sums: Sums | None = None,
+    parts: Collection[Part] = (),
 ) -> None:
     """Writes adapters as `peft` saves them.
 
@@ -159,7 +194,8 @@ def write_peft_folder(
         adapters: their settings.
         tensors: by the names of `peft`.
         base: name or folder of the exported base model, for whoever loads the adapters by it.
-        parts: modules of the exported model that learnt as a whole beside them.
+        base_sums: of the base, for whoever starts from the folder; None: not known.
+        parts: of the model, that learnt as a whole beside them.
     """
     alpha = float(adapters.alpha)
     settings = {
@@ -172,7 +208,7 @@ def write_peft_folder(
         "use_dora": adapters.dora,
         "bias": "none",
         "target_modules": sorted(name.removesuffix(".weight") for name in adapters.targets),
-        "modules_to_save": sorted(parts) or None,
+        "modules_to_save": sorted(MODULES[part] for part in parts) or None,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
@@ -180,7 +216,7 @@ def write_peft_folder(
     text = json.dumps(settings, indent=2) + "\n"
     (folder / SETTINGS).write_text(text, encoding="utf-8")
     whole = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(whole, folder / WEIGHTS, metadata={"format": "pt", **metadata_of(base_sums)})
 
 
 def peft_name(name: str) -> str:

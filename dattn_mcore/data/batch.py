@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dattn_mcore.data.sample_failure import SampleFailure
 from dattn_mcore.types import Layout
 
 if TYPE_CHECKING:  # importing torch takes seconds, and making an index needs none of it
     from torch import Tensor
-
-    from dattn_mcore.data.failures import SampleFailure
 
 
 @dataclass

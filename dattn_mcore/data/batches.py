@@ -12,10 +12,10 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.balance import row_work, split_over_ranks
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.budgets import skipped_samples
-from dattn_mcore.data.failures import SampleFailure
 from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index
 from dattn_mcore.data.packing import Pack, make_packs
+from dattn_mcore.data.sample_failure import SampleFailure
 from dattn_mcore.data.samples import FittedSample, SampleReader
 from dattn_mcore.data.share import RankShare
 from dattn_mcore.data.templates import EncodedSample

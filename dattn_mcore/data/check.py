@@ -13,9 +13,10 @@ from typing import Any, TextIO
 import numpy as np
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.failures import Kinds, SampleFailure, unusable
+from dattn_mcore.data.failures import Kinds, unusable
 from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index, open_index
+from dattn_mcore.data.sample_failure import SampleFailure
 from dattn_mcore.data.samples import SampleReader
 from dattn_mcore.data.sources.record import GREETING
 from dattn_mcore.data.tokenizer import Tokenizer

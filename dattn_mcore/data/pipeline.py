@@ -18,12 +18,13 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch
 from dattn_mcore.data.batches import BatchBuilder
 from dattn_mcore.data.budgets import check_trainable
-from dattn_mcore.data.failures import SampleFailure, check_share
+from dattn_mcore.data.failures import check_share
 from dattn_mcore.data.held_out import held_out_samples
 from dattn_mcore.data.index.identity import identity_of
 from dattn_mcore.data.index.store import open_index
 from dattn_mcore.data.order import SampleOrder
 from dattn_mcore.data.prefetch import Prefetcher
+from dattn_mcore.data.sample_failure import SampleFailure
 from dattn_mcore.data.samples import FittedSample
 from dattn_mcore.data.share import RankShare
 from dattn_mcore.data.steps import FullSteps, shares_of, steps_of

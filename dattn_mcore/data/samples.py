@@ -10,8 +10,8 @@ from dattn_mcore.data.image_files import check_folder, read_bytes
 from dattn_mcore.data.images import ImageRequest
 from dattn_mcore.data.index.store import Index, IndexedImage, IndexedSample
 from dattn_mcore.data.sources.open_files import OpenFiles
+from dattn_mcore.data.sources.place import ImagePlace
 from dattn_mcore.data.sources.record import Sample
-from dattn_mcore.data.sources.source import ImagePlace
 from dattn_mcore.data.templates import (
     EncodedSample,
     encode_conversation,

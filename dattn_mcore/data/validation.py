@@ -11,6 +11,7 @@ from dattn_mcore.data.batch import GlobalBatch
 from dattn_mcore.data.batches import BatchBuilder
 from dattn_mcore.data.failures import check_share
 from dattn_mcore.data.held_out import check_apart, validation_config
+from dattn_mcore.data.index.layout import digest
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.order import epoch_permutation
 from dattn_mcore.data.pipeline import DataPipeline
@@ -31,6 +32,7 @@ class ValidationData:
 
     Attributes:
         numbers: Samples of a pass, in order.
+        fingerprint: Of these samples: losses of another one are of other samples.
         groups: (source, kind) of each group of samples (`batches.groups_of`).
 
     Raises:
@@ -67,6 +69,7 @@ class ValidationData:
         if most is not None and most < len(numbers):
             numbers = np.sort(numbers[epoch_permutation(len(numbers), 0, 0)[:most]])
         self.numbers: list[int] = numbers.tolist()
+        self.fingerprint = digest({"content": index.content["content"], "numbers": self.numbers})
         self._prefetcher = Prefetcher(self._build, config.data.prefetch)
 
     @property

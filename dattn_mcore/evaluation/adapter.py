@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dattn_mcore.checkpoint.base_sums import EXPORTED, check_same_base, sums_in, sums_of
 from dattn_mcore.errors import CheckpointError, ConfigError
 from dattn_mcore.evaluation.files import read_object
 
@@ -52,11 +53,16 @@ def with_adapter(model: Any, folder: Path) -> Any:
     """
     peft = check_adapter_folder(folder)
     try:
+        if (sums := sums_in(folder / WEIGHTS)) is not None:
+            first, second = sums_of(model.get_parameter(EXPORTED)).tolist()
+            check_same_base(f"--adapter {folder}", sums, (first, second))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing tensors; they are refused below
             adapted = peft.PeftModel.from_pretrained(model, str(folder))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             found = set(file.keys())
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"--adapter {folder} is damaged ({reason}); copy it again") from error

@@ -10,8 +10,8 @@ from pathlib import Path
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.files import write_text
 from dattn_mcore.evaluation.guessing import Guess, compare, look_at
+from dattn_mcore.evaluation.outcome import Outcome
 from dattn_mcore.evaluation.questions import Question, part_of, read_answers, read_questions
-from dattn_mcore.evaluation.scores import Outcome
 
 Chance = Callable[[str], float | None]  # by category: how often a guess is right; None: unknown
 

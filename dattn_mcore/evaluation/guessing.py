@@ -12,12 +12,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from dattn_mcore.evaluation.scores import Outcome
+from dattn_mcore.evaluation.outcome import Outcome
 
 LUCK = 0.05  # one-sided: how often guessing may look better than it is
 FEWEST = 10  # answers from which on none that is right, or all that are empty, is a fault

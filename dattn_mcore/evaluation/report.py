@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import random
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +13,12 @@ from dattn_mcore.evaluation.benchmarks import BY_NAME, Options, make_benchmark
 from dattn_mcore.evaluation.files import read_json, read_json_lines, take, write_text
 from dattn_mcore.evaluation.images import Picture
 from dattn_mcore.evaluation.report_html import page
+from dattn_mcore.evaluation.report_sections import Sample, Section
 from dattn_mcore.evaluation.run_folder import RunFolder
 
 SAMPLES = 6  # of each kind
 THUMBNAIL_PIXELS = 320
 SEED = 0  # the same samples every time
-
-
-@dataclass
-class Sample:
-    """One row as the report shows it.
-
-    Attributes:
-        question: as asked.
-        images: small JPEGs, base64.
-        truth: what would have been right; empty if unknown.
-        answers: of each run.
-        credits: of each run, None where not scored.
-        number: the row's.
-    """
-
-    question: str
-    images: list[str]
-    truth: str
-    answers: list[str]
-    credits: list[float | None]
-    number: int
-
-
-@dataclass
-class Section:
-    """One benchmark: its entry of each run's scores, and samples by heading."""
-
-    name: str
-    title: str
-    entries: list[dict[str, Any]]
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
 
 
 def write_report(runs: list[Path], out: Path | None = None) -> Path:

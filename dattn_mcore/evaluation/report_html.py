@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dattn_mcore.evaluation.report import Sample, Section
+from dattn_mcore.evaluation.report_sections import Sample, Section
 
 COLOURS = ("#2563eb", "#d97706")  # first and second run
 STYLE = """

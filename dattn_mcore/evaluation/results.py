@@ -15,8 +15,9 @@ from dattn_mcore.evaluation.benchmarks.judged import Judged
 from dattn_mcore.evaluation.failures import reason
 from dattn_mcore.evaluation.files import write_json_lines
 from dattn_mcore.evaluation.guessing import look_at
+from dattn_mcore.evaluation.outcome import Outcome
 from dattn_mcore.evaluation.run_folder import RunFolder
-from dattn_mcore.evaluation.scores import Outcome, Score
+from dattn_mcore.evaluation.scores import Score
 
 # Scores a judged benchmark's answers, given the file that keeps the judgements.
 JudgeAnswers = Callable[[Judged, Sequence[str | None], Path], Score]

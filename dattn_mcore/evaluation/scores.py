@@ -7,21 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dattn_mcore.evaluation.guessing import Guess, look_at
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one answer.
-
-    Attributes:
-        credit: 0 to 1; None where nothing was scored (a failed judgement).
-        parsed: what the scorer read in the answer.
-        truth: what would have been right.
-    """
-
-    credit: float | None
-    parsed: str
-    truth: str
+from dattn_mcore.evaluation.outcome import Outcome
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""The modules that a layer spec is made of, local or Transformer Engine's."""
+"""The modules of a layer spec by implementation, local or Transformer Engine's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
@@ -14,30 +13,10 @@ from dattn_mcore.layers.adaptable import (
     AdaptableRowWithPostNorm,
 )
 from dattn_mcore.layers.bidirectional_attention import BidirectionalAttention
+from dattn_mcore.layers.layer_parts import LayerParts
 from dattn_mcore.layers.linear import FoldableRowParallelLinear, RowParallelLinearWithPostNorm
 from dattn_mcore.layers.norm import Norm
 from dattn_mcore.types import Implementation
-
-
-@dataclass(frozen=True)
-class LayerParts:
-    """Classes by their place; those of `text_` work on the text rows of the last layer alone."""
-
-    norm: Any
-    linear_q: Any
-    linear_kv: Any
-    linear_proj: Any
-    linear_proj_post_norm: Any
-    linear_fc1: Any
-    linear_fc2: Any
-    linear_fc2_post_norm: Any
-    text_fc1: Any
-    text_fc2: Any
-    text_fc2_post_norm: Any
-    column: Any
-    row: Any
-    bidirectional_attention: Any
-
 
 LOCAL_PARTS = LayerParts(
     norm=Norm,

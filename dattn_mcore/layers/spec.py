@@ -24,7 +24,8 @@ from dattn_mcore.layers.decomposed_attention import (
     DecomposedSelfAttention,
     DecomposedSelfAttentionSubmodules,
 )
-from dattn_mcore.layers.parts import LOCAL_PARTS, LayerParts, parts_of
+from dattn_mcore.layers.layer_parts import LayerParts
+from dattn_mcore.layers.parts import LOCAL_PARTS, parts_of
 from dattn_mcore.layers.runtime import Runtime
 
 

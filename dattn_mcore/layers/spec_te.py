@@ -28,8 +28,8 @@ from megatron.core.tensor_parallel import (
 
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.layers.adaptable import Adaptable
+from dattn_mcore.layers.layer_parts import LayerParts
 from dattn_mcore.layers.linear import fold
-from dattn_mcore.layers.parts import LayerParts
 
 
 def _without_overlap(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dattn_mcore.architectures import text_features, tower_features
 from dattn_mcore.config.schema import Config
+from dattn_mcore.plan.adapter_activations import adapter_bytes
 from dattn_mcore.plan.backward import decoder_gradients, tower_gradients
 from dattn_mcore.plan.flops import folds
 from dattn_mcore.plan.hardware import LIBRARY_BYTES
@@ -66,7 +67,7 @@ def layer_bytes(config: Config, pack: Rows, fp8: bool) -> float:
         kept += gemm_input * 2 * h * rows / shards
     if "mlp" not in again:
         kept += (gemm_input + 2 * e) * llm.ffn_hidden_size / tp * rows  # second linear, gate
-    return kept
+    return kept + adapter_bytes(config, pack)
 
 
 def attention_bytes(config: Config, pack: Rows) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dattn_mcore.data.failures import SampleFailure
+from dattn_mcore.data.sample_failure import SampleFailure
 from dattn_mcore.errors import KINDS, DattnError, kind_of
 
 

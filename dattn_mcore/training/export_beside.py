@@ -70,6 +70,10 @@ class ExportBeside(Hook):
         if self._works:
             self._go_on()
 
+    def in_use(self) -> set[Path]:
+        """The checkpoint that is being exported: with `keep: 1` none would ever come to its end."""
+        return set() if self._job is None else {self._job.checkpoint}
+
     def close(self, step: int, complete: bool) -> None:
         """Waits for the exports of a complete run; a stopped one does them when it goes on."""
         self._watchdog.phase("exporting checkpoints", 0, "")

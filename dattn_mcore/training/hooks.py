@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,20 @@ class Hooks:
 
     def __init__(self, hooks: Sequence[Hook], config: Config) -> None:
         self._hooks, self._config = tuple(hooks), config
+        self._problem: DattnError | None = None  # of this rank alone, before a step
 
     def before_step(self, step: int) -> None:
-        """Calls all hooks before a step."""
+        """Calls all hooks before a step; an error of this rank alone is told after it.
+
+        Raises:
+            DattnError: on every rank alike, from a hook that all ranks have.
+        """
         for hook in self._hooks:
-            hook.before_step(step)
+            if hook.everywhere:
+                hook.before_step(step)
+                continue
+            found = self._alone(f"what comes before step {step}", hook.before_step, step)
+            self._problem = self._problem or found
 
     def after_step(self, done: StepDone) -> DattnError | None:
         """Calls all hooks after a step.
@@ -109,21 +118,27 @@ class Hooks:
         Raises:
             DattnError: on every rank alike, from a hook that all ranks have.
         """
-        problem: DattnError | None = None
+        problem = self._problem
         for hook in self._hooks:
-            found = hook.after_step(done) if hook.everywhere else self._alone(hook, done)
+            if hook.everywhere:
+                found = hook.after_step(done)
+            else:
+                found = self._alone(f"reporting step {done.step}", hook.after_step, done)
             problem = problem or found
         return problem
 
-    def _alone(self, hook: Hook, done: StepDone) -> DattnError | None:
+    def _alone(
+        self, doing: str, call: Callable[..., DattnError | None], *arguments: Any
+    ) -> DattnError | None:
         """An error here must not keep this rank from what all ranks do together afterwards."""
         try:
-            return hook.after_step(done)
+            return call(*arguments)
+        except DattnError as error:
+            return error
         except OSError as error:
             return cannot_report(self._config, error)
         except Exception as error:  # noqa: BLE001 (a defect; the other ranks must know)
-            run_dir = Path(self._config.log.run_dir)
-            return unexpected(error, f"reporting step {done.step}", run_dir)
+            return unexpected(error, doing, Path(self._config.log.run_dir))
 
     def before_save(self, step: int) -> None:
         """Calls all hooks before a checkpoint is written."""
@@ -161,24 +176,20 @@ class Hooks:
             if type(hook).__name__ in states:
                 hook.restore(states[type(hook).__name__])
 
-    def close(self, step: int, complete: bool) -> None:
+    def close(self, step: int, complete: bool) -> DattnError | None:
         """Calls all hooks at the end of the run.
 
         After one that fails those that all ranks have are called still, since ranks wait in them.
 
-        Raises:
-            CheckpointError: a report cannot be written.
+        Returns:
+            The first error of this rank, which the others must learn of.
         """
-        problem: OSError | None = None
+        problem: DattnError | None = None
         for hook in self._hooks:
-            if problem is not None and not hook.everywhere:
-                continue
-            try:
-                hook.close(step, complete)
-            except OSError as error:
-                problem = problem or error
-        if problem is not None:
-            raise cannot_report(self._config, problem) from None
+            if problem is None or hook.everywhere:
+                found = self._alone("the end of the run", hook.close, step, complete)
+                problem = problem or found
+        return problem
 
 
 def cannot_report(config: Config, error: OSError) -> CheckpointError:

@@ -30,8 +30,7 @@ from dattn_mcore.training.part_norms import PartNorms
 from dattn_mcore.training.profile import profile_hooks
 from dattn_mcore.training.sample_log import SampleLog
 from dattn_mcore.training.scores import ScoreCheckpoints, WaitForScores
-from dattn_mcore.training.scores_check import check_scores
-from dattn_mcore.training.sinks.build import build_sinks, check_trackers
+from dattn_mcore.training.sinks.build import build_sinks
 from dattn_mcore.training.sinks.run_facts import facts_of
 from dattn_mcore.training.sinks.sink import Sink
 from dattn_mcore.training.validation import Validation
@@ -169,14 +168,11 @@ def _open_reports(
     """Opens them.
 
     Raises:
-        DattnError: a tracker's package, or what evaluation questions need, is missing.
+        DattnError: what a tracker or a report needs is missing.
         OSError: the run's folder cannot be written.
     """
     run_dir = Path(config.log.run_dir)
     (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    check_trackers(config)
-    if asks(config):
-        check_scores(config)
     fingerprint = fingerprint_of(data.identity)
     facts = facts_of(config, first_step=first_step, data_fingerprint=fingerprint)
     sinks = build_sinks(config, facts)

@@ -249,6 +249,7 @@ class WaitForScores(Hook):
     ) -> None:
         self._config, self._scoring, self._watchdog = config, scoring, watchdog
         self._interval, self._last_step = interval, last_step
+        self._waits = 0  # the same on every rank; a step can be saved twice
 
     def saved(self, folder: Path) -> None:
         """Waits for this checkpoint's scores, or until older ones are not too far behind."""
@@ -256,7 +257,7 @@ class WaitForScores(Hook):
         if not is_due(self._config, step, self._last_step):
             return
         started = time.perf_counter()
-        self._wait(f"scores/{step}", 0 if self._config.scores.wait else MOST_PENDING)
+        self._wait(0 if self._config.scores.wait else MOST_PENDING)
         if self._interval is not None:
             self._interval.leave_out(time.perf_counter() - started)
 
@@ -267,19 +268,20 @@ class WaitForScores(Hook):
             DattnError: on rank 0, where scores cannot be written.
         """
         if complete:
-            self._wait(f"scores/end/{step}", 0)
+            self._wait(0)
         if self._scoring is not None:
             self._scoring.stop()
             if self._scoring.problem is not None:
                 raise self._scoring.problem
 
-    def _wait(self, name: str, most: int) -> None:
+    def _wait(self, most: int) -> None:
+        self._waits += 1
         self._watchdog.phase("waiting for scores", 0, "")
         try:
             if self._scoring is not None:
                 self._scoring.wait(most)
         finally:
-            wait_for_all(name)
+            wait_for_all(f"scores/{self._waits}")
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:

@@ -28,6 +28,7 @@ from dattn_mcore.checkpoint.save import CheckpointSaver
 from dattn_mcore.config.load import from_dict
 from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.scores_rules import asks
 from dattn_mcore.config.validation_rules import validates
 from dattn_mcore.data.index.identity import difference
 from dattn_mcore.data.pipeline import DataPipeline
@@ -47,6 +48,8 @@ from dattn_mcore.training.model import build_from_config, start_adapters, start_
 from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 from dattn_mcore.training.resumed_settings import take_settings
 from dattn_mcore.training.schedule import build_scheduler
+from dattn_mcore.training.scores_check import check_scores
+from dattn_mcore.training.sinks.build import check_trackers
 from dattn_mcore.training.start_checks import check_checkpoint_folder
 from dattn_mcore.training.watchdog import Watchdog
 
@@ -191,6 +194,8 @@ def _open_data_in_turn(
 ) -> tuple[DataPipeline, ValidationData | None]:
     """Every rank's data, held-out data too; the run counts as unfinished from here on.
 
+    The first rank sees first that what is reported to, and asked while training, is there.
+
     The first rank makes the index where it is absent; the others find it, or, on a machine that
     shares no disk with the first, their first one makes it there.
     """
@@ -199,6 +204,10 @@ def _open_data_in_turn(
     speaks = dist.get_rank() == 0
     for turn, opens in enumerate((speaks, not speaks)):
         try:
+            if opens and speaks:  # before hours of reading
+                check_trackers(config)
+                if asks(config):
+                    check_scores(config)
             if opens:
                 opened = _open_data(config, pg_collection, device)
             if opens and speaks:

@@ -15,7 +15,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch
-from dattn_mcore.data.failures import SampleFailure, mask
+from dattn_mcore.data.failures import mask
+from dattn_mcore.data.sample_failure import SampleFailure
 from dattn_mcore.data.validation import ValidationData
 from dattn_mcore.errors import DattnError
 from dattn_mcore.training.agreement import agree
@@ -109,13 +110,25 @@ class Validation(Hook):
         return {"validation/loss": self._loss}
 
     def state(self) -> dict[str, Any]:
-        """The best loss so far and its step."""
+        """The best loss so far, its step, and of which samples it is."""
         if self._best is None:
             return {}
-        return {"best_loss": self._best[0], "best_step": self._best[1]}
+        return {
+            "best_loss": self._best[0],
+            "best_step": self._best[1],
+            "samples": self._data.fingerprint,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from an earlier start's best."""
+        """Goes on from an earlier start's best, if it is of the same samples."""
+        if state.get("samples", self._data.fingerprint) != self._data.fingerprint:
+            logger.warning(
+                "the held-out samples are others than before; the best loss of %s was of step %d, "
+                "and is counted anew from here",
+                state["best_loss"],
+                state["best_step"],
+            )
+            return
         self._best = (float(state["best_loss"]), int(state["best_step"]))
 
     def close(self, step: int, complete: bool) -> None:

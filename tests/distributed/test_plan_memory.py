@@ -3,10 +3,13 @@
 import pytest
 
 from dattn_mcore.config.load import from_dict, merge
+from dattn_mcore.plan.adapter_activations import adapter_bytes
 from dattn_mcore.plan.parameters import stage_parameters
+from dattn_mcore.plan.rows import rows_of
 from dattn_mcore.plan.state_memory import optimizer_bytes, state_memory
 from tests.distributed.plan_jobs import built_state
 from tests.distributed.small_models import AIMV2, CLIP, GEMMA, SMALL_MODEL
+from tests.distributed.visual_jobs import kept_by_layers
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -55,3 +58,41 @@ def test_states_are_those_of_the_model_that_is_built(pool, model, world_size, pa
         assert memory.gradients == built["gradients"]
         assert optimizer_bytes(config, stage, dp)[built["dp_rank"]] == built["optimizer"]
         assert memory.optimizer >= built["optimizer"]
+
+
+ALL_LINEARS = {"targets": ["*.{q,k,v,o,gate,up,down}_proj"], "rank": 4}
+# Mostly text: in the last layer visual rows go through keys and values alone, which is not planned.
+LAYOUTS = (((False, 4), (True, 64), (False, 900)), ((False, 20), (True, 64), (False, 600)))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "lora", "more"),
+    [
+        (1, {}, {"rank": 20}, {}),
+        (1, {}, {"dropout": 0.1}, {}),
+        (1, {}, {"dora": True}, {}),
+        (1, {}, {"dora": True, "dropout": 0.1}, {"fold_visual_projection": False}),
+        (1, {}, {"dropout": 0.1}, {"v2v": "causal", "t2v_position": "rope"}),
+        (2, {"tp": 2}, {"rank": 20, "dropout": 0.1, "dora": True}, {}),
+        (2, {"tp": 2, "sp": True}, {"rank": 20, "dropout": 0.1, "dora": True}, {}),
+    ],
+    ids=["rank", "dropout", "dora", "unfolded", "baseline", "tp2", "tp2-sp"],
+)
+def test_what_adapters_keep(pool, ranks, parallel, lora, more):
+    """What a setting of theirs adds, by autograd and by the planner."""
+    kept, planned = [], []
+    for settings in ({}, lora):
+        tree = {
+            "model": SMALL_MODEL,
+            "parallel": parallel,
+            "attention": more,
+            "lora": {**ALL_LINEARS, **settings},
+            "checkpoint": {"init_from": "runs/base"},
+            "train": {"trains": ["llm"]},
+        }
+        kept.append(pool.run(kept_by_layers, ranks, tree, LAYOUTS)[0])
+        config = from_dict(tree)
+        layer = adapter_bytes(config, rows_of(config, LAYOUTS, 0), mask_bytes=4)
+        planned.append(layer * config.model.llm.num_layers)
+    assert planned[0] > 0
+    assert kept[1] - kept[0] == pytest.approx(planned[1] - planned[0], rel=0.03)

@@ -133,6 +133,31 @@ def tower_graph(tree: dict[str, Any], layouts: Any) -> tuple[bool, int]:
     return asked[0], sum(kept)
 
 
+def kept_by_layers(tree: dict[str, Any], layouts: Any) -> int:
+    """Bytes that autograd keeps of the language model's layers, each storage once."""
+    config, _, model = _model(tree)
+    inputs = random_inputs(config, layouts)
+    hidden = model._embed(inputs).detach().requires_grad_()
+    positions = torch.cat([inputs.params.visual_positions, inputs.params.text_positions])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.decoder(
+            hidden_states=hidden * 1.0,
+            attention_mask=None,
+            rotary_pos_emb=model.angles(positions),
+            packed_seq_params=inputs.params,
+        )
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 def reductions(tree: dict[str, Any], layouts: Any) -> int:
     """All-reduces and reduce-scatters of the language model's layers, forward and backward."""
     config, _, model = _model(tree)

@@ -67,13 +67,19 @@ def of_the_package(name: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+@functools.cache
+def imported_files(path: Path) -> frozenset[Path]:
+    """Files of the package that a file imports."""
+    files = {of_the_package(name) for name in imported(path)}
+    return frozenset(file for file in files if file is not None)
+
+
 def reached(path: Path) -> set[Path]:
     """Files of the package that a file imports, and that these import, and so on."""
     found: set[Path] = set()
     following = [path]
     while following:
-        files = {of_the_package(name) for name in imported(following.pop())}
-        following += (new := {file for file in files if file is not None} - found)
+        following += (new := imported_files(following.pop()) - found)
         found |= new
     return found
 
@@ -87,6 +93,11 @@ def test_imports_point_one_way():
         allowed = set(ORDER[: ORDER.index(room) + 1])
         wrong += [f"{path.relative_to(PACKAGE)}: {name}" for name in imports(path) - allowed]
     assert not wrong
+
+
+def test_no_two_files_import_each_other():
+    files = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+    assert [str(path.relative_to(PACKAGE)) for path in files if path in reached(path)] == []
 
 
 @pytest.mark.parametrize("room", WITHOUT_A_RUN)

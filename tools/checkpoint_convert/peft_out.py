@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dattn_mcore.architectures.adapters import adapter_table
-from dattn_mcore.architectures.parameters import PROJECTOR, TOWER, Entry, part_of
+from dattn_mcore.architectures.adapters import adapter_table, summed_weight
+from dattn_mcore.architectures.parameters import Entry, part_of
 from dattn_mcore.architectures.tables import model_table
+from dattn_mcore.checkpoint.base_sums import Sums, sums_of
 from dattn_mcore.checkpoint.folders import damage
 from dattn_mcore.checkpoint.mixing import split
 from dattn_mcore.checkpoint.peft_folder import peft_name, write_peft_folder
@@ -17,8 +18,6 @@ from dattn_mcore.errors import CheckpointError
 from tools.checkpoint_convert.adapted_checkpoint import AdaptedCheckpoint
 from tools.checkpoint_convert.atomic_folder import AtomicFolder
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
-
-_MODULES = {"vision": TOWER, "projector": PROJECTOR}
 
 
 def write_peft(
@@ -68,10 +67,18 @@ def write_peft(
             source.adapters,
             tensors,
             base=name,
-            parts=tuple(_MODULES[part].removesuffix(".").rpartition(".")[2] for part in parts),
+            base_sums=_sums_of_base(source),
+            parts=parts,
         )
     what = f" and {' and '.join(parts)}" if parts else ""
     return f"{len(source.adapters.targets)} adapters{what} of base {source.base.path}"
+
+
+def _sums_of_base(source: AdaptedCheckpoint) -> Sums:
+    key = summed_weight(source.config.model).key
+    assert key is not None
+    first, second = sums_of(source.base.read(key, 0)).tolist()
+    return first, second
 
 
 def _tensors(source: AdaptedCheckpoint, entry: Entry) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ import numpy as np
 from dattn_mcore.data.index.join import join_parts
 from dattn_mcore.data.index.layout import IndexSettings
 from dattn_mcore.data.index.rows import RowMaker
-from dattn_mcore.data.sources.source import Place, open_source_file
+from dattn_mcore.data.sources.place import Place
+from dattn_mcore.data.sources.source import open_source_file
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import KINDS, DataError, DattnError, kind_of
 from dattn_mcore.units import duration, rate

@@ -7,7 +7,8 @@ import hashlib
 import os
 from dataclasses import dataclass
 
-from dattn_mcore.data.sources.source import ImagePlace, Place, Source
+from dattn_mcore.data.sources.place import ImagePlace, Place
+from dattn_mcore.data.sources.source import Source
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ from dattn_mcore.data.index.layout import (
     SampleRow,
 )
 from dattn_mcore.data.sources.open_files import OpenFiles
+from dattn_mcore.data.sources.place import ImagePlace, Place
 from dattn_mcore.data.sources.record import RecordError, Sample
-from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.data.templates import TextRun, encode_conversation
 from dattn_mcore.data.tiles import Tiling, tiling_of_image
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer

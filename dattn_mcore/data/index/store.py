@@ -16,7 +16,7 @@ from dattn_mcore.data.index.build import build_index, describe_file, locked
 from dattn_mcore.data.index.image_identity import ImageIdentity, identity_of_image
 from dattn_mcore.data.index.layout import IndexSettings, settings_of
 from dattn_mcore.data.index.rows import RowMaker
-from dattn_mcore.data.sources.source import ImagePlace, Place
+from dattn_mcore.data.sources.place import ImagePlace, Place
 from dattn_mcore.data.templates import check_symbols
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError

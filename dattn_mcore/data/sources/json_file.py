@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from dattn_mcore.data.sources.metadata import METADATA
+from dattn_mcore.data.sources.place import ImagePlace, Place
 from dattn_mcore.data.sources.record import Sample, decode_json, parse_record
-from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"

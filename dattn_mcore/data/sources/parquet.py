@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from dattn_mcore.data.sources.metadata import METADATA, is_filled, unknown
+from dattn_mcore.data.sources.place import ImagePlace, Place
 from dattn_mcore.data.sources.record import RecordError, Sample, decode_json, parse_record
 from dattn_mcore.data.sources.row_groups import RowGroups
-from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.errors import ConfigError, DataError
 
 # Of a process, whatever it opens. Apart, or a large group of images would throw out its text.

@@ -13,47 +13,13 @@ from pathlib import Path
 from typing import Protocol
 
 from dattn_mcore.config.schema import DataConfig, SourceConfig
+from dattn_mcore.data.sources.json_file import JsonFile
 from dattn_mcore.data.sources.metadata import known_metadata
+from dattn_mcore.data.sources.parquet import ParquetFile
+from dattn_mcore.data.sources.place import ImagePlace, Place
 from dattn_mcore.data.sources.record import Sample
+from dattn_mcore.data.sources.tar import TarFile
 from dattn_mcore.errors import DataError
-
-
-@dataclass(frozen=True, slots=True)
-class ImagePlace:
-    """Where an image's bytes are.
-
-    Attributes:
-        name: Path below the image folder, or the name it goes by inside the file.
-        offset: Of its first byte in a tar shard; its number in the record for parquet.
-        length: Bytes in a tar shard; 0 where the image is a file below the image folder.
-    """
-
-    name: str
-    offset: int = 0
-    length: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a record stands.
-
-    Attributes:
-        offset: Of its first byte; the row group for parquet.
-        length: Bytes; the row of the group for parquet.
-        key: Name that stands in for an `id` the record lacks.
-        images: Images that lie beside the record in the same file (tar).
-        caption: What stands there is a caption's text, no record (tar).
-        fault: Why the sample cannot be used, as far as the scan can tell; "" if it does not.
-        ignored: Metadata beside the record that is left aside (tar).
-    """
-
-    offset: int
-    length: int
-    key: str = ""
-    images: tuple[ImagePlace, ...] = ()
-    caption: bool = False
-    fault: str = ""
-    ignored: tuple[str, ...] = ()
 
 
 class SourceFile(Protocol):
@@ -207,15 +173,8 @@ def open_source_file(source: Source, number: int, in_order: bool = False) -> Sou
         DataError: It cannot be read, or its format needs a package that is absent.
     """
     path, known = source.files[number], known_metadata(source.metadata_keys)
-    # Each format is imported where it is used: parquet needs an optional package.
     if source.format == "tar":
-        from dattn_mcore.data.sources.tar import TarFile
-
         return TarFile(path, known)
     if source.format == "parquet":
-        from dattn_mcore.data.sources.parquet import ParquetFile
-
         return ParquetFile(path, source.image_folder, in_order, known)
-    from dattn_mcore.data.sources.json_file import JsonFile
-
     return JsonFile(path, source.image_folder, known)

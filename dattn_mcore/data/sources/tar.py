@@ -22,8 +22,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dattn_mcore.data.sources.metadata import METADATA
+from dattn_mcore.data.sources.place import ImagePlace, Place
 from dattn_mcore.data.sources.record import RecordError, Sample, decode_json, parse_record
-from dattn_mcore.data.sources.source import ImagePlace, Place
 from dattn_mcore.data.sources.tar_members import tar_members
 from dattn_mcore.data.sources.tar_roles import TEXT, roles, suffix
 from dattn_mcore.errors import DataError

@@ -14,7 +14,8 @@ from dattn_mcore.evaluation.benchmarks.base import (
 )
 from dattn_mcore.evaluation.files import read_object, take
 from dattn_mcore.evaluation.guessing import compare
-from dattn_mcore.evaluation.scores import Outcome, Score, bars, percent
+from dattn_mcore.evaluation.outcome import Outcome
+from dattn_mcore.evaluation.scores import Score, bars, percent
 
 QUESTIONS = "testdev_balanced_questions.json"
 FOLDERS = ("data", "data/questions1.2", "data/questions")

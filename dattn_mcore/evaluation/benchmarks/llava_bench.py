@@ -10,7 +10,8 @@ from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Row, all_answered
 from dattn_mcore.evaluation.benchmarks.judged import Judged, check_reviews, failed_note, is_figure
 from dattn_mcore.evaluation.files import read_json, read_json_lines
-from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean
+from dattn_mcore.evaluation.outcome import Outcome
+from dattn_mcore.evaluation.scores import Bar, Score, mean
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 # The rule of all three categories in LLaVA's llava/eval/table/rule.json; scores compare only if

@@ -20,7 +20,8 @@ from dattn_mcore.evaluation.benchmarks.base import (
 from dattn_mcore.evaluation.files import read_tsv
 from dattn_mcore.evaluation.guessing import compare
 from dattn_mcore.evaluation.images import Picture
-from dattn_mcore.evaluation.scores import Outcome, Score, bars, mean, percent
+from dattn_mcore.evaluation.outcome import Outcome
+from dattn_mcore.evaluation.scores import Score, bars, mean, percent
 from dattn_mcore.evaluation.text import LETTER_ANSWER, leading_letter
 
 FILE = "mmbench_dev_20230712.tsv"

@@ -14,7 +14,8 @@ from dattn_mcore.evaluation.benchmarks.base import (
 )
 from dattn_mcore.evaluation.files import read_text, write_text
 from dattn_mcore.evaluation.guessing import compare
-from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean
+from dattn_mcore.evaluation.outcome import Outcome
+from dattn_mcore.evaluation.scores import Bar, Score, mean
 from dattn_mcore.evaluation.text import SHORT_ANSWER, yes_or_no
 
 PERCEPTION = [

@@ -13,7 +13,8 @@ from dattn_mcore.evaluation.benchmarks.base import Benchmark, Row, unanswered_no
 from dattn_mcore.evaluation.files import read_tsv
 from dattn_mcore.evaluation.guessing import compare, count_choices
 from dattn_mcore.evaluation.images import Picture
-from dattn_mcore.evaluation.scores import Outcome, Score, bars, mean, percent
+from dattn_mcore.evaluation.outcome import Outcome
+from dattn_mcore.evaluation.scores import Score, bars, mean, percent
 from dattn_mcore.evaluation.text import LETTER_ANSWER
 
 FILES = ("mmstar.parquet", "MMStar.tsv")

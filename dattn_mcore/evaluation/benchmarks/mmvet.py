@@ -12,7 +12,8 @@ from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Row, all_answered
 from dattn_mcore.evaluation.benchmarks.judged import Judged, check_reviews, failed_note, is_figure
 from dattn_mcore.evaluation.files import read_object, take
-from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean
+from dattn_mcore.evaluation.outcome import Outcome
+from dattn_mcore.evaluation.scores import Bar, Score, mean
 
 TRUTH = "mm-vet.json"
 _MEME = (

@@ -9,7 +9,8 @@ from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark, Row, unanswered_note
 from dattn_mcore.evaluation.files import read_json_lines
 from dattn_mcore.evaluation.guessing import compare
-from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean
+from dattn_mcore.evaluation.outcome import Outcome
+from dattn_mcore.evaluation.scores import Bar, Score, mean
 from dattn_mcore.evaluation.text import SHORT_ANSWER, says_no
 
 # The first release says "imange" in some questions and labels; the corrected one says "image".

@@ -10,7 +10,8 @@ from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark, Row, unanswered_note
 from dattn_mcore.evaluation.files import read_json, take
 from dattn_mcore.evaluation.guessing import compare
-from dattn_mcore.evaluation.scores import Bar, Outcome, Score, mean, percent
+from dattn_mcore.evaluation.outcome import Outcome
+from dattn_mcore.evaluation.scores import Bar, Score, mean, percent
 from dattn_mcore.evaluation.text import LETTER_ANSWER, LETTERS, leading_letter, lenient_hint
 from dattn_mcore.types import IMAGE_MARK
 

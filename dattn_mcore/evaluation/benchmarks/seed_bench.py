@@ -17,7 +17,8 @@ from dattn_mcore.evaluation.benchmarks.base import (
 )
 from dattn_mcore.evaluation.files import read_json, take, write_text
 from dattn_mcore.evaluation.guessing import compare, count_choices
-from dattn_mcore.evaluation.scores import Outcome, Score, bars, mean, percent
+from dattn_mcore.evaluation.outcome import Outcome
+from dattn_mcore.evaluation.scores import Score, bars, mean, percent
 from dattn_mcore.evaluation.text import leading_letter, lenient_hint
 
 LETTERS = "ABCD"

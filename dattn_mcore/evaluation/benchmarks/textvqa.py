@@ -8,8 +8,9 @@ from dataclasses import replace
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.benchmarks.base import Benchmark, Row, unanswered_note
 from dattn_mcore.evaluation.files import read_json
+from dattn_mcore.evaluation.outcome import Outcome
 from dattn_mcore.evaluation.prompts import OCR_MARK
-from dattn_mcore.evaluation.scores import Outcome, Score, mean, percent
+from dattn_mcore.evaluation.scores import Score, mean, percent
 from dattn_mcore.evaluation.text import normalise_answer
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"

@@ -1,5 +1,6 @@
 """Adapters against `peft` on the exported model: logits, gradients, and folders both ways."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dattn_mcore.architectures.adapters import adapter_table
+from dattn_mcore.architectures import language_models
+from dattn_mcore.architectures.adapters import adapter_table, summed_weight
+from dattn_mcore.architectures.parameters import part_of
+from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.checkpoint.adapters import describe_base
+from dattn_mcore.checkpoint.base_sums import EXPORTED
 from dattn_mcore.checkpoint.load import load_weights
 from dattn_mcore.checkpoint.manifest import (
     describe_tokenizer,
@@ -21,9 +26,11 @@ from dattn_mcore.checkpoint.mixing import split
 from dattn_mcore.checkpoint.peft_folder import (
     SETTINGS,
     WEIGHTS,
+    peft_name,
     read_peft_folder,
     write_peft_folder,
 )
+from dattn_mcore.config.load import from_dict
 from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schema import LoraConfig
 from dattn_mcore.data.batch import MicroBatch
@@ -34,11 +41,12 @@ from dattn_mcore.layers.adaptable import adapter_names
 from dattn_mcore.models.initialize import fill
 from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.training.inputs import to_model_inputs
-from dattn_mcore.training.model import build_from_config
+from dattn_mcore.training.model import build_from_config, start_adapters
 from tests.unit.convert.convert_helpers import (
     make_checkpoint,
     make_tokenizer,
     plan,
+    random_tensors,
     small_config,
 )
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
@@ -219,6 +227,8 @@ def in_another_shape(tensors):
         ({"lora_alpha": 8}, None, "has lora_alpha=8, and lora.alpha is 4.0"),
         ({"use_dora": False}, None, "has use_dora=False, and lora.dora is True"),
         ({"peft_type": "IA3"}, None, "is of 'IA3'; only LORA is known"),
+        ({"init_lora_weights": "pissa"}, None, "has init_lora_weights='pissa', which this trainer"),
+        ({"modules_to_save": ["lm_head"]}, None, "has 'lm_head' in modules_to_save; beside adapt"),
         ({"use_rslora": True}, None, "has use_rslora=True, which this trainer cannot compute"),
         ({}, without_the_first, "is an adapter of another base model, or of other linears: it la"),
         ({}, with_one_more, "it has base_model.model.lm_head.lora_A.weight, which is not adapted"),
@@ -325,3 +335,71 @@ def test_a_base_that_is_gone_or_another_is_one_line(small, tmp_path):
         moved.rename(folder / "base")
     with pytest.raises(CheckpointError, match="holds a whole model, no adapters"):
         write_peft(folder / "base", tmp_path / "peft")
+
+
+def test_the_sums_of_a_base_are_of_one_weight_in_every_family():
+    for family in language_models():
+        model = from_dict({"model": {"family": family}}).model
+        assert summed_weight(model).names(0) == [EXPORTED]
+
+
+def test_another_base_of_the_same_shapes_is_refused(small, tmp_path):
+    """By the run that would start from the adapters, and by evaluation; the own base is taken."""
+    folder, config = small
+    write_peft(saved_adapters(folder, config), tmp_path / "peft")
+    table = model_table(config.model)
+    tensors = random_tensors(table, torch.float32)
+    tensors[summed_weight(config.model).key, 0][1, 1] += 0.01  # one weight of all
+    write_checkpoint(tmp_path / "base", plan(table, tensors), config)
+    for base, fits in ((folder / "base", True), (tmp_path / "base", False)):
+        convert(base, tmp_path / f"hf-{fits}")
+        model = DattnForConditionalGeneration.from_pretrained(tmp_path / f"hf-{fits}")
+        refused = pytest.raises(CheckpointError, match="is an adapter of another base model: its")
+        with contextlib.nullcontext() if fits else refused:
+            with_adapter(model, tmp_path / "peft")
+        lora = replace(config.lora, init_from=str(tmp_path / "peft"))
+        started = replace(config, lora=lora)
+        with single_process() as groups, contextlib.nullcontext() if fits else refused:
+            (model,) = build_from_config(started, groups, torch.device("cpu"), initialize=False)
+            load_weights(base, started, [model], groups)
+            start_adapters(started, adapters_of(started), [model])
+
+
+def with_own_projector(folder, config, learns):
+    """A configuration that starts from adapters and a projector, and that projector by its names."""
+    read = load_file(folder / "adapter" / WEIGHTS)
+    generator = torch.Generator().manual_seed(8)
+    projector = {
+        peft_name(name): torch.randn(shape, generator=generator)
+        for entry in model_table(config.model)
+        for name, shape in entry.parts.items()
+        if part_of(name) == "projector"
+    }
+    target = folder / f"with-projector-{learns}"
+    changed_folder(
+        folder / "adapter",
+        target,
+        {"modules_to_save": ["multi_modal_projector"]},
+        lambda _: {**read, **projector},
+    )
+    trains = ("projector", "llm") if learns else ("llm",)
+    train, lora = replace(config.train, trains=trains), replace(config.lora, init_from=str(target))
+    return replace(config, train=train, lora=lora), projector
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_run_starts_from_adapters_and_a_projector(small, learns):
+    """As an export writes them that learnt both. It must learn, else checkpoints would lack it."""
+    folder, config = small
+    config, projector = with_own_projector(folder, config, learns)
+    refused = pytest.raises(CheckpointError, match="holds a projector of its own, and projector")
+    with single_process() as groups, contextlib.nullcontext() if learns else refused:
+        (model,) = build_from_config(config, groups, torch.device("cpu"), initialize=False)
+        load_weights(Path(config.checkpoint.init_from), config, [model], groups)
+        start_adapters(config, adapters_of(config), [model])
+        parameters = dict(model.named_parameters())
+        for entry in model_table(config.model):
+            if part_of(entry.key or "") == "projector":
+                parts = split(entry, parameters[entry.key].detach())
+                for name, part in zip(entry.parts, parts, strict=True):
+                    assert torch.equal(part, projector[peft_name(name)]), name

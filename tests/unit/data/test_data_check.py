@@ -13,8 +13,9 @@ from PIL import Image
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.__main__ import main
-from dattn_mcore.data.failures import check_share, kind_of
+from dattn_mcore.data.failures import check_share
 from dattn_mcore.data.index.store import open_index
+from dattn_mcore.data.sample_failure import kind_of
 from dattn_mcore.data.sources.json_file import JsonFile
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import DataError

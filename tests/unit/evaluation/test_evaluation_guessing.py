@@ -10,7 +10,7 @@ from dattn_mcore.evaluation.__main__ import main
 from dattn_mcore.evaluation.benchmarks import make_benchmark
 from dattn_mcore.evaluation.benchmarks.mmstar import MmStar
 from dattn_mcore.evaluation.guessing import compare, count_choices, look_at, needed
-from dattn_mcore.evaluation.scores import Outcome
+from dattn_mcore.evaluation.outcome import Outcome
 from tests.unit.evaluation import trees
 
 

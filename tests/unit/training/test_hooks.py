@@ -16,11 +16,14 @@ from dattn_mcore.training.step import StepResult
 class Noted(Hook):
     """Writes down each call."""
 
-    def __init__(self, calls, name, everywhere=False, error=None):
-        self.calls, self.name, self.everywhere, self.error = calls, name, everywhere, error
+    def __init__(self, calls, name, everywhere=False, error=None, early=None):
+        self.calls, self.name, self.everywhere = calls, name, everywhere
+        self.error, self.early = error, early  # after a step or at the end; before a step
 
     def before_step(self, step):
         self.calls.append((self.name, "before", step))
+        if self.early is not None:
+            raise self.early
 
     def after_step(self, done):
         self.calls.append((self.name, "after", done.step))
@@ -38,7 +41,7 @@ class Noted(Hook):
 
     def close(self, step, complete):
         self.calls.append((self.name, "close", complete))
-        if isinstance(self.error, OSError):
+        if self.error is not None:
             raise self.error
 
 
@@ -117,8 +120,34 @@ def test_an_error_of_all_ranks_ends_the_run_at_once(tmp_path, done):
 
 def test_a_disk_that_is_full_at_the_end(tmp_path):
     hooks = hooks_of(tmp_path, Noted([], "a", error=OSError(errno.ENOSPC, "No space left")))
-    with pytest.raises(CheckpointError, match="reports cannot be written there .No space left"):
-        hooks.close(9, complete=True)
+    problem = hooks.close(9, complete=True)
+    assert isinstance(problem, CheckpointError)
+    assert "reports cannot be written there (No space left)" in str(problem)
+
+
+def test_ranks_that_wait_at_the_end_are_not_left_alone(tmp_path):
+    calls = []
+    problem = hooks_of(
+        tmp_path,
+        Noted(calls, "first", everywhere=True, error=DataError("scores cannot be written")),
+        Noted(calls, "alone"),
+        Noted(calls, "together", everywhere=True),
+    ).close(9, complete=True)
+    assert str(problem) == "scores cannot be written"
+    assert [name for name, *_ in calls] == ["first", "together"]
+
+
+def test_an_error_before_a_step_is_told_after_it(tmp_path, done):
+    """The step itself is done: the other ranks are in it already."""
+    calls = []
+    full = OSError(errno.ENOSPC, "No space left")
+    hooks = hooks_of(
+        tmp_path, Noted(calls, "alone", early=full), Noted(calls, "all", everywhere=True)
+    )
+    hooks.before_step(3)
+    assert calls == [("alone", "before", 3), ("all", "before", 3)]
+    problem = hooks.after_step(done)
+    assert isinstance(problem, CheckpointError) and "No space left" in str(problem)
 
 
 def test_a_state_goes_through_a_checkpoint(tmp_path, caplog):
