@@ -16,8 +16,9 @@ ARGS ?=
 BIN := .venv/bin
 NEWEST := .venv-newest/bin
 LOCK := pyproject.toml constraints.txt constraints-torch.txt
-# Tests that start no processes of their own run side by side (pytest-xdist).
-ALL_CORES := -n logical --maxprocesses 8
+# Tests that need no processes side by side, no cluster and no installation run so themselves
+# (pytest-xdist); `tests/tiers.py` says which.
+ALL_CORES := -n logical --maxprocesses 8 --dist worksteal
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: quickstart test-fast test test-all check gpu-check update
@@ -30,12 +31,12 @@ test-fast: .venv/installed-dev
 	$(BIN)/python -m pytest -q --tier fast $(ALL_CORES) $(ARGS)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q --tier fast $(ALL_CORES) $(ARGS)
-	$(BIN)/python -m pytest -q --tier default --beyond fast $(ARGS)
+	$(BIN)/python -m pytest -q --tier default --part together $(ALL_CORES) $(ARGS)
+	$(BIN)/python -m pytest -q --tier default --part alone $(ARGS)
 
 test-all: .venv/installed-dev
-	$(BIN)/python -m pytest -q --tier fast $(ALL_CORES) $(ARGS)
-	$(BIN)/python -m pytest -q --tier all --beyond fast $(ARGS)
+	$(BIN)/python -m pytest -q --tier all --part together $(ALL_CORES) $(ARGS)
+	$(BIN)/python -m pytest -q --tier all --part alone $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -55,8 +56,8 @@ newest: .venv-newest/bin/pip
 	@$(NEWEST)/python -m tools.install --newest --dev
 
 test-newest: newest
-	$(NEWEST)/python -m pytest -q --tier fast $(ALL_CORES) $(ARGS)
-	DATTN_MATRIX_NEWEST=1 $(NEWEST)/python -m pytest -q --tier all --beyond fast $(ARGS)
+	$(NEWEST)/python -m pytest -q --tier all --part together $(ALL_CORES) $(ARGS)
+	DATTN_MATRIX_NEWEST=1 $(NEWEST)/python -m pytest -q --tier all --part alone $(ARGS)
 
 quickstart-newest: newest
 	@$(NEWEST)/python -m dattn_mcore.quickstart $(ARGS)

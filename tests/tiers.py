@@ -29,6 +29,12 @@ LEFT_OUT = {
 }
 COMMANDS = {"fast": "make test-fast", "default": "make test", "all": "make test-all"}
 
+# Tests that have processes side by side, or share what they install, run one at a time; so do those
+# of these places, which look at times or at signals. All others run side by side (pytest-xdist).
+ALONE = frozenset({"pool", "slurm", "network"})
+ALONE_PLACES = ("tests/distributed/", "tests/end_to_end/")
+PARTS = ("together", "alone")
+
 # A fixture's name, or the beginning of a test's id.
 BY_FIXTURE = {
     "pool": "pool",
@@ -255,6 +261,12 @@ def markers_of(item: pytest.Item) -> set[str]:
     return found | ({"slow"} if item.nodeid.startswith(SLOW) else set())
 
 
+def part_of(item: pytest.Item) -> str:
+    """Whether a test runs side by side with others; its markers are set."""
+    alone = _names(item) & ALONE or item.nodeid.startswith(ALONE_PLACES)
+    return "alone" if alone else "together"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds `--tier`."""
     parser.addoption(
@@ -264,9 +276,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="which tests to run (tests/tiers.py)",
     )
     parser.addoption(
-        "--beyond",
-        choices=sorted(LEFT_OUT),
-        help="without those of this smaller tier, which ran before",
+        "--part",
+        choices=PARTS,
+        help="only tests that can run side by side, or only those that run one at a time",
     )
 
 
@@ -277,20 +289,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks every test and takes those away that the tier leaves out, or that ran before."""
-    unwanted, before = LEFT_OUT[config.getoption("tier")], config.getoption("beyond")
-    kept, left_out, ran = [], [], []
+    """Marks every test; takes away what the tier leaves out, and what is of the other part."""
+    unwanted, part = LEFT_OUT[config.getoption("tier")], config.getoption("part")
+    kept, left_out, others = [], [], []
     for item in items:
         for marker in markers_of(item):
             item.add_marker(marker)
-        names = _names(item)
-        if before is not None and not names & LEFT_OUT[before]:
-            ran.append(item)
+        if _names(item) & unwanted:
+            left_out.append(item)
         else:
-            (left_out if names & unwanted else kept).append(item)
-    if left_out or ran:
+            (kept if part in (None, part_of(item)) else others).append(item)
+    if left_out or others:
         config.stash[_LEFT_OUT] = left_out
-        config.hook.pytest_deselected(items=[*left_out, *ran])
+        config.hook.pytest_deselected(items=[*left_out, *others])
         items[:] = kept
 
 

@@ -179,3 +179,18 @@ def full_memory_of_the_loader(folder: Path) -> None:
         raise MemoryError
 
     DataPipeline._build = breaks
+
+
+def killed_in_validation(folder: Path) -> None:
+    """SIGKILL within the second pass over the held-out samples."""
+    from dattn_mcore.data.validation import ValidationData
+
+    original, passes = ValidationData.batch, [0]
+
+    def batch(self: ValidationData, number: int) -> Any:
+        passes[0] += number == 0
+        if passes[0] == 2 and number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, number)
+
+    ValidationData.batch = batch  # type: ignore[method-assign]

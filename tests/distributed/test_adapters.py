@@ -20,7 +20,9 @@ from tests.distributed.interrupted_jobs import train_until_killed
 from tests.distributed.jobs import read_metrics, run_training
 from tests.distributed.pool import WorkerError
 from tests.distributed.small_models import GEMMA, QWEN2, small_config
+from tools.checkpoint_convert import hf_to_mcore, mcore_to_hf
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
+from tools.checkpoint_convert.peft_out import write_peft
 
 ALL = ["*.{q,k,v,o,gate,up,down}_proj"]
 SOME = ["*.layers.{1..2}.self_attn.{q,v}_proj", "*.layers.{0..1}.mlp.gate_proj", "*.down_proj"]
@@ -227,3 +229,37 @@ def test_dry_run_counts_adapters(pool, digits, base_of, tmp_path):
     for stage, counted in pool.run(count_parameters, 4, tree):
         total, trained, _ = stage_summary(config, stage)
         assert (total, trained) == counted and trained > 0
+
+
+@pytest.fixture(scope="module")
+def exported(pool, digits, base_of, tmp_path_factory):
+    """A base, what adapters and a projector have learnt beside it as peft's folder, and merged."""
+    folder, base = tmp_path_factory.mktemp("exported"), base_of({})
+    sections = merge(lora(), {"train": {"trains": ["projector", "llm"]}})
+    run = small_config(digits, folder / "run", **merge(base, sections))
+    assert all(pool.run(run_training, 1, run))
+    write_peft(folder / "run", folder / "peft")
+    mcore_to_hf.convert(folder / "run", folder / "hf")
+    hf_to_mcore.convert(folder / "hf", folder / "merged")
+    return base, sections, folder
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (2, {}), (4, FOUR)],
+    ids=["one", "tp2-sp", "pp2", "dp2", "tp2-pp2"],
+)
+def test_a_run_starts_from_exported_adapters(pool, digits, exported, tmp_path, ranks, parallel):
+    """Its first loss is that of the merged weights, its base the one that the folder names."""
+    base, sections, folder = exported
+    start = merge(base, {"lora": {"init_from": str(folder / "peft")}, "parallel": parallel})
+    one = {"train": {"steps": 1}}
+    tree = small_config(digits, tmp_path / "run", **merge(merge(sections, start), one))
+    assert all(pool.run(run_training, ranks, tree))
+    merged = {"checkpoint": {"init_from": str(folder / "merged")}, "optim": sections["optim"]}
+    whole = small_config(digits, tmp_path / "whole", **merge(merged, one))
+    assert all(pool.run(run_training, 1, whole))
+    (row,), (want,) = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole")
+    assert row["loss"] == pytest.approx(want["loss"], abs=1e-5)
+    before = read_metrics(folder / "run")[0]["loss"]  # the same samples, before anything was learnt
+    assert abs(row["loss"] - before) > 1e-3

@@ -81,8 +81,10 @@ def test_a_tier_leaves_tests_out_and_says_so(run):
     assert "make test leaves out 2 tests:\n      1  slurm: " in output
     assert "make test-all runs 2 of them\n" in output
 
-    assert run("--tier", "default", "--beyond", "fast")[0] == "bdef"
-    assert run("--tier", "all", "--beyond", "fast")[0] == "bcdefg"
+    assert run("--tier", "default", "--part", "together")[0] == "af"
+    assert run("--tier", "default", "--part", "alone")[0] == "bde"
+    assert run("--tier", "all", "--part", "together")[0] == "afg"
+    assert run("--tier", "all", "--part", "alone")[0] == "bcde"
     assert run("--tier", "fast", "-k", "test_c")[0] == ""  # which is no failure
     for arguments in (("--tier", "all"), ()):
         ran, output = run(*arguments)
@@ -106,6 +108,7 @@ def test_every_tier_has_its_command():
         target = command.removeprefix("make ")
         lines = rf"^{target}:.*\n\t.*--tier {tier} "
         if tier != "fast":
-            lines = rf"^{target}:.*\n\t.*--tier fast .*\n\t.*--tier {tier} --beyond fast "
+            together = rf".*--tier {tier} --part together \$\(ALL_CORES\).*"
+            lines = rf"^{target}:.*\n\t{together}\n\t.*--tier {tier} --part alone "
         assert re.search(lines, MAKEFILE, re.MULTILINE), command
     assert tiers.LEFT_OUT["fast"] > tiers.LEFT_OUT["default"] > tiers.LEFT_OUT["all"] == set()

@@ -35,6 +35,7 @@ from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schema import LoraConfig
 from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.errors import CheckpointError
+from dattn_mcore.evaluation.__main__ import main
 from dattn_mcore.evaluation.adapter import with_adapter
 from dattn_mcore.hf import DattnForConditionalGeneration
 from dattn_mcore.layers.adaptable import adapter_names
@@ -49,6 +50,7 @@ from tests.unit.convert.convert_helpers import (
     random_tensors,
     small_config,
 )
+from tests.unit.evaluation.trees import make_tree
 from tools.checkpoint_convert.dist_checkpoint import write_checkpoint
 from tools.checkpoint_convert.mcore_to_hf import ExportOptions, convert
 from tools.checkpoint_convert.peft_out import write_peft
@@ -403,3 +405,26 @@ def test_a_run_starts_from_adapters_and_a_projector(small, learns):
                 parts = split(entry, parameters[entry.key].detach())
                 for name, part in zip(entry.parts, parts, strict=True):
                     assert torch.equal(part, projector[peft_name(name)]), name
+
+
+def test_evaluation_with_an_adapter_answers_as_the_merged_export(small, tmp_path):
+    """By the command, and not as the base alone."""
+    folder, config = small
+    checkpoint = saved_adapters(folder, config)
+    write_peft(checkpoint, tmp_path / "peft")
+    convert(checkpoint, tmp_path / "merged")
+    convert(folder / "base", tmp_path / "hf")
+    data = make_tree(tmp_path / "val")
+    common = [f"--data={data}", "--benchmarks=pope", "--device=cpu", "--max-new-tokens=6"]
+    given = {
+        "added": [f"--model={tmp_path / 'hf'}", f"--adapter={tmp_path / 'peft'}"],
+        "merged": [f"--model={tmp_path / 'merged'}"],
+        "alone": [f"--model={tmp_path / 'hf'}"],
+    }
+    answers = {}
+    for name, model in given.items():
+        out = tmp_path / name
+        assert main(["run", *model, *common, f"--out={out}"]) == 0
+        text = (out / "answers/pope.jsonl").read_text()
+        answers[name] = [json.loads(line)["text"] for line in text.splitlines()]
+    assert answers["added"] == answers["merged"] != answers["alone"]
