@@ -80,14 +80,14 @@ def test_everything_that_is_imported_is_asked_for():
         ("quickstart", ".venv/bin/python -m dattn_mcore.quickstart optim.lr=1"),
         (
             "test-fast",
-            ".venv/bin/python -m pytest -q --tier fast -n logical --maxprocesses 8 optim.lr=1",
+            ".venv/bin/python -m pytest -q --tier fast -n logical --maxprocesses 8 --dist worksteal optim.lr=1",
         ),
-        ("test", ".venv/bin/python -m pytest -q --tier default --beyond fast optim.lr=1"),
-        ("test-all", ".venv/bin/python -m pytest -q --tier all --beyond fast optim.lr=1"),
+        ("test", ".venv/bin/python -m pytest -q --tier default --part alone optim.lr=1"),
+        ("test-all", ".venv/bin/python -m pytest -q --tier all --part alone optim.lr=1"),
         ("check", ".venv/bin/mypy"),
         ("gpu-check", ".venv/bin/python -m benchmarks.gpu_check optim.lr=1"),
         ("update", ".venv/bin/python -m pytest -q tests/matrix"),
-        ("test-newest", ".venv-newest/bin/python -m pytest -q --tier all --beyond fast optim.lr=1"),
+        ("test-newest", ".venv-newest/bin/python -m pytest -q --tier all --part alone optim.lr=1"),
         ("quickstart-newest", ".venv-newest/bin/python -m dattn_mcore.quickstart optim.lr=1"),
     ],
 )
