@@ -52,8 +52,13 @@ def test_in_a_validation_pass(pool, digits, tmp_path):
 def test_in_an_export(pool, digits, tmp_path):
     """What was begun is no export, and goes; it is made anew when the run goes on."""
     run_dir = tmp_path / "run"
-    checkpoint = {"save_interval": 1, "keep": 3, "also_export": True}
-    tree = small_config(digits, run_dir, parallel=PP2, checkpoint=checkpoint)
+    tree = small_config(
+        digits,
+        run_dir,
+        parallel=PP2,
+        train={"steps": 2},
+        checkpoint={"save_interval": 1, "keep": 2, "also_export": True},
+    )
     exports = run_dir / "exports"
     ranks = start_ranks(tree, tmp_path / "killed", "nothing")
     try:
@@ -67,7 +72,7 @@ def test_in_an_export(pool, digits, tmp_path):
     _, alive = psutil.wait_procs(working, timeout=20)
     assert not alive
     assert all(pool.run(run_training, 2, tree))
-    names = [f"step_0000000{step}" for step in (1, 2, 3)]
+    names = [f"step_0000000{step}" for step in (1, 2)]
     assert sorted(path.name for path in exports.iterdir()) == names
     for name in names:
         convert(run_dir / "checkpoints" / name, tmp_path / name)
