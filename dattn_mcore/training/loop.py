@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.failures import mask
-from dattn_mcore.errors import CheckpointError, DattnError
+from dattn_mcore.errors import CheckpointError, DattnError, RankError
 from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.parallel import platform
 from dattn_mcore.plan.flops import step_work
@@ -164,6 +164,8 @@ def _next_batch(
     batch, asked = None, time.perf_counter()
     try:
         batch = run.data.global_batch(step)
+    except RankError:  # its device may reach nobody
+        raise
     except DattnError as error:
         problem = problem or error
     except Exception as error:  # noqa: BLE001 (whatever a decoder or a file system comes up with)
