@@ -36,7 +36,7 @@ _NO_START = "CUDA initialization: "
 
 
 @functools.cache
-def _found_gpus() -> tuple[int, str | None]:
+def found_gpus() -> tuple[int, str | None]:
     """GPUs that PyTorch can use, and what it says of those that it cannot use.
 
     It says so in a warning, once a process.
@@ -73,17 +73,17 @@ def _why_no_start() -> str:
 
 def gpu_available() -> bool:
     """Whether this machine has a GPU that PyTorch can use."""
-    return _found_gpus()[0] > 0
+    return found_gpus()[0] > 0
 
 
 def gpu_count() -> int:
     """Number of GPUs of this machine that PyTorch can use."""
-    return _found_gpus()[0]
+    return found_gpus()[0]
 
 
 def gpu_problem() -> str | None:
     """Why PyTorch cannot use this machine's GPUs, and the way out; None: it can, or has none."""
-    said = _found_gpus()[1]
+    said = found_gpus()[1]
     if said is None:
         return None
     problem = f"PyTorch cannot use this machine's GPUs ({said})"
