@@ -71,6 +71,8 @@ BY_PLACE = {
     "tests/unit/layers/test_te_spec.py": "processes",
     "tests/unit/layers/test_triton_attention.py": "interpreter",
     "tests/unit/layers/test_triton_compiles.py": "interpreter",
+    "tests/unit/parallel/test_gpu_problem.py::test_the_command": "processes",
+    "tests/unit/parallel/test_packages.py::test_megatron_core": "processes",
     "tests/unit/parallel/test_platform.py": "processes",
     "tests/unit/plan/test_plan_disk.py::test_a_checkpoint_and_its_export_take_what_was_said": "trains",
     "tests/unit/slurm/test_batch_files.py": "processes",

@@ -48,7 +48,10 @@ from dattn_mcore.training.implementation import choose_implementation, transform
 from dattn_mcore.parallel.packages import import_problem
 print(transformer_engine_missing())
 print(import_problem("flash_attn.flash_attn_interface"), platform.apex_adds_gradients())
-print(choose_implementation(from_dict({})))
+import torch
+from dattn_mcore.training import implementation
+implementation.current_device = lambda: torch.device("meta")  # a GPU: not the CPU
+print(choose_implementation(from_dict({"train": {"precision": "bf16"}})))
 """
 
 
