@@ -57,7 +57,8 @@ def with_adapter(model: Any, folder: Path) -> Any:
             first, second = sums_of(model.get_parameter(EXPORTED)).tolist()
             check_same_base(f"--adapter {folder}", sums, (first, second))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of missing tensors; they are refused below
+            # Of missing tensors; they are refused below. Others, of the device, are shown.
+            warnings.filterwarnings("ignore", module=r"peft\.")
             adapted = peft.PeftModel.from_pretrained(model, str(folder))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             found = set(file.keys())

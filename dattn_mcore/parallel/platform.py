@@ -294,6 +294,14 @@ def load_no_compiler(requested: str) -> None:
         torch.compile = _uncompiled
 
 
+def compile_nothing() -> None:
+    """Has small functions that Megatron-Core would compile at their first call run as they are.
+
+    Its own switch comes too late for modules that have been imported.
+    """
+    torch.compiler.set_stance("force_eager")
+
+
 def install(device: str, local_rank: int = 0) -> torch.device:
     """Makes this process ready to run Megatron-Core on a device.
 
@@ -539,10 +547,7 @@ def _install_cpu() -> None:
         setattr(torch.cuda, name, value)
     torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
 
-    # Megatron-Core would compile small fused functions at their first call: on a CPU that costs
-    # more than it gains, and needs a C++ compiler. Its own switch comes too late for modules that
-    # have been imported.
-    torch.compiler.set_stance("force_eager")
+    compile_nothing()  # on a CPU it costs more than it gains, and needs a C++ compiler
 
     from megatron.core.tensor_parallel import random as megatron_random
 

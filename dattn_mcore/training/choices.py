@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +12,14 @@ import torch.distributed as dist
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError, DattnError
+from dattn_mcore.layers.attention.triton_backend import launch_problem
 from dattn_mcore.layers.runtime import Runtime
+from dattn_mcore.parallel import platform
 from dattn_mcore.training.agreement import agree
 from dattn_mcore.training.plan import attention_backends
 from dattn_mcore.training.runtime import decide_runtime
+
+logger = logging.getLogger(__name__)
 
 
 def decide(config: Config, device: torch.device) -> Runtime:
@@ -39,12 +44,32 @@ def decide(config: Config, device: torch.device) -> Runtime:
         chosen["the implementation of linears and norms"] = runtime.implementation, ""
         fused = runtime.gradient_accumulation_fusion
         chosen["fusion of gradient accumulation"] = "on" if fused else "off", ""
+        why = compile_where_possible(device)
+        chosen["PyTorch's compiler"] = "off" if why else "on", why or ""
     except DattnError as error:
         problem = error
     agree(problem, device)
     assert runtime is not None  # else there is a problem, which all ranks raise
     check_same_choices(chosen)
     return runtime
+
+
+def compile_where_possible(device: torch.device) -> str | None:
+    """Leaves PyTorch's compiler off on a GPU where Triton, which it ends in, launches nothing.
+
+    Megatron-Core compiles small functions (CLIP's activation among them) at their first call.
+
+    Args:
+        device: of this process, which is installed; on a CPU nothing is compiled anyway.
+
+    Returns:
+        Why it is off; None: it is not, or on a CPU.
+    """
+    if device.type == "cpu" or (problem := launch_problem(device)) is None:
+        return None
+    platform.compile_nothing()
+    logger.warning("PyTorch compiles nothing in this run: Triton: %s", problem)
+    return problem
 
 
 def check_same_choices(chosen: Mapping[str, tuple[str, str]]) -> None:

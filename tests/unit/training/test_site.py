@@ -6,9 +6,11 @@ import torch.distributed as dist
 
 from dattn_mcore.config.load import from_dict
 from dattn_mcore.errors import ConfigError
+from dattn_mcore.layers.attention import triton_trial
+from dattn_mcore.layers.attention.triton_backend import launch_problem
 from dattn_mcore.parallel import platform
 from dattn_mcore.training import implementation
-from dattn_mcore.training.choices import check_same_choices
+from dattn_mcore.training.choices import check_same_choices, compile_where_possible
 from dattn_mcore.training.implementation import choose_implementation
 from dattn_mcore.training.site import (
     attention_variables,
@@ -108,6 +110,22 @@ def test_blockwise_needs_a_newer_build_of_pytorch(monkeypatch, built, recipe, re
     with pytest.raises(ConfigError, match="train.fp8=blockwise needs PyTorch built for") as caught:
         choose_implementation(config)
     assert "12.9 or newer" in str(caught.value) and "is built for 12.8" in str(caught.value)
+
+
+def test_without_a_compiler_for_triton_pytorch_compiles_nothing(monkeypatch, caplog):
+    """Megatron-Core's compiled activations would end the first step instead."""
+    called = []
+
+    def launch(device):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC.")
+
+    monkeypatch.setattr(platform, "compile_nothing", lambda: called.append(True))
+    monkeypatch.setattr(triton_trial, "launch", launch)
+    launch_problem.cache_clear()
+    assert compile_where_possible(torch.device("cpu")) is None and not called
+    assert "Failed to find C compiler" in compile_where_possible(torch.device(GPU))
+    launch_problem.cache_clear()
+    assert called and "PyTorch compiles nothing in this run: Triton: it cannot la" in caplog.text
 
 
 def test_ranks_that_found_other_packages_are_named(monkeypatch):
