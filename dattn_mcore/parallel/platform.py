@@ -252,9 +252,9 @@ def fp8_problem(recipe: str) -> str | None:
     """
     if _installed != "gpu":
         return None
-    built = str(torch.version.cuda)
+    built = torch.version.cuda
     # Source: transformer_engine/pytorch, `check_fp8_block_scaling_support`.
-    if recipe == "blockwise" and tuple(map(int, built.split(".")[:2])) < (12, 9):
+    if recipe == "blockwise" and built and tuple(map(int, built.split(".")[:2])) < (12, 9):
         return (
             f"needs PyTorch built for CUDA 12.9 or newer, and {torch.__version__} is built for "
             f"{built}; install such a build, or use train.fp8=tensorwise"
