@@ -23,7 +23,7 @@ from dattn_mcore.training.agreement import Agreement, agree
 from dattn_mcore.training.communication import with_communication_share
 from dattn_mcore.training.hooks import StepDone
 from dattn_mcore.training.inputs import all_model_inputs
-from dattn_mcore.training.last_words import speaking, unexpected
+from dattn_mcore.training.last_words import speaking, this_rank, unexpected
 from dattn_mcore.training.memory import StepMemoryError, explain_memory
 from dattn_mcore.training.not_finite import NotFiniteError, explain
 from dattn_mcore.training.optimizer import gathered_weights
@@ -164,8 +164,8 @@ def _next_batch(
     batch, asked = None, time.perf_counter()
     try:
         batch = run.data.global_batch(step)
-    except RankError:  # its device may reach nobody
-        raise
+    except RankError as error:  # its device may reach nobody
+        raise RankError(f"{this_rank()}: {error}") from None
     except DattnError as error:
         problem = problem or error
     except Exception as error:  # noqa: BLE001 (whatever a decoder or a file system comes up with)
