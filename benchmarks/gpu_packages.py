@@ -8,17 +8,16 @@ Exit status 1: Transformer Engine is among them.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from typing import NamedTuple
 
 import torch
 
-from dattn_mcore.layers.attention import BACKENDS, AttentionOptions
+from dattn_mcore.parallel import entry
+from dattn_mcore.parallel.packages import import_problem
 from dattn_mcore.training.implementation import transformer_engine_missing
 
 INSTALL = "install it with .venv/bin/pip install "
-PLAIN = (AttentionOptions(scale=1.0), "gpu", torch.bfloat16, 128)  # what every backend computes
 
 
 class Part(NamedTuple):
@@ -32,6 +31,11 @@ class Part(NamedTuple):
 
 def parts() -> list[Part]:
     """Every optional package of a GPU machine; imports them, which may touch the device."""
+    entry.prepare_imports("gpu")
+    # After it: Megatron-Core's import dies of a broken Transformer Engine.
+    from dattn_mcore.layers.attention import BACKENDS, AttentionOptions
+
+    plain = (AttentionOptions(scale=1.0), "gpu", torch.bfloat16, 128)  # every backend computes it
     return [
         Part(
             "Transformer Engine",
@@ -43,25 +47,17 @@ def parts() -> list[Part]:
         Part(
             "flash-attn",
             "its kernels' tests and times",
-            BACKENDS["flash"].refuses(*PLAIN),
+            BACKENDS["flash"].refuses(*plain),
             INSTALL + "--no-build-isolation '.[flash]'",
         ),
         Part(
             "Triton",
             "the joint kernel's tests and times",
-            BACKENDS["triton"].refuses(*PLAIN),
+            BACKENDS["triton"].refuses(*plain),
             INSTALL + "'.[triton]'",
         ),
-        Part("DALI", "decoding on the GPU", _dali_problem(), INSTALL + "'.[dali]'"),
+        Part("DALI", "decoding on the GPU", import_problem("nvidia.dali"), INSTALL + "'.[dali]'"),
     ]
-
-
-def _dali_problem() -> str | None:
-    try:
-        importlib.import_module("nvidia.dali")
-    except ImportError as error:
-        return (str(error).strip() or "it cannot be imported").splitlines()[0]
-    return None
 
 
 def main() -> int:

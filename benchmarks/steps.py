@@ -25,7 +25,7 @@ from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
-from dattn_mcore.training.runtime import params_dtype
+from dattn_mcore.training.runtime import decide_runtime, params_dtype
 from dattn_mcore.training.schedule import build_scheduler
 from dattn_mcore.training.step import train_step
 
@@ -113,7 +113,8 @@ def our_step(
     text: int,
 ) -> dict[int, Step]:
     """A step of this code for each number of visual rows; they share one model."""
-    (model,) = build_from_config(config, groups, device)
+    runtime = decide_runtime(config)
+    (model,) = build_from_config(config, groups, device, runtime=runtime)
     wrapped = wrap_ddp([model], config, groups)
     optimizer = build_optimizer(config, wrapped)
     scheduler = build_scheduler(config, optimizer, 10_000)

@@ -13,7 +13,8 @@ if not torch.accelerator.is_available():
     # compiled, and tests/gpu runs them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from dattn_mcore.parallel import platform  # noqa: E402
+from dattn_mcore.parallel import entry, platform  # noqa: E402
+from dattn_mcore.parallel.packages import import_problem  # noqa: E402
 from tests.ci_skips import (  # noqa: E402, F401  (pytest finds hooks here)
     pytest_make_collect_report,
     pytest_runtest_makereport,
@@ -28,7 +29,7 @@ from tests.tiers import (  # noqa: E402, F401  (pytest finds hooks here)
 )
 
 torch.set_num_threads(1)
-platform.load_no_compiler("auto")
+entry.prepare_imports("auto")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,6 +44,14 @@ def _handlers_as_before():
     before = logger.handlers[:]
     yield
     logger.handlers[:] = before
+
+
+@pytest.fixture
+def fresh_imports():
+    """`import_problem` forgets what it found before the test, and what it finds in it."""
+    import_problem.cache_clear()
+    yield
+    import_problem.cache_clear()
 
 
 @pytest.fixture(scope="session")

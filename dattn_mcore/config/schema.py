@@ -189,7 +189,7 @@ class TrainConfig:
     ema_start: int = 0  # steps before that mean begins; up to there it is the weights
     seed: int = 1234  # of initial weights and of the order of samples
     deterministic: bool = False  # the same bits each time; slower on a GPU, refuses some kernels
-    device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU where there is one
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # auto: a GPU where there is one; it must work
 
 
 @dataclass(frozen=True)

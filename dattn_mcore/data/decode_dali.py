@@ -3,7 +3,8 @@
 DALI takes what training sets are made of and what it decodes bit for bit like Pillow; the rest
 goes to Pillow by the rule of `suits_dali`. DALI has no way to skip a bad image: if a batch fails,
 each image is tried alone, first here, then in Pillow, so that the fate of an image never depends
-on its neighbours.
+on its neighbours. A decoder that refuses several good images in a row is given up: DALI's of the
+GPU for that of the CPU, that for Pillow.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from dattn_mcore.data.decode_pillow import PillowDecoder
 from dattn_mcore.data.image_files import ImageFile
 from dattn_mcore.data.image_orientation import turned
-from dattn_mcore.errors import DataError
+from dattn_mcore.errors import DataError, first_line
 from dattn_mcore.parallel.platform import wait_for_stream
 
 _LOG = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ _MODES = {
     "BMP": ("RGB",),
 }
 _MAX_BATCH = 64
+_SHOWN = 200  # characters of what DALI says
+_IN_A_ROW = 4  # images that a decoder refuses and Pillow decodes before it is given up
 # Pixels of one DALI batch. DALI keeps the memory of its largest batch for good: 32 megapixels are
 # 96 MB. A larger image is decoded alone, by Pillow, which gives the memory back.
 _MAX_BATCH_PIXELS = 32_000_000
@@ -63,21 +66,20 @@ class DaliDecoder:
     name = "dali"
 
     def __init__(self, threads: int, device: str = "cpu", device_id: int | None = None) -> None:
-        """Imports DALI.
+        """DALI must be installed.
 
         Args:
             threads: CPU threads of the pipeline.
             device: `cpu`, or `gpu` for decoding on the GPU (tensors are returned there).
             device_id: Index of that GPU; None: the first.
-
-        Raises:
-            ImportError: DALI is not installed, or has no build for this machine.
         """
-        importlib.import_module("nvidia.dali")  # an extra, and slow to import
         self._threads = max(threads, 1)
-        self._device = device
-        self._device_id = (device_id or 0) if device == "gpu" else None
+        # Where DALI decodes, and where it does once that has been given up; none is left: Pillow.
+        self._places: list[tuple[str, int | None]] = [("cpu", None)]
+        if device == "gpu":
+            self._places.insert(0, ("gpu", device_id or 0))
         self._pipeline: Any = None
+        self._refused = 0  # good images, in a row
         self._pillow = PillowDecoder(threads)
 
     def decode(self, images: Sequence[ImageFile]) -> list[Tensor | DataError]:
@@ -85,9 +87,10 @@ class DaliDecoder:
         decoded: list[Tensor | DataError | None] = [None] * len(images)
         here = [index for index, image in enumerate(images) if suits_dali(image)]
         for batch in _batches(here, images):
-            for index, tensor in zip(batch, self._decode_batch(images, batch), strict=True):
-                decoded[index] = tensor
-        rest = [index for index, tensor in enumerate(decoded) if tensor is None]
+            results = self._decode_batch([images[index] for index in batch])
+            for index, result in zip(batch, results, strict=True):
+                decoded[index] = result
+        rest = [index for index, result in enumerate(decoded) if result is None]
         by_pillow = self._pillow.decode([images[index] for index in rest])
         for index, result in zip(rest, by_pillow, strict=True):
             decoded[index] = result
@@ -98,23 +101,43 @@ class DaliDecoder:
         self._pipeline = None
         self._pillow.close()
 
-    def _decode_batch(
-        self, images: Sequence[ImageFile], batch: Sequence[int]
-    ) -> list[Tensor | None]:
-        """Decodes a batch; None for each image that DALI cannot decode even alone."""
+    def _decode_batch(self, images: Sequence[ImageFile]) -> list[Tensor | DataError]:
+        """Decodes a batch; an image that DALI cannot decode even alone is Pillow's."""
+        if not self._places:
+            return self._pillow.decode(images)
+        decoded: list[Tensor | DataError] = []
         try:
-            return list(self._run([images[index] for index in batch]))
+            decoded += self._run(images)
         except Exception as error:  # noqa: BLE001  (DALI raises classes of its own)
             self._pipeline = None  # never trust a pipeline after a failed iteration
-            if len(batch) == 1:
-                _LOG.warning("%s: DALI refuses it, Pillow decides", images[batch[0]].who)
-                _LOG.debug("DALI said: %s", error)
-                return [None]
-        return [tensor for index in batch for tensor in self._decode_batch(images, [index])]
+            if len(images) == 1:
+                return self._refused_one(images[0], error)
+            return [result for image in images for result in self._decode_batch([image])]
+        self._refused = 0
+        return decoded
+
+    def _refused_one(self, image: ImageFile, error: Exception) -> list[Tensor | DataError]:
+        """Leaves an image to Pillow; gives DALI up where it refuses good images in a row."""
+        _LOG.warning("%s: DALI refuses it, Pillow decides", image.who)
+        _LOG.debug("DALI said: %s", error)
+        decoded = self._pillow.decode([image])
+        if isinstance(decoded[0], Tensor):
+            self._refused += 1
+        if self._refused == _IN_A_ROW:
+            (device, _), self._refused = self._places.pop(0), 0
+            _LOG.warning(
+                "DALI's decoder on the %s refuses %d good images in a row (%s); it is given up, "
+                "images are decoded on the CPU%s",
+                device.upper(),
+                _IN_A_ROW,
+                first_line(error)[:_SHOWN],
+                "" if self._places else " by Pillow",
+            )
+        return decoded
 
     def _run(self, images: Sequence[ImageFile]) -> list[Tensor]:
         if self._pipeline is None:
-            self._pipeline = _build_pipeline(self._threads, self._device, self._device_id)
+            self._pipeline = _build_pipeline(self._threads, *self._places[0])
         encoded = [np.frombuffer(image.data, np.uint8) for image in images]
         self._pipeline.feed_input("encoded", encoded)
         (output,) = self._pipeline.run()

@@ -23,10 +23,11 @@ from dattn_mcore.data.decode_dali import DaliDecoder
 from dattn_mcore.data.decode_pillow import PillowDecoder
 from dattn_mcore.data.image_files import ImageFile, check_image
 from dattn_mcore.data.image_rules import DEFAULT_RULES, rules_of
-from dattn_mcore.data.resize import to_tiles
+from dattn_mcore.data.resize import fits_no_gpu, to_tiles
 from dattn_mcore.data.tiles import POLICIES, Grid, tiling_of_image
-from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.errors import ConfigError, DataError, RankError
 from dattn_mcore.hf.image_rules_dattn import ImageRules
+from dattn_mcore.parallel.packages import import_problem
 
 _LOG = logging.getLogger(__name__)
 BACKENDS = ("auto", "dali", "pillow")
@@ -36,7 +37,19 @@ _GROUP = 32  # images that are read ahead, and decoded at once, where their byte
 # its colours and its orientation make of it.
 BYTES_PER_THREAD = 256 * 2**20
 BYTES_PER_PIXEL = 12
-_said: set[str] = set()  # what `auto` chose is logged once a process
+_SHOWN = 200  # characters of what a library says
+_said: set[str] = set()  # what is logged once a process
+
+
+def _say_resized_on_cpu(who: str, reason: str) -> None:
+    if "resize" not in _said:
+        _said.add("resize")
+        _LOG.warning(
+            "%s does not fit the GPU's resize (%s); it is resized on the CPU, and so are others "
+            "like it",
+            who,
+            reason[:_SHOWN],
+        )
 
 
 class Decoder(Protocol):
@@ -69,17 +82,17 @@ def make_decoder(
         raise ConfigError(f"data.image_backend: '{backend}' is unknown; use {', '.join(BACKENDS)}")
     if backend == "pillow":
         return PillowDecoder(threads)
-    try:
-        decoder: Decoder = DaliDecoder(threads, device, device_id)
-        why = "DALI is installed"
-    except (ImportError, OSError) as error:  # OSError: a wheel whose libraries do not load
-        if backend == "dali":
-            raise ConfigError(
-                "data.image_backend: 'dali' is not installed or does not load here "
-                f"({error}); install the extra 'dali', or set data.image_backend=pillow"
-            ) from None
-        decoder = PillowDecoder(threads)
-        why = f"DALI is not installed or does not load here: {error}"
+    decoder: Decoder
+    problem = import_problem("nvidia.dali")  # an extra, and slow to import
+    if problem is None:
+        decoder, why = DaliDecoder(threads, device, device_id), "DALI is installed"
+    elif backend == "dali":
+        raise ConfigError(
+            f"data.image_backend: 'dali' {problem}; install the extra 'dali', or set "
+            "data.image_backend=pillow"
+        )
+    else:
+        decoder, why = PillowDecoder(threads), f"DALI {problem}"
     if backend == "auto" and decoder.name not in _said:
         _said.add(decoder.name)
         _LOG.info("images are decoded with %s (%s)", decoder.name, why)
@@ -207,6 +220,9 @@ class ImageLoader:
         Returns:
             uint8 [planned tiles of all images, 3, size, size] RGB, contiguous; on the GPU if any
             was decoded there. And what failed: those tiles have the mean's colour.
+
+        Raises:
+            RankError: the GPU fails.
         """
         if not requests:
             return torch.empty(0, 3, self._size, self._size, dtype=torch.uint8), []
@@ -317,7 +333,13 @@ class ImageLoader:
         return file
 
     def _to_tiles(self, file: ImageFile, image: Tensor) -> Tensor | DataError:
-        """Resizes one image; a failure is that image's, not the run's."""
+        """Resizes one image, on the CPU what the GPU has no room for.
+
+        A failure is that image's, not the run's; of a GPU it is this rank's.
+
+        Raises:
+            RankError: the GPU fails.
+        """
         height, width = image.shape[-2:]
         if (width, height) != (file.width, file.height):  # an icon's picture has its own header
             return DataError(
@@ -335,7 +357,15 @@ class ImageLoader:
             )
         except Exception as error:  # noqa: BLE001  (torch has no class for "no memory")
             reason = " ".join(str(error).split()) or type(error).__name__
-            return DataError(f"{file.who} cannot be resized ({reason})")
+            if image.device.type == "cpu":
+                return DataError(f"{file.who} cannot be resized ({reason})")
+            if not fits_no_gpu(error):
+                raise RankError(
+                    f"the GPU fails while it resizes an image, {file.who} ({reason[:_SHOWN]}); "
+                    "take this machine out of the run, or set data.image_backend=pillow"
+                ) from None
+            _say_resized_on_cpu(file.who, reason)
+            return self._to_tiles(file, image.cpu())
 
     def _grey(self, num_tiles: int) -> Tensor:
         fill = torch.tensor(self._fill, dtype=torch.uint8)[:, None, None]

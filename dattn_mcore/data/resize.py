@@ -15,9 +15,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from dattn_mcore.data.tiles import ANYRES_POLICIES, Grid, choose_tiling
+from dattn_mcore.parallel.out_of_memory import is_out_of_memory
 
 _BAND = 4_000_000  # pixels of `pad`'s square that are made at once on a CPU
 _MOST_ON_GPU = 100_000_000  # pixels of a square that is made whole on a GPU, in float32
+# PyTorch's antialiased kernels keep an output pixel's weights in 48 KiB of a GPU's shared memory,
+# and refuse where an image shrinks by so much that they do not fit.
+_TOO_MANY_WEIGHTS = "Too much shared memory required"
+
+
+def fits_no_gpu(error: Exception) -> bool:
+    """Whether a resize that failed on a GPU does not fit it; else the GPU has failed."""
+    return is_out_of_memory(error) or _TOO_MANY_WEIGHTS in str(error)
 
 
 def to_tiles(

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from dattn_mcore.checkpoint.base_sums import EXPORTED, check_same_base, sums_in, sums_of
 from dattn_mcore.errors import CheckpointError, ConfigError
 from dattn_mcore.evaluation.files import read_object
+from dattn_mcore.parallel.packages import import_problem
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -35,13 +36,12 @@ def check_adapter_folder(folder: Path) -> Any:
     kind = read_object(folder / SETTINGS, "adapter").get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"--adapter {folder} is of {kind!r} in its {SETTINGS}; not LORA")
-    try:
-        return importlib.import_module("peft")  # optional
-    except ImportError:
+    if problem := import_problem("peft"):
         raise ConfigError(
-            "--adapter needs the package peft (pip install peft); or export the run with "
-            "mcore-to-hf --adapter merged"
-        ) from None
+            f"--adapter needs the package peft, which {problem}; pip install peft, or export the "
+            "run with mcore-to-hf --adapter merged"
+        )
+    return importlib.import_module("peft")  # optional
 
 
 def with_adapter(model: Any, folder: Path) -> Any:
@@ -57,7 +57,8 @@ def with_adapter(model: Any, folder: Path) -> Any:
             first, second = sums_of(model.get_parameter(EXPORTED)).tolist()
             check_same_base(f"--adapter {folder}", sums, (first, second))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of missing tensors; they are refused below
+            # Of missing tensors; they are refused below. Others, of the device, are shown.
+            warnings.filterwarnings("ignore", module=r"peft\.")
             adapted = peft.PeftModel.from_pretrained(model, str(folder))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             found = set(file.keys())

@@ -26,6 +26,7 @@ from dattn_mcore.evaluation.self_check import (
     saying_versions,
 )
 from dattn_mcore.hf import NO_FOREIGN_CODE
+from dattn_mcore.parallel.platform import gpu_problem
 
 LONGER = "Answer in one short sentence."  # makes a prompt longer, so that another is padded
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,10 +51,13 @@ def resolve_device(device: str, local_rank: int = 0, local_size: int = 1) -> tor
     """Turns auto, cpu or gpu into a device; processes of one machine take one GPU each.
 
     Raises:
-        ConfigError: the word is unknown, there is no GPU, or fewer GPUs than processes.
+        ConfigError: the word is unknown, there is no GPU, PyTorch cannot use those that there are,
+            or there are fewer GPUs than processes.
     """
     if device not in ("auto", "cpu", "gpu"):
         raise ConfigError(f"--device is {device!r}; it must be auto, cpu or gpu")
+    if device != "cpu" and (problem := gpu_problem()):
+        raise ConfigError(f"--device {device}: {problem}; or use --device cpu")
     found = torch.accelerator.current_accelerator(check_available=True)
     if device == "gpu" and found is None:
         raise ConfigError("--device gpu needs a GPU that PyTorch can see; use --device cpu")

@@ -165,10 +165,10 @@ def best_grid(
 
 @functools.cache
 def heif_is_readable() -> bool:
-    """Lets Pillow read HEIC where the package pillow-heif is installed; says whether it is."""
+    """Lets Pillow read HEIC where the package pillow-heif works; says whether it does."""
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
-    except ImportError:
+    except Exception:  # noqa: BLE001 (absent, or its libraries do not load)
         return False
     return True
 

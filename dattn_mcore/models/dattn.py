@@ -172,7 +172,12 @@ class DattnModel(LanguageModule):
             Between stages the hidden state [(V + T) / tp with sp, 1, hidden]. On the last stage
             float32 losses [labelled rows] (never empty; a pack without labels gives one zero),
             or logits [T, padded vocabulary / tp] of all text rows.
+
+        Raises:
+            RuntimeError: gradients are to be added into DDP's buffers, and there are none.
         """
+        if self.runtime.gradient_accumulation_fusion and torch.is_grad_enabled():
+            self._check_buffers()
         params = inputs.params
         positions = torch.cat([params.visual_positions, params.text_positions])
         embedded = self._embed(inputs) if self.pre_process else None
@@ -190,6 +195,15 @@ class DattnModel(LanguageModule):
         if return_logits:
             return self._logits(text)[:, 0]
         return self._losses(text, inputs.labels)
+
+    def _check_buffers(self) -> None:
+        """Fused products look for a buffer in backward, where nobody says what is wrong."""
+        learning = (p for p in self.decoder.parameters() if p.requires_grad)
+        if not all(hasattr(p, "main_grad") for p in learning):
+            raise RuntimeError(
+                "Runtime.gradient_accumulation_fusion=True needs Megatron-Core's DDP around the "
+                "model, whose buffers it adds gradients into; wrap the model, or set it to False"
+            )
 
     def _must_learn(self, embedded: torch.Tensor) -> bool:
         """Whether autograd must believe that a chunk's input learns, though nothing below it does.

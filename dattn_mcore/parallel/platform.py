@@ -9,9 +9,11 @@ once by the entry points and test fixtures, never at import, and changes nothing
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import functools
 import logging
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,35 +22,132 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from dattn_mcore.errors import ConfigError, FaultError, first_line
+from dattn_mcore.parallel.packages import import_problem
 
+logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 _installed: str | None = None
+ADDS_GRADIENTS = "fused_weight_gradient_mlp_cuda"  # Apex's extension
+# Oldest driver for a major version of CUDA (NVIDIA's "CUDA Compatibility").
+_OLDEST_DRIVER = {"12": "525", "13": "580"}
+_CUDA_12 = "+cu126 or +cu128 at the end of its version"
+# What PyTorch warns of where it cannot initialise the driver begins so.
+_NO_START = "CUDA initialization: "
+
+
+@functools.cache
+def found_gpus() -> tuple[int, str | None]:
+    """GPUs that PyTorch can use, and what it says of those that it cannot use.
+
+    It says so in a warning, once a process.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        counted = torch.cuda.device_count()  # the driver's own count, where it tells one
+        usable = counted > 0 and torch.cuda.is_available()
+    reason = None
+    for warning in said:
+        if str(warning.message).startswith(_NO_START):
+            reason = str(warning.message).splitlines()[0].removeprefix(_NO_START)
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    if usable:
+        return counted, None
+    if counted > 0 and reason is None:  # the warning came before
+        reason = _why_no_start()
+    if reason is None:
+        return 0, None
+    reason = reason.partition(" (Triggered internally")[0].rstrip(". ")
+    return 0, f"the driver counts {counted} GPUs: {reason}" if counted > 0 else reason
+
+
+def _why_no_start() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return first_line(error)
+    return "PyTorch does not say why"
 
 
 def gpu_available() -> bool:
     """Whether this machine has a GPU that PyTorch can use."""
-    return torch.cuda.device_count() > 0 and torch.cuda.is_available()
+    return found_gpus()[0] > 0
 
 
 def gpu_count() -> int:
-    """Number of GPUs of this machine."""
-    return torch.cuda.device_count() if gpu_available() else 0
+    """Number of GPUs of this machine that PyTorch can use."""
+    return found_gpus()[0]
+
+
+def gpu_problem() -> str | None:
+    """Why PyTorch cannot use this machine's GPUs, and the way out; None: it can, or has none."""
+    said = found_gpus()[1]
+    if said is None:
+        return None
+    problem = f"PyTorch cannot use this machine's GPUs ({said})"
+    found = re.search(r"driver on your system is too old \(found version (\d+)", said)
+    built = str(torch.version.cuda)
+    driver = _OLDEST_DRIVER.get(built.partition(".")[0])
+    if found is None or driver is None:
+        return problem
+    problem += (
+        f"; PyTorch {torch.__version__} is built for CUDA {built} and needs driver {driver} or "
+        "newer: update the driver"
+    )
+    if int(found[1]) // 1000 == 12:  # 12040 is 12.4
+        problem += f", or install PyTorch's build for CUDA 12 ({_CUDA_12})"
+    return problem
 
 
 def resolve_device(requested: str) -> str:
     """Turns `train.device` (auto, cpu or gpu) into cpu or gpu.
 
     Raises:
-        ConfigError: gpu was asked for and there is none.
+        ConfigError: gpu was asked for and there is none; or there are GPUs, and PyTorch cannot use
+            them.
     """
-    if requested == "auto":
-        return "gpu" if gpu_available() else "cpu"
-    if requested == "gpu" and not gpu_available():
+    if requested == "cpu":
+        return requested
+    if gpu_available():
+        return "gpu"
+    if problem := gpu_problem():
+        raise ConfigError(f"train.device={requested}: {problem}; or use train.device=cpu")
+    if requested == "gpu":
         raise ConfigError(
             "train.device=gpu needs a GPU that PyTorch can see, and this machine has none; "
             "use train.device=cpu or install a GPU build of PyTorch"
         )
-    return requested
+    _say_idle_gpus()
+    return "cpu"
+
+
+@functools.cache
+def _say_idle_gpus() -> None:
+    if idle := idle_gpus():
+        logger.warning("%s; it computes on the CPU", idle)
+
+
+def idle_gpus(devices: Path = Path("/dev")) -> str | None:
+    """What keeps PyTorch from seeing a GPU that this machine shows; None: nothing, or no such.
+
+    Args:
+        devices: where Linux shows devices.
+    """
+    shown = len([file for file in devices.glob("nvidia*") if file.name[6:].isdigit()])
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not shown or hidden or torch.version.cuda is not None:
+        return None
+    return (
+        f"this machine has {shown} NVIDIA GPU{'s' if shown > 1 else ''}, and PyTorch "
+        f"{torch.__version__} is a build without CUDA"
+    )
+
+
+def show_warnings() -> None:
+    """Shows what PyTorch warns of about the device, whatever filters have been set before."""
+    warnings.filterwarnings("default", module=r"torch\.cuda")
 
 
 def gpu_index(local_rank: int) -> int:
@@ -119,8 +218,8 @@ def check_device(device: str, local_rank: int) -> None:
 
 
 def apex_adds_gradients() -> bool:
-    """Whether Apex's extension is built, which adds weight gradients into their buffers."""
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    """Whether Apex's extension is built and loads, which adds weight gradients into buffers."""
+    return import_problem(ADDS_GRADIENTS) is None
 
 
 def device_name() -> str:
@@ -151,8 +250,17 @@ def fp8_problem(recipe: str) -> str | None:
     Args:
         recipe: delayed, tensorwise or blockwise.
     """
+    if _installed != "gpu":
+        return None
+    built = torch.version.cuda
+    # Source: transformer_engine/pytorch, `check_fp8_block_scaling_support`.
+    if recipe == "blockwise" and built and tuple(map(int, built.split(".")[:2])) < (12, 9):
+        return (
+            f"needs PyTorch built for CUDA 12.9 or newer, and {torch.__version__} is built for "
+            f"{built}; install such a build, or use train.fp8=tensorwise"
+        )
     needed = (9, 0) if recipe == "blockwise" else (8, 9)
-    if _installed != "gpu" or torch.cuda.get_device_capability() >= needed:
+    if torch.cuda.get_device_capability() >= needed:
         return None
     major, minor = torch.cuda.get_device_capability()
     return (
@@ -184,6 +292,14 @@ def load_no_compiler(requested: str) -> None:
     """
     if requested == "cpu" or (requested == "auto" and not gpu_available()):
         torch.compile = _uncompiled
+
+
+def compile_nothing() -> None:
+    """Has small functions that Megatron-Core would compile at their first call run as they are.
+
+    Its own switch comes too late for modules that have been imported.
+    """
+    torch.compiler.set_stance("force_eager")
 
 
 def install(device: str, local_rank: int = 0) -> torch.device:
@@ -431,10 +547,7 @@ def _install_cpu() -> None:
         setattr(torch.cuda, name, value)
     torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
 
-    # Megatron-Core would compile small fused functions at their first call: on a CPU that costs
-    # more than it gains, and needs a C++ compiler. Its own switch comes too late for modules that
-    # have been imported.
-    torch.compiler.set_stance("force_eager")
+    compile_nothing()  # on a CPU it costs more than it gains, and needs a C++ compiler
 
     from megatron.core.tensor_parallel import random as megatron_random
 

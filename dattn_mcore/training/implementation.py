@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import logging
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.errors import ConfigError, first_line
+from dattn_mcore.errors import ConfigError
+from dattn_mcore.parallel.packages import import_problem
 from dattn_mcore.parallel.platform import current_device, fp8_problem
 from dattn_mcore.types import Implementation
 
 logger = logging.getLogger(__name__)
 
 
-@functools.cache
 def transformer_engine_missing() -> str | None:
     """Why Transformer Engine cannot be used; None where it can."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "it is not installed"
-    try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # noqa: BLE001 (a build for another PyTorch raises anything)
-        reason = first_line(error)
-        return f"its import fails ({reason})"
-    return None
+    problem = import_problem("transformer_engine.pytorch")
+    return None if problem is None else f"it {problem}"
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from dattn_mcore.errors import (
     FaultError,
     LostRankError,
     OutOfMemoryError,
+    RankError,
 )
 from dattn_mcore.parallel.out_of_memory import is_out_of_memory
 from dattn_mcore.training.watchdog import Lost, Watchdog
@@ -55,6 +56,8 @@ def speaking(watchdog: Watchdog) -> Iterator[None]:
     except DattnError as error:
         if isinstance(error, OutOfMemoryError):
             watchdog.ended("out of memory")
+        elif isinstance(error, RankError):
+            watchdog.ended(reason_of(error))
         raise
     except Exception as error:
         if watchdog.has_ended:  # reported by an inner block

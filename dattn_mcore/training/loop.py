@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.failures import mask
-from dattn_mcore.errors import CheckpointError, DattnError
+from dattn_mcore.errors import CheckpointError, DattnError, RankError
 from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.parallel import platform
 from dattn_mcore.plan.flops import step_work
@@ -23,7 +23,7 @@ from dattn_mcore.training.agreement import Agreement, agree
 from dattn_mcore.training.communication import with_communication_share
 from dattn_mcore.training.hooks import StepDone
 from dattn_mcore.training.inputs import all_model_inputs
-from dattn_mcore.training.last_words import speaking, unexpected
+from dattn_mcore.training.last_words import speaking, this_rank, unexpected
 from dattn_mcore.training.memory import StepMemoryError, explain_memory
 from dattn_mcore.training.not_finite import NotFiniteError, explain
 from dattn_mcore.training.optimizer import gathered_weights
@@ -164,6 +164,8 @@ def _next_batch(
     batch, asked = None, time.perf_counter()
     try:
         batch = run.data.global_batch(step)
+    except RankError as error:  # its device may reach nobody
+        raise RankError(f"{this_rank()}: {error}") from None
     except DattnError as error:
         problem = problem or error
     except Exception as error:  # noqa: BLE001 (whatever a decoder or a file system comes up with)

@@ -67,9 +67,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     try:
         config, dry_run = parse_arguments(arguments, prog)
         if dry_run:
-            from dattn_mcore.parallel import platform
+            from dattn_mcore.parallel import entry, platform
 
-            platform.load_no_compiler(config.train.device)
+            entry.prepare_imports(config.train.device)
             from dattn_mcore.training.plan import describe
 
             if config.train.deterministic:
@@ -108,14 +108,14 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
     # Importing PyTorch and Megatron-Core takes seconds; mistakes above are reported at once.
     import torch.distributed as dist
 
-    from dattn_mcore.parallel import platform
+    from dattn_mcore.parallel import entry, platform
 
-    platform.load_no_compiler(config.train.device)
+    entry.prepare_imports(config.train.device)
     from dattn_mcore.parallel import groups
+    from dattn_mcore.training.choices import decide
     from dattn_mcore.training.last_words import speaking
     from dattn_mcore.training.loop import train
-    from dattn_mcore.training.plan import attention_backends
-    from dattn_mcore.training.runtime import decide_runtime
+    from dattn_mcore.training.site import check_site
     from dattn_mcore.training.start_checks import check_all_reduce
     from dattn_mcore.training.watchdog import Watchdog
 
@@ -128,18 +128,19 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
         device_kind, device, watchdog = _join(config)
     else:
         device_kind = platform.resolve_device(config.train.device)
+        check_site(config, device_kind, 0)
         device = platform.install(device_kind)
         groups.initialize_alone(device_kind)
         watchdog = Watchdog(0, 1)
     together = True
     try:
         with speaking(watchdog):
-            # What cannot run is reported before anything is built.
-            attention_backends(config, device_kind)
-            runtime = decide_runtime(config)
             limit = config.health.start_timeout_seconds
             watchdog.phase("the first all-reduce", limit, "health.start_timeout_seconds")
             check_all_reduce(device)
+            # What cannot run is reported before anything is built.
+            watchdog.phase("choosing what computes", limit, "health.start_timeout_seconds")
+            runtime = decide(config, device)
             watchdog.phase("making process groups", limit, "health.start_timeout_seconds")
             pg_collection = groups.initialize_model_parallel(
                 seed=config.train.seed,
@@ -177,6 +178,7 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
 def _join(config: Config):
     """Joins the other ranks, once all see their device and run the same code and configuration."""
     from dattn_mcore.parallel import groups, platform
+    from dattn_mcore.training.site import check_site
     from dattn_mcore.training.start_checks import check_ranks, describe_rank
     from dattn_mcore.training.watchdog import Watchdog
 
@@ -187,7 +189,7 @@ def _join(config: Config):
     device_kind: str = config.train.device
     try:
         device_kind = platform.resolve_device(config.train.device)
-        platform.check_device(device_kind, local_rank)
+        check_site(config, device_kind, local_rank)
     except DattnError as error:
         problem = error
     check_ranks(store, rank, world_size, describe_rank(config, device_kind), problem, limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,15 +47,18 @@ def build_from_config(
         pg_collection: process groups of its layout.
         device: where parameters end up.
         initialize: fill fresh weights; without it they hold garbage until a checkpoint is loaded.
-        runtime: what was decided at the start of the run; None: it is decided here.
+        runtime: what was decided at the start of the run; None: it is decided here, for a model
+            that no DDP is put around.
 
     Returns:
         The chunks in the order of the interleaved schedule, frozen parameters marked.
     """
+    if runtime is None:
+        runtime = replace(decide_runtime(config), gradient_accumulation_fusion=False)
     chunks = build_model(
         config.model,
         config.attention,
-        decide_runtime(config) if runtime is None else runtime,
+        runtime,
         pg_collection,
         device=device,
         seed=config.train.seed if initialize else None,

@@ -14,6 +14,7 @@ from dattn_mcore.evaluation.benchmarks.base import check_pictures
 from dattn_mcore.evaluation.exact_match import check_expected
 from dattn_mcore.evaluation.images import check_images
 from dattn_mcore.evaluation.questions import part_of, read_questions
+from dattn_mcore.parallel.platform import gpu_problem
 
 
 def check_scores(config: Config) -> None:
@@ -30,8 +31,9 @@ def check_scores(config: Config) -> None:
         )
     needs_gpu = settings.device == "gpu"
     if needs_gpu and torch.accelerator.current_accelerator(check_available=True) is None:
+        why = gpu_problem() or "this machine has none"
         raise ConfigError(
-            "scores.device=gpu needs a GPU that PyTorch can see; use scores.device=cpu"
+            f"scores.device=gpu needs a GPU that PyTorch can see: {why}; use scores.device=cpu"
         )
     if settings.benchmarks and not Path(settings.data).is_dir():
         raise ConfigError(

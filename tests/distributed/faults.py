@@ -140,6 +140,21 @@ def broken_loader(folder: Path) -> None:
     DataPipeline._build = breaks
 
 
+def sick_gpu(folder: Path) -> None:
+    """The GPU fails while the second step's images are resized on it."""
+    from dattn_mcore.data.pipeline import DataPipeline
+    from dattn_mcore.errors import RankError
+
+    original = DataPipeline._build
+
+    def fails(self: Any, step: int) -> Any:
+        if step == 1:
+            raise RankError("the GPU fails while it resizes an image, a.jpg (ECC); take it out")
+        return original(self, step)
+
+    DataPipeline._build = fails
+
+
 def full_memory(folder: Path) -> None:
     """The second pack of the second step asks for more memory than any machine has."""
     import torch

@@ -138,6 +138,16 @@ def test_any_error_in_data_loading_is_one_line(digits, tmp_path):
     assert whole_checkpoints(tmp_path / "run") == ["step_00000001"]
 
 
+def test_a_gpu_that_fails_while_data_is_loaded_is_one_line_of_its_rank(digits, tmp_path):
+    """It goes through no collective, which the GPU would take part in."""
+    (status, first), (sick, second) = ended_by(digits, tmp_path, "sick_gpu")
+    assert (status, sick) == (4, 4)
+    assert last_line(second) == (
+        f"fault: rank 1 on {HOST}: the GPU fails while it resizes an image, a.jpg (ECC); take it out"
+    )
+    assert "Traceback" not in first and "fault:" not in first
+
+
 def test_out_of_memory_names_the_pack_and_what_to_lower(digits, tmp_path):
     sections = {"data": {"text_budget": 64}, "train": {"global_batch_size": 16}}
     (status, first), (full, second) = ended_by(digits, tmp_path, "full_memory", **sections)

@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Large pages for PyTorch's memory, before it is imported: page faults cost more than copies.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from dattn_mcore.parallel import entry  # imports PyTorch
+
+    entry.prepare_imports("cpu")
     try:
         return options.run(options) or 0
     except DattnError as error:

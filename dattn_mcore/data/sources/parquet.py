@@ -23,6 +23,7 @@ from dattn_mcore.data.sources.place import ImagePlace, Place
 from dattn_mcore.data.sources.record import RecordError, Sample, decode_json, parse_record
 from dattn_mcore.data.sources.row_groups import RowGroups
 from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.parallel.packages import import_problem
 
 # Of a process, whatever it opens. Apart, or a large group of images would throw out its text.
 _TEXTS, _IMAGES = RowGroups(64 << 20), RowGroups(256 << 20)
@@ -51,12 +52,11 @@ class ParquetFile:
             DataError: It is no parquet file or lacks a column.
             ConfigError: pyarrow is not installed.
         """
-        try:
-            parquet: Any = importlib.import_module("pyarrow.parquet")
-        except ImportError:
+        if problem := import_problem("pyarrow.parquet"):
             raise ConfigError(
-                f"'{path}' is parquet, and pyarrow is not installed; install the extra 'parquet'"
-            ) from None
+                f"'{path}' is parquet, and pyarrow {problem}; install the extra 'parquet'"
+            )
+        parquet: Any = importlib.import_module("pyarrow.parquet")
         self.path = path
         try:
             self._file = parquet.ParquetFile(path)

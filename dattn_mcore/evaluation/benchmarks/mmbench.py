@@ -23,6 +23,7 @@ from dattn_mcore.evaluation.images import Picture
 from dattn_mcore.evaluation.outcome import Outcome
 from dattn_mcore.evaluation.scores import Score, bars, mean, percent
 from dattn_mcore.evaluation.text import LETTER_ANSWER, leading_letter
+from dattn_mcore.parallel.packages import import_problem
 
 FILE = "mmbench_dev_20230712.tsv"
 CHOICES = "ABCD"
@@ -232,13 +233,13 @@ class MmBench(Benchmark):
             DataError: an answer is missing, or the file cannot be written.
         """
         texts = all_answered(self.title, self.rows, answers)
-        try:
-            from openpyxl import Workbook
-            from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
-        except ImportError:
+        if problem := import_problem("openpyxl"):
             raise ConfigError(
-                "writing xlsx needs openpyxl; pip install 'dattn-mcore[eval]'"
-            ) from None
+                f"writing xlsx needs openpyxl, which {problem}; pip install 'dattn-mcore[eval]'"
+            )
+        from openpyxl import Workbook  # optional
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
         header, cells = self.table
         kept = [column for column in header if column not in DROPPED]
         columns = [*kept[:PREDICTION_COLUMN], "prediction", *kept[PREDICTION_COLUMN:]]

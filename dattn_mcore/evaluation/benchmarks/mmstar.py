@@ -16,6 +16,7 @@ from dattn_mcore.evaluation.images import Picture
 from dattn_mcore.evaluation.outcome import Outcome
 from dattn_mcore.evaluation.scores import Score, bars, mean, percent
 from dattn_mcore.evaluation.text import LETTER_ANSWER
+from dattn_mcore.parallel.packages import import_problem
 
 FILES = ("mmstar.parquet", "MMStar.tsv")
 PREFIXES = ("", "(", "option ", "the answer is ")
@@ -128,13 +129,14 @@ def _whole_number(cell: Any) -> int | None:
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
-    except ImportError:
+    if problem := import_problem("pyarrow.parquet"):
         raise ConfigError(
-            f"reading {path} needs pyarrow (pip install 'dattn-mcore[eval]'), or give MMStar.tsv"
-        ) from None
+            f"reading {path} needs pyarrow, which {problem} (pip install 'dattn-mcore[eval]'), or "
+            "give MMStar.tsv"
+        )
+    from pyarrow import ArrowException  # optional
+    from pyarrow.parquet import read_table
+
     if not path.is_file():
         raise DataError(f"{path} is not there; put it or {FILES[1]} there")
     try:

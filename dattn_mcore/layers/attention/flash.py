@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dattn_mcore.errors import first_line
 from dattn_mcore.layers.attention.calls import attend_by_calls
 from dattn_mcore.layers.attention.flash_sequences import Sequences, make_sequences
 from dattn_mcore.layers.attention.inputs import AttentionInputs
@@ -28,10 +27,16 @@ from dattn_mcore.layers.attention.merge import Passes
 from dattn_mcore.layers.attention.modes import Causal, KeySet
 from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.rows import passes_over_images, sample_rectangles
+from dattn_mcore.parallel.packages import ABSENT, import_problem
 from dattn_mcore.parallel.platform import is_hopper
 
 _MODULES = {2: "flash_attn.flash_attn_interface", 3: "flash_attn_interface"}
-_ABSENT = "is not installed"
+# What is called of each, by name. Both once took a window as a pair, in `window_size`.
+_CALLED = {
+    2: ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"),
+    3: ("_flash_attn_forward", "_flash_attn_backward"),
+}
+_NEEDED = frozenset({"window_size_left", "window_size_right", "softcap", "deterministic"})
 # Largest head size of 3's deterministic backward pass: `hopper/flash_api.cpp` rounds sizes above
 # up to 256 and refuses that.
 _ORDERED_3 = 192
@@ -102,14 +107,14 @@ def flash_version(head_dim: int) -> int | None:
 
 def _why_no_version(head_dim: int) -> str:
     older, newer = _problem(2), _why_not_3(head_dim)
-    if older == _ABSENT and newer is None:
-        return f"the package flash-attn {_ABSENT} (pip install flash-attn)"
+    if older == ABSENT and newer is None:
+        return f"the package flash-attn {ABSENT} (pip install flash-attn)"
     return f"flash-attn 2 {older}" + (f", flash-attn 3 {newer}" if newer else "")
 
 
 def _why_not_3(head_dim: int) -> str | None:
     """What keeps an installed flash-attn 3 from running on this GPU; None: nothing, or no such."""
-    if not is_hopper() or (problem := _problem(3)) == _ABSENT:
+    if not is_hopper() or (problem := _problem(3)) == ABSENT:
         return None
     if problem is None and _only_unordered(head_dim):
         return f"has no deterministic backward pass for head size {head_dim} (train.deterministic)"
@@ -125,14 +130,27 @@ def _only_unordered(head_dim: int) -> bool:
 def _problem(version: int) -> str | None:
     """Why a version cannot be used; None where it can. Imports it: a build may not fit PyTorch."""
     name = _MODULES[version]
-    if importlib.util.find_spec(name.partition(".")[0]) is None:
-        return _ABSENT
-    try:
-        importlib.import_module(name)
-    except Exception as error:  # noqa: BLE001 (a build for another PyTorch raises anything)
-        reason = first_line(error)
-        return f"cannot be imported ({reason})"
+    if problem := import_problem(name):
+        return problem
+    module = importlib.import_module(name)
+    forward, backward = (_arguments(getattr(module, called, None)) for called in _CALLED[version])
+    missing = sorted((_NEEDED - {"deterministic"} - forward) | (_NEEDED - backward))
+    if missing:
+        return f"is too old or of another kind: its functions have no argument {missing[-1]}"
     return None
+
+
+def _arguments(function: Callable[..., Any] | None) -> frozenset[str]:
+    """Names of a function's arguments; all that are needed where it does not tell them.
+
+    PyTorch's custom operators do not; flash-attn's functions became such together with these names.
+    """
+    if function is None:
+        return frozenset()
+    parameters = inspect.signature(function).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return _NEEDED
+    return frozenset(parameters)
 
 
 def _kernels(head_dim: int) -> tuple[Any, Callable[..., tuple], Callable[..., None]]:

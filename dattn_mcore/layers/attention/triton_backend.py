@@ -13,18 +13,24 @@ Triton is imported (with `triton_launch`) at the first call: where it is missing
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import os
+import subprocess
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from dattn_mcore.errors import first_line
 from dattn_mcore.layers.attention.inputs import AttentionInputs
 from dattn_mcore.layers.attention.modes import Causal, InBlocks, Softmax, attend
 from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.triton_schedule import Keys, Schedule, Setting
 from dattn_mcore.layers.attention.triton_tuning import Tuning
 from dattn_mcore.layers.layout import Block, DecomposedSeqParams
+from dattn_mcore.parallel.packages import ABSENT, import_problem
+from dattn_mcore.parallel.platform import current_device
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,8 +52,8 @@ class TritonBackend:
         self, options: AttentionOptions, device_type: str, dtype: torch.dtype, head_dim: int
     ) -> str | None:
         """See `Backend`."""
-        if not installed():
-            return "the package triton is not installed (pip install triton)"
+        if problem := import_problem("triton"):
+            return f"the package triton {problem}" + " (pip install triton)" * (problem == ABSENT)
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "it needs a GPU (TRITON_INTERPRET=1 in the environment interprets it, for tests)"
         if head_dim not in HEAD_DIMS:
@@ -56,7 +62,9 @@ class TritonBackend:
             return f"it computes bf16, fp16 and fp32, not {dtype}"
         if options.window_skips_positions:
             return "it has no sliding window between text and visual rows in this mixed mode"
-        return None
+        device = current_device()
+        # A dry run chooses for a GPU that this machine need not have.
+        return None if device.type == "cpu" else launch_problem(device)
 
     def describe(self, head_dim: int) -> str:
         """See `Backend`."""
@@ -74,9 +82,32 @@ class TritonBackend:
 BACKEND = TritonBackend()
 
 
-def installed() -> bool:
-    """Whether Triton can be imported; without importing it."""
-    return importlib.util.find_spec("triton") is not None
+@functools.cache
+def launch_problem(device: torch.device) -> str | None:
+    """Why Triton cannot launch a kernel on a device; None where it can. Tries it once.
+
+    Args:
+        device: a GPU.
+    """
+    try:
+        # Imported here: it needs Triton.
+        from dattn_mcore.layers.attention import triton_trial
+
+        triton_trial.launch(device)
+    except Exception as error:  # noqa: BLE001 (of a compiler, a driver, a library)
+        return f"it cannot launch a kernel on this machine: {_why_no_launch(error)}"
+    return None
+
+
+def _why_no_launch(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):  # its text is a command of many lines
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        if not header.is_file():
+            return f"the C compiler finds no {header}; install Python's headers (python3-dev)"
+        return f"the C compiler ends with status {error.returncode}; its own words stand above"
+    if "C compiler" in str(error):
+        return f"{first_line(error)} Install gcc, or name a compiler in CC"
+    return first_line(error)
 
 
 def _compute(

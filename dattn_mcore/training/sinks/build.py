@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError, first_line
+from dattn_mcore.parallel.packages import import_problem
 from dattn_mcore.training.sinks.console import ConsoleSink
 from dattn_mcore.training.sinks.json_lines import JsonLinesSink
 from dattn_mcore.training.sinks.run_facts import RunFacts
@@ -110,15 +110,15 @@ def _open(tracker: str, config: Config, facts: RunFacts) -> Sink:
 
 
 def check_trackers(config: Config) -> None:
-    """Refuses a tracker whose package is absent, before anything is built.
+    """Refuses a tracker whose package is absent or broken, before anything is built.
 
     Raises:
         ConfigError: names the package.
     """
     for tracker in trackers_of(config):
         module, package = PACKAGES[tracker]
-        if importlib.util.find_spec(module) is None:
+        if problem := import_problem(module):
             raise ConfigError(
-                f"log.{tracker}=true needs the package {module}, which is not installed; run pip "
-                f"install {package}, or set it to false"
+                f"log.{tracker}=true needs the package {module}, which {problem}; run pip install "
+                f"{package}, or set it to false"
             )

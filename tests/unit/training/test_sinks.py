@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 
 import pytest
 from PIL import Image
@@ -196,8 +197,9 @@ def test_one_that_cannot_be_opened_ends_none_either(tmp_path, caplog, monkeypatc
     assert "log.tensorboard: the tracker cannot be opened (" in caplog.text
 
 
+@pytest.mark.usefixtures("fresh_imports")
 def test_a_tracker_without_its_package_is_refused_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     check_trackers(config_of(tmp_path))
     with pytest.raises(ConfigError) as raised:
         check_trackers(config_of(tmp_path, wandb=True))
