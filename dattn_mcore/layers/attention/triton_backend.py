@@ -91,9 +91,9 @@ def launch_problem(device: torch.device) -> str | None:
     """
     try:
         # Imported here: it needs Triton.
-        from dattn_mcore.layers.attention import triton_trial
+        from dattn_mcore.layers.attention.triton_trial import launch
 
-        triton_trial.launch(device)
+        launch(device)
     except Exception as error:  # noqa: BLE001 (of a compiler, a driver, a library)
         return f"it cannot launch a kernel on this machine: {_why_no_launch(error)}"
     return None
