@@ -104,10 +104,13 @@ def make_run(
                 f"data.annotations={data / stage}.json",
                 f"data.image_folder={data / 'images'}",
                 f"data.tokenizer={data / 'tokenizer.model'}",
-                f"validation.sources=[{{annotations: {data / f'heldout_{stage}'}.json, "
-                f"image_folder: {data / 'images'}}}]",
             ]
         file = configs / f"digits_{stage}.yaml"
+        if data != DATA and load_config(ROOT / file, []).validation.sources:
+            own.append(
+                f"validation.sources=[{{annotations: {data / f'heldout_{stage}'}.json, "
+                f"image_folder: {data / 'images'}}}]"
+            )
         config = load_config(ROOT / file, own)
         check_config(config)
         steps.append(_train(stage, file, config, own, processes_of(config, processes)))
