@@ -24,6 +24,7 @@ TODAY = {
     "convert": "checkpoint_convert",
     "average": "checkpoint_convert average",
     "evaluate": "dattn_mcore.evaluation",
+    "doctor": "python -m dattn_mcore.doctor",
     "quickstart": "python -m dattn_mcore.quickstart",
 }
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
