@@ -111,7 +111,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"dattn {__version__}\n"
 
 
-LISTED = "the commands are train, data, plan, convert, average, evaluate, quickstart"
+LISTED = "the commands are train, data, plan, convert, average, evaluate, doctor, quickstart"
 
 
 @pytest.mark.parametrize(
