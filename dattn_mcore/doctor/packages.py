@@ -177,21 +177,22 @@ class Packages:
         self._tries = [Imports(together)]
         self._tries += [Imports([package.module]) for package in there if package.alone]
 
-    def rows(self, megatron: str | None) -> tuple[list[Row], list[str], list[str]]:
+    def rows(self, megatron: Mapping[str, str | None]) -> tuple[list[Row], list[str], list[str]]:
         """Waits for the imports.
 
         Args:
-            megatron: why Megatron-Core cannot be imported; None where it can.
+            megatron: Megatron-Core's module, and why it cannot be imported or None; empty where that
+                was not tried.
 
         Returns:
             Rows; what every run needs and cannot import, a line each; optional packages that are
             not installed or cannot be imported, by name.
         """
-        problems: dict[str, str | None] = {MEGATRON.module: megatron}
+        problems = dict(megatron)
         for tried in self._tries:
             problems |= tried.problems()
         listed = (*NEEDED[:1], MEGATRON, *NEEDED[1:], *OPTIONAL)
-        rows = [_row(package, problems, package.tried(self._config)) for package in listed]
+        rows = [_row(package, problems) for package in listed]
         unusable = [
             f"{package.name} {_trouble(package, problems)}; {package.install}"
             for package in (*NEEDED, MEGATRON)
@@ -208,7 +209,7 @@ def _trouble(package: Package, problems: Mapping[str, str | None]) -> str | None
     return None if problem is None else f"cannot be imported ({problem})"
 
 
-def _row(package: Package, problems: Mapping[str, str | None], tried: bool) -> Row:
+def _row(package: Package, problems: Mapping[str, str | None]) -> Row:
     if not package.installed():
         return Row(package.name, "not installed", package.use)
     version = package.version()
@@ -219,7 +220,9 @@ def _row(package: Package, problems: Mapping[str, str | None], tried: bool) -> R
     if version and allowed and not within(version, allowed):
         note = f"outside of {allowed}, with which this release is tested"
         return Row(package.name, version, note)
-    note = package.use if tried else f"{package.use}; not imported, these settings do not use it"
+    note = package.use
+    if package.module not in problems:
+        note += "; not imported" + (", these settings do not use it" if package.only_for else "")
     return Row(package.name, version or "installed", note)
 
 

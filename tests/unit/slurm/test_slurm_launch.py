@@ -211,7 +211,9 @@ def test_a_doctor_that_says_nothing_ends_the_job(job):
 
 
 def test_a_signal_while_the_doctor_looks_comes_back(job):
-    (job.folder / "doctor_step").write_text('touch "$TEST_FOLDER/started"; sleep 60 & wait\n')
+    (job.folder / "doctor_step").write_text(
+        'touch "$TEST_FOLDER/started"; sleep 60 >/dev/null 2>&1 & wait\n'
+    )
     status, _, _ = job.stop(signal.SIGUSR1, "exit 0")
     assert (status, job.requeued, job.read("signals")) == (0, True, ["USR1"])
 
