@@ -181,8 +181,8 @@ class Packages:
         """Waits for the imports.
 
         Args:
-            megatron: Megatron-Core's module, and why it cannot be imported or None; empty where that
-                was not tried.
+            megatron: Megatron-Core's module, and why it cannot be imported or None; empty where
+                that was not tried.
 
         Returns:
             Rows; what every run needs and cannot import, a line each; optional packages that are
