@@ -42,6 +42,9 @@ COMMANDS = {
         "tools.checkpoint_convert.__main__:average", "the mean of the weights of checkpoints"
     ),
     "evaluate": Command("dattn_mcore.evaluation.__main__:main", "answer and score benchmarks"),
+    "doctor": Command(
+        "dattn_mcore.doctor.__main__:main", "what is installed here, what a run takes, and why"
+    ),
     "quickstart": Command(
         "dattn_mcore.quickstart.__main__:main",
         "train, convert and evaluate a small model, in a clone of the repository",

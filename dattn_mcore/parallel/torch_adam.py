@@ -21,6 +21,18 @@ import torch
 _installed = False
 
 
+def adam_in_use() -> tuple[str, str]:
+    """Whose Adam Megatron-Core takes, and why, in words."""
+    from megatron.core.optimizer import Adam
+
+    package = Adam.__module__.split(".")[0]
+    if package == "transformer_engine":
+        return "Transformer Engine's fused Adam", "it is installed"
+    if package == "apex":
+        return "Apex's fused Adam", "Apex is installed, Transformer Engine's cannot be used"
+    return "PyTorch's AdamW", "neither Transformer Engine's nor Apex's fused Adam can be used"
+
+
 def install() -> None:
     """Applies the fixes once per process; does nothing where Apex or Transformer Engine is."""
     global _installed

@@ -38,15 +38,35 @@ def parse_arguments(
         "it starts as many processes as one model needs; for data parallel replicas, start "
         f"torchrun --nproc-per-node 8 {_under_torchrun(prog)} ...",
     )
+    add_settings(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print configuration, layout and sizes, and stop"
+    )
+    config, chosen = read_settings(parser, arguments)
+    return config, chosen.dry_run
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that make up a run's configuration."""
     parser.add_argument("--config", help="YAML file (default: the embedded digits task)")
     parser.add_argument("--tp", help="tensor parallel size")
     parser.add_argument("--pp", help="pipeline parallel size")
     parser.add_argument("--cp", help="context parallel size")
     parser.add_argument("--device", help="auto, cpu or gpu")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print configuration, layout and sizes, and stop"
-    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def read_settings(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> tuple[Config, argparse.Namespace]:
+    """Reads a command line with the arguments of `add_settings`.
+
+    Returns:
+        The checked configuration, and everything that was given.
+
+    Raises:
+        ConfigError: an unknown flag, or a configuration that cannot run.
+    """
     chosen, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         raise ConfigError(unknown_flag(unknown[0]))
@@ -57,7 +77,7 @@ def parse_arguments(
     ]
     config = load_config(chosen.config, [*chosen.overrides, *flags])
     check_config(config)
-    return config, chosen.dry_run
+    return config, chosen
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:

@@ -4,7 +4,8 @@
 #   launch COMMAND...              a Python command on every rank; done when it exits with 0
 # A job that was stopped before it was done (time limit, preemption), that failed after it had saved
 # a checkpoint, or that found a faulty machine when it started, puts itself back into the queue and
-# goes on from there. With --dry-run as an argument, or DATTN_DRY_RUN=1, the command is printed and
+# goes on from there. Before the first step of training the doctor looks at every node; what it finds
+# missing ends the job. With --dry-run as an argument, or DATTN_DRY_RUN=1, the command is printed and
 # the trainer checks configuration and layout; that needs neither Slurm nor a GPU.
 # Page: docs/slurm.md
 
@@ -88,6 +89,8 @@ launch_training() {
     exec "${alone[@]}" "${runtime[@]}" "${python[@]}" "${command[@]}" --dry-run
   fi
   rm -f "$done_file"
+  doctor=(-m dattn_mcore.doctor "${command[@]:1}")
+  [[ ${DATTN_DOCTOR:-1} != 0 ]] || doctor=()
   run_and_finish "${command[@]}"
 }
 
@@ -99,11 +102,21 @@ launch() {
   done
   prepare
   done_file=
+  doctor=() # it knows what training needs
   if ((dry_run)); then
     print_srun "${command[@]}"
     exit 0
   fi
   run_and_finish "${command[@]}"
+}
+
+# doctor_command: one task per node, one log per node; all nodes speak, whatever one finds.
+compose_doctor() {
+  doctor_command=(
+    srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0
+    --mpi=none "--output=$logs/doctor-%N.log" "${srun_container[@]}"
+    "${runtime[@]}" "${python[@]}" "${doctor[@]}"
+  )
 }
 
 # srun_command: one task per rank, one log per rank; a rank that fails ends the others.
@@ -134,7 +147,7 @@ rendezvous() {
 }
 
 run_and_finish() {
-  local restart=${SLURM_RESTART_COUNT:-0} status interrupted=1
+  local restart=${SLURM_RESTART_COUNT:-0} status
   logs=$RUN_DIR/logs/$SLURM_JOB_ID.$restart
   mkdir -p "$logs"
   rendezvous
@@ -145,9 +158,18 @@ run_and_finish() {
   first_checkpoint=$(newest_checkpoint)
   say "start $restart on $SLURM_JOB_NODELIST: $ranks ranks, rendezvous $MASTER_ADDR:$MASTER_PORT"
   say "logs $logs/rank-*.log"
-  "${srun_command[@]}" &
-  step=$!
   stop_signal=
+  ((${#doctor[@]} == 0)) || examine
+  speakers=$logs/rank
+  run_step "${srun_command[@]}"
+  finish "$status"
+}
+
+# status: how a step of the job ended. Signals to the job reach it, and end no wait.
+run_step() {
+  local interrupted=1
+  "$@" &
+  step=$!
   trap 'interrupted=1; forward USR1' USR1
   trap 'interrupted=1; forward TERM' TERM
   while ((interrupted)); do # a trapped signal ends wait before the step ends
@@ -155,7 +177,17 @@ run_and_finish() {
     status=0
     wait "$step" || status=$?
   done
-  finish "$status"
+}
+
+# What the doctor says of the first node, and its verdict on all.
+examine() {
+  local reports
+  speakers=$logs/doctor
+  compose_doctor
+  run_step "${doctor_command[@]}"
+  reports=("$speakers"-*.log)
+  [[ ! -e ${reports[0]} ]] || grep -vE '^(error|fault): ' "${reports[0]}" || true
+  if ((status)) || [[ -n $stop_signal ]]; then finish "$status"; fi
 }
 
 # Finished checkpoints sort by step; folders with other names are not the trainer's.
@@ -172,11 +204,21 @@ forward() {
   kill -USR1 "$step" 2>/dev/null || true
 }
 
-# Whether any rank's log has a line like that; shows the first ones.
+# Whether any log of the step has a line like that; shows the first ones.
 ranks_said() {
   local lines
-  lines=$(grep -hE "$1" "$logs"/rank-*.log | sort -u) || return
+  lines=$(grep -hE "$1" "$speakers"-*.log | sort -u) || return
   head -n 5 <<<"$lines" >&2
+}
+
+# Whether the doctor found a mistake on some nodes only: those are ill, and others may do.
+some_nodes_are_ill() {
+  local ill=()
+  [[ $speakers == */doctor ]] || return
+  mapfile -t ill < <(grep -lE '^error: ' "$speakers"-*.log)
+  ((${#ill[@]} > 0 && ${#ill[@]} < nodes)) || return
+  ill=("${ill[@]##*/doctor-}")
+  say "of $nodes nodes ${ill[*]%.log} alone"
 }
 
 finish() {
@@ -195,9 +237,10 @@ finish() {
   if ((status)) && [[ -z $stop_signal ]]; then
     say "failed with status $status; see $logs"
     if ranks_said '^error: '; then
-      exit "$status" # a mistake in settings, data or checkpoints: the same again next time
-    fi
-    if ranks_said "$FAULTS"; then
+      # A mistake in settings, data or checkpoints: the same again next time.
+      some_nodes_are_ill || exit "$status"
+      say "such a machine is taken for ill: tried again"
+    elif ranks_said "$FAULTS"; then
       say "a machine or the network failed while the run started: tried again"
     elif [[ $(newest_checkpoint) == "$first_checkpoint" ]]; then
       say "no checkpoint since the start, so it is not tried again"

@@ -296,6 +296,15 @@ def test_losses_are_those_of_the_undisturbed_run(lives):
 
 def test_every_rank_has_a_log_of_its_own(lives):
     whole, _, _ = lives
-    logs = sorted((whole.run_dir / f"logs/{whole.number}.0").iterdir())
+    logs = sorted((whole.run_dir / f"logs/{whole.number}.0").glob("rank-*.log"))
     assert [path.name for path in logs] == [f"rank-000{rank}.log" for rank in range(4)]
     assert "on 4 CPU processes, tp 2 x pp 2 x dp 1, sequence parallel" in logs[0].read_text()
+
+
+def test_the_doctor_looked_at_both_nodes_in_every_life(lives):
+    whole, job, _ = lives
+    for one, life in ((whole, 0), *((job, life) for life in range(5))):
+        reports = sorted((one.run_dir / f"logs/{one.number}.{life}").glob("doctor-*.log"))
+        assert len(reports) == 2, life
+        assert all("\na run would start\n" in path.read_text() for path in reports)
+    assert whole.output.read_text().count("\na run would start\n") == 1

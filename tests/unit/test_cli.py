@@ -24,6 +24,7 @@ TODAY = {
     "convert": "checkpoint_convert",
     "average": "checkpoint_convert average",
     "evaluate": "dattn_mcore.evaluation",
+    "doctor": "python -m dattn_mcore.doctor",
     "quickstart": "python -m dattn_mcore.quickstart",
 }
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -110,7 +111,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"dattn {__version__}\n"
 
 
-LISTED = "the commands are train, data, plan, convert, average, evaluate, quickstart"
+LISTED = "the commands are train, data, plan, convert, average, evaluate, doctor, quickstart"
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ ORDER = [
     "plan",
     "evaluation",
     "training",
+    "doctor",
     "quickstart",
     "cli",
 ]

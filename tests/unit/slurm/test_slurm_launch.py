@@ -16,6 +16,12 @@ FOLDER = ROOT / "examples/slurm"
 
 # Records how it was started, then does what the test says; says which signals it got.
 SRUN = """#!/usr/bin/env bash
+if [[ " $* " == *" dattn_mcore.doctor "* ]]; then
+  printf '%s\\n' "$@" > "$TEST_FOLDER/doctor"
+  trap 'echo USR1 >> "$TEST_FOLDER/signals"; exit 138' USR1
+  [[ ! -e $TEST_FOLDER/doctor_step ]] || source "$TEST_FOLDER/doctor_step"
+  exit 0
+fi
 printf '%s\\n' "$@" > "$TEST_FOLDER/srun"
 printf '%s\\n' "$MASTER_ADDR:$MASTER_PORT" "$WORLD_SIZE" "$LOCAL_WORLD_SIZE" > "$TEST_FOLDER/world"
 trap 'echo USR1 >> "$TEST_FOLDER/signals"' USR1
@@ -146,6 +152,75 @@ def test_the_mark_of_an_earlier_run_does_not_count(job):
     (job.run_dir / "finished.json").write_text("{}")
     assert job.run("exit 0")[0] == 0
     assert job.requeued
+
+
+SAYS = """for node in {nodes}; do
+  echo "table of $node"; echo "{line}"
+  printf '%s\\n' "table of $node" "{line}" > "{logs}/doctor-$node.log"
+done > /dev/null
+exit {status}
+"""
+BROKEN = "error: train.fp8=tensorwise needs Transformer Engine, and it is not installed"
+
+
+def doctor_says(job, nodes, line, status):
+    text = SAYS.format(nodes=nodes, line=line, status=status, logs=f"{job.run_dir}/logs/4711.0")
+    (job.folder / "doctor_step").write_text(text)
+
+
+def test_the_doctor_looks_at_every_node_before_the_first_step(job):
+    doctor_says(job, "node7 node8", "a run would start", 0)
+    status, out, err = job.run(FINISH.format(job.run_dir))
+    assert (status, err) == (0, "")
+    words = job.read("doctor")
+    assert words[:3] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+    assert f"--output={job.run_dir}/logs/4711.0/doctor-%N.log" in words
+    assert words[-6:] == [
+        f"{sys.prefix}/bin/python",
+        "-m",
+        "dattn_mcore.doctor",
+        "--config",
+        "configs/gemma_pt.yaml",
+        f"log.run_dir={job.run_dir}",
+    ]
+    assert "table of node7\na run would start\n" in out and "table of node8" not in out
+
+
+def test_a_doctor_that_finds_a_mistake_ends_the_job_with_its_line(job):
+    doctor_says(job, "node7 node8", BROKEN, 1)
+    status, out, err = job.run("exit 0")
+    assert (status, err, job.requeued) == (1, f"{BROKEN}\n", False)
+    assert "table of node7" in out and not (job.folder / "started").exists()
+
+
+@pytest.mark.parametrize(
+    "line", [BROKEN, "fault: GPU 3 does not compute (uncorrectable ECC error)"]
+)
+def test_a_node_that_is_not_like_the_others_is_tried_again(job, line):
+    doctor_says(job, "node8", line, 1)
+    status, out, err = job.run("exit 0")
+    assert (status, err, job.requeued) == (0, f"{line}\n", True)
+    assert "tried again" in out and not (job.folder / "started").exists()
+    assert ("of 2 nodes node8 alone" in out) == line.startswith("error")
+
+
+def test_a_doctor_that_says_nothing_ends_the_job(job):
+    doctor_says(job, "node7 node8", "srun: error: cannot start", 1)
+    assert job.run("exit 0")[0] == 1
+    assert not job.requeued and not (job.folder / "started").exists()
+
+
+def test_a_signal_while_the_doctor_looks_comes_back(job):
+    (job.folder / "doctor_step").write_text(
+        'touch "$TEST_FOLDER/started"; sleep 60 >/dev/null 2>&1 & wait\n'
+    )
+    status, _, _ = job.stop(signal.SIGUSR1, "exit 0")
+    assert (status, job.requeued, job.read("signals")) == (0, True, ["USR1"])
+
+
+def test_the_doctor_can_be_left_out(job):
+    assert job.run(FINISH.format(job.run_dir), DATTN_DOCTOR="0")[0] == 0
+    assert not (job.folder / "doctor").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
