@@ -92,12 +92,12 @@ def _torch(start: _Start) -> Rows:
 
 
 def _device(start: _Start) -> Rows:
-    from dattn_mcore.parallel import platform
+    from dattn_mcore.parallel import entry, platform
 
     wanted = start.config.train.device
+    entry.prepare_imports(wanted)
     if start.config.train.deterministic:
         platform.make_deterministic()  # kernels are chosen by it
-    platform.load_no_compiler(wanted)
     start.device = platform.resolve_device(wanted)
     return [("device", start.device.upper(), f"train.device={wanted}")]
 
@@ -114,6 +114,13 @@ def _gpus(start: _Start) -> Rows:
         (f"GPU {gpu.index}", f"{gpu.name}, {gpu.memory / 1024:.0f} GiB", gpu.capability)
         for gpu in gpus
     ]
+
+
+def _site(start: _Start) -> Rows:
+    from dattn_mcore.training.site import check_site
+
+    check_site(start.config, start.device, 0)
+    return []
 
 
 def _megatron(start: _Start) -> Rows:
@@ -197,6 +204,7 @@ STEPS: Sequence[tuple[str, Callable[[_Start], Rows]]] = (
     ("PyTorch", _torch),
     ("device", _device),
     ("GPUs", _gpus),
+    ("environment", _site),
     ("megatron-core", _megatron),
     ("linears and norms", _linears),
     ("attention", _attention),
