@@ -48,8 +48,9 @@ def import_problem(module: str) -> str | None:
         return ABSENT
     try:
         importlib.import_module(module)
-    except Exception as error:  # noqa: BLE001 (a build for other libraries raises anything)
-        return f"cannot be imported ({first_line(error)})"
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (it raises anything, or gives up)
+        reason = first_line(error) if isinstance(error, Exception) else f"it exits with {error}"
+        return f"cannot be imported ({reason})"
     return None
 
 

@@ -205,9 +205,12 @@ def test_gpus_are_listed_as_the_driver_sees_them(of_ill):
 
 
 def test_the_verdict_is_that_of_the_trainer(ill, of_ill):
-    """A broken package that these settings do not use is no reason, unless it ends the trainer too."""
-    trainer = ill.run("pretrain_dattn.py", "--dry-run", *SMALL, "train.transformer_impl=local")
-    assert of_ill["would_start"] == (trainer.returncode == 0), trainer.stderr[-2000:]
+    """A broken package that these settings do not use is no reason; one that they name is."""
+    settings = (*SMALL, "train.transformer_impl=local")
+    trainer = ill.run("pretrain_dattn.py", "--dry-run", *settings)
+    assert trainer.returncode == 0, trainer.stderr[-2000:]
+    assert ill.found(*settings)["would_start"]
+    assert [problem["text"].split()[0] for problem in of_ill["problems"]] == ["log.mlflow=true"]
 
 
 def test_gpus_that_pytorch_does_not_use_are_no_reason_to_take_the_cpu(ill):

@@ -38,6 +38,12 @@ def test_a_broken_package_looks_absent_and_its_reason_is_kept(kind, tmp_path, mo
     assert import_problem("json") is None and importlib.import_module("json").dumps(1) == "1"
 
 
+def test_a_package_that_exits_ends_no_process(tmp_path, monkeypatch):
+    (tmp_path / "broken_by_exit.py").write_text("import sys\nsys.exit('no GPU here')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert import_problem("broken_by_exit") == "cannot be imported (it exits with no GPU here)"
+
+
 # Each as an entry point does it: Megatron-Core dies of the first while it is imported.
 IMPORTS = """
 from dattn_mcore.parallel import entry, platform
