@@ -9,6 +9,7 @@ from dattn_mcore.config.export_rules import as_yaml
 from dattn_mcore.config.schema import Config, ScoresConfig
 
 JUDGED = ("llava-bench", "mm-vet")  # by a language model
+MOST_PENDING = 2  # checkpoints being scored or waiting for it, beside which training goes on
 BY_SERVER = ("vqav2", "vizwiz")  # which alone has their answers
 
 

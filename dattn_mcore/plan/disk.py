@@ -17,7 +17,8 @@ from dattn_mcore.architectures.parameters import Entry
 from dattn_mcore.architectures.tables import model_table
 from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.optim_groups import layers_differ, resolved
-from dattn_mcore.config.schema import CheckpointConfig, Config
+from dattn_mcore.config.schema import Config
+from dattn_mcore.config.scores_rules import MOST_PENDING, asks
 from dattn_mcore.plan.parameters import BYTES
 
 OPTIMIZER_BYTES = 3 * 4  # of a parameter that learns: copy, mean and mean square, all float32
@@ -80,7 +81,7 @@ def disk_lines(config: Config) -> list[str]:
     checkpoint, size = config.checkpoint, checkpoint_size(config)
     parts = [f"weights {_bytes(size.weights)}", f"optimizer {_bytes(size.optimizer)}"]
     parts += [f"EMA {_bytes(size.ema)}"] if size.ema else []
-    stay, which = _staying(checkpoint, config.train.steps)
+    stay, which = _staying(config)
     most = f"{_bytes((stay + 1) * size.total)} with the one that is being written"
     if checkpoint.keep_every is not None and config.train.steps is None:
         most += f", and one more each {checkpoint.keep_every:,} steps"
@@ -93,12 +94,23 @@ def disk_lines(config: Config) -> list[str]:
             f"disk: an export takes {_bytes(size.export)}; at most {stay} stay: "
             f"{_bytes((stay + 1) * size.export)} with the one that is being written"
         )
+    if asks(config):
+        each = "; each scored checkpoint leaves one" if config.scores.keep_export else ""
+        lines.append(
+            f"disk: the export that answers questions takes {_bytes(size.export)} in scores/{each}"
+        )
     return lines
 
 
-def _staying(checkpoint: CheckpointConfig, steps: int | None) -> tuple[int, str]:
+def _staying(config: Config) -> tuple[int, str]:
     """How many checkpoints stay at most, and by which rules; of every m-th if steps are known."""
+    checkpoint, steps = config.checkpoint, config.train.steps
     counts = [(checkpoint.keep, f"{checkpoint.keep} newest")]
+    if asks(config):  # those that wait for their turn are in use
+        pending = 1 if config.scores.wait else MOST_PENDING + 1
+        counts.append((pending, f"{pending} being scored"))
+    if checkpoint.also_export:
+        counts.append((1, "1 being exported"))
     if checkpoint.keep_best:
         counts.append((checkpoint.keep_best, f"{checkpoint.keep_best} best"))
     if checkpoint.keep_every is not None:

@@ -40,7 +40,7 @@ class StepDone:
 
 
 class Hook:
-    """Does nothing; a hook overrides what it needs.
+    """Does nothing; a hook overrides what it needs. It is made just before the run's first step.
 
     Attributes:
         everywhere: every rank has this hook, and the ranks may talk to each other in it. An error

@@ -18,6 +18,7 @@ from pathlib import Path
 from dattn_mcore.checkpoint.folders import SCORES, is_whole, list_checkpoints
 from dattn_mcore.checkpoint.manifest import step_of
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.scores_rules import MOST_PENDING
 from dattn_mcore.errors import DataError, DattnError
 from dattn_mcore.parallel.groups import wait_for_all
 from dattn_mcore.training.hooks import Hook, StepDone, cannot_report
@@ -39,7 +40,6 @@ from dattn_mcore.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 LOG = "log.txt"
-MOST_PENDING = 2  # checkpoints being scored or waiting for it, beside which training goes on
 _POLL_SECONDS = 0.2
 _SECONDS_BETWEEN_LINES = 30.0
 _THREADS = "1"  # the cores are the run's

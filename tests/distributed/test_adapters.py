@@ -10,9 +10,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dattn_mcore.architectures.adapters import adapter_table
 from dattn_mcore.checkpoint.metadata import read_metadata
+from dattn_mcore.checkpoint.peft_folder import read_peft_folder
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.plan.disk import checkpoint_size
@@ -20,6 +22,7 @@ from tests.distributed.interrupted_jobs import train_until_killed
 from tests.distributed.jobs import read_metrics, run_training
 from tests.distributed.pool import WorkerError
 from tests.distributed.small_models import GEMMA, QWEN2, small_config
+from tests.distributed.test_watched_runs_by_layout import reported
 from tools.checkpoint_convert import hf_to_mcore, mcore_to_hf
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.peft_out import write_peft
@@ -263,3 +266,42 @@ def test_a_run_starts_from_exported_adapters(pool, digits, exported, tmp_path, r
     assert row["loss"] == pytest.approx(want["loss"], abs=1e-5)
     before = read_metrics(folder / "run")[0]["loss"]  # the same samples, before anything was learnt
     assert abs(row["loss"] - before) > 1e-3
+
+
+def test_their_mean_is_exported(pool, digits, base_of, tmp_path):
+    """As a folder of peft, and merged: the tensors of the running mean, not the last ones."""
+    sections = merge(lora(), {"train": {"ema_decay": 0.5}})
+    run = small_config(digits, tmp_path / "run", **merge(base_of({}), sections))
+    assert all(pool.run(run_training, 2, merge(run, {"parallel": {"pp": 2}})))
+    adapters, config = adapters_of(from_dict(run)), from_dict(run)
+    mean = DistCheckpoint(tmp_path / "run", ema=True)
+    folders = {}
+    for name, ema in (("last", False), ("mean", True)):
+        write_peft(tmp_path / "run", tmp_path / name, ema=ema)
+        folders[name] = read_peft_folder(tmp_path / name, config.model, adapters)
+        options = mcore_to_hf.ExportOptions(ema=ema)
+        mcore_to_hf.convert(tmp_path / "run", tmp_path / f"hf-{name}", options)
+    for entry in adapter_table(config.model, adapters):
+        for place in entry.steps():
+            want = mean.read(entry.key, place)
+            assert torch.equal(folders["mean"].value(entry, place), want.float())
+            assert not torch.equal(folders["last"].value(entry, place), want.float())
+    merged = {name: load_file(tmp_path / f"hf-{name}" / "model.safetensors") for name in folders}
+    changed = [key for key, value in merged["last"].items() if (merged["mean"][key] != value).any()]
+    assert set(changed) == adapters.targets
+
+
+def test_checkpoints_of_adapters_are_scored_and_exported(pool, digits, base_of, tmp_path):
+    """By processes beside training, which find the base by what the checkpoint says of it."""
+    sections = merge(lora(SOME), reported(digits))
+    tree = small_config(digits, tmp_path / "run", **merge(base_of({}), sections))
+    assert all(pool.run(run_training, 2, merge(tree, {"parallel": {"pp": 2}}), timeout=300))
+    (row,) = read_metrics(tmp_path / "run", "scores")
+    assert row["step"] == 2 and 0 <= row["questions"] <= 100
+    mcore_to_hf.convert(tmp_path / "run", tmp_path / "hf")
+    ours, theirs = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "run/exports/step_00000002", tmp_path / "hf")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())

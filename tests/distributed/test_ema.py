@@ -12,6 +12,7 @@ from tests.distributed.interrupted_jobs import train_until_killed
 from tests.distributed.jobs import run_training, run_training_with_log
 from tests.distributed.small_models import GEMMA, small_config
 from tests.pairwise import pairwise
+from tools.checkpoint_convert.average import AverageOptions, average
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.raw_folders import same_bits
 
@@ -98,6 +99,11 @@ def test_it_is_the_plain_recurrence(pool, digits, tmp_path, case):
         if step > 1:
             want = follow(want, checkpoint(tmp_path, step))
         assert_is_mean(checkpoint(tmp_path, step, ema=True), want, learns)
+    average([tmp_path], tmp_path / "mean", AverageOptions(last=3))
+    found = DistCheckpoint(tmp_path / "mean")
+    for key, value in weights(found).items():  # of three, rounded to float32
+        plain = sum(weights(checkpoint(tmp_path, step))[key] for step in (3, 4, 5)) / 3
+        assert float((value - plain).abs().max()) <= 1.2e-7 * float(plain.abs().max()), key
     last = checkpoint(tmp_path, 5).read(EMBEDDING).double()
     assert float((last - want[EMBEDDING]).abs().max()) > 1e-3
 

@@ -186,15 +186,27 @@ def test_a_resume_with_other_groups(pool, digits, tmp_path):
 WSD = {"schedule": "wsd", "warmup_steps": 2, "warmup_ratio": None, "decay_steps": None}
 
 
-def test_a_finished_wsd_run_goes_on_as_one_planned_so(pool, digits, tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (1, {}),
+        (2, {"tp": 2, "sp": True}),
+        (2, {"pp": 2}),
+        (2, {}),
+        (4, {"tp": 2, "pp": 2, "sp": True}),
+    ],
+    ids=["one", "tp2-sp", "pp2", "dp2", "tp2-pp2"],
+)
+def test_a_finished_wsd_run_goes_on_as_one_planned_so(pool, digits, tmp_path, ranks, parallel):
     """Three stable steps, finished, then two more with a decay over two: bit for bit."""
     short, whole = tmp_path / "short", tmp_path / "whole"
     optim = {"optim": {**WSD, "groups": GROUPS[1:2], "vision_layer_decay": None}}
-    pool.run(run_training, 1, tree_for(digits, short, **optim))
+    optim["parallel"] = parallel
+    pool.run(run_training, ranks, tree_for(digits, short, **optim))
     assert json.loads((short / "finished.json").read_text()) == {"step": 3}
     longer = merge(optim, {"optim": {"decay_steps": 2}, "train": {"steps": 5}})
-    pool.run(run_training, 1, tree_for(digits, short, **longer))
-    pool.run(run_training, 1, tree_for(digits, whole, **longer))
+    pool.run(run_training, ranks, tree_for(digits, short, **longer))
+    pool.run(run_training, ranks, tree_for(digits, whole, **longer))
     for name in ("loss", "lr", "lr_group_0", "grad_norm"):
         here, there = ([row[name] for row in read_metrics(path)] for path in (short, whole))
         assert here == there and len(here) == 5, name
@@ -206,7 +218,7 @@ def test_a_finished_wsd_run_goes_on_as_one_planned_so(pool, digits, tmp_path):
     # The decay has begun: it cannot be moved.
     again = merge(longer, {"train": {"steps": 7}})
     with pytest.raises(WorkerError, match="step 5 stands in the last decay .* began at step 4"):
-        pool.run(run_training, 1, tree_for(digits, short, **again))
+        pool.run(run_training, ranks, tree_for(digits, short, **again))
 
 
 @pytest.mark.parametrize(

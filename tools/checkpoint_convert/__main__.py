@@ -235,7 +235,17 @@ def _mcore_to_hf(options: argparse.Namespace) -> None:
     if options.adapter == "peft":
         from tools.checkpoint_convert.peft_out import write_peft
 
-        what = write_peft(options.checkpoint, options.output, options.base, options.base_model)
+        for flag in ("tokenizer", "template", "no_check"):  # a folder of peft has none of these
+            if getattr(options, flag):
+                name = flag.replace("_", "-")
+                raise CheckpointError(f"--{name} has no effect with --adapter peft; leave it out")
+        what = write_peft(
+            options.checkpoint,
+            options.output,
+            options.base,
+            name=options.base_model,
+            ema=options.ema,
+        )
         say(f"{options.checkpoint} -> {options.output}: {what}")
         return
     if options.base_model is not None:

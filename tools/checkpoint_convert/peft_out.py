@@ -21,7 +21,12 @@ from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 
 
 def write_peft(
-    checkpoint: str | Path, output: str | Path, base: str | None = None, name: str | None = None
+    checkpoint: str | Path,
+    output: str | Path,
+    base: str | None = None,
+    *,
+    name: str | None = None,
+    ema: bool = False,
 ) -> str:
     """Writes a folder that `peft` loads on the export of the base.
 
@@ -32,6 +37,7 @@ def write_peft(
         output: folder to make.
         base: where the checkpoint of the base is now; None: where it was.
         name: of the exported base model, that the folder names; None: none.
+        ema: write the running mean of what has learnt.
 
     Returns:
         One line that says what was written.
@@ -40,7 +46,7 @@ def write_peft(
         CheckpointError: it holds no adapters or cannot be read, or its language model learnt more
             than adapters.
     """
-    source = AdaptedCheckpoint(DistCheckpoint(checkpoint), base)
+    source = AdaptedCheckpoint(DistCheckpoint(checkpoint, ema=ema), base)
     files = {file: [size, sha256] for file, (size, sha256) in source.own.digests.items()}
     if problem := damage(source.path, sorted(files), files):
         raise CheckpointError(f"{source.path}: {problem}; use an earlier checkpoint")
