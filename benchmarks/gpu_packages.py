@@ -20,7 +20,7 @@ from dattn_mcore.training.implementation import transformer_engine_missing
 INSTALL = "install it with .venv/bin/pip install "
 
 
-class Part(NamedTuple):
+class OptionalPackage(NamedTuple):
     """What needs a package, why that cannot be used here (None: it can), and how to get it."""
 
     package: str
@@ -29,7 +29,7 @@ class Part(NamedTuple):
     install: str
 
 
-def parts() -> list[Part]:
+def parts() -> list[OptionalPackage]:
     """Every optional package of a GPU machine; imports them, which may touch the device."""
     entry.prepare_imports("gpu")
     # After it: Megatron-Core's import dies of a broken Transformer Engine.
@@ -37,26 +37,28 @@ def parts() -> list[Part]:
 
     plain = (AttentionOptions(scale=1.0), "gpu", torch.bfloat16, 128)  # every backend computes it
     return [
-        Part(
+        OptionalPackage(
             "Transformer Engine",
             "its losses and checkpoints, every FP8 recipe, their accuracy and their speed",
             transformer_engine_missing(),
             INSTALL
             + "--no-build-isolation '.[te]', or go without: make gpu-check ARGS=--without-te",
         ),
-        Part(
+        OptionalPackage(
             "flash-attn",
             "its kernels' tests and times",
             BACKENDS["flash"].refuses(*plain),
             INSTALL + "--no-build-isolation '.[flash]'",
         ),
-        Part(
+        OptionalPackage(
             "Triton",
             "the joint kernel's tests and times",
             BACKENDS["triton"].refuses(*plain),
             INSTALL + "'.[triton]'",
         ),
-        Part("DALI", "decoding on the GPU", import_problem("nvidia.dali"), INSTALL + "'.[dali]'"),
+        OptionalPackage(
+            "DALI", "decoding on the GPU", import_problem("nvidia.dali"), INSTALL + "'.[dali]'"
+        ),
     ]
 
 

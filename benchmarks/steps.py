@@ -28,6 +28,7 @@ from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 from dattn_mcore.training.runtime import decide_runtime, params_dtype
 from dattn_mcore.training.schedule import build_scheduler
 from dattn_mcore.training.step import train_step
+from dattn_mcore.types import IGNORED_LABEL
 
 Step = Callable[[], object]
 BASELINE = {"attention": {"v2v": "causal", "t2v_position": "rope"}}
@@ -101,7 +102,7 @@ def _text(config: Config, text: int, device: torch.device) -> tuple[torch.Tensor
     """Ids, and labels of the second half of the rows."""
     ids = torch.randint(1000, config.model.llm.vocab_size, (text + 1,), device=device)
     labels = ids[1:].clone()
-    labels[: text // 2] = -100
+    labels[: text // 2] = IGNORED_LABEL
     return ids[:-1], labels
 
 
@@ -149,7 +150,7 @@ def llava_step(
     def step_of(rows: int) -> Step:
         pixels = _tiles(config, rows, device).to(params_dtype(config)) / 255 - 0.5
         ids, labels = _text(config, text, device)
-        supervised = (labels != -100).nonzero()[:, 0]
+        supervised = (labels != IGNORED_LABEL).nonzero()[:, 0]
         images = ids.new_full((rows,), image_token)
         assert rows // vision.rows_per_tile == pixels.shape[0]
 

@@ -16,6 +16,8 @@ _BY_TYPE = {
     "qwen2_vl": "rotary positions of several axes (M-RoPE)",
     "qwen2_5_vl": "rotary positions of several axes (M-RoPE)",
     "qwen3_vl": "rotary positions of several axes (M-RoPE)",
+    "qwen2_5_omni": "rotary positions of several axes (M-RoPE)",
+    "qwen3_omni_moe": "rotary positions of several axes (M-RoPE), and experts (MoE)",
 }
 # Fields that say it, with any value but none and 0.
 _BY_FIELD = {
@@ -27,6 +29,9 @@ _BY_FIELD = {
     "attn_output_gate": _GATES,
     "hidden_size_per_layer_input": "embeddings of each layer",
     "num_kv_shared_layers": "layers that share keys and values",
+    "attention_k_eq_v": "values that are its keys",
+    "global_head_dim": "heads of another size on some layers",
+    "per_layer_config": "heads of another size on some layers",
 }
 _ANY_SIZE = "images of any size and shape (NaFlex), where tiles are squares of one size"
 _ROTARY = "rotary positions"

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dattn_mcore.types import IMAGE_MARK
+
 CELLS = ("top-left", "top-right", "bottom-left", "bottom-right")  # reading order
 _CELL_WORDINGS = ("Which digit is in the {cell} cell?", "Which digit is {cell}?")
 _LINE_WORDING = "Which digits are in the {line}?"
@@ -51,7 +53,9 @@ def bag_of_digits_ceiling(category: str) -> float:
 def caption(stage: str, number: int, mosaic: Mosaic) -> dict[str, Any]:
     """Makes an image-caption record; the caption reads the digits in order."""
     caption = " ".join(str(digit) for digit in mosaic.digits)
-    return _record(f"{stage}-{number:05d}", mosaic.path, [("<image>\nRead the digits.", caption)])
+    return _record(
+        f"{stage}-{number:05d}", mosaic.path, [(f"{IMAGE_MARK}\nRead the digits.", caption)]
+    )
 
 
 def caption_with_places(
@@ -63,7 +67,9 @@ def caption_with_places(
     """
     order = rng.permutation(len(CELLS))
     caption = " ".join(f"{CELLS[cell]} {mosaic.digits[cell]}" for cell in order)
-    return _record(f"{stage}-{number:05d}", mosaic.path, [("<image>\nRead the places.", caption)])
+    return _record(
+        f"{stage}-{number:05d}", mosaic.path, [(f"{IMAGE_MARK}\nRead the places.", caption)]
+    )
 
 
 def conversation(number: int, mosaics: Sequence[Mosaic], rng: np.random.Generator) -> dict:
@@ -79,12 +85,12 @@ def conversation(number: int, mosaics: Sequence[Mosaic], rng: np.random.Generato
         # must have the same answer in both.
         question, answer, _ = _question(mosaic, rng)
         return _record(
-            name, [mosaic.path, mosaic.path], [(f"<image>\n<image>\n{question}", answer)]
+            name, [mosaic.path, mosaic.path], [(f"{IMAGE_MARK}\n{IMAGE_MARK}\n{question}", answer)]
         )
     turns = []
     for turn in range(1 + int(rng.integers(_MOST_TURNS))):
         question, answer, _ = _question(mosaic, rng)
-        turns.append((f"<image>\n{question}" if turn == 0 else question, answer))
+        turns.append((f"{IMAGE_MARK}\n{question}" if turn == 0 else question, answer))
     return _record(name, mosaic.path, turns)
 
 
@@ -119,7 +125,7 @@ def held_out_question(number: int, mosaic: Mosaic, rng: np.random.Generator) -> 
 
 def as_record(question: dict[str, Any]) -> dict[str, Any]:
     """A question of the held-out part as a conversation, for the held-out loss."""
-    turn = (f"<image>\n{question['text']}", question["answer"])
+    turn = (f"{IMAGE_MARK}\n{question['text']}", question["answer"])
     return _record(question["question_id"], question["image"], [turn])
 
 

@@ -20,7 +20,7 @@ SECONDS = 300.0  # for all of a child's steps; a package on a cold network file 
 
 
 @dataclass
-class Told:
+class ChildReport:
     """What a child said.
 
     Attributes:
@@ -56,7 +56,7 @@ class Child:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
 
-    def told(self) -> Told:
+    def told(self) -> ChildReport:
         """Waits for its end."""
         try:
             out, err = self._process.communicate(self._given, timeout=SECONDS)
@@ -65,7 +65,7 @@ class Child:
             self._process.kill()
             out, err = self._process.communicate()
             how = f"did not end within {SECONDS:g} seconds"
-        told = Told()
+        told = ChildReport()
         begun: str | None = "starting"
         for line in out.splitlines():
             step = json.loads(line)

@@ -130,21 +130,21 @@ def _megatron(start: _Start) -> Rows:
 
 def _linears(start: _Start) -> Rows:
     from dattn_mcore.parallel import platform
-    from dattn_mcore.training.implementation import (
-        choose_implementation,
-        transformer_engine_missing,
-    )
+    from dattn_mcore.training.implementation import transformer_engine_missing
+    from dattn_mcore.training.runtime import decide_runtime
 
     platform.install(start.device)
-    chosen = choose_implementation(start.config)
+    runtime = decide_runtime(start.config)
+    fused = runtime.gradient_accumulation_fusion
     asked = f"train.transformer_impl={start.config.train.transformer_impl}"
     why = "; ".join(start.said) or asked
     missing = transformer_engine_missing()
     if missing is not None and missing not in why:
         why += f"; Transformer Engine: {missing}"
     return [
-        ("linears and norms", chosen, why.removeprefix("linears and norms: ")),
+        ("linears and norms", runtime.implementation, why.removeprefix("linears and norms: ")),
         ("products", start.config.train.fp8.replace("none", start.config.train.precision), ""),
+        ("weight gradients", "added in the product" if fused else "added after it", ""),
     ]
 
 
@@ -164,13 +164,6 @@ def _attention(start: _Start) -> Rows:
         refusal = backend.refuses(options, start.device, dtype, llm.head_dim)
         rows.append((f"  {name}", "cannot" if refusal else "could", refusal or ""))
     return rows
-
-
-def _runtime(start: _Start) -> Rows:
-    from dattn_mcore.training.runtime import decide_runtime
-
-    fused = decide_runtime(start.config).gradient_accumulation_fusion
-    return [("weight gradients", "added in the product" if fused else "added after it", "")]
 
 
 def _optimizer(start: _Start) -> Rows:
@@ -208,7 +201,6 @@ STEPS: Sequence[tuple[str, Callable[[_Start], Rows]]] = (
     ("megatron-core", _megatron),
     ("linears and norms", _linears),
     ("attention", _attention),
-    ("runtime", _runtime),
     ("optimizer", _optimizer),
     ("image decoder", _decoder),
     ("trackers", _trackers),

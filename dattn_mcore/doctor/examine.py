@@ -8,7 +8,7 @@ from typing import Any
 
 from dattn_mcore.config.load import to_dict
 from dattn_mcore.config.schema import Config
-from dattn_mcore.doctor.children import Child, Told
+from dattn_mcore.doctor.children import Child, ChildReport
 from dattn_mcore.doctor.machine import build_rows, machine_rows, triton_lacks
 from dattn_mcore.doctor.packages import MEGATRON, OPTIONAL, Packages
 from dattn_mcore.doctor.report import Problem, Report, Row
@@ -53,11 +53,11 @@ def examine(config: Config, subject: str) -> Report:
     return report
 
 
-def _rows(told: Told, step: str) -> list[Row]:
+def _rows(told: ChildReport, step: str) -> list[Row]:
     return [Row(*row) for row in (told.steps.get(step) or {}).get("rows", [])]
 
 
-def _taken(told: Told) -> Iterator[Row]:
+def _taken(told: ChildReport) -> Iterator[Row]:
     """What the trainer's functions chose, and where they could not."""
     for name, given in told.steps.items():
         if name in _ELSEWHERE:
@@ -71,7 +71,7 @@ def _taken(told: Told) -> Iterator[Row]:
         yield Row(told.died_in, "CANNOT", f"the process that decides it {told.how}")
 
 
-def _gpu_rows(gpus: Sequence[DriverGpu], why_none: str | None, told: Told) -> list[Row]:
+def _gpu_rows(gpus: Sequence[DriverGpu], why_none: str | None, told: ChildReport) -> list[Row]:
     rows = [
         Row(
             f"GPU {gpu.index}",
@@ -89,7 +89,7 @@ def _gpu_rows(gpus: Sequence[DriverGpu], why_none: str | None, told: Told) -> li
     return [*rows, *_rows(told, "PyTorch")]
 
 
-def _megatron(told: Told) -> dict[str, str | None]:
+def _megatron(told: ChildReport) -> dict[str, str | None]:
     """Megatron-Core's module and why it cannot be imported; empty where it was not tried."""
     if told.died_in == MEGATRON.name:
         return {MEGATRON.module: f"the process that imports it {told.how}"}
@@ -98,7 +98,7 @@ def _megatron(told: Told) -> dict[str, str | None]:
     return {}
 
 
-def _problems_of(told: Told, known: Sequence[Problem]) -> list[Problem]:
+def _problems_of(told: ChildReport, known: Sequence[Problem]) -> list[Problem]:
     """What ended a step of `choices`; one cause is said once."""
     found: list[Problem] = []
 
@@ -115,7 +115,7 @@ def _problems_of(told: Told, known: Sequence[Problem]) -> list[Problem]:
     return found
 
 
-def _unused_gpus(config: Config, gpus: Sequence[DriverGpu], told: Told) -> Iterator[Problem]:
+def _unused_gpus(config: Config, gpus: Sequence[DriverGpu], told: ChildReport) -> Iterator[Problem]:
     """`auto` that takes the CPU beside GPUs which nobody has hidden."""
     taken = _rows(told, "device")
     if not gpus or hidden_gpus() or config.train.device != "auto":
@@ -129,7 +129,7 @@ def _unused_gpus(config: Config, gpus: Sequence[DriverGpu], told: Told) -> Itera
         )
 
 
-def _no_compiler(told: Told) -> Iterator[Problem]:
+def _no_compiler(told: ChildReport) -> Iterator[Problem]:
     """Triton without what it compiles with, which a run would meet in its first step."""
     chosen = any(row.value == "triton" for row in _rows(told, "attention"))
     if chosen and (lacks := triton_lacks()):

@@ -106,17 +106,17 @@ def _staying(config: Config) -> tuple[int, str]:
     """How many checkpoints stay at most, and by which rules; of every m-th if steps are known."""
     checkpoint, steps = config.checkpoint, config.train.steps
     counts = [(checkpoint.keep, f"{checkpoint.keep} newest")]
-    if asks(config):  # those that wait for their turn are in use
-        pending = 1 if config.scores.wait else MOST_PENDING + 1
-        counts.append((pending, f"{pending} being scored"))
-    if checkpoint.also_export:
-        counts.append((1, "1 being exported"))
     if checkpoint.keep_best:
         counts.append((checkpoint.keep_best, f"{checkpoint.keep_best} best"))
     if checkpoint.keep_every is not None:
         often = steps // checkpoint.keep_every if steps is not None else 0
         name = f"every {checkpoint.keep_every:,} steps"
         counts.append((often, name if steps is None else f"{often} of {name}"))
+    if asks(config):  # those that wait for their turn are in use
+        pending = 1 if config.scores.wait else MOST_PENDING + 1
+        counts.append((pending, f"{pending} being scored"))
+    if checkpoint.also_export:
+        counts.append((1, "1 being exported"))
     most = sum(number for number, _ in counts)
     if steps is not None and (saves := math.ceil(steps / checkpoint.save_interval)) < most:
         return saves, "all that are saved"

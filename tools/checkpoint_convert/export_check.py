@@ -41,7 +41,7 @@ from dattn_mcore.evaluation.self_check import (
 )
 from dattn_mcore.hf.image_rules_dattn import ORIENTATION, to_rgb
 from dattn_mcore.models.dattn import DattnModel
-from dattn_mcore.types import IMAGE_MARK
+from dattn_mcore.types import IGNORED_LABEL, IMAGE_MARK
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.first_layers import (
     LAYERS,
@@ -261,7 +261,7 @@ def _by_trainer(
     batch = MicroBatch(
         layouts=(tuple(run for run in runs if run[1]),),
         text_ids=ids,
-        labels=torch.full_like(ids, -100),
+        labels=torch.full_like(ids, IGNORED_LABEL),
         num_tiles=len(tiles),
         tiles=tiles,
         sample_ids=("self-check",),

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from dattn_mcore.config.schema import Config, DataConfig, ParallelConfig
 from dattn_mcore.hf import NO_FOREIGN_CODE
+from dattn_mcore.types import IGNORED_LABEL
 from tools.checkpoint_convert.adapted_checkpoint import AdaptedCheckpoint, open_checkpoint
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import image_settings
@@ -82,7 +83,7 @@ def _by_megatron(path: Path, avoid: frozenset[int]) -> Tensor:
     batch = MicroBatch(
         layouts=(((False, BEFORE), (True, rows), (False, AFTER)),),
         text_ids=ids,
-        labels=torch.full_like(ids, -100),
+        labels=torch.full_like(ids, IGNORED_LABEL),
         num_tiles=TILES,
         tiles=tiles,
         sample_ids=("fixed",),

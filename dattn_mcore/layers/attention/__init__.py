@@ -1,7 +1,7 @@
 """Attention backends behind one object each (`backend.Backend`).
 
-`inputs` has what goes in, `options` and `modes` what is computed. A new backend is one file and one
-line in `_ALL`.
+`inputs` has what goes in, `options` and `modes` what is computed. A new backend is one file, one
+line in `_ALL`, and its name in `AttentionBackend` (`architectures/sizes.py`).
 
 Source: arXiv 2502.01906, section 3; the merge is its equation for alpha.
 """

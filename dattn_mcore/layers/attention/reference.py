@@ -15,7 +15,7 @@ from dattn_mcore.layers.attention.inputs import AttentionInputs
 from dattn_mcore.layers.attention.modes import Causal, InBlocks, KeySet, Softmax, attend
 from dattn_mcore.layers.attention.options import AttentionOptions
 
-Part = tuple[torch.Tensor, torch.Tensor]
+OutputAndLse = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _softmax_part(
     v: torch.Tensor,
     visible: torch.Tensor,
     options: AttentionOptions,
-) -> Part:
+) -> OutputAndLse:
     """Softmax attention over one set of keys, and its log-sum-exp.
 
     q is [rows, heads, head_dim]; k and v [keys, groups, head_dim]; visible bool [rows, keys].
@@ -143,7 +143,7 @@ def _softmax_part(
     return output, lse
 
 
-def _merge(visual: Part, text: Part) -> torch.Tensor:
+def _merge(visual: OutputAndLse, text: OutputAndLse) -> torch.Tensor:
     """Joins the parts over visual and over text keys by their alpha weights."""
     (out_v, lse_v), (out_t, lse_t) = visual, text
     has_v, has_t = lse_v > -torch.inf, lse_t > -torch.inf

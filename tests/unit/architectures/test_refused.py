@@ -23,6 +23,8 @@ REASONS = {
     "qwen3_vl": "M-RoPE",
     "paligemma": "a model of images and text",
     "gemma4_text": "embeddings of each layer",
+    "qwen2_5_omni": "M-RoPE",
+    "qwen3_omni_moe": "M-RoPE.*experts",
     "olmo2": "no architecture here describes it",
 }
 
@@ -36,6 +38,15 @@ def test_one_line_with_the_reason(tmp_path, model_type):
     (line,) = str(raised.value).splitlines()
     assert f"model_type is {model_type!r}" in line
     assert line.endswith(", ".join(record.model_type for record in language_models().values()))
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="transformers knows no Gemma 4")
+def test_a_gemma_4_without_embeddings_of_each_layer(tmp_path):
+    """Its larger sizes have none, and heads of another size in layers without a window."""
+    fields = AutoConfig.for_model("gemma4_text", hidden_size_per_layer_input=0).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(fields, default=str))
+    with pytest.raises(CheckpointError, match="values that are its keys|heads of another size"):
+        text_config(tmp_path)
 
 
 TOWER_REASONS = {

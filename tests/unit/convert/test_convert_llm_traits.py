@@ -24,6 +24,13 @@ from tests.unit.hf.hf_models import TEXT_FEATURES
 from tools.checkpoint_convert.hf_to_mcore import convert_parts
 
 _YARN = TRAITS_OF["ministral3"]["rope"]
+_OF_GEMMA = {
+    "query scale": {"query_scale": None},
+    "post-norms": {"norms": "pre"},
+    "zero-centred gamma": {"zero_centered_gamma": False},
+    "embedding scale": {"scale_embeddings": False},
+    "activation": {"activation": "silu"},
+}
 # What makes each family itself, and what turns it off: a size, or a feature.
 OFF = {
     "gemma2": {
@@ -31,13 +38,10 @@ OFF = {
         "final cap": {"final_softcap": None},
         "window": {"sliding_window": None, "layer_pattern": ()},
         "window on every layer": {"layer_pattern": ()},
-        "query scale": {"query_scale": None},
-        "post-norms": {"norms": "pre"},
-        "zero-centred gamma": {"zero_centered_gamma": False},
-        "embedding scale": {"scale_embeddings": False},
-        "activation": {"activation": "silu"},
+        **_OF_GEMMA,
     },
     "gemma3": {
+        **_OF_GEMMA,
         "window": {"sliding_window": None, "layer_pattern": ()},
         "rotary base of sliding layers": {"sliding_rotary_base": None},
         "linear rope": {"rope": RopeConfig()},

@@ -25,7 +25,7 @@ def reference_logits(
     """
     w = {name: tensor.double() for name, tensor in weights.items()}
     text = config.text_config
-    gemma = text.model_type == "gemma2"
+    gemma = is_gemma(text)
     visual_rows = project(w, config, features.double(), grids or [(0, 0)] * len(features))
     embedding = w["model.language_model.embed_tokens.weight"]
     scale = math.sqrt(text.hidden_size) if gemma else 1.0
@@ -46,6 +46,11 @@ def reference_logits(
     logits = out @ w["lm_head.weight"].T
     cap = getattr(text, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def is_gemma(text) -> bool:
+    """Norms by 1 + weight, before and after each branch; embeddings times the root of their width."""
+    return text.model_type in ("gemma2", "gemma3_text")
 
 
 def rms(x: Tensor, weight: Tensor, eps: float, centred: bool) -> Tensor:
@@ -89,7 +94,7 @@ def project(w: dict[str, Tensor], config, features: Tensor, grids) -> list[Tenso
                     image.append(y)
             first += wide * high
         y = rms(torch.stack(image), w[p + "output_norm.weight"], eps, False)
-        gemma = config.text_config.model_type == "gemma2"
+        gemma = is_gemma(config.text_config)
         images.append(y * math.sqrt(y.shape[-1]) if gemma else y)
     return images
 
@@ -108,6 +113,10 @@ def frequencies(rope: dict, half: int) -> list[float]:
     plain = [rope["rope_theta"] ** (-i / half) for i in range(half)]
     if rope["rope_type"] == "default":
         return plain
+    if rope["rope_type"] == "linear":
+        return [frequency / rope["factor"] for frequency in plain]
+    if rope["rope_type"] == "llama3":
+        return [llama3_frequency(rope, frequency) for frequency in plain]
     fast, slow = math.log(rope["beta_fast"]), math.log(rope["beta_slow"])
     found = []
     for frequency in plain:
@@ -115,6 +124,14 @@ def frequencies(rope: dict, half: int) -> list[float]:
         divided = min(max((fast - math.log(turns)) / (fast - slow), 0.0), 1.0)
         found.append(frequency * (divided / rope["factor"] + 1 - divided))
     return found
+
+
+def llama3_frequency(rope: dict, frequency: float) -> float:
+    """Slow ones are divided, fast ones stay, those between are blended by their wave length."""
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+    return frequency * (kept + (1 - kept) / rope["factor"])
 
 
 def query_scale(rope: dict, position: int) -> float:
@@ -127,7 +144,7 @@ def query_scale(rope: dict, position: int) -> float:
 
 def decoder_layer(w: dict[str, Tensor], config, layer: int, order: list, x: Tensor) -> Tensor:
     text = config.text_config
-    gemma, eps = text.model_type == "gemma2", text.rms_norm_eps
+    gemma, eps = is_gemma(text), text.rms_norm_eps
     p = f"model.language_model.layers.{layer}."
 
     def norm(name: str, y: Tensor) -> Tensor:
@@ -150,15 +167,25 @@ def attention(w: dict[str, Tensor], config, layer: int, order: list, x: Tensor) 
     text = config.text_config
     p = f"model.language_model.layers.{layer}.self_attn."
     heads, groups, d = text.num_attention_heads, text.num_key_value_heads, text.head_dim
-    q = (x @ w[p + "q_proj.weight"].T).view(-1, heads, d)
-    k = (x @ w[p + "k_proj.weight"].T).view(-1, groups, d)
-    v = (x @ w[p + "v_proj.weight"].T).view(-1, groups, d)
-    rope_parameters = text.rope_parameters
+    q, k, v = (
+        (x @ w[p + f"{name}.weight"].T + w.get(p + f"{name}.bias", 0.0)).view(-1, count, d)
+        for name, count in (("q_proj", heads), ("k_proj", groups), ("v_proj", groups))
+    )
+    if p + "q_norm.weight" in w:  # before any rotation, of each head
+        q, k = (
+            rms(y, w[p + f"{name}.weight"], text.rms_norm_eps, is_gemma(text))
+            for y, name in ((q, "q_norm"), (k, "k_norm"))
+        )
     scale = (getattr(text, "query_pre_attn_scalar", None) or d) ** -0.5
     cap = getattr(text, "attn_logit_softcapping", None)
     types = getattr(text, "layer_types", None)
     windowed = types is None or types[layer] == "sliding_attention"
-    window = text.sliding_window if windowed else None
+    window = getattr(text, "sliding_window", None) if windowed else None
+    rope_parameters = text.rope_parameters
+    if "rope_type" not in rope_parameters:  # of each kind of layer
+        rope_parameters = rope_parameters[types[layer]]
+    rotates = getattr(text, "no_rope_layers", None)  # 1: has rotary positions, in spite of its name
+    turned = rotates is None or bool(rotates[layer])
     rope = config.t2v_position == "rope"
 
     text_index, visual_index = {}, {}
@@ -182,8 +209,9 @@ def attention(w: dict[str, Tensor], config, layer: int, order: list, x: Tensor) 
         if at is not None:
             if window is not None and at[0] - at[1] >= window:
                 return None
-            a = rotate(a, at[0], rope_parameters) * query_scale(rope_parameters, at[0])
-            b = rotate(b, at[1], rope_parameters)
+            if turned:
+                a = rotate(a, at[0], rope_parameters) * query_scale(rope_parameters, at[0])
+                b = rotate(b, at[1], rope_parameters)
         value = scale * (a @ b)
         return value if cap is None else cap * torch.tanh(value / cap)
 

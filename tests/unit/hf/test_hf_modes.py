@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dattn_mcore.hf.visual_dattn import tower_features
-from tests.unit.hf.hf_models import IMAGE, VISION_FEATURES, make_model, pixels
+from tests.unit.hf.hf_models import IMAGE, TEXT_FEATURES, VISION_FEATURES, make_model, pixels
 from tests.unit.hf.hf_reference import reference_logits
 
 # Two images with text between, before and after; image first; several images in a row; none.
@@ -19,7 +19,7 @@ SAMPLES = {
 MODES = list(itertools.product(("diagonal", "causal"), ("none", "rope"), ("alpha", "sum")))
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "ministral3"])
+@pytest.mark.parametrize("family", TEXT_FEATURES)
 @pytest.mark.parametrize(("v2v", "t2v_position", "merge"), MODES)
 def test_modes_equal_reference(v2v, t2v_position, merge, family):
     """Logits of a left-padded batch of all samples equal the reference's, sample by sample."""

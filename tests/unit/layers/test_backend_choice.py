@@ -2,15 +2,17 @@
 
 import builtins
 import re
+from typing import get_args
 
 import pytest
 import torch
 
+from dattn_mcore.architectures.sizes import AttentionBackend
 from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import load_config
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.layers import attention
-from dattn_mcore.layers.attention import AttentionOptions, choose_backend, flash
+from dattn_mcore.layers.attention import BACKENDS, AttentionOptions, choose_backend, flash
 from dattn_mcore.training import main
 from dattn_mcore.training.plan import attention_backends, describe
 
@@ -163,3 +165,7 @@ def test_the_command_refuses_up_front_in_one_line(dry_run, capfd, monkeypatch):
     assert status == 2
     assert error.startswith("error: attention.backend=flash cannot be used: ")
     assert len(error.splitlines()) == 1
+
+
+def test_every_backend_has_its_word():
+    assert set(BACKENDS) == set(get_args(AttentionBackend)) - {"auto"}

@@ -61,6 +61,19 @@ def shape_size(shape):
     return size
 
 
+def test_checkpoints_that_wait_for_their_scores():
+    """They are in use: one where training waits for it, else two that wait beside the next."""
+    config = from_dict({"train": {"steps": 1000}, "scores": {"questions": "own.jsonl"}})
+    config = replace(config, checkpoint=replace(CheckpointConfig(), save_interval=100))
+    lines = disk_lines(config)
+    assert "at most 5 stay (2 newest + 3 being scored)" in lines[0]
+    assert lines[1].startswith("disk: the export that answers questions takes ")
+    scores = replace(config.scores, wait=True, keep_export=True)
+    lines = disk_lines(replace(config, scores=scores))
+    assert "at most 3 stay (2 newest + 1 being scored)" in lines[0]
+    assert lines[1].endswith("; each scored checkpoint leaves one")
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "steps", "said"),
     [
@@ -69,7 +82,10 @@ def shape_size(shape):
         (
             {"keep_every": 500, "keep_best": 3, "also_export": True},
             1000,
-            ["7 stay (2 newest + 3 best + 2 of every 500 steps): 168.0 MB", "7 stay: 42.0 MB"],
+            [
+                "8 stay (2 newest + 3 best + 2 of every 500 steps + 1 being exported): 189.0 MB",
+                "8 stay: 47.2 MB",
+            ],
         ),
         (
             {"keep_every": 500},
