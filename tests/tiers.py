@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.te.releases import TESTED as TE_RELEASES
+from tests.te.releases import is_here
+
 MARKERS = {
     "pool": "runs in a pool of processes (fixture `pool`)",
     "processes": "starts processes: torchrun, make, pip, the command line",
@@ -42,6 +45,8 @@ BY_FIXTURE = {
     "real": "network",
     "real_mistral_v1": "network",
 }
+# Likewise, of tests with Transformer Engine's Python code: where it is installed no index is asked.
+TE_FIXTURES = ("te", "any_te")
 BY_PLACE = {
     "tests/distributed/test_health.py": "processes",
     "tests/distributed/test_killed.py": "processes",
@@ -68,7 +73,6 @@ BY_PLACE = {
     "tests/unit/evaluation/test_evaluation_report.py::test_in_a_browser": "browser",
     "tests/unit/layers/test_shared_visual_rows.py::test_drawn_blocks_on_triton_equal_a_dense_softmax": "interpreter",
     "tests/unit/layers/test_shared_visual_rows.py::test_triton_equals_a_dense_softmax": "interpreter",
-    "tests/unit/layers/test_te_spec.py": "processes",
     "tests/unit/layers/test_triton_attention.py": "interpreter",
     "tests/unit/layers/test_triton_compiles.py": "interpreter",
     "tests/unit/parallel/test_platform.py": "processes",
@@ -250,6 +254,21 @@ SLOW = (
     "tests/unit/plan/test_plan_estimate.py::test_shipped_stages_fit_and_are_near_the_best_layout[gemma3",
     "tests/unit/plan/test_plan_estimate.py::test_shipped_stages_fit_and_are_near_the_best_layout[llama",
     "tests/unit/plan/test_plan_estimate.py::test_shipped_stages_fit_and_are_near_the_best_layout[qwen3",
+    # Of releases of Transformer Engine `make test` runs the newest, of runs with it some.
+    "tests/te/test_te_specs.py::test_names_shapes_and_shards_are_the_same[2.8.0",
+    "tests/te/test_te_specs.py::test_losses_and_gradients_are_the_same[2.8.0",
+    "tests/te/test_te_specs.py::test_the_second_spec_is_made_of_megatrons_wrappers[2.8.0",
+    "tests/te/test_te_specs.py::test_linears_with_adapters_are_megatrons_wrappers_too[2.8.0",
+    "tests/te/test_te_fp8.py::test_the_decoders_linears_are_in_fp8_save_the_first_and_last_layers[2.8.0",
+    "tests/te/test_te_fp8.py::test_histories_move_and_scales_follow_them[2.8.0",
+    "tests/te/test_te_fp8.py::test_rows_must_be_a_multiple_of_16[2.8.0",
+    "tests/te/test_te_training.py::test_three_steps_are_those_of_the_local_layers[2.8.0",
+    "tests/te/test_te_training.py::test_three_steps_are_those_of_the_local_layers[2.20.2-tp2-sp full recompute",
+    "tests/te/test_te_training.py::test_three_steps_are_those_of_the_local_layers[2.20.2-pp2",
+    "tests/te/test_te_training.py::test_three_steps_are_those_of_the_local_layers[2.20.2-dp2",
+    "tests/te/test_te_training.py::test_a_resumed_fp8_run_is_bitwise_the_same[delayed-",
+    "tests/te/test_te_training.py::test_a_resumed_fp8_run_is_bitwise_the_same[tensorwise",
+    "tests/te/test_te_training.py::test_a_resumed_fp8_run_is_bitwise_the_same[blockwise",
 )
 
 
@@ -258,6 +277,8 @@ def markers_of(item: pytest.Item) -> set[str]:
     fixtures = getattr(item, "fixturenames", ())
     found = {marker for fixture, marker in BY_FIXTURE.items() if fixture in fixtures}
     found |= {marker for place, marker in BY_PLACE.items() if item.nodeid.startswith(place)}
+    if any(fixture in fixtures for fixture in TE_FIXTURES):
+        found.add("pool" if all(is_here(release) for release in TE_RELEASES) else "network")
     return found | ({"slow"} if item.nodeid.startswith(SLOW) else set())
 
 

@@ -207,14 +207,16 @@ def _by_tensor(tensor: torch.Tensor, quantizer: Any, output: Any) -> Any:
 def _by_blocks(tensor: torch.Tensor, quantizer: Any, output: Any) -> Any:
     """A scale for each 1 x 128 numbers (rows; columns apart), or for each 128 x 128 (weights)."""
     values = tensor.detach().float().reshape(-1, tensor.shape[-1])
-    compact = bool(getattr(quantizer, "all_gather_usage", False)) and quantizer.block_scaling_dim == 1
+    compact = (
+        bool(getattr(quantizer, "all_gather_usage", False)) and quantizer.block_scaling_dim == 1
+    )
     fields: dict[str, Any] = {}
     for way in ("rowwise", "columnwise"):
         if not getattr(quantizer, f"{way}_usage"):
             fields[f"{way}_data"] = fields[f"{way}_scale_inv"] = None
             continue
         source = values if way == "rowwise" else values.t()
-        data, scale_inv = _blocks(source, quantizer)
+        data, scale_inv = quantize_blocks(source, quantizer)
         if quantizer.block_scaling_dim == 1:
             scale_inv = scale_inv.t()
         if compact and way == "columnwise":  # as it came, to be gathered
@@ -255,7 +257,7 @@ def _by_blocks(tensor: torch.Tensor, quantizer: Any, output: Any) -> Any:
     return public(shape=tensor.shape, dtype=tensor.dtype, requires_grad=False, **fields)
 
 
-def _blocks(source: torch.Tensor, quantizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_blocks(source: torch.Tensor, quantizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Bytes [rows, columns] and inverse scales of the blocks of 128 along the columns."""
     rows, columns = source.shape
     height = BLOCK if quantizer.block_scaling_dim == 2 else 1

@@ -14,6 +14,7 @@ import os
 import sys
 import types
 import warnings
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,13 @@ class _AnyName(type):
         number = len(vars(cls))
         setattr(cls, name, number)
         return number
+
+
+class _NoBackend(int):
+    """No fused attention: the number alone for older releases, with the reason for newer ones."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((int(self), "there are no kernels here"))
 
 
 def _enum(name: str, members: list[str]) -> Any:
@@ -85,7 +93,8 @@ def compiled_module() -> CompiledModule:
     module.get_cublasLt_version = lambda: CUBLAS_VERSION
     module.get_cudnn_version = lambda: CUDNN_VERSION
     module.get_num_cublas_streams = lambda: 4
-    module.get_fused_attn_backend = lambda *args, **kwargs: module.NVTE_Fused_Attn_Backend.NVTE_No_Backend
+    none = _NoBackend(module.NVTE_Fused_Attn_Backend.NVTE_No_Backend)
+    module.get_fused_attn_backend = lambda *args, **kwargs: none
     return module
 
 

@@ -90,4 +90,6 @@ def _check_sizes(a: torch.Tensor, b: torch.Tensor, trans_a: bool, trans_b: bool)
     summed = b.shape[0] if trans_b else b.shape[1]
     inner, outer = (a.shape[0] if trans_a else a.shape[1]), (b.shape[1] if trans_b else b.shape[0])
     for name, size, multiple in (("summed", summed, 16), ("column", inner, 16), ("row", outer, 8)):
-        assert size % multiple == 0, f"FP8 product: {name} dimension {size} is no multiple of {multiple}"
+        assert size % multiple == 0, (
+            f"FP8 product: {name} dimension {size} is no multiple of {multiple}"
+        )

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from dattn_mcore.config.checks import row_multiple
-from dattn_mcore.config.load import merge
+from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.models.dattn import DattnModel, ModelInputs
 from dattn_mcore.parallel.groups import destroy_model_parallel
-from dattn_mcore.training.model import build_from_config
+from dattn_mcore.training.model import build_from_config, start_overlap
+from dattn_mcore.training.runtime import decide_runtime
 from tests.distributed.jobs import start
 from tests.distributed.model_jobs import randomize_norms
 from tests.distributed.small_models import SMALL_MODEL
@@ -71,7 +72,6 @@ def compare(model: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
     for name in SPECS:
         config, groups = start(merge(tree, {"train": {"transformer_impl": name}}))
         (built,) = build_from_config(config, groups, torch.device("cpu"))
-        built.config.gradient_accumulation_fusion = False
         randomize_norms(built)
         randomize_adapters(built)
         for module in built.modules():
@@ -92,3 +92,56 @@ def compare(model: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
         "loss": float((losses - te_losses).abs().max() / losses.abs().max()),
         "gradient": max(float((grads[n] - te_grads[n]).abs().max()) / scale for n in grads),
     }
+
+
+def compare_all(cases: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """`compare` of each case, by name."""
+    return {name: compare(model, sections) for name, (model, sections) in cases.items()}
+
+
+# An FP8 run that computes norms again in backward.
+FP8_NORMS = {
+    "train": {
+        **{"precision": "bf16", "fp8": "tensorwise"},
+        **{"recompute": "selective", "recompute_modules": ["layernorm"]},
+    },
+}
+
+
+def kept_inputs() -> dict[str, list[bool]]:
+    """For each decoder linear of such a run, by name: whether it keeps its input as it came."""
+    config, groups = start(merge({"model": SMALL_MODEL}, FP8_NORMS))
+    (built,) = build_from_config(config, groups, torch.device("cpu"))
+    found: dict[str, list[bool]] = {}
+    for name, module in built.decoder.layers.named_modules():
+        if hasattr(module, "save_original_input"):
+            found.setdefault(name.rpartition(".")[2], []).append(module.save_original_input)
+    return found
+
+
+def overlap_buffers() -> dict[str, list[Any]]:
+    """What is registered for overlapped exchanges, by recipe: the shape, ranks and kinds."""
+    from unittest import mock
+
+    from transformer_engine.pytorch.module import base
+
+    asked = {
+        "parallel": {"tp": 2, "sp": True, "tp_comm_overlap": True},
+        "data": {"fixed_rows": True, "text_budget": 100, "visual_budget": 64},
+        "train": {"transformer_impl": "transformer_engine", "precision": "bf16"},
+    }
+    recipes: dict[str, dict[str, Any]] = {
+        "bf16": {},
+        "delayed": {"fp8": "delayed"},
+        "tensorwise": {"fp8": "tensorwise"},
+        "no-edges": {"fp8": "tensorwise", "fp8_bf16_layers": 0},
+    }
+    found = {}
+    for name, train in recipes.items():
+        config = from_dict(merge(asked, {"train": train}))
+        with mock.patch.object(base, "initialize_ub", autospec=True) as registered:
+            start_overlap(config, decide_runtime(config), torch.device("cpu"))
+        call = registered.call_args.kwargs
+        kinds = [mode.name for mode in call["quantization_modes"]]
+        found[name] = [call["shape"], call["tp_size"], kinds]
+    return found
