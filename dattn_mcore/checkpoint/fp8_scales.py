@@ -7,6 +7,8 @@ their scales in each step anew and have none to keep.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -30,6 +32,8 @@ def tensors_of(chunks: list[DattnModel]) -> dict[str, Tensor]:
     for chunk in chunks:
         if not chunk.config.fp8 or chunk.config.fp8_recipe != "delayed":
             continue
+        layer: Any
+        module: Any
         for layer in chunk.decoder.layers:
             for name, module in layer.named_modules():
                 if not hasattr(module, "init_fp8_meta_tensors"):

@@ -57,10 +57,10 @@ def inputs_for(config: Config) -> ModelInputs:
     return ModelInputs(params=params, text_ids=ids, labels=labels, tiles=tiles)
 
 
-def randomize_adapters(model: DattnModel) -> None:
-    """B of zeros would hide what A and the layers do with it; the same in both specs."""
+def randomize_zeros(model: DattnModel) -> None:
+    """Biases, and adapters' B, of zeros would hide what is done with them; the same in both specs."""
     for name, p in model.named_parameters():
-        if name.endswith(".lora.b"):
+        if name.endswith((".bias", ".lora.b")):
             generator = torch.Generator().manual_seed(sum(name.encode()))
             p.data.copy_(0.1 * torch.randn(p.shape, generator=generator))
 
@@ -73,7 +73,7 @@ def compare(model: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
         config, groups = start(merge(tree, {"train": {"transformer_impl": name}}))
         (built,) = build_from_config(config, groups, torch.device("cpu"))
         randomize_norms(built)
-        randomize_adapters(built)
+        randomize_zeros(built)
         for module in built.modules():
             if hasattr(module, "fuse_wgrad_accumulation"):
                 module.fuse_wgrad_accumulation = False  # there is no DDP with buffers here

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dattn_mcore.architectures import language_models, vision_towers
 from dattn_mcore.config.load import merge
 from tests.distributed.small_models import (
     AIMV2,
@@ -52,6 +53,13 @@ TWO = {
     "gemma2-dora-tp2-sp": (GEMMA, merge(merge(LORA, SP), {"lora": {"dora": True}})),
 }
 CASES = (*ONE, *TWO)
+
+
+def test_every_family_and_tower_is_compared():
+    assert set(FAMILIES) == set(language_models())
+    models = [model for model, _ in (*ONE.values(), *TWO.values())]
+    towers = {model.get("vision", {}).get("kind", "siglip") for model in models}
+    assert towers == set(vision_towers())
 
 
 @pytest.fixture(scope="module")
