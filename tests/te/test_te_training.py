@@ -14,21 +14,23 @@ from tests.te import train_jobs
 
 TE = {"train": {"transformer_impl": "transformer_engine"}}
 PROJECTOR = {"train": {"trains": ["projector"]}}
-# Each with its number of ranks. All but the last learn the same as one process that has none.
+# Each with its number of ranks. All but `frozen` learn the same as one process that has none.
 SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {}),
     "full recompute": (1, {"train": {"recompute": "full"}}),
     "selective recompute": (
         1,
-        {
-            "train": {
-                "recompute": "selective",
-                "recompute_modules": ["core_attn", "layernorm", "mlp"],
-            }
-        },
+        {"train": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}},
+    ),
+    "recomputed norms": (
+        1,
+        {"train": {"recompute": "selective", "recompute_modules": ["layernorm"]}},
     ),
     "visual chunks": (1, {"train": {"recompute_visual_chunk": 24}}),
     "tp2-sp": (2, {"parallel": {"tp": 2, "sp": True}}),
+    "frozen": (1, PROJECTOR),
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-sp full recompute": (
         2,
         {"parallel": {"tp": 2, "sp": True}, "train": {"recompute": "full"}},
@@ -38,7 +40,6 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}},
     ),
-    "frozen": (1, PROJECTOR),
 }
 # Blocks of 128 divide it.
 FP8_MODEL = merge(SMALL_MODEL, {"llm": {"hidden_size": 128, "ffn_hidden_size": 128}})
@@ -47,6 +48,15 @@ FP8_MODEL["llm"] |= {"head_dim": 64}
 
 def losses(run_dir: Path) -> list[tuple[float, float]]:
     return [(row["loss"], row["grad_norm"]) for row in read_metrics(run_dir)]
+
+
+def check_same(run_dir: Path, wanted: list[tuple[float, float]]) -> None:
+    """Three steps of a run in float32: losses and gradient norms."""
+    found = losses(run_dir)
+    assert len(found) == len(wanted) == 3
+    for (loss, norm), (want, want_norm) in zip(found, wanted, strict=True):
+        assert loss == pytest.approx(want, abs=1e-5)
+        assert norm == pytest.approx(want_norm, rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +76,15 @@ def test_three_steps_are_those_of_the_local_layers(any_te, digits, tmp_path, loc
     ranks, sections = SETTINGS[name]
     tree = small_config(digits, tmp_path, **merge(sections, TE))
     assert all(any_te.run(train_jobs.train, ranks, tree))
-    found, wanted = losses(tmp_path), local["projector" if name == "frozen" else "all"]
-    assert len(found) == len(wanted) == 3
-    for (loss, norm), (want, want_norm) in zip(found, wanted, strict=True):
-        assert loss == pytest.approx(want, abs=1e-5)
-        assert norm == pytest.approx(want_norm, rel=1e-4)
+    check_same(tmp_path, local["projector" if name == "frozen" else "all"])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_three_steps_of_other_layouts(any_te, digits, tmp_path, local, name):
+    ranks, sections = LAYOUTS[name]
+    tree = small_config(digits, tmp_path, **merge(sections, TE))
+    assert all(any_te.run(train_jobs.train, ranks, tree))
+    check_same(tmp_path, local["all"])
 
 
 @pytest.mark.parametrize("first", ["local", "transformer_engine"])
