@@ -69,7 +69,7 @@ def generic_gemm(
     if dtype is None:
         dtype = DTYPES[output_dtype] if output_dtype is not None else B.dtype
     if D is None:
-        shape = product.shape if transB else (*B.shape[:-1], product.shape[-1])
+        shape = product.shape if transB else (*B.size()[:-1], product.shape[-1])
         out = result_of(product.view(shape), dtype, quantizer, None)
     else:
         assert quantizer is None
