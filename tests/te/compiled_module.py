@@ -98,6 +98,16 @@ def compiled_module() -> CompiledModule:
     return module
 
 
+def _on_the_cpu(make: Any) -> Any:
+    """A factory of tensors for which a GPU's name means the CPU."""
+
+    def made(*args: Any, device: Any = None, **kwargs: Any) -> Any:
+        on_gpu = str(device).startswith("cuda")
+        return make(*args, device="cpu" if on_gpu else device, **kwargs)
+
+    return made
+
+
 def _exporter(name: str) -> types.ModuleType:
     module = types.ModuleType(name)
     module.__spec__ = ModuleSpec(name, None)
@@ -125,6 +135,8 @@ def install(folder: Path) -> None:
     torch.cuda.get_device_capability = lambda *args: (HOPPER.major, HOPPER.minor)
     # Its setup sets this variable, so that libraries of CUDA are not looked for.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    # In a backward pass inside another one the CPU platform does not see what is asked for.
+    torch.empty, torch.zeros = _on_the_cpu(torch.empty), _on_the_cpu(torch.zeros)
     for exporter in EXPORTERS:
         sys.modules[exporter] = _exporter(exporter)
     with warnings.catch_warnings():
