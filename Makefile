@@ -57,7 +57,7 @@ newest: .venv-newest/bin/pip
 
 test-newest: newest
 	$(NEWEST)/python -m pytest -q --tier all --part together $(ALL_CORES) $(ARGS)
-	DATTN_MATRIX_NEWEST=1 $(NEWEST)/python -m pytest -q --tier all --part alone $(ARGS)
+	DATTN_MATRIX_NEWEST=1 DATTN_TE_NEWEST=1 $(NEWEST)/python -m pytest -q --tier all --part alone $(ARGS)
 
 quickstart-newest: newest
 	@$(NEWEST)/python -m dattn_mcore.quickstart $(ARGS)

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.te.releases import TESTED as TE_RELEASES
+from tests.te.releases import is_here
+
 MARKERS = {
     "pool": "runs in a pool of processes (fixture `pool`)",
     "processes": "starts processes: torchrun, make, pip, the command line",
@@ -42,6 +45,8 @@ BY_FIXTURE = {
     "real": "network",
     "real_mistral_v1": "network",
 }
+# Likewise, of tests with Transformer Engine's Python code: where it is installed no index is asked.
+TE_FIXTURES = ("te", "any_te")
 BY_PLACE = {
     "tests/distributed/test_health.py": "processes",
     "tests/distributed/test_killed.py": "processes",
@@ -71,7 +76,6 @@ BY_PLACE = {
     "tests/unit/evaluation/test_evaluation_report.py::test_in_a_browser": "browser",
     "tests/unit/layers/test_shared_visual_rows.py::test_drawn_blocks_on_triton_equal_a_dense_softmax": "interpreter",
     "tests/unit/layers/test_shared_visual_rows.py::test_triton_equals_a_dense_softmax": "interpreter",
-    "tests/unit/layers/test_te_spec.py": "processes",
     "tests/unit/layers/test_triton_attention.py": "interpreter",
     "tests/unit/layers/test_triton_compiles.py": "interpreter",
     "tests/unit/parallel/test_gpu_problem.py::test_the_command_ends_in_one_line_and_hides_no_warning_of_the_device": "processes",
@@ -267,6 +271,11 @@ SLOW = (
     "tests/unit/plan/test_plan_estimate.py::test_shipped_stages_fit_and_are_near_the_best_layout[gemma3",
     "tests/unit/plan/test_plan_estimate.py::test_shipped_stages_fit_and_are_near_the_best_layout[llama",
     "tests/unit/plan/test_plan_estimate.py::test_shipped_stages_fit_and_are_near_the_best_layout[qwen3",
+    # Of Transformer Engine `make test` runs the newest release that is tested, in few layouts.
+    "tests/te/test_te_training.py::test_three_steps_of_other_layouts",
+    "tests/te/test_te_training.py::test_a_resumed_fp8_run_is_bitwise_the_same[delayed-",
+    "tests/te/test_te_training.py::test_a_resumed_fp8_run_is_bitwise_the_same[tensorwise",
+    "tests/te/test_te_training.py::test_a_resumed_fp8_run_is_bitwise_the_same[blockwise",
 )
 
 
@@ -275,7 +284,11 @@ def markers_of(item: pytest.Item) -> set[str]:
     fixtures = getattr(item, "fixturenames", ())
     found = {marker for fixture, marker in BY_FIXTURE.items() if fixture in fixtures}
     found |= {marker for place, marker in BY_PLACE.items() if item.nodeid.startswith(place)}
-    return found | ({"slow"} if item.nodeid.startswith(SLOW) else set())
+    if any(fixture in fixtures for fixture in TE_FIXTURES):
+        found.add("pool" if all(is_here(release) for release in TE_RELEASES) else "network")
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    slow = item.nodeid.startswith(SLOW) or parameters.get("any_te") in TE_RELEASES[:-1]
+    return found | ({"slow"} if slow else set())
 
 
 def part_of(item: pytest.Item) -> str:

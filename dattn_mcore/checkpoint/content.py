@@ -31,6 +31,7 @@ from dattn_mcore.errors import CheckpointError
 COMMON = "common.pt"  # Megatron-Core's: what is no tensor
 BACKEND = "metadata.json"  # Megatron-Core's: which of its readers to take
 RNG = "rng."  # prefix of the keys of RNG states
+FP8 = "fp8."  # prefix of the keys of FP8 scales
 EMA = "ema."  # prefix of the model's keys, for the running mean of its weights
 SMALL = (NAME, COMMON, BACKEND)  # files beside the shards
 _TORCH_DIST = {

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from dattn_mcore.checkpoint import folders, state
+from dattn_mcore.checkpoint import folders, fp8_scales, state
 from dattn_mcore.checkpoint.adapters import check_same_adapters, has_base
 from dattn_mcore.checkpoint.content import EMA, check_content, only_weights, read_object
 from dattn_mcore.checkpoint.manifest import is_of_a_run, read_manifest
@@ -279,7 +279,7 @@ def resume(
     optimizer: MegatronOptimizer,
     pg_collection: ProcessGroupCollection,
 ) -> int:
-    """Loads weights, optimizer and RNG of a checkpoint, saved in any layout.
+    """Loads weights, optimizer, FP8 scales and RNG of a checkpoint, saved in any layout.
 
     Args:
         folder: from `choose_checkpoint`.
@@ -307,8 +307,18 @@ def resume(
     has_rng = tuple(manifest["layout"]) == layout and _holds(index, rng)
     if has_rng:
         content["rng"] = rng
+    scales = fp8_scales.tensors_of(chunks)
+    sharded_scales = fp8_scales.scales_state(scales, pg_collection)
+    has_scales = bool(scales) and _holds(index, sharded_scales)
+    if has_scales:
+        content["fp8"] = sharded_scales
+    elif scales:
+        logger.info("%s holds no FP8 scales for this run; they begin at 1", folder)
     loaded = _load(folder, content)
     _put_weights(loaded, chunks, "run")
+    if has_scales:
+        for name, tensor in scales.items():
+            tensor.copy_(loaded["fp8"][name])
     try:
         _take_own_groups(loaded["optimizer"], optimizer, folder)
         if has_rng:

@@ -31,7 +31,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from dattn_mcore.checkpoint import folders, manifest, state
+from dattn_mcore.checkpoint import folders, fp8_scales, manifest, state
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.checkpoint.retention import Retention
 from dattn_mcore.config.optim_groups import layers_differ
@@ -211,10 +211,13 @@ class CheckpointSaver:
         model = learning = state.model_state(self.chunks, groups, "run")
         if layers_differ(self.config):
             learning = state.model_state(self.chunks, groups, "run", by_layer=True)
+        scales = fp8_scales.tensors_of(self.chunks)
+        fp8_scales.share_newest(scales, groups)
         return {
             **model,
             **self.beside(model),
             "optimizer": state.optimizer_state(self.optimizer, learning, groups, is_loading=False),
+            **({"fp8": fp8_scales.scales_state(scales, groups)} if scales else {}),
             "rng": state.rng_state(self.pg_collection, layout),
             "step": step,
         }

@@ -66,8 +66,8 @@ def model_state(
     for index, chunk in enumerate(chunks):
         left_out = {name for name, _ in chunk.named_parameters()} - set(names_of_kind(chunk, kind))
         entries = chunk.sharded_state_dict(metadata=options)
-        # FP8 scales of Transformer Engine aside, `_extra_state` is empty; without it a checkpoint
-        # is the same for every layer spec.
+        # FP8 scales of Transformer Engine aside (`fp8_scales`), `_extra_state` is empty; without it
+        # a checkpoint is the same for every layer spec.
         state[f"model{index}"] = {
             name: entry
             for name, entry in entries.items()

@@ -9,7 +9,6 @@ import pytest
 
 from dattn_mcore.checkpoint.folders import damage
 from dattn_mcore.checkpoint.manifest import read_manifest
-from tests.distributed.adam_jobs import train_with_fused_adam
 from tests.distributed.disk_jobs import train_on_a_full_disk
 from tests.distributed.interrupted_jobs import (
     adam_steps_after_resume,
@@ -86,24 +85,6 @@ def test_saved_while_training_goes_on(pool, digits, tmp_path, uninterrupted, wor
     exact = 0 if world_size == 1 else 1e-5
     for row, want in zip(rows, expected, strict=True):
         assert abs(row["loss"] - want["loss"]) <= exact
-
-
-@pytest.mark.parametrize("first", ["torch", "fused"])
-def test_a_checkpoint_of_one_adam_resumes_in_the_other(
-    pool, digits, tmp_path, uninterrupted, first
-):
-    """As when Transformer Engine is installed, or gone, between two parts of a run."""
-    tree = tree_for(digits, tmp_path)
-    if first == "torch":
-        pool.run(train_until_killed, 1, tree, 3)
-        assert all(pool.run(train_with_fused_adam, 1, tree))
-    else:
-        pool.run(train_with_fused_adam, 1, tree, 3)
-        assert all(pool.run(run_training, 1, tree))
-    rows, expected = read_metrics(tmp_path), read_metrics(uninterrupted)
-    assert len(rows) == 6
-    for row, want in zip(rows, expected, strict=True):
-        assert row["loss"] == pytest.approx(want["loss"], abs=1e-5)  # the two round differently
 
 
 def test_every_step_learns_and_the_rate_is_the_one_that_was_used(pool, digits, tmp_path):

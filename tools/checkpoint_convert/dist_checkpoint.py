@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from dattn_mcore.architectures.parameters import Shape
 from dattn_mcore.checkpoint import manifest
-from dattn_mcore.checkpoint.content import EMA, RNG, SMALL, check_content
+from dattn_mcore.checkpoint.content import EMA, FP8, RNG, SMALL, check_content
 from dattn_mcore.checkpoint.folders import damage, data_files, digest, find_checkpoints
 from dattn_mcore.checkpoint.manifest import (
     MANIFEST,
@@ -43,6 +43,7 @@ NOT_THE_MODEL = (
     "chained_",
     RNG,
     EMA,
+    FP8,
 )  # key prefixes of what a conversion leaves behind
 
 

@@ -1,1 +1,0 @@
-from . import base  # noqa: F401
