@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -51,6 +52,40 @@ def fake_world(rank: int, world_size: int) -> Iterator[torch.device]:
             yield device
         finally:
             dist.destroy_process_group()
+
+
+class FusedNorms(TorchFunctionMode):
+    """Inside, an RMS norm keeps what PyTorch's kernel on a GPU keeps: its input, and a number a row.
+
+    Elsewhere PyTorch composes it of operators, which keep more.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """See PyTorch's class."""
+        if func is torch.nn.functional.rms_norm and args[0].is_meta:
+            named = dict(zip(("input", "normalized_shape", "weight"), args, strict=False))
+            return _Norm.apply(args[0], (named | (kwargs or {}))["weight"])
+        return func(*args, **(kwargs or {}))
+
+
+class _Norm(torch.autograd.Function):
+    """Shapes of a norm of the last dimension."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x[..., :1] * 1.0)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
 class Shapes(TorchDispatchMode):

@@ -25,7 +25,7 @@ from dattn_mcore.errors import ConfigError
 from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.parallel import groups, platform
 from dattn_mcore.parallel.collectives import Exchange, group_names
-from dattn_mcore.parallel.rehearsal import Shapes, fake_world
+from dattn_mcore.parallel.rehearsal import FusedNorms, Shapes, fake_world
 from dattn_mcore.training.ema import Ema
 from dattn_mcore.training.inputs import all_model_inputs
 from dattn_mcore.training.model import build_from_config
@@ -206,7 +206,7 @@ def rehearse(config: Config, world_size: int, rank: int, packs: list[MicroBatch]
             return optimizer_step()
 
         optimizer.step = step  # type: ignore[method-assign]
-        with shapes, torch.device(device):
+        with shapes, torch.device(device), FusedNorms():
             train_step(model, optimizer, scheduler, inputs, pg_collection)
         weights, gradients = _buffers(model)
         if mean is not None:
