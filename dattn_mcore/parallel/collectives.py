@@ -36,7 +36,7 @@ WORLD = "world"
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Collective:
     """One call.
 
     Attributes:
@@ -68,7 +68,9 @@ class Exchange:
 
 def group_names(pg_collection: ProcessGroupCollection) -> dict[str, str]:
     """Short names of the groups, by PyTorch's; a group that has several fields has the first."""
-    names = {dist.group.WORLD.group_name: WORLD}
+    world = dist.group.WORLD
+    assert world is not None
+    names: dict[str, str] = {world.group_name: WORLD}
     for field in fields(pg_collection):
         group = getattr(pg_collection, field.name, None)
         if isinstance(group, dist.ProcessGroup):
@@ -77,7 +79,7 @@ def group_names(pg_collection: ProcessGroupCollection) -> dict[str, str]:
 
 
 class Tracer(TorchDispatchMode):
-    """Inside, `exchanges` gets a record of each call, in their order.
+    """Inside, `collectives` gets a record of each call, in their order.
 
     Args:
         names: of the groups, from `group_names`; others are called by their size.
@@ -86,7 +88,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self, names: Mapping[str, str]) -> None:
         super().__init__()
         self.names = names
-        self.exchanges: list[Exchange] = []
+        self.collectives: list[Collective] = []
 
     def __torch_dispatch__(
         self,
@@ -97,11 +99,11 @@ class Tracer(TorchDispatchMode):
     ) -> Any:
         """See PyTorch's class."""
         if func.namespace == NAMESPACE:
-            self.exchanges += records(func, args, self.names)
+            self.collectives += records(func, args, self.names)
         return func(*args, **(kwargs or {}))
 
 
-def records(func: Any, args: tuple[Any, ...], names: Mapping[str, str]) -> list[Exchange]:
+def records(func: Any, args: tuple[Any, ...], names: Mapping[str, str]) -> list[Collective]:
     """What a call of an operator exchanges: a record a tensor; a barrier has none.
 
     Args:
@@ -120,7 +122,7 @@ def records(func: Any, args: tuple[Any, ...], names: Mapping[str, str]) -> list[
     whole = max(given, key=lambda tensors: sum(tensor.nbytes for tensor in tensors))
     size = group.size()
     return [
-        Exchange(
+        Collective(
             operation=operation,
             group=names.get(group.group_name, f"{size} ranks"),
             size=size,

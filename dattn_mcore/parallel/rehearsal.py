@@ -1,9 +1,9 @@
 """One rank of a job of any size, on one process: fake process groups, tensors without memory.
 
 Inside `fake_world` this process is some rank of a world, and every collective returns at once. In
-`Shapes` operators compute shapes, dtypes and the bytes that are alive, and nothing else: Megatron-Core
-builds, runs its schedule and steps as ever. This is the only file that uses PyTorch's fake backend
-and its meta tensors, which are not public; `TORCH` has the versions for which tests have held it.
+`Shapes` operators compute shapes, dtypes and the bytes that are alive, and nothing else:
+Megatron-Core builds, runs its schedule and steps as ever. This is the only file that uses PyTorch's
+fake backend, which is not public; `TORCH` has the versions for which tests have held it.
 
 A number that a program reads out of such a tensor is 1.
 """
@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from dattn_mcore.parallel import platform
-from dattn_mcore.parallel.collectives import NAMESPACE, Exchange, records
+from dattn_mcore.parallel.collectives import NAMESPACE, Collective, records
 
-TORCH = ("2.11", "2.12", "2.13")
+TORCH = ("2.13",)
 _BACKEND = "rehearsal"
 _aten, _c10d = torch.ops.aten, torch.ops.c10d
 
@@ -55,9 +55,10 @@ def fake_world(rank: int, world_size: int) -> Iterator[torch.device]:
 
 
 class FusedNorms(TorchFunctionMode):
-    """Inside, an RMS norm keeps what PyTorch's kernel on a GPU keeps: its input, and a number a row.
+    """Inside, an RMS norm keeps what PyTorch's kernel on a GPU keeps.
 
-    Elsewhere PyTorch composes it of operators, which keep more.
+    That is its input, and a number a row. Elsewhere PyTorch composes it of operators, which keep
+    more.
     """
 
     def __torch_function__(
@@ -89,10 +90,10 @@ class _Norm(torch.autograd.Function):
 
 
 class Shapes(TorchDispatchMode):
-    """Inside, what touches a tensor without memory computes its shape; exchanges are recorded.
+    """Inside, what touches a tensor without memory computes its shape; collectives are recorded.
 
     Attributes:
-        exchanges: of this rank, in their order.
+        collectives: of this rank, in their order.
         live: bytes of the tensors that are alive and would be on the device.
         peak: most of them since the last `start`.
         wide_live, wide_peak: the same of those alone whose last dimension is `width`.
@@ -105,7 +106,7 @@ class Shapes(TorchDispatchMode):
     def __init__(self, names: Mapping[str, str], width: int = 0) -> None:
         super().__init__()
         self.names, self.width = names, width
-        self.exchanges: list[Exchange] = []
+        self.collectives: list[Collective] = []
         self.live = self.peak = self.wide_live = self.wide_peak = 0
         self._storages: dict[int, Any] = {}
 
@@ -143,7 +144,7 @@ class Shapes(TorchDispatchMode):
         """See PyTorch's class."""
         kwargs = kwargs or {}
         if func.namespace == NAMESPACE:
-            self.exchanges += records(func, args, self.names)
+            self.collectives += records(func, args, self.names)
             return _exchange(func, args, kwargs)
         flat, _ = tree_flatten((args, kwargs))
         given = [value for value in flat if isinstance(value, torch.Tensor)]

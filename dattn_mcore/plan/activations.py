@@ -108,9 +108,9 @@ def stage_bytes(config: Config, layers: list[int], pack: Rows, fp8: bool) -> tup
         return kept + visual_kept, max(beside, at_work)
     again = recomputed_layers(config)
     rows = pack.text + pack.visual
-    each = {layer: layer_bytes(config, pack, fp8, layer) for layer in layers}
-    kept = sum(entered * rows if layer in again else each[layer] for layer in layers)
-    return kept, max((each[layer] for layer in layers if layer in again), default=0.0)
+    by_layer = {layer: layer_bytes(config, pack, fp8, layer) for layer in layers}
+    kept = sum(entered * rows if layer in again else by_layer[layer] for layer in layers)
+    return kept, max((by_layer[layer] for layer in layers if layer in again), default=0.0)
 
 
 def _without_chunks(config: Config) -> Config:

@@ -164,7 +164,7 @@ def make_plan(config: Config, cluster: Cluster, gpu: Gpu, fp8: bool, sample: Sam
         memory=memory,
         flops={name: work.total for name, work in step_work(config, step.rows).items()},
         exchanges=(
-            tensor_exchange(config, cluster, step, max(counts)),
+            tensor_exchange(config, cluster, step),
             between,
             max(data, key=lambda exchange: exchange.bytes),
         ),

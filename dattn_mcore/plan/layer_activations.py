@@ -89,7 +89,9 @@ def _attention_bytes(config: Config, pack: Rows) -> float:
     """
     e, (query, keys) = _element(config), _widths(config)
     rows, asking = pack.text + pack.visual, _asking(config, pack)
-    kept = e * (2 * asking * query + 2 * rows * keys) + 4 * asking * query / config.model.llm.head_dim
+    kept = (
+        e * (2 * asking * query + 2 * rows * keys) + 4 * asking * query / config.model.llm.head_dim
+    )
     if text_features(config.model).qk_norm:
         kept += e * rows * keys  # values are a part of what the linear gave, which stays whole
     if config.attention.backend == "triton" or "core_attn" in _modules_again(config):
@@ -103,9 +105,7 @@ def _attention_bytes(config: Config, pack: Rows) -> float:
     return kept + 2 * e * (asking + rotated) * config.model.llm.head_dim
 
 
-def _input_bytes(
-    config: Config, pack: Rows, fp8: bool, layer: int, read: frozenset[str]
-) -> float:
+def _input_bytes(config: Config, pack: Rows, fp8: bool, layer: int, read: frozenset[str]) -> float:
     """What enters the linears whose weight learns."""
     h, parallel = config.model.llm.hidden_size, config.parallel
     e, (query, keys) = _element(config), _widths(config)

@@ -21,10 +21,9 @@ from megatron.core.utils import get_pg_rank
 from dattn_mcore.config.checks import data_parallel_size
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
-from dattn_mcore.errors import ConfigError
 from dattn_mcore.models.dattn import ModelInputs
-from dattn_mcore.parallel import groups, platform
-from dattn_mcore.parallel.collectives import Exchange, group_names
+from dattn_mcore.parallel import groups
+from dattn_mcore.parallel.collectives import Collective, group_names
 from dattn_mcore.parallel.rehearsal import FusedNorms, Shapes, fake_world
 from dattn_mcore.training.ema import Ema
 from dattn_mcore.training.inputs import all_model_inputs
@@ -52,7 +51,7 @@ class Rehearsed:
         activations: most bytes that are alive after a forward pass and were not before the step.
         logits: most bytes at once of tensors as wide as this rank's share of the vocabulary.
         peak: most bytes at once, in forward and backward, that were not there before the step.
-        exchanges: of the step, in their order.
+        collectives: of the step, in their order.
     """
 
     rank: int
@@ -67,7 +66,7 @@ class Rehearsed:
     activations: int
     logits: int
     peak: int
-    exchanges: tuple[Exchange, ...]
+    collectives: tuple[Collective, ...]
 
 
 def as_rehearsed(config: Config) -> tuple[Config, list[str]]:
@@ -81,7 +80,7 @@ def as_rehearsed(config: Config) -> tuple[Config, list[str]]:
     if train.fp8 != "none":
         said.append(f"train.fp8={train.fp8} is left out: copies in FP8 are not seen")
     if parallel.tp_comm_overlap:
-        said.append("parallel.tp_comm_overlap is left out: its exchanges are those without it")
+        said.append("parallel.tp_comm_overlap is left out: its collectives are those without it")
     modules = tuple(module for module in train.recompute_modules if module != "layernorm")
     if modules != train.recompute_modules and train.recompute == "selective":
         said.append("layernorm of train.recompute_modules is left out: it needs Transformer Engine")
@@ -93,6 +92,7 @@ def as_rehearsed(config: Config) -> tuple[Config, list[str]]:
         train=dataclasses.replace(
             train,
             fp8="none",
+            deterministic=False,
             transformer_impl="local",
             recompute="none" if not modules else train.recompute,
             recompute_modules=modules or train.recompute_modules,
@@ -135,28 +135,6 @@ def pack_of(config: Config, layouts: Sequence[Layout]) -> MicroBatch:
     )
 
 
-def check_rank(config: Config, world_size: int, rank: int | None) -> None:
-    """Checks the two numbers of the command.
-
-    Raises:
-        ConfigError: the layout does not divide the world, or the rank is not in it.
-    """
-    if world_size < 1:
-        raise ConfigError(f"--rehearse {world_size} must be at least 1: processes of the job")
-    replica = config.parallel.tp * config.parallel.pp * config.parallel.cp
-    if world_size % replica:
-        raise ConfigError(
-            f"--rehearse {world_size} is no multiple of {replica}, the processes of one model "
-            f"(tp {config.parallel.tp} x pp {config.parallel.pp}); choose another number, --tp or "
-            "--pp"
-        )
-    if rank is not None and not 0 <= rank < world_size:
-        raise ConfigError(
-            f"--rehearse-rank {rank} is not in a world of {world_size} processes; choose 0 to "
-            f"{world_size - 1}"
-        )
-
-
 def last_stage_rank(config: Config, world_size: int) -> int:
     """The last stage's rank of rank 0's pipeline."""
     with fake_world(0, world_size):
@@ -187,7 +165,7 @@ def rehearse(config: Config, world_size: int, rank: int, packs: list[MicroBatch]
             scheduler = build_scheduler(config, optimizer, 2)
             mean = Ema(config, model) if config.train.ema_decay is not None else None
         with shapes:
-            shapes.exchanges.clear()
+            shapes.collectives.clear()
             inputs = [
                 _on_device(one, device)
                 for one in all_model_inputs(packs, config, pg_collection, torch.device("cpu"))
@@ -205,7 +183,7 @@ def rehearse(config: Config, world_size: int, rank: int, packs: list[MicroBatch]
             peak[0] = shapes.peak - before
             return optimizer_step()
 
-        optimizer.step = step  # type: ignore[method-assign]
+        optimizer.step = step
         with shapes, torch.device(device), FusedNorms():
             train_step(model, optimizer, scheduler, inputs, pg_collection)
         weights, gradients = _buffers(model)
@@ -225,7 +203,7 @@ def rehearse(config: Config, world_size: int, rank: int, packs: list[MicroBatch]
             activations=kept[0],
             logits=shapes.wide_peak,
             peak=peak[0],
-            exchanges=tuple(shapes.exchanges),
+            collectives=tuple(shapes.collectives),
         )
         groups.destroy_model_parallel()
     return result
