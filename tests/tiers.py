@@ -86,6 +86,7 @@ BY_PLACE = {
     "tests/unit/training/test_export_beside.py": "processes",
     "tests/unit/training/test_sinks.py::test_mlflow_goes_on_in_the_same_run": "processes",
     "tests/unit/training/test_sinks.py::test_wandb_is_offline_and_goes_on_in_the_same_run": "processes",
+    "tests/unit/training/test_rehearse.py": "trains",
     "tests/unit/training/test_score_checkpoint.py": "processes",
     "tests/unit/training/test_scores.py": "processes",
     "tests/unit/training/test_signals.py::test_what_is_said_to_a_closed_terminal_ends_nothing": "processes",
