@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,13 +69,25 @@ def rehearsal_text(config: Config, world_size: int, rank: int | None = None) -> 
     config, said = as_rehearsed(config)
     ranks = [rank] if rank is not None else sorted({0, last_stage_rank(config, world_size)})
     lines: list[str] = []
-    for one in ranks:
-        lines += _rank_lines(config, world_size, one)
+    with _quiet():  # what a run says of this machine is not what is rehearsed
+        for one in ranks:
+            lines += _rank_lines(config, world_size, one)
     said += [_OPTIMIZER, _UNSEEN]
     if not torch.__version__.startswith(TORCH):
         said.append(f"tested with PyTorch {', '.join(TORCH)}, and this is {torch.__version__}")
     lines += [f"- {line}" for line in said]
     return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("dattn_mcore")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def rehearse_full(config: Config, world_size: int, rank: int) -> Rehearsed:
