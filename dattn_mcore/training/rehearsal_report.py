@@ -114,6 +114,7 @@ def compared(config: Config, rehearsed: Rehearsed) -> tuple[list[Row], list[Row]
         Row("weights", rehearsed.weights, state.weights, exact=True),
         Row("gradients", rehearsed.gradients, state.gradients, exact=True),
         Row("optimizer states", rehearsed.optimizer, optimizer, exact=True),
+        Row("other that stays", rehearsed.other, None),
         Row("activations kept", rehearsed.activations, working.activations),
         Row("logits at once", rehearsed.logits, working.logits),
         Row("most beside states", rehearsed.peak, working.activations + at_work),

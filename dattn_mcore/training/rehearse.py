@@ -7,8 +7,9 @@ step, with process groups that exchange nothing and tensors that have a shape an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank
 
 from dattn_mcore.config.checks import data_parallel_size
@@ -47,7 +49,7 @@ class Rehearsed:
         weights: bytes, padding of buffers and the running mean of the weights included.
         gradients: bytes.
         optimizer: bytes of masters and moments.
-        other: bytes that stay beside these, such as rotary frequencies.
+        other: bytes that stay beside these, such as what sequence parallelism gathers into.
         activations: most bytes that are alive after a forward pass and were not before the step.
         logits: most bytes at once of tensors as wide as this rank's share of the vocabulary.
         peak: most bytes at once, in forward and backward, that were not there before the step.
@@ -137,11 +139,8 @@ def pack_of(config: Config, layouts: Sequence[Layout]) -> MicroBatch:
 
 def last_stage_rank(config: Config, world_size: int) -> int:
     """The last stage's rank of rank 0's pipeline."""
-    with fake_world(0, world_size):
-        pipeline = _groups(config).pp
-        rank = dist.get_process_group_ranks(pipeline)[-1]
-        groups.destroy_model_parallel()
-    return rank
+    with fake_world(0, world_size), _layout(config) as pg_collection:
+        return dist.get_process_group_ranks(pg_collection.pp)[-1]
 
 
 def rehearse(config: Config, world_size: int, rank: int, packs: list[MicroBatch]) -> Rehearsed:
@@ -153,9 +152,7 @@ def rehearse(config: Config, world_size: int, rank: int, packs: list[MicroBatch]
         rank: which of them.
         packs: of this rank's replica.
     """
-    dp = data_parallel_size(config, world_size)
-    with fake_world(rank, world_size) as device:
-        pg_collection = _groups(config)
+    with fake_world(rank, world_size) as device, _layout(config) as pg_collection:
         width = config.model.llm.padded_vocab_size // config.parallel.tp
         shapes = Shapes(group_names(pg_collection), width)
         with shapes, torch.device(device):
@@ -165,55 +162,69 @@ def rehearse(config: Config, world_size: int, rank: int, packs: list[MicroBatch]
             scheduler = build_scheduler(config, optimizer, 2)
             mean = Ema(config, model) if config.train.ema_decay is not None else None
         with shapes:
-            shapes.collectives.clear()
-            inputs = [
-                _on_device(one, device)
-                for one in all_model_inputs(packs, config, pg_collection, torch.device("cpu"))
-            ]
-        before, kept, peak = shapes.start(), [0], [0]
-
-        def note(*_: Any) -> None:
-            kept[0] = max(kept[0], shapes.live - before)
-
-        for chunk in model:
-            chunk.register_forward_hook(note)
-        optimizer_step = optimizer.step
-
-        def step() -> Any:
-            peak[0] = shapes.peak - before
-            return optimizer_step()
-
-        optimizer.step = step
+            shapes.collectives.clear()  # those of building happen once
+            real = all_model_inputs(packs, config, pg_collection, torch.device("cpu"))
+            inputs = [_on_device(one, device) for one in real]
+        watched = _Watched(shapes, model, optimizer)
         with shapes, torch.device(device), FusedNorms():
             train_step(model, optimizer, scheduler, inputs, pg_collection)
         weights, gradients = _buffers(model)
         if mean is not None:
             weights += sum(t.nbytes for means in mean.means for t in means.values())
         states = _states(optimizer)
-        result = Rehearsed(
+        return Rehearsed(
             rank=rank,
             stage=get_pg_rank(pg_collection.pp),
-            dp=dp,
+            dp=data_parallel_size(config, world_size),
             dp_rank=get_pg_rank(pg_collection.dp),
             num_microbatches=len(packs),
             weights=weights,
             gradients=gradients,
             optimizer=states,
             other=shapes.live - weights - gradients - states,
-            activations=kept[0],
+            activations=watched.kept,
             logits=shapes.wide_peak,
-            peak=peak[0],
+            peak=watched.peak,
             collectives=tuple(shapes.collectives),
         )
+
+
+class _Watched:
+    """Bytes that a step adds to what was alive before it.
+
+    Attributes:
+        kept: most at the end of a chunk's forward pass.
+        peak: most at once before the optimizer's update.
+    """
+
+    def __init__(
+        self, shapes: Shapes, model: list[DistributedDataParallel], optimizer: MegatronOptimizer
+    ) -> None:
+        self.shapes, self.before = shapes, shapes.start()
+        self.kept = self.peak = 0
+        for chunk in model:
+            chunk.register_forward_hook(self._after_forward)
+        self._update = optimizer.step
+        optimizer.step = self._before_update
+
+    def _after_forward(self, *_: Any) -> None:
+        self.kept = max(self.kept, self.shapes.live - self.before)
+
+    def _before_update(self) -> Any:
+        self.peak = self.shapes.peak - self.before
+        return self._update()
+
+
+@contextlib.contextmanager
+def _layout(config: Config) -> Iterator[ProcessGroupCollection]:
+    """Megatron-Core's groups of the configuration's layout."""
+    sizes = config.parallel
+    try:
+        yield groups.initialize_model_parallel(
+            seed=config.train.seed, tp=sizes.tp, pp=sizes.pp, vpp=sizes.vpp, cp=sizes.cp
+        )
+    finally:
         groups.destroy_model_parallel()
-    return result
-
-
-def _groups(config: Config) -> Any:
-    parallel = config.parallel
-    return groups.initialize_model_parallel(
-        seed=config.train.seed, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, cp=parallel.cp
-    )
 
 
 def _on_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
