@@ -109,8 +109,10 @@ def stage_bytes(config: Config, layers: list[int], pack: Rows, fp8: bool) -> tup
     again = recomputed_layers(config)
     rows = pack.text + pack.visual
     by_layer = {layer: layer_bytes(config, pack, fp8, layer) for layer in layers}
-    kept = sum(entered * rows if layer in again else by_layer[layer] for layer in layers)
-    return kept, max((by_layer[layer] for layer in layers if layer in again), default=0.0)
+    whole = sum(by_layer[layer] for layer in layers if layer not in again)
+    short = [by_layer[layer] for layer in layers if layer in again]
+    # The recomputed ones are the first: backward has let go of the others before it comes to them.
+    return whole + len(short) * entered * rows, max(0.0, max(short, default=0.0) - whole)
 
 
 def _without_chunks(config: Config) -> Config:
