@@ -17,6 +17,7 @@ from pathlib import Path
 from dattn_mcore.parallel import platform
 
 platform.load_no_compiler("cpu")
+warnings.filterwarnings("ignore")  # packages for GPUs that are not here
 
 from dattn_mcore.config.load import load_config  # noqa: E402
 from dattn_mcore.training.rehearsal_report import compared, rehearse_full  # noqa: E402
@@ -37,7 +38,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("configs", nargs="*", type=Path, help="default: all of configs/")
     chosen = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     platform.install("cpu")
     paths = chosen.configs or sorted((ROOT / "configs").glob("*.yaml"))
