@@ -54,11 +54,11 @@ def fake_world(rank: int, world_size: int) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-class FusedNorms(TorchFunctionMode):
-    """Inside, an RMS norm keeps what PyTorch's kernel on a GPU keeps.
+class FusedKernels(TorchFunctionMode):
+    """Inside, an RMS norm and an attention keep what PyTorch's kernels on a GPU keep.
 
-    That is its input, and a number a row. Elsewhere PyTorch composes it of operators, which keep
-    more.
+    A norm keeps its input and a number a row, an attention what enters it, its output and a number
+    a row. Without these kernels PyTorch composes both of operators, which keep more.
     """
 
     def __torch_function__(
@@ -69,6 +69,9 @@ class FusedNorms(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """See PyTorch's class."""
+        if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
+            scale = (kwargs or {}).get("scale")
+            return _aten._scaled_dot_product_flash_attention(*args[:3], scale=scale)[0]
         if func is torch.nn.functional.rms_norm and args[0].is_meta:
             named = dict(zip(("input", "normalized_shape", "weight"), args, strict=False))
             return _Norm.apply(args[0], (named | (kwargs or {}))["weight"])

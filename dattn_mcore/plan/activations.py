@@ -133,6 +133,8 @@ def _tower_bytes(config: Config, pack: Rows) -> tuple[float, float]:
     mlp = tower_features(config.model).mlp_products * f  # read by activation and second linear
     layer = rows * (8 * v + e * (2 * v + (3 * v + v + mlp) / tp))
     kept = layer * sum(gradients.any for gradients in tower_gradients(config))
+    if "vision.patch_embedding.weight" in learning_outside(config).keys:
+        kept += e * 3 * vision.image_size**2 * pack.tiles  # pixels
     # The projector's input, what its activation reads and gives, and the input of its two norms.
     projector = e * v + 2 * e * config.model.projector.ffn_hidden_size / tp + 8 * llm.hidden_size
     return kept + rows * projector * _learns_before_layers(config), layer

@@ -26,7 +26,7 @@ from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.parallel import groups
 from dattn_mcore.parallel.collectives import Collective, group_names
-from dattn_mcore.parallel.rehearsal import FusedNorms, Shapes, fake_world
+from dattn_mcore.parallel.rehearsal import FusedKernels, Shapes, fake_world
 from dattn_mcore.training.ema import Ema
 from dattn_mcore.training.inputs import all_model_inputs
 from dattn_mcore.training.model import build_from_config
@@ -166,7 +166,7 @@ def rehearse(config: Config, world_size: int, rank: int, packs: list[MicroBatch]
             real = all_model_inputs(packs, config, pg_collection, torch.device("cpu"))
             inputs = [_on_device(one, device) for one in real]
         watched = _Watched(shapes, model, optimizer)
-        with shapes, torch.device(device), FusedNorms():
+        with shapes, torch.device(device), FusedKernels():
             train_step(model, optimizer, scheduler, inputs, pg_collection)
         weights, gradients = _buffers(model)
         if mean is not None:
