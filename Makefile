@@ -3,6 +3,8 @@
 # make test         those, and all but Slurm, installations and the slowest: under 15 minutes
 # make test-all     every test: under an hour
 # make check        formatting, lint and types
+# make rehearse     every shipped configuration at its true size on 8, 32 and 512 ranks without a GPU,
+#                   beside the planner's numbers (docs/planning.md)
 # make gpu-check    on a machine with a GPU: its tests, all benchmarks, docs/performance.md;
 #                   fails without Transformer Engine, unless ARGS=--without-te
 # make update       constraints*.txt anew: the newest versions that pyproject.toml allows; tests
@@ -21,7 +23,7 @@ LOCK := pyproject.toml constraints.txt constraints-torch.txt
 ALL_CORES := -n logical --maxprocesses 8 --dist worksteal
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test-fast test test-all check gpu-check update
+.PHONY: quickstart test-fast test test-all check rehearse gpu-check update
 .PHONY: newest test-newest quickstart-newest clean
 
 quickstart: .venv/installed
@@ -42,6 +44,9 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+rehearse: .venv/installed-dev
+	$(BIN)/python -m benchmarks.rehearse_shipped $(ARGS)
 
 gpu-check: .venv/installed-dev
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)

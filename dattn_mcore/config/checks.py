@@ -97,6 +97,32 @@ def data_parallel_size(config: Config, world_size: int, command: str = "pretrain
     return world_size // one_model
 
 
+def check_rehearsed(config: Config, world_size: int, rank: int | None) -> None:
+    """Checks the size and the rank of a rehearsed job.
+
+    Args:
+        config: of the job.
+        world_size: its processes.
+        rank: one of them, or None.
+
+    Raises:
+        ConfigError: the layout does not divide the world, or the rank is not in it.
+    """
+    replica = processes_per_replica(config)
+    if world_size < 1 or world_size % replica:
+        parallel = config.parallel
+        raise ConfigError(
+            f"--rehearse {world_size}: the processes of the job must be a multiple of {replica}, "
+            f"which one model takes (tp {parallel.tp} x pp {parallel.pp}); choose another number, "
+            "--tp or --pp"
+        )
+    if rank is not None and not 0 <= rank < world_size:
+        raise ConfigError(
+            f"--rehearse-rank {rank} is no rank of {world_size} processes; choose one from 0 to "
+            f"{world_size - 1}"
+        )
+
+
 def processes_per_replica(config: Config) -> int:
     """Processes that hold one copy of the model."""
     return config.parallel.tp * config.parallel.pp * config.parallel.cp

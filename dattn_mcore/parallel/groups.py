@@ -91,6 +91,7 @@ def initialize_model_parallel(
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         context_parallel_size=cp,
+        **platform.settings_of_groups(),
     )
     platform.seed_model_parallel(seed)
     return ProcessGroupCollection.use_mpu_process_groups()

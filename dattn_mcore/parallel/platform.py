@@ -27,6 +27,7 @@ from dattn_mcore.parallel.packages import import_problem
 logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 _installed: str | None = None
+_in_place_of_gpu = _CPU  # where tensors go that Megatron-Core wants on a GPU, without one
 ADDS_GRADIENTS = "fused_weight_gradient_mlp_cuda"  # Apex's extension
 # Oldest driver for a major version of CUDA (NVIDIA's "CUDA Compatibility").
 _OLDEST_DRIVER = {"12": "525", "13": "580"}
@@ -330,6 +331,34 @@ def install(device: str, local_rank: int = 0) -> torch.device:
     return _CPU
 
 
+@contextlib.contextmanager
+def without_memory() -> Iterator[torch.device]:
+    """Inside, tensors that Megatron-Core wants on a GPU have a shape and no memory.
+
+    Only where the CPU is installed; see `parallel.rehearsal`.
+
+    Yields:
+        The device of these tensors.
+    """
+    global _in_place_of_gpu
+    assert _installed == "cpu"
+    _in_place_of_gpu = torch.device("meta")
+    try:
+        yield _in_place_of_gpu
+    finally:
+        _in_place_of_gpu = _CPU
+
+
+def settings_of_groups() -> dict[str, bool]:
+    """For Megatron-Core's `initialize_model_parallel`: a rehearsal has no groups over a network."""
+    return {} if _in_place_of_gpu == _CPU else {"create_gloo_process_groups": False}
+
+
+def settings_of_optimizer() -> dict[str, bool]:
+    """The same for its `get_megatron_optimizer`."""
+    return {} if _in_place_of_gpu == _CPU else {"use_gloo_process_groups": False}
+
+
 def current_device() -> torch.device:
     """The device that `install` chose; CPU before it was called."""
     return torch.device("cuda", torch.cuda.current_device()) if _installed == "gpu" else _CPU
@@ -466,13 +495,13 @@ def _is_gpu_device(value: Any) -> bool:
 
 
 class _GpuNamesMeanCpu(TorchFunctionMode):
-    """Maps `device="cuda"` arguments, and `.to("cuda")`, to the CPU."""
+    """Maps `device="cuda"` arguments, and `.to("cuda")`, to the CPU or what stands in its place."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if kwargs and _is_gpu_device(kwargs.get("device")):
-            kwargs = {**kwargs, "device": _CPU}
+            kwargs = {**kwargs, "device": _in_place_of_gpu}
         if func is torch.Tensor.to and len(args) > 1 and _is_gpu_device(args[1]):
-            args = (args[0], _CPU, *args[2:])
+            args = (args[0], _in_place_of_gpu, *args[2:])
         return func(*args, **(kwargs or {}))
 
 
@@ -513,7 +542,8 @@ def _install_cpu() -> None:
     def type_as_on_gpu(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         # Gradient clipping and the distributed optimizer compare these strings.
         if dtype is None:
-            name = tensor_type(self)  # PyTorch may call back here by name: do not prefix twice
+            # PyTorch may call back here by name: do not prefix twice.
+            name = tensor_type(self).replace("torch.meta.", "torch.", 1)
             return name if ".cuda." in name else name.replace("torch.", "torch.cuda.", 1)
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.", 1)
@@ -523,7 +553,7 @@ def _install_cpu() -> None:
 
     stream = _InertStream()
     replacements: dict[str, Any] = {
-        "current_device": lambda: _CPU,
+        "current_device": lambda: _in_place_of_gpu,
         "set_device": lambda *a, **k: None,
         "synchronize": lambda *a, **k: None,
         "empty_cache": lambda *a, **k: None,

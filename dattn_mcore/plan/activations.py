@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from dattn_mcore.architectures import text_features, tower_features
+from dattn_mcore.architectures import tower_features
+from dattn_mcore.architectures.parameters import part_of
 from dattn_mcore.config.schema import Config
-from dattn_mcore.plan.adapter_activations import adapter_bytes
-from dattn_mcore.plan.backward import decoder_gradients, tower_gradients
-from dattn_mcore.plan.flops import folds
+from dattn_mcore.plan.backward import decoder_gradients, learning_outside, tower_gradients
+from dattn_mcore.plan.flops import recomputed_layers
 from dattn_mcore.plan.hardware import LIBRARY_BYTES
+from dattn_mcore.plan.layer_activations import layer_bytes
+from dattn_mcore.plan.parameters import layers_of_stage
 from dattn_mcore.plan.rows import Rows
 
 
@@ -46,30 +48,6 @@ def micro_batches_in_flight(config: Config, stage: int, num_microbatches: int) -
     return chunks / vpp
 
 
-def layer_bytes(config: Config, pack: Rows, fp8: bool) -> float:
-    """Bytes kept by one layer of the language model for one micro-batch, no layer recomputed."""
-    llm, tp = config.model.llm, config.parallel.tp
-    e = 2 if config.train.precision == "bf16" else 4
-    gemm_input = 1 if fp8 else e
-    shards = tp if config.parallel.sp else 1
-    rows, h = pack.text + pack.visual, llm.hidden_size
-    query = llm.num_attention_heads * llm.head_dim / tp
-    keys_values = 2 * llm.groups_per_rank(tp) * llm.head_dim
-    asking = rows if config.attention.v2v == "causal" else pack.text
-    answered = pack.visual * (keys_values / 2 if folds(config) else query) + pack.text * query
-    selective = config.train.recompute == "selective"
-    again = config.train.recompute_modules if selective else ()
-    kept = (
-        text_features(config.model).norms_per_layer * 4 * h * rows / shards
-    )  # what norms read, in float32
-    kept += gemm_input * answered + e * (asking * query + rows * keys_values)
-    if "layernorm" not in again:
-        kept += gemm_input * 2 * h * rows / shards
-    if "mlp" not in again:
-        kept += (gemm_input + 2 * e) * llm.ffn_hidden_size / tp * rows  # second linear, gate
-    return kept + adapter_bytes(config, pack)
-
-
 def attention_bytes(config: Config, pack: Rows) -> float:
     """Bytes with which a layer's attention works in backward, beside what it kept.
 
@@ -97,12 +75,12 @@ def attention_bytes(config: Config, pack: Rows) -> float:
     return visual * keys_values * pack.visual + text * query * asking
 
 
-def stage_bytes(config: Config, num_layers: int, pack: Rows, fp8: bool) -> tuple[float, float]:
+def stage_bytes(config: Config, layers: list[int], pack: Rows, fp8: bool) -> tuple[float, float]:
     """Bytes of a stage's layers for one micro-batch.
 
     Args:
         config: a checked configuration.
-        num_layers: layers of the language model in the stage.
+        layers: numbers of the language model's layers in the stage.
         pack: rows of the micro-batch.
         fp8: linears in FP8.
 
@@ -112,25 +90,29 @@ def stage_bytes(config: Config, num_layers: int, pack: Rows, fp8: bool) -> tuple
     llm, train, tp = config.model.llm, config.train, config.parallel.tp
     e = 2 if train.precision == "bf16" else 4
     entered = e * llm.hidden_size / (tp if config.parallel.sp else 1)  # of a row, into a layer
+    gradients = decoder_gradients(config)
+    layers = [layer for layer in layers if gradients[layer].any]
     if train.recompute_visual_chunk is not None:
         # Visual rows go alone: kept are those that entered the stage, and keys and values.
         keys_values = e * 2 * llm.groups_per_rank(tp) * llm.head_dim
-        visual_kept = pack.visual * (entered + num_layers * keys_values)
+        visual_kept = pack.visual * (entered + len(layers) * keys_values)
         chunk = dataclasses.replace(
             pack, text=0, visual=min(train.recompute_visual_chunk, pack.visual)
         )
-        layer = layer_bytes(config, chunk, fp8)
+        each = [layer_bytes(config, chunk, fp8, layer) for layer in layers]
         full = train.recompute == "full"
-        at_work = num_layers * entered * chunk.visual + layer if full else num_layers * layer
-        kept, beside = stage_bytes(_without_chunks(config), num_layers, _text_alone(pack), fp8)
+        at_work = sum(each)
+        if full:
+            at_work = len(layers) * entered * chunk.visual + max(each, default=0.0)
+        kept, beside = stage_bytes(_without_chunks(config), layers, _text_alone(pack), fp8)
         return kept + visual_kept, max(beside, at_work)
-    layer = layer_bytes(config, pack, fp8)
-    if train.recompute != "full":
-        return num_layers * layer, 0.0
-    few = train.recompute_layers
-    short = num_layers if few is None else min(few, num_layers)
+    again = recomputed_layers(config)
     rows = pack.text + pack.visual
-    return short * entered * rows + (num_layers - short) * layer, layer
+    by_layer = {layer: layer_bytes(config, pack, fp8, layer) for layer in layers}
+    whole = sum(by_layer[layer] for layer in layers if layer not in again)
+    short = [by_layer[layer] for layer in layers if layer in again]
+    # The recomputed ones are the first: backward has let go of the others before it comes to them.
+    return whole + len(short) * entered * rows, max(0.0, max(short, default=0.0) - whole)
 
 
 def _without_chunks(config: Config) -> Config:
@@ -143,53 +125,75 @@ def _text_alone(pack: Rows) -> Rows:
 
 
 def _tower_bytes(config: Config, pack: Rows) -> tuple[float, float]:
-    """Bytes kept by the tower, and those of the layer it computes."""
-    vision, tp = config.model.vision, config.parallel.tp
+    """Bytes kept by the tower and the projector, and those of the tower's layer at work."""
+    vision, tp, llm = config.model.vision, config.parallel.tp, config.model.llm
     e = 2 if config.train.precision == "bf16" else 4
     rows = pack.tiles * vision.rows_per_tile
     v, f = vision.hidden_size, vision.ffn_hidden_size
     mlp = tower_features(config.model).mlp_products * f  # read by activation and second linear
     layer = rows * (8 * v + e * (2 * v + (3 * v + v + mlp) / tp))
     kept = layer * sum(gradients.any for gradients in tower_gradients(config))
-    return kept or e * rows * v, layer
+    if "vision.patch_embedding.weight" in learning_outside(config).keys:
+        kept += e * 3 * vision.image_size**2 * pack.tiles  # pixels
+    # The projector's input, what its activation reads and gives, and the input of its two norms.
+    projector = e * v + 2 * e * config.model.projector.ffn_hidden_size / tp + 8 * llm.hidden_size
+    return kept + rows * projector * _learns_before_layers(config), layer
+
+
+def _learns_before_layers(config: Config) -> bool:
+    """Whether the projector or the tower learns, so that the projector's tensors are kept."""
+    outside = learning_outside(config)
+    return outside.features or any(part_of(key) == "projector" for key in outside.keys)
 
 
 def working_memory(
-    config: Config, stage: int, num_layers: int, pack: Rows, num_microbatches: int, fp8: bool
+    config: Config, stage: int, pack: Rows, num_microbatches: int, fp8: bool
 ) -> WorkingMemory:
     """Activations and buffers of a rank of a stage.
 
     Args:
         config: a checked configuration.
         stage: pipeline stage.
-        num_layers: layers of the language model in the stage.
         pack: rows of an average micro-batch.
         num_microbatches: of a replica.
         fp8: linears in FP8.
     """
     llm, tp = config.model.llm, config.parallel.tp
     e = 2 if config.train.precision == "bf16" else 4
-    frozen = 0 if stage else sum(not gradients.any for gradients in decoder_gradients(config))
-    kept, beside = stage_bytes(config, max(num_layers - frozen, 0), pack, fp8)
+    layers = [layer for chunk in layers_of_stage(config, stage) for layer in chunk]
+    kept, beside = stage_bytes(config, layers, pack, fp8)
+    rows, shards = pack.text + pack.visual, tp if config.parallel.sp else 1
+    # Angles of all rows; the first layer's input, which the schedule or the embedding holds.
+    kept += 4 * rows * llm.head_dim * len(llm.ropes)
+    if stage > 0:
+        kept += e * rows / shards * llm.hidden_size
+    if stage == 0:
+        tower_kept, tower_layer = _tower_bytes(config, pack)
+        kept += tower_kept
+    if stage == config.parallel.pp - 1:
+        # The final norm's input, and the rows that the loss reads.
+        kept += 4 * llm.hidden_size * pack.text / shards + e * llm.hidden_size * pack.labelled
     activations = kept * micro_batches_in_flight(config, stage, num_microbatches)
+    if shards > 1:  # into which Megatron-Core's linears gather
+        activations += e * rows * llm.hidden_size
     at_once = pack.text + min(pack.visual, config.train.recompute_visual_chunk or pack.visual)
     mlp = e * 2 * llm.ffn_hidden_size / tp * at_once
     working = max(mlp, attention_bytes(config, pack)) + beside  # one after the other
     buffers = LIBRARY_BYTES
     logits = 0.0
     if stage == 0:
-        tower_kept, tower_layer = _tower_bytes(config, pack)
-        activations += tower_kept
         working = max(working, tower_layer)
         buffers += 2 * 3 * config.model.vision.image_size**2 * pack.tiles
     if stage == config.parallel.pp - 1:
         at_once = min(pack.labelled, config.train.loss_chunk)
-        # bf16 logits, float32 logits, exponentials and gradient
-        logits = at_once * llm.padded_vocab_size / tp * (e + 3 * 4)
+        # Logits in both dtypes, while those of the chunk before are still there; with a soft-cap
+        # the gradient and the cap's slope beside them.
+        wide = 2 * (e + 4) if llm.final_softcap is None else e + 4 * 4
+        logits = at_once * llm.padded_vocab_size / tp * wide
     linears = llm.hidden_size * (
         2 * llm.num_attention_heads * llm.head_dim
         + 2 * llm.num_query_groups * llm.head_dim
         + 3 * llm.ffn_hidden_size
     )
-    copies = 2.0 * linears / tp * num_layers if fp8 else 0.0
+    copies = 2.0 * linears / tp * len(layers) if fp8 else 0.0
     return WorkingMemory(activations, working, logits, copies, buffers)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dattn_mcore.architectures import tower_features
+from dattn_mcore.architectures.decoder import EMBEDDING
+from dattn_mcore.config.optim_groups import learns
 from dattn_mcore.config.schema import Config
+from dattn_mcore.plan.backward import DECODER, FC1, FIRST, decoder_gradients, tower_gradients
+from dattn_mcore.plan.flops import recomputed_layers, visual_ends
 from dattn_mcore.plan.hardware import Cluster
+from dattn_mcore.plan.parameters import layers_of_stage
 from dattn_mcore.plan.rows import Rows
 from dattn_mcore.plan.state_memory import StateMemory
 from dattn_mcore.plan.workload import Step
@@ -47,33 +53,104 @@ def tensor_bytes_per_layer(config: Config, pack: Rows) -> tuple[float, float]:
     return row * (gathered + 2 * rows), row * (gathered * 2 + 2 * rows)
 
 
-def data_exchange(config: Config, state: StateMemory, cluster: Cluster, dp: int) -> Exchange:
-    """Reduce-scatter of float32 gradients and all-gather of updated weights."""
+def tensor_bytes(config: Config, stage: int, pack: Rows) -> float:
+    """Bytes that a rank of a stage sends in its tensor parallel group for one micro-batch.
+
+    Args:
+        config: a checked configuration.
+        stage: pipeline stage.
+        pack: rows of the micro-batch.
+    """
+    tp = config.parallel.tp
+    if tp == 1:
+        return 0.0
+    layers = [layer for chunk in layers_of_stage(config, stage) for layer in chunk]
+    again = recomputed_layers(config)
+    rows = sum(_layer_rows(config, pack, layer, layer in again) for layer in layers)
+    e = 2 if config.train.precision == "bf16" else 4
+    moved = e * config.model.llm.hidden_size * rows
+    if stage == 0:
+        moved += _first_bytes(config, pack)
+    if stage == config.parallel.pp - 1:
+        moved += _loss_bytes(config, pack)
+    return moved * (tp - 1) / tp
+
+
+def _layer_rows(config: Config, pack: Rows, layer: int, again: bool) -> float:
+    """Rows that a layer gathers and scatters; an all-reduce counts as one of each."""
+    gradients = decoder_gradients(config)[layer]
+    rows = pack.text + pack.visual
+    after = pack.text if visual_ends(config, layer) else rows
+    asking = rows if config.attention.v2v == "causal" else pack.text
+    before = {FIRST[DECODER][0]: asking, FIRST[DECODER][1]: rows, FC1: after}
+    back = sum(number for name, number in before.items() if name in gradients.computed)
+    if not config.parallel.sp:  # behind attention and MLP; in backward before them
+        return 4 * after * (1 + again) + 2 * back
+    forward = sum(before.values()) + 2 * after
+    weights = sum(number for name, number in before.items() if name in gradients.weights)
+    return forward * (1 + again) + back + weights + 2 * after * gradients.any
+
+
+def _first_bytes(config: Config, pack: Rows) -> float:
+    """Of pixels, tower, projector and embedding."""
+    vision, e = config.model.vision, 2 if config.train.precision == "bf16" else 4
+    tower = pack.tiles * (vision.rows_per_tile + tower_features(config.model).class_row)
+    learned = sum(gradients.any for gradients in tower_gradients(config))
+    moved = 4 * e * vision.hidden_size * tower * (vision.layers_run + learned)
+    row = e * config.model.llm.hidden_size
+    moved += 2 * row * pack.visual  # projector
+    moved += 3 * vision.image_size**2 * pack.tiles
+    if config.parallel.sp:
+        moved += row * pack.text  # embedding
+        moved += row * pack.text * learns(config, EMBEDDING, None)
+        return moved + row * pack.visual  # gradients of visual rows
+    return moved + 2 * row * pack.text
+
+
+def _loss_bytes(config: Config, pack: Rows) -> float:
+    """Of the rows that the loss reads, and their gradients."""
+    row = (2 if config.train.precision == "bf16" else 4) * config.model.llm.hidden_size
+    gathered = row * pack.text if config.parallel.sp else 0.0
+    return gathered + 2 * row * pack.labelled
+
+
+def data_bytes(config: Config, state: StateMemory, dp: int) -> float:
+    """Bytes of a reduce-scatter of float32 gradients and an all-gather of updated weights."""
     trained_bytes = state.gradients // 4 * (2 if config.train.precision == "bf16" else 4)
-    moved = (state.gradients + trained_bytes) * (dp - 1) / dp
+    return (state.gradients + trained_bytes) * (dp - 1) / dp
+
+
+def data_exchange(config: Config, state: StateMemory, cluster: Cluster, dp: int) -> Exchange:
+    """`data_bytes`, and their time."""
+    moved = data_bytes(config, state, dp)
     bandwidth = cluster.bandwidth(dp, config.parallel.tp)
     return Exchange("data", dp, moved, moved / bandwidth)
+
+
+def pipeline_bytes(config: Config, stage: int, pack: Rows, num_microbatches: int) -> float:
+    """Bytes that a rank of a stage sends to the next (hidden states) and to the one before."""
+    parallel = config.parallel
+    e = 2 if config.train.precision == "bf16" else 4
+    rows = (pack.text + pack.visual) / (parallel.tp if parallel.sp else 1)
+    chunks = parallel.pp * parallel.vpp  # of the whole model: one boundary less than chunks
+    own = range(stage, chunks, parallel.pp)
+    sends = sum((chunk < chunks - 1) + (chunk > 0) for chunk in own) if parallel.pp > 1 else 0
+    return sends * e * config.model.llm.hidden_size * rows * num_microbatches
 
 
 def pipeline_exchange(
     config: Config, pack: Rows, num_microbatches: int, cluster: Cluster, dp: int
 ) -> Exchange:
-    """Hidden states forward and their gradients back, for an inner stage."""
+    """`pipeline_bytes` of the stage that sends most, and their time."""
     parallel = config.parallel
-    if parallel.pp == 1:
-        return Exchange("pipeline", 1, 0.0, 0.0)
-    e = 2 if config.train.precision == "bf16" else 4
-    shards = parallel.tp if parallel.sp else 1
-    rows = (pack.text + pack.visual) / shards
-    moved = 2 * e * config.model.llm.hidden_size * rows * num_microbatches * parallel.vpp
-    bandwidth = cluster.bandwidth(2, parallel.tp * dp)
-    return Exchange("pipeline", parallel.pp, moved, moved / bandwidth)
+    moved = max(
+        pipeline_bytes(config, stage, pack, num_microbatches) for stage in range(parallel.pp)
+    )
+    return Exchange("pipeline", parallel.pp, moved, moved / cluster.bandwidth(2, parallel.tp * dp))
 
 
-def tensor_exchange(config: Config, cluster: Cluster, step: Step, layers: int) -> Exchange:
-    """What the layers of a stage exchange, once more where they are recomputed."""
-    tp = config.parallel.tp
-    forward, backward = tensor_bytes_per_layer(config, step.pack)
-    again = forward if config.train.recompute == "full" else 0.0
-    moved = (forward + backward + again) * layers * step.num_microbatches
+def tensor_exchange(config: Config, cluster: Cluster, step: Step) -> Exchange:
+    """`tensor_bytes` of the stage that sends most, and their time."""
+    tp, stages = config.parallel.tp, range(config.parallel.pp)
+    moved = max(tensor_bytes(config, stage, step.pack) for stage in stages) * step.num_microbatches
     return Exchange("tensor", tp, moved, moved / cluster.bandwidth(tp, 1) if tp > 1 else 0.0)

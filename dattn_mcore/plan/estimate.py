@@ -136,7 +136,7 @@ def make_plan(config: Config, cluster: Cluster, gpu: Gpu, fp8: bool, sample: Sam
         StageMemory(
             stage,
             state_memory(config, stage, dp),
-            working_memory(config, stage, counts[stage], step.pack, m, fp8),
+            working_memory(config, stage, step.pack, m, fp8),
         )
         for stage in stages
     )
@@ -164,7 +164,7 @@ def make_plan(config: Config, cluster: Cluster, gpu: Gpu, fp8: bool, sample: Sam
         memory=memory,
         flops={name: work.total for name, work in step_work(config, step.rows).items()},
         exchanges=(
-            tensor_exchange(config, cluster, step, max(counts)),
+            tensor_exchange(config, cluster, step),
             between,
             max(data, key=lambda exchange: exchange.bytes),
         ),

@@ -105,7 +105,7 @@ def _adapters(config: Config, rows: Rows) -> dict[str, Work]:
     if adapters is None:
         return {}
     forward = again = 0.0
-    recomputed, chunks = _recomputed_layers(config), config.train.recompute_visual_chunk
+    recomputed, chunks = recomputed_layers(config), config.train.recompute_visual_chunk
     for linear in adapted_linears(config.model, adapters):
         for layer in linear.layers:
             work = sum(
@@ -123,7 +123,7 @@ def _adapted_rows(config: Config, rows: Rows, linear: AdaptedLinear, layer: int)
     """Rows that go through an adapted linear."""
     if linear.place == "self_attention.linear_q":
         return rows.text + (rows.visual if _visual_asks(config, layer) else 0)
-    if linear.place == "self_attention.linear_kv" or not _visual_ends(config, layer):
+    if linear.place == "self_attention.linear_kv" or not visual_ends(config, layer):
         return rows.text + rows.visual
     return rows.text
 
@@ -133,7 +133,7 @@ def decoder_work(config: Config, rows: Rows) -> dict[str, Work]:
     llm, train = config.model.llm, config.train
     text = visual = attention = Work()
     chunks = train.recompute_visual_chunk is not None
-    recomputed = _recomputed_layers(config)
+    recomputed = recomputed_layers(config)
     for layer, gradients in enumerate(decoder_gradients(config)):
         last = layer == llm.num_layers - 1
         scores = 4 * llm.num_attention_heads * llm.head_dim * layer_pairs(config, rows, layer)
@@ -148,7 +148,7 @@ def decoder_work(config: Config, rows: Rows) -> dict[str, Work]:
         if train.recompute == "selective" and "mlp" in train.recompute_modules and gradients.any:
             mlp_again = 6 * llm.hidden_size * llm.ffn_hidden_size
         text += Work(again=rows.text * mlp_again)
-        visual += Work(again=0 if _visual_ends(config, layer) else rows.visual * mlp_again)
+        visual += Work(again=0 if visual_ends(config, layer) else rows.visual * mlp_again)
         core = train.recompute == "selective" and "core_attn" in train.recompute_modules
         attention += _attention(gradients, scores, full or core)
     return {"text": text, "visual": visual, "attention": attention}
@@ -180,7 +180,7 @@ def _attention(gradients: Gradients, scores: float, recomputed: bool) -> Work:
     return work if gradients.scores else Work(scores, again=work.again + work.inputs)
 
 
-def _recomputed_layers(config: Config) -> set[int]:
+def recomputed_layers(config: Config) -> set[int]:
     """Layers that backward computes again as a whole."""
     if config.train.recompute != "full":
         return set()
@@ -199,7 +199,7 @@ def folds(config: Config) -> bool:
     return config.attention.fold_visual_projection and config.attention.v2v == "diagonal"
 
 
-def _visual_ends(config: Config, layer: int) -> bool:
+def visual_ends(config: Config, layer: int) -> bool:
     """Whether visual rows end at this layer's keys and values."""
     chunks = config.train.recompute_visual_chunk is not None  # always end there
     ends = config.attention.skip_last_visual_rows or chunks
@@ -208,7 +208,7 @@ def _visual_ends(config: Config, layer: int) -> bool:
 
 def _visual_asks(config: Config, layer: int) -> bool:
     """Whether visual rows are queries (flash kernels know windows only where all rows ask)."""
-    unread = _visual_ends(config, layer) and not has_window(config, layer)
+    unread = visual_ends(config, layer) and not has_window(config, layer)
     return config.attention.v2v == "causal" and not unread
 
 
@@ -220,7 +220,7 @@ def layer_linears(config: Config, layer: int) -> dict[str, tuple[int, int]]:
     keys_values = 4 * per_head * llm.num_query_groups
     mlp_in, mlp_out = (n * llm.hidden_size * llm.ffn_hidden_size for n in (4, 2))
     folded = 2 * per_head * llm.num_query_groups if folds(config) else output
-    goes_on = not _visual_ends(config, layer)
+    goes_on = not visual_ends(config, layer)
     first_linear, second_linear = FIRST[DECODER]
     return {
         first_linear: (query, query * _visual_asks(config, layer)),

@@ -10,9 +10,15 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from dattn_mcore.config.checks import check_config, data_parallel_size, processes_per_replica
+from dattn_mcore.config.checks import (
+    check_config,
+    check_rehearsed,
+    data_parallel_size,
+    processes_per_replica,
+)
 from dattn_mcore.config.hints import SHORT_FLAGS, unknown_flag
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
@@ -24,13 +30,29 @@ from dattn_mcore.training.launch import restart_under_torchrun
 PROGRAM = "pretrain_dattn.py"
 FAULT_STATUS = 4  # of a rank that a machine or the network ended; a user's mistake is 2
 SPEAKER_SECONDS = 20.0  # how long other ranks wait for rank 0 to report a mistake and end
+_SHOWN = 100  # characters of what was typed
 logger = logging.getLogger("dattn_mcore")
+
+
+@dataclass(frozen=True)
+class Instead:
+    """What the command does instead of training, if anything.
+
+    Attributes:
+        dry_run: print configuration, layout and sizes.
+        processes: of the job that is rehearsed; None: none is.
+        rank: of the job, to be rehearsed; None: the first of the first and of the last stage.
+    """
+
+    dry_run: bool
+    processes: int | None
+    rank: int | None
 
 
 def parse_arguments(
     arguments: Sequence[str] | None = None, prog: str = PROGRAM
-) -> tuple[Config, bool]:
-    """Reads the command line into a checked configuration and the dry-run flag."""
+) -> tuple[Config, Instead]:
+    """Reads the command line into a checked configuration, and what to do instead of training."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Train a D-Attn vision-language model with Megatron-Core.",
@@ -42,8 +64,25 @@ def parse_arguments(
     parser.add_argument(
         "--dry-run", action="store_true", help="print configuration, layout and sizes, and stop"
     )
+    parser.add_argument(
+        "--rehearse",
+        metavar="N",
+        help="build ranks of a job of N processes at its true size without memory, print what they "
+        "hold and exchange, and stop",
+    )
+    parser.add_argument(
+        "--rehearse-rank",
+        metavar="R",
+        help="which rank (default: the first of the first and of the last stage)",
+    )
     config, chosen = read_settings(parser, arguments)
-    return config, chosen.dry_run
+    processes = _whole_number("--rehearse", chosen.rehearse)
+    rank = _whole_number("--rehearse-rank", chosen.rehearse_rank)
+    if rank is not None and processes is None:
+        raise ConfigError(f"--rehearse-rank {rank} needs --rehearse N, the processes of the job")
+    if processes is not None:
+        check_rehearsed(config, processes, rank)
+    return config, Instead(dry_run=chosen.dry_run, processes=processes, rank=rank)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -80,13 +119,25 @@ def read_settings(
     return config, chosen
 
 
+def _whole_number(flag: str, given: str | None) -> int | None:
+    if given is None:
+        return None
+    if not given.isascii() or not given.isdigit():
+        raise ConfigError(f"{flag} {given[:_SHOWN]} must be a whole number, 0 or more")
+    return int(given)
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     """Runs the command; returns the exit status (2 for a user's mistake, 4 for a fault)."""
     rank = int(os.environ.get("RANK", "0"))
     _set_up_logging(rank)
     try:
-        config, dry_run = parse_arguments(arguments, prog)
-        if dry_run:
+        config, instead = parse_arguments(arguments, prog)
+        if instead.processes is not None:
+            if rank == 0:
+                sys.stdout.write(_rehearsal(config, instead.processes, instead.rank))
+            return 0
+        if instead.dry_run:
             from dattn_mcore.parallel import entry, platform
 
             entry.prepare_imports(config.train.device)
@@ -111,6 +162,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         if rank == 0:
             sys.stderr.write("ended by Ctrl-C; start again to go on from the newest checkpoint\n")
         return 130
+
+
+def _rehearsal(config: Config, world_size: int, rank: int | None) -> str:
+    """The text of `--rehearse`; a GPU that is here is not used."""
+    from dattn_mcore.parallel import entry, platform
+
+    entry.prepare_imports("cpu")
+    platform.install("cpu")
+    from dattn_mcore.training.rehearsal_report import rehearsal_text
+
+    return rehearsal_text(config, world_size, rank)
 
 
 def _under_torchrun(prog: str) -> str:

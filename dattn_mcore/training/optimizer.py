@@ -21,6 +21,7 @@ from dattn_mcore.config.optim_groups import NO_DECAY, resolved, settings_of
 from dattn_mcore.config.schedule import peak_ratio
 from dattn_mcore.config.schema import Config
 from dattn_mcore.models.dattn import DattnModel
+from dattn_mcore.parallel import platform
 from dattn_mcore.training.model import first_layer
 from dattn_mcore.training.not_finite import NotFiniteError
 from dattn_mcore.training.runtime import params_dtype
@@ -85,7 +86,12 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
         # groups apart and has no other effect.
         full_precision = ParamPredicate("float32", lambda p: p.dtype is torch.float32)
         overrides[ParamKey(predicate=full_precision)] = {"is_decoupled_lr": True}
-    optimizer = get_megatron_optimizer(optimizer_config, model, config_overrides=overrides)
+    optimizer = get_megatron_optimizer(
+        optimizer_config,
+        model,
+        config_overrides=overrides,
+        **platform.settings_of_optimizer(),
+    )
     _refuse_gradients_that_are_not_finite(optimizer)
     chunk_config = model[0].config
     chunk_config.finalize_model_grads_func = finalize_model_grads

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import layers, mappings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import peak_bytes
@@ -15,6 +14,7 @@ from dattn_mcore.config.checks import row_multiple
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.layers.vocabulary import chunked_cross_entropy
 from dattn_mcore.models.dattn import DattnModel, ModelInputs
+from dattn_mcore.parallel.collectives import Tracer, group_names
 from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 from dattn_mcore.training.schedule import build_scheduler
@@ -160,25 +160,11 @@ def kept_by_layers(tree: dict[str, Any], layouts: Any) -> int:
 
 def reductions(tree: dict[str, Any], layouts: Any) -> int:
     """All-reduces and reduce-scatters of the language model's layers, forward and backward."""
-    config, _, model = _model(tree)
+    config, groups, model = _model(tree)
     inputs = random_inputs(config, layouts)
     hidden = model._embed(inputs).detach().requires_grad_()
     positions = torch.cat([inputs.params.visual_positions, inputs.params.text_positions])
-    scatter, count = "dist_reduce_scatter_func", 0
-    places = [(dist, "all_reduce"), (mappings, scatter), (layers, scatter)]
-    originals = [getattr(module, name) for module, name in places]
-
-    def counting(original: Any) -> Any:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            return original(*args, **kwargs)
-
-        return counted
-
-    try:
-        for (module, name), original in zip(places, originals, strict=True):
-            setattr(module, name, counting(original))
+    with Tracer(group_names(groups)) as tracer:
         out = model.decoder(
             hidden_states=hidden * 1.0,
             attention_mask=None,
@@ -186,10 +172,7 @@ def reductions(tree: dict[str, Any], layouts: Any) -> int:
             packed_seq_params=inputs.params,
         )
         out.sum().backward()
-    finally:
-        for (module, name), original in zip(places, originals, strict=True):
-            setattr(module, name, original)
-    return count
+    return sum(one.operation in ("all_reduce", "reduce_scatter") for one in tracer.collectives)
 
 
 class WidestRows(TorchDispatchMode):

@@ -160,8 +160,8 @@ def test_parts_of_the_job_name_each_other():
 def test_the_trainer_takes_the_jobs_command():
     """And its layout fits the nodes and processes; the doctor gets the same arguments before it."""
     trainer = OBJECTS["TrainJob"]["spec"]["trainer"]
-    config, dry_run = parse_arguments(trainer["args"])
-    assert not dry_run
+    config, instead = parse_arguments(trainer["args"])
+    assert not instead.dry_run
     assert trainer["numProcPerNode"] == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
     assert data_parallel_size(config, trainer["numNodes"] * trainer["numProcPerNode"]) >= 1
     shell, flag, script, name = trainer["command"]

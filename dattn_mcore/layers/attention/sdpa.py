@@ -40,7 +40,7 @@ class SdpaBackend:
             return "it computes no attention soft-caps (model.llm.attention_softcap)"
         if options.window_skips_positions:
             return "it has no sliding window between text and visual rows in this mixed mode"
-        if device_type != "cpu":
+        if device_type not in ("cpu", "meta"):
             if options.window is not None:
                 return "it has no sliding windows on a GPU"
             if dtype not in (torch.float16, torch.bfloat16):

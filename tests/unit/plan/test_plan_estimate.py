@@ -269,7 +269,8 @@ def test_a_ranking_tries_recompute_of_every_kind():
 
 
 def memory_and_time(*settings):
-    config = load_config(MISTRAL, settings)
+    none = ("train.recompute=none", "train.recompute_layers=null")
+    config = load_config(MISTRAL, [*none, *settings])
     plan = make_plan(config, Cluster(1, 8), GPUS["h100"], False, Sample(512, 1))
     working = plan.worst.working
     return working.activations + working.working, plan.seconds

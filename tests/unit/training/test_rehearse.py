@@ -1,0 +1,86 @@
+"""`--rehearse`: ranks of large jobs on this machine, beside the planner's numbers."""
+
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dattn_mcore.config.load import load_config
+from dattn_mcore.parallel import platform, rehearsal
+from dattn_mcore.training.main import main
+from dattn_mcore.training.rehearsal_report import compared, rehearse_full
+from dattn_mcore.training.rehearse import as_rehearsed, last_stage_rank
+
+ROOT = Path(__file__).resolve().parents[3]
+GEMMA, MISTRAL = (str(ROOT / f"configs/{name}_pt.yaml") for name in ("gemma", "mistral"))
+NO_OVERLAP = ["parallel.overlap_grad_reduce=false", "parallel.overlap_param_gather=false"]
+MIB = 2**20
+
+
+def test_the_versions_of_torch_for_which_it_holds():
+    """It uses what PyTorch does not publish. A new version is added once these tests, and those of
+    tests/distributed/test_rehearsal.py, pass with it."""
+    assert rehearsal.TORCH == ("2.13",)
+    locked = (ROOT / "constraints-torch.txt").read_text(encoding="utf-8")
+    assert re.search(r"^torch==(\d+\.\d+)", locked, re.M).group(1) in rehearsal.TORCH
+    assert torch.__version__.startswith(rehearsal.TORCH)
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "world_size", "ranks"),
+    [
+        (GEMMA, [], 32, [0]),
+        (MISTRAL, ["parallel.pp=2", *NO_OVERLAP], 512, [0, 256]),
+    ],
+    ids=["gemma", "mistral-pp2"],
+)
+def test_the_planner_says_what_a_rehearsal_finds(path, settings, world_size, ranks):
+    config, _ = as_rehearsed(load_config(path, settings))
+    assert sorted({0, last_stage_rank(config, world_size)}) == ranks
+    for rank in ranks:
+        rehearsed = rehearse_full(config, world_size, rank)
+        memory, exchanged = compared(config, rehearsed)
+        for row in memory:
+            assert abs(row.apart) <= (0.0 if row.exact else 0.05), row
+        for row in exchanged:
+            if row.name in ("tensor", "data", "pipeline"):
+                assert abs(row.apart) <= 0.05, row
+    assert not dist.is_initialized()
+    assert torch.zeros(2).device == platform.current_device()  # all is as before
+
+
+def test_the_command_prints_both_and_takes_no_memory(capsys):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    short = ["model.llm.num_layers=4", "train.recompute_layers=1"]
+    assert main(["--config", MISTRAL, "--rehearse", "64", *short]) == 0
+    said = capsys.readouterr().out
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    weights = int(re.search(r"^weights +([\d,]+)", said, re.M).group(1).replace(",", ""))
+    assert weights > 1500 * MIB and grown < 500 * MIB
+    assert said.count("rank 0 of 64 = tp 2 x pp 1 x dp 32, sequence parallel") == 1
+    assert len(re.findall(r"^(?:weights|gradients|optimizer states) .* equal$", said, re.M)) == 3
+    assert re.search(r"^dp_cp +32  reduce_scatter +\d+  float32 \[\d+\]", said, re.M)
+    assert re.search(
+        r"^tp +2  all_gather +\d+  bfloat16 \[9936, 1, 4096\] +81,395,712$", said, re.M
+    )
+    assert "train.fp8=tensorwise is left out" in said and "not seen here: kernels" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rehearse", "33"], "--rehearse 33: the processes of the job must be a multiple of 2"),
+        (["--rehearse", "0"], "--rehearse 0: the processes of the job must be a multiple of 2"),
+        (["--rehearse", "many"], "--rehearse many must be a whole number"),
+        (["--rehearse", "32", "--rehearse-rank", "32"], "is no rank of 32 processes"),
+        (["--rehearse", "32", "--rehearse-rank", "-1"], "--rehearse-rank"),
+        (["--rehearse-rank", "3"], "--rehearse-rank 3 needs --rehearse N"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, words, capsys):
+    assert main(["--config", GEMMA, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and words in said
