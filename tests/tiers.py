@@ -251,7 +251,6 @@ SLOW = (
     "tests/distributed/test_resume.py::test_damaged_checkpoint_falls_back_loudly[empty-common",
     "tests/distributed/test_resume.py::test_damaged_checkpoint_falls_back_loudly[missing",
     "tests/distributed/test_resume.py::test_damaged_checkpoint_falls_back_loudly[truncated",
-    "tests/distributed/test_resume.py::test_a_checkpoint_of_one_adam_resumes_in_the_other[torch",
     "tests/distributed/test_run_folder_gone.py::test_it_saves_anew_and_ends[deleted-1",
     "tests/distributed/test_run_folder_gone.py::test_it_saves_anew_and_ends[moved-1",
     "tests/distributed/test_shared_groups.py::test_gradients_are_those_of_one_process[tp4 on 2 groups, biases",
