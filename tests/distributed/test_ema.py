@@ -99,7 +99,7 @@ def test_it_is_the_plain_recurrence(pool, digits, tmp_path, case):
         if step > 1:
             want = follow(want, checkpoint(tmp_path, step))
         assert_is_mean(checkpoint(tmp_path, step, ema=True), want, learns)
-    average([tmp_path], tmp_path / "mean", AverageOptions(last=3))
+    average([tmp_path], tmp_path / "mean", AverageOptions(last=3, dtype="float32"))
     found = DistCheckpoint(tmp_path / "mean")
     for key, value in weights(found).items():  # of three, rounded to float32
         plain = sum(weights(checkpoint(tmp_path, step))[key] for step in (3, 4, 5)) / 3

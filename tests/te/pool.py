@@ -100,11 +100,12 @@ def main(folder: str) -> None:
     """Serves jobs until its input ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
-    import tests.conftest  # noqa: F401  (what a test process does before it imports Megatron-Core)
     from tests.te import compiled_module
 
     compiled_module.install(Path(folder))
+    # What a test process does before it imports Megatron-Core: it finds the package above.
     import dattn_mcore.training.loop  # noqa: F401  (import once, then fork)
+    import tests.conftest  # noqa: F401
 
     while True:
         try:
