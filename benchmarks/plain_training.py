@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 from benchmarks import plain_dattn
-from dattn_mcore.types import IGNORED_LABEL
+
+IGNORED = -100  # as PyTorch has it; nothing here is imported from the project
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class StockLlava:
         """See `PlainModel`."""
         rows = 0 if sample.pixels is None else self.rows
         placeholders = torch.full((rows,), self.image_token)
-        labels = torch.cat([torch.full((rows + 1,), IGNORED_LABEL), sample.ids[1:]])
+        labels = torch.cat([torch.full((rows + 1,), IGNORED), sample.ids[1:]])
         return self.model(
             input_ids=torch.cat([placeholders, sample.ids])[None],
             pixel_values=None if sample.pixels is None else sample.pixels[None],

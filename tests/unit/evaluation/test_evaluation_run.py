@@ -353,11 +353,13 @@ def test_no_megatron():
         f"dattn_mcore.{room}" for room in ("evaluation", "errors", "types", "console", "log", "hf")
     )
     # What guessing gives there, with numpy alone; why an image cannot be read, with Pillow alone.
-    # Which base an adapter is of, with PyTorch and safetensors.
+    # Which base an adapter is of, with PyTorch and safetensors; whether a package or a GPU works.
     light = (
         "dattn_mcore.data.digits_questions",
         "dattn_mcore.data.image_signatures",
         "dattn_mcore.checkpoint.base_sums",
+        "dattn_mcore.parallel.packages",
+        "dattn_mcore.parallel.platform",
     )
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
