@@ -74,10 +74,9 @@ def test_products_of_each_layout(layout):
     want = {"TN": lambda: b @ a.t(), "NN": lambda: b @ a, "NT": lambda: b.t() @ a}[layout]()
 
     def multiply(out=None, bias=None, grad=False, accumulate=False):
-        return products.generic_gemm(
-            *(a, layout[0] == "T", b, layout[1] == "T", out, None, None, bias, DType.kFloat32),
-            *(False, None, grad, torch.empty(0), 0, accumulate, False),
-        )
+        operands = [a, layout[0] == "T", b, layout[1] == "T", out]
+        settings = [None, None, bias, DType.kFloat32, False, None, grad, torch.empty(0), 0]
+        return products.generic_gemm(*operands, *settings, accumulate, False)
 
     torch.testing.assert_close(multiply()[0], want)
     bias = torch.randn(want.shape[1])
