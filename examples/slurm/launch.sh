@@ -114,7 +114,7 @@ launch() {
 compose_doctor() {
   doctor_command=(
     srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0
-    --mpi=none "--output=$logs/doctor-%N.log" "${srun_container[@]}"
+    --mpi=none "--output=$logs/doctor-%N-%n.log" "${srun_container[@]}"
     "${runtime[@]}" "${python[@]}" "${doctor[@]}"
   )
 }
@@ -218,7 +218,7 @@ some_nodes_are_ill() {
   mapfile -t ill < <(grep -lE '^error: ' "$speakers"-*.log)
   ((${#ill[@]} > 0 && ${#ill[@]} < nodes)) || return
   ill=("${ill[@]##*/doctor-}")
-  say "of $nodes nodes ${ill[*]%.log} alone"
+  say "of $nodes nodes ${ill[*]%-*.log} alone"
 }
 
 finish() {

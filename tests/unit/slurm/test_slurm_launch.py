@@ -156,7 +156,7 @@ def test_the_mark_of_an_earlier_run_does_not_count(job):
 
 SAYS = """for node in {nodes}; do
   echo "table of $node"; echo "{line}"
-  printf '%s\\n' "table of $node" "{line}" > "{logs}/doctor-$node.log"
+  printf '%s\\n' "table of $node" "{line}" > "{logs}/doctor-$node-0.log"
 done > /dev/null
 exit {status}
 """
@@ -174,7 +174,7 @@ def test_the_doctor_looks_at_every_node_before_the_first_step(job):
     assert (status, err) == (0, "")
     words = job.read("doctor")
     assert words[:3] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
-    assert f"--output={job.run_dir}/logs/4711.0/doctor-%N.log" in words
+    assert f"--output={job.run_dir}/logs/4711.0/doctor-%N-%n.log" in words
     assert words[-6:] == [
         f"{sys.prefix}/bin/python",
         "-m",
