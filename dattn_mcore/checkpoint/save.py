@@ -105,6 +105,7 @@ class CheckpointSaver:
         self._calls = AsyncCallsQueue()
         self._results: SyncManager | None = None
         self._pending: _Pending | None = None
+        self._saved: Path | None = None
         end_forks_with_parent()
         # What it says of a failure stands in the error that ends the run.
         logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
@@ -206,6 +207,11 @@ class CheckpointSaver:
         if self._results is not None:
             self._results.shutdown()
 
+    def remove_old(self) -> None:
+        """Deletes what should go beside the newest save, but was in use at that time."""
+        if dist.get_rank() == 0 and self._saved is not None:
+            self._remove_old(None, self._saved)
+
     def _content(self, step: int, layout: tuple[int, int]) -> dict[str, Any]:
         groups = self.pg_collection
         model = learning = state.model_state(self.chunks, groups, "run")
@@ -289,6 +295,7 @@ class CheckpointSaver:
             else:
                 self._remove_old(replaced, pending.final)
         _raise_if_any(failure, pending)
+        self._saved = pending.final
         return pending.final
 
     def _remove_old(self, replaced: Path | None, saved: Path) -> None:

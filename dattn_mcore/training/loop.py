@@ -233,6 +233,7 @@ def _save(run: Run, step: int, claim: Claim, unsaved: bool = True) -> bool:
 def _close(run: Run, step: int) -> None:
     """Lets the hooks write what concerns the whole run, and says how it ended."""
     agree(run.hooks.close(step, complete=step == run.last_step), run.device)
+    run.saver.remove_old()  # the last save left what was still exported or scored
     if step < run.last_step:
         logger.info(
             "stopped by a signal at step %d of %d; start again to go on", step, run.last_step
