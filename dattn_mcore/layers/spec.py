@@ -17,8 +17,9 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from dattn_mcore.architectures import text_features
-from dattn_mcore.architectures.sizes import AttentionConfig, LlmConfig, ModelConfig
+from dattn_mcore.architectures import text_features, tower_features
+from dattn_mcore.architectures.sizes import AttentionConfig, LlmConfig, ModelConfig, TowerActivation
+from dattn_mcore.layers.activations import activation_function, gated_activation
 from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.decomposed_attention import (
     DecomposedSelfAttention,
@@ -30,12 +31,26 @@ from dattn_mcore.layers.runtime import Runtime
 
 
 def mlp_spec(
-    column_parallel: type = LOCAL_PARTS.column, row_parallel: type = LOCAL_PARTS.row
+    column_parallel: type = LOCAL_PARTS.column,
+    row_parallel: type = LOCAL_PARTS.row,
+    *,
+    gate: TowerActivation | None = None,
 ) -> ModuleSpec:
-    """Megatron-Core's MLP, by default on local tensor parallel linears."""
+    """Megatron-Core's MLP, by default on local tensor parallel linears.
+
+    Args:
+        column_parallel: the first linear.
+        row_parallel: the second.
+        gate: activation of a gated MLP, whose settings are `activations.mlp_settings`; None: it is
+            not gated.
+    """
     return ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(linear_fc1=column_parallel, linear_fc2=row_parallel),
+        submodules=MLPSubmodules(
+            linear_fc1=column_parallel,
+            activation_func=gated_activation(activation_function(gate)) if gate else None,
+            linear_fc2=row_parallel,
+        ),
     )
 
 
@@ -114,23 +129,26 @@ def decoder_layer_spec(
             ),
             self_attn_bda=text_rows_bias_dropout_add if text_only else get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm,
-            mlp=_decoder_mlp(parts, post_norms, text_only),
+            mlp=_decoder_mlp(parts, features.activation, post_norms, text_only),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _decoder_mlp(parts: LayerParts, post_norms: bool, text_only: bool) -> ModuleSpec:
+def _decoder_mlp(
+    parts: LayerParts, gate: TowerActivation, post_norms: bool, text_only: bool
+) -> ModuleSpec:
     if text_only:
-        return mlp_spec(parts.text_fc1, parts.text_fc2_post_norm if post_norms else parts.text_fc2)
-    return mlp_spec(
-        parts.linear_fc1, parts.linear_fc2_post_norm if post_norms else parts.linear_fc2
-    )
+        last = parts.text_fc2_post_norm if post_norms else parts.text_fc2
+        return mlp_spec(parts.text_fc1, last, gate=gate)
+    last = parts.linear_fc2_post_norm if post_norms else parts.linear_fc2
+    return mlp_spec(parts.linear_fc1, last, gate=gate)
 
 
-def vision_layer_spec(runtime: Runtime) -> ModuleSpec:
+def vision_layer_spec(model: ModelConfig, runtime: Runtime) -> ModuleSpec:
     """The vision tower's layer: pre-norm, bidirectional attention, MLP."""
     parts = parts_of(runtime.implementation)
+    gate = model.vision.activation if tower_features(model).gated_mlp else None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -148,7 +166,7 @@ def vision_layer_spec(runtime: Runtime) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm,
-            mlp=mlp_spec(parts.column, parts.row),
+            mlp=mlp_spec(parts.column, parts.row, gate=gate),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dattn_mcore.architectures import text_features, tower_features
-from dattn_mcore.architectures.activations import ACTIVATIONS
-from dattn_mcore.architectures.sizes import ModelConfig, TowerActivation
+from dattn_mcore.architectures.sizes import ModelConfig
+from dattn_mcore.layers.activations import activation_function, mlp_settings
 from dattn_mcore.layers.runtime import Runtime
-
-
-def activation_function(name: TowerActivation) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What computes an activation of `architectures.activations`."""
-    activation = ACTIVATIONS[name]
-    module, _, attribute = activation.function.partition(":")
-    function: Callable[..., torch.Tensor] = getattr(importlib.import_module(module), attribute)
-    if not activation.arguments:
-        return function  # itself: Megatron-Core compares functions to find those that it can fuse
-    return functools.partial(function, **activation.arguments)
 
 
 def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
@@ -108,8 +95,7 @@ def llm_transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=llm.norm_eps,
         layernorm_zero_centered_gamma=features.zero_centered_gamma,
-        gated_linear_unit=True,
-        activation_func=activation_function(features.activation),
+        **mlp_settings(features.activation, gated=True),
         add_bias_linear=False,
         add_qkv_bias=features.qkv_bias,
         qk_layernorm=features.qk_norm,
@@ -143,8 +129,7 @@ def vision_transformer_config(
         kv_channels=vision.hidden_size // vision.num_attention_heads,
         normalization=features.normalization,
         layernorm_epsilon=vision.norm_eps,
-        gated_linear_unit=features.gated_mlp,
-        activation_func=activation_function(vision.activation),
+        **mlp_settings(vision.activation, gated=features.gated_mlp),
         add_bias_linear=features.linear_bias,
         **_common(runtime, tp_size),
     )

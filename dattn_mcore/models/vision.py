@@ -60,7 +60,7 @@ class VisionTower(MegatronModule):
         self.decoder = TransformerBlock(
             config=transformer_config,
             spec=block_submodules(
-                [vision_layer_spec(runtime)] * transformer_config.num_layers, runtime
+                [vision_layer_spec(model, runtime)] * transformer_config.num_layers, runtime
             ),
             post_layer_norm=features.final_norm and vision.select_layer == -1,
             pg_collection=pg_collection,

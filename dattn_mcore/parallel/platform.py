@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,6 +222,16 @@ def check_device(device: str, local_rank: int) -> None:
 def apex_adds_gradients() -> bool:
     """Whether Apex's extension is built and loads, which adds weight gradients into buffers."""
     return import_problem(ADDS_GRADIENTS) is None
+
+
+def adds_gradients() -> bool:
+    """Whether Megatron-Core's own linears add weight gradients into buffers in their products.
+
+    On a GPU Apex's extension does, on a CPU what stands in for it (`fewer_passes`).
+    """
+    if current_device().type == "cpu":
+        return _in_place_of_gpu == _CPU  # a rehearsal is of a GPU, and does not know its packages
+    return apex_adds_gradients()
 
 
 def device_name() -> str:
@@ -528,6 +539,22 @@ class _DropRngWarning(logging.Filter):
         return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
+def _without_gpu_names(function: Any) -> Any:
+    """Calls a function past the mode above, which costs each call of PyTorch some microseconds.
+
+    For functions that name no GPU. Transformer Engine's layers do, and a rehearsal needs the mode.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _in_place_of_gpu != _CPU or "transformer_engine" in sys.modules:
+            return function(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return call
+
+
 def _uncompiled(model: Any = None, **settings: Any) -> Any:
     """`torch.compile`, as a decorator with or without settings, where nothing is compiled."""
     return _uncompiled if model is None else model
@@ -579,8 +606,11 @@ def _install_cpu() -> None:
 
     compile_nothing()  # on a CPU it costs more than it gains, and needs a C++ compiler
 
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
 
+    schedules.forward_step = _without_gpu_names(schedules.forward_step)
+    schedules.backward_step = _without_gpu_names(schedules.backward_step)
     megatron_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
     logging.getLogger(megatron_random.__name__).addFilter(_DropRngWarning())
     _GpuNamesMeanCpu().__enter__()

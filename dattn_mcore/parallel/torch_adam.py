@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from dattn_mcore.parallel.fewer_passes import adam_in_one_pass
+
 _installed = False
 
 
@@ -57,6 +59,7 @@ def install() -> None:
 
     def mended_load_state_dict(self: Any, loaded: dict[str, Any]) -> None:
         load_state_dict(self, loaded)
+        adam_in_one_pass(self.optimizer)
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].detach().clone()

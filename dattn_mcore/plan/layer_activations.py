@@ -33,9 +33,7 @@ def layer_bytes(config: Config, pack: Rows, fp8: bool, layer: int) -> float:
     if "mlp" not in _modules_again(config):
         llm = config.model.llm
         width = llm.ffn_hidden_size / config.parallel.tp * _rows_after(config, pack, layer)
-        # The first linear's output, the activation of one half, and the other half, of which
-        # Megatron-Core makes a copy (`glu_linear_offset`).
-        kept += 4 * _element(config) * width
+        kept += 2 * _element(config) * width  # the first linear's output
         kept += (1 if fp8 else _element(config)) * width * (FC2 in read)
     return kept + adapter_bytes(config, pack)
 

@@ -22,6 +22,7 @@ from dattn_mcore.config.schedule import peak_ratio
 from dattn_mcore.config.schema import Config
 from dattn_mcore.models.dattn import DattnModel
 from dattn_mcore.parallel import platform
+from dattn_mcore.parallel.fewer_passes import adam_in_one_pass
 from dattn_mcore.training.model import first_layer
 from dattn_mcore.training.not_finite import NotFiniteError
 from dattn_mcore.training.runtime import params_dtype
@@ -92,6 +93,8 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
         config_overrides=overrides,
         **platform.settings_of_optimizer(),
     )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam_in_one_pass(part.optimizer)
     _refuse_gradients_that_are_not_finite(optimizer)
     chunk_config = model[0].config
     chunk_config.finalize_model_grads_func = finalize_model_grads

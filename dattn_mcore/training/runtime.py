@@ -7,7 +7,7 @@ import torch
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.layers.runtime import Fp8, Recompute, Runtime
-from dattn_mcore.parallel.platform import apex_adds_gradients, current_device
+from dattn_mcore.parallel.platform import adds_gradients, current_device
 from dattn_mcore.training.implementation import choose_implementation
 from dattn_mcore.types import Implementation
 
@@ -45,9 +45,9 @@ def decide_runtime(config: Config) -> Runtime:
         tp_comm_overlap=parallel.tp_comm_overlap,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        # Transformer Engine's linears always can; Megatron-Core's own need Apex's extension.
-        gradient_accumulation_fusion=implementation == "transformer_engine"
-        or (not on_cpu and apex_adds_gradients()),
+        # Transformer Engine's linears always can; Megatron-Core's own need Apex's extension, or
+        # what stands in for it (`parallel.fewer_passes`).
+        gradient_accumulation_fusion=implementation == "transformer_engine" or adds_gradients(),
         chunks_per_stage=parallel.vpp,
         first_stage_layers=parallel.first_stage_layers,
         # The interleaved schedule empties an output while it is still being sent. A GPU's stream

@@ -17,7 +17,7 @@ from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import CheckpointError, ConfigError
 from dattn_mcore.hf import DattnForConditionalGeneration
-from dattn_mcore.models.transformer_configs import activation_function
+from dattn_mcore.layers.activations import activation_function
 from tests.unit.convert.convert_helpers import make_tokenizer, small_config
 from tools.checkpoint_convert.configs import TokenIds, from_hf, to_hf
 

@@ -96,7 +96,7 @@ def test_on_a_gpu_the_interleaved_schedule_empties_outputs_and_apex_fuses(monkey
     device = torch.device("cu" + "da")
     monkeypatch.setattr(runtime, "current_device", lambda: device)
     monkeypatch.setattr(implementation, "current_device", lambda: device)
-    monkeypatch.setattr(runtime, "apex_adds_gradients", lambda: True)
+    monkeypatch.setattr(runtime, "adds_gradients", lambda: True)
     found = decide_runtime(load_config(None, ["parallel.pp=2", "parallel.vpp=2"]))
     assert found.deallocate_pipeline_outputs and found.gradient_accumulation_fusion
     assert found.implementation == "local"  # fp32
