@@ -8,8 +8,8 @@ Each holds for megatron-core 0.16.1 and has a test in tests/distributed/test_few
 On a CPU besides:
 
 3. gloo copies what a group of one rank would send to itself;
-4. a weight's gradient is computed, then added into DDP's buffer. On a GPU Apex's extension does both in
-   one product; here a product of PyTorch's that adds does.
+4. a weight's gradient is computed, then added into DDP's buffer. On a GPU Apex's extension does
+   both in one product; here one of PyTorch's that adds does.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def adam_in_one_pass(optimizer: torch.optim.Optimizer | None) -> None:
 
     Megatron-Core builds it without; a checkpoint's parameter groups say what was when it was saved.
     """
-    if type(optimizer) is torch.optim.AdamW:
-        for group in optimizer.param_groups:
-            group["fused"] = True
+    if type(optimizer) is not torch.optim.AdamW:
+        return
+    for group in optimizer.param_groups:
+        group["fused"] = all(p.device.type != "meta" for p in group["params"])  # of a rehearsal
 
 
 def install() -> None:
