@@ -18,8 +18,8 @@ ARGS ?=
 BIN := .venv/bin
 NEWEST := .venv-newest/bin
 LOCK := pyproject.toml constraints.txt constraints-torch.txt
-# Tests that need no processes side by side, no cluster and no installation run so themselves
-# (pytest-xdist); `tests/tiers.py` says which.
+# Tests run side by side (pytest-xdist), but for those that share a cluster or what they install;
+# `tests/tiers.py` says which.
 ALL_CORES := -n logical --maxprocesses 8 --dist worksteal
 export OMP_NUM_THREADS ?= 1
 
@@ -33,8 +33,7 @@ test-fast: .venv/installed-dev
 	$(BIN)/python -m pytest -q --tier fast $(ALL_CORES) $(ARGS)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q --tier default --part together $(ALL_CORES) $(ARGS)
-	$(BIN)/python -m pytest -q --tier default --part alone $(ARGS)
+	$(BIN)/python -m pytest -q --tier default $(ALL_CORES) $(ARGS)
 
 test-all: .venv/installed-dev
 	$(BIN)/python -m pytest -q --tier all --part together $(ALL_CORES) $(ARGS)
@@ -61,8 +60,8 @@ newest: .venv-newest/bin/pip
 	@$(NEWEST)/python -m tools.install --newest --dev
 
 test-newest: newest
-	$(NEWEST)/python -m pytest -q --tier all --part together $(ALL_CORES) $(ARGS)
-	DATTN_MATRIX_NEWEST=1 DATTN_TE_NEWEST=1 $(NEWEST)/python -m pytest -q --tier all --part alone $(ARGS)
+	DATTN_TE_NEWEST=1 $(NEWEST)/python -m pytest -q --tier all --part together $(ALL_CORES) $(ARGS)
+	DATTN_MATRIX_NEWEST=1 $(NEWEST)/python -m pytest -q --tier all --part alone $(ARGS)
 
 quickstart-newest: newest
 	@$(NEWEST)/python -m dattn_mcore.quickstart $(ARGS)

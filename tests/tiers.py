@@ -32,10 +32,9 @@ LEFT_OUT = {
 }
 COMMANDS = {"fast": "make test-fast", "default": "make test", "all": "make test-all"}
 
-# Tests that have processes side by side, or share what they install, run one at a time; so do those
-# of these places, which look at times or at signals. All others run side by side (pytest-xdist).
-ALONE = frozenset({"pool", "slurm", "network"})
-ALONE_PLACES = ("tests/distributed/", "tests/end_to_end/")
+# Tests of these markers share a cluster, or environments that they install, and run one at a time.
+# All others run side by side (pytest-xdist).
+ALONE = frozenset({"slurm", "network"})
 PARTS = ("together", "alone")
 
 # A fixture's name, or the beginning of a test's id.
@@ -287,7 +286,7 @@ def markers_of(item: pytest.Item) -> set[str]:
     fixtures = getattr(item, "fixturenames", ())
     found = {marker for fixture, marker in BY_FIXTURE.items() if fixture in fixtures}
     found |= {marker for place, marker in BY_PLACE.items() if item.nodeid.startswith(place)}
-    if any(fixture in fixtures for fixture in TE_FIXTURES):
+    if _is_of_te(item):
         found.add("pool" if all(is_here(release) for release in TE_RELEASES) else "network")
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     slow = item.nodeid.startswith(SLOW) or parameters.get("any_te") in TE_RELEASES[:-1]
@@ -296,8 +295,12 @@ def markers_of(item: pytest.Item) -> set[str]:
 
 def part_of(item: pytest.Item) -> str:
     """Whether a test runs side by side with others; its markers are set."""
-    alone = _names(item) & ALONE or item.nodeid.startswith(ALONE_PLACES)
-    return "alone" if alone else "together"
+    return "alone" if _names(item) & ALONE and not _is_of_te(item) else "together"
+
+
+def _is_of_te(item: pytest.Item) -> bool:
+    """Whether a test has Transformer Engine's Python code, which any number of processes install."""
+    return any(fixture in getattr(item, "fixturenames", ()) for fixture in TE_FIXTURES)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

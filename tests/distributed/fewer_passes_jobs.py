@@ -50,7 +50,9 @@ def shards_after_a_step(tree: dict[str, Any], layouts: Any) -> list[tuple[bool, 
             (part.shard_fp32_groups, part.model_fp32_groups),
             (part.shard_fp32_from_float16_groups, part.model_float16_groups),
         ):
-            pairs = [p for group in zip(shards, weights, strict=True) for p in zip(*group)]
+            pairs = [
+                p for group in zip(shards, weights, strict=True) for p in zip(*group, strict=True)
+            ]
             found += [
                 (shard.data_ptr() == weight.data_ptr(), shard.detach().clone(), weight.detach())
                 for shard, weight in pairs
