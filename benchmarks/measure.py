@@ -37,13 +37,12 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 def seconds_in_turn(
     functions: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, float]:
-    """Median time of each function; they take turns, so that a load on the machine hits all.
+    """Median wall-clock time of each function; they take turns, so that a load hits all.
 
-    On a GPU wall time; on a CPU the process's own time, which does not grow while other
-    processes run. Each function runs once before without being measured. One that runs out of
-    memory is left out of the result.
+    Each function runs once before without being measured. One that runs out of memory is left out
+    of the result.
     """
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    clock = time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name in list(times):
@@ -59,3 +58,17 @@ def seconds_in_turn(
             if turn:
                 times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Most FLOP/s of `torch.mm` on square matrices: float32 on a CPU, bf16 on a GPU."""
+    size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    a, b, out = (torch.zeros(size, size, dtype=dtype, device=device) for _ in range(3))
+    seconds = []
+    for _ in range(10):
+        platform.synchronize()
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        platform.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)

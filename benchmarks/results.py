@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import LogLocator  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+LOAD = os.getloadavg()[0]  # of the last minute before the benchmark
 PACKAGES = ("torch", "megatron-core", "transformers")
 
 
@@ -64,7 +65,8 @@ def _cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     threads = os.environ.get("OMP_NUM_THREADS", "all")
-    return f"{names[0] if names else machine.machine()}, {len(names)} cores, {threads} threads"
+    processor = names[0] if names else machine.machine()
+    return f"{processor}, {len(names)} cores, {threads} threads, load {LOAD:.1f} before"
 
 
 def hand_over(

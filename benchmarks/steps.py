@@ -3,9 +3,10 @@
 All have the same tower (frozen), projector and language model, weights drawn at random, one pack
 of `visual` rows (images of one tile each) before `text` rows, half of which are supervised, and
 AdamW. Hugging Face's runs PyTorch's SDPA and computes logits for the supervised rows only, as this
-code does, so that neither is slowed by logits that nobody reads. Its AdamW is PyTorch's fused one,
-as in Hugging Face's Trainer, and on a GPU keeps bf16 states and weights only, where Megatron-Core's
-keeps float32: that is in the peer's favour.
+code does, so that neither is slowed by logits that nobody reads. It is called past what makes
+Megatron-Core run on a CPU, which costs each call of PyTorch some microseconds. Its AdamW is
+PyTorch's fused one, as in Hugging Face's Trainer, and on a GPU keeps bf16 states and weights only,
+where Megatron-Core's keeps float32: that is in the peer's favour.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dattn_mcore.config.load import from_dict, merge, read_yaml
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.models.dattn import ModelInputs
+from dattn_mcore.parallel import platform
 from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 from dattn_mcore.training.runtime import decide_runtime, params_dtype
@@ -166,7 +168,7 @@ def llava_step(
             torch.nn.utils.clip_grad_norm_(learning, 1.0)
             optimizer.step()
 
-        return step
+        return platform.natively(step)
 
     return {rows: step_of(rows) for rows in visual}
 

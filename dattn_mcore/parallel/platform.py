@@ -539,10 +539,10 @@ class _DropRngWarning(logging.Filter):
         return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
 
 
-def _without_gpu_names(function: Any) -> Any:
-    """Calls a function past the mode above, which costs each call of PyTorch some microseconds.
+def natively(function: Any) -> Any:
+    """Has a function call PyTorch past what maps names of GPUs, which costs microseconds a call.
 
-    For functions that name no GPU. Transformer Engine's layers do, and a rehearsal needs the mode.
+    For functions that name no GPU. Transformer Engine's layers do, and a rehearsal needs the names.
     """
 
     @functools.wraps(function)
@@ -609,8 +609,8 @@ def _install_cpu() -> None:
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random as megatron_random
 
-    schedules.forward_step = _without_gpu_names(schedules.forward_step)
-    schedules.backward_step = _without_gpu_names(schedules.backward_step)
+    schedules.forward_step = natively(schedules.forward_step)
+    schedules.backward_step = natively(schedules.backward_step)
     megatron_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
     logging.getLogger(megatron_random.__name__).addFilter(_DropRngWarning())
     _GpuNamesMeanCpu().__enter__()
