@@ -12,13 +12,12 @@ whole, and its share of the queries' gradient, which is their sum over the group
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from dattn_mcore.layers.attention.rows import Rows, add_rows, put_rows
+from dattn_mcore.layers.attention.rows import Rows, add_rows, covers, put_rows
 
 
 class KernelCall(Protocol):
@@ -84,6 +83,9 @@ class Merged:
     def _add_call(self, call: KernelCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         rows = call.q_rows
         out, lse, state = call.forward(q[rows], k[call.k_rows], v[call.k_rows])
+        if self.empty and covers(rows, self.out) and lse.dtype == self.lse.dtype:
+            self.out, self.lse = out.to(self.out.dtype), lse
+            return state
         if self.empty:
             put_rows(self.out, rows, out)
             put_rows(self.lse, rows, lse)
@@ -137,6 +139,9 @@ def gradients(
         dtype = wide if len(passes) > 1 else like.dtype
         return torch.zeros(like.shape, dtype=dtype, device=like.device)
 
+    calls = [call for one in passes for call in one]
+    if len(calls) == 1 and covers(calls[0].q_rows, q) and covers(calls[0].k_rows, k):
+        return calls[0].backward(grad, q=q, k=k, v=v, out=out, lse=lse, state=states[0])
     totals = zeros(q), zeros(k), zeros(v)
     put = add_rows if len(passes) > 1 else put_rows
 
@@ -154,7 +159,7 @@ def gradients(
         for total, at, values in zip(totals, (rows, keys, keys), found, strict=True):
             put(total, at, values)
 
-    for call, state in zip(itertools.chain(*passes), states, strict=True):
+    for call, state in zip(calls, states, strict=True):
         add_call(call, state)
     dq, dk, dv = (total.to(like.dtype) for total, like in zip(totals, (q, k, v), strict=True))
     return dq, dk, dv

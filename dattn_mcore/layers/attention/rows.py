@@ -176,6 +176,11 @@ def rows_of(spans: Sequence[Span], device: torch.device) -> Rows:
     return torch.from_numpy(first + np.arange(len(first))).to(device)
 
 
+def covers(rows: Rows, whole: torch.Tensor) -> bool:
+    """Whether these are all rows, in their order."""
+    return isinstance(rows, slice) and rows.start == 0 and rows.stop == len(whole)
+
+
 def put_rows(whole: torch.Tensor, rows: Rows, values: torch.Tensor) -> None:
     """Writes values into rows, in the dtype of the whole."""
     if isinstance(rows, slice):

@@ -54,7 +54,7 @@ def test_the_planner_says_what_a_rehearsal_finds(path, settings, world_size, ran
 
 def test_the_command_prints_both_and_takes_no_memory(capsys):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    short = ["model.llm.num_layers=4", "train.recompute_layers=1"]
+    short = ["model.llm.num_layers=4", "train.recompute=full", "train.recompute_layers=1"]
     assert main(["--config", MISTRAL, "--rehearse", "64", *short]) == 0
     said = capsys.readouterr().out
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
