@@ -49,6 +49,18 @@ def test_streams_are_inert():
     gpu.synchronize()
 
 
+def test_natively_names_mean_what_pytorch_says():
+    """As they do where Transformer Engine's layers, which write such names, are not loaded."""
+
+    @platform.natively
+    def on_a_gpu():
+        return torch.zeros(2, device=GPU)
+
+    with pytest.raises(AssertionError, match="not compiled with"):
+        on_a_gpu()
+    assert torch.zeros(2, device=GPU).device.type == "cpu"  # and afterwards as before
+
+
 def test_gpu_asked_for_and_absent(monkeypatch):
     monkeypatch.setattr(platform, "gpu_available", lambda: False)
     assert platform.resolve_device("auto") == "cpu"
