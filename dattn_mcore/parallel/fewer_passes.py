@@ -7,7 +7,7 @@ Each holds for megatron-core 0.16.1 and has a test in tests/distributed/test_few
 
 On a CPU besides:
 
-3. gloo copies what a group of one rank would send to itself;
+3. a group of one rank sends to itself, which the backend copies;
 4. a weight's gradient is computed, then added into DDP's buffer. On a GPU Apex's extension does
    both in one product; here one of PyTorch's that adds does.
 """
@@ -114,7 +114,6 @@ def _add_in_products() -> None:
         else:
             buffer.add_(gradient.t() @ rows)
 
-    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
-        wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add
-    )
+    extension = types.SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
+    setattr(layers, platform.ADDS_GRADIENTS, extension)
     layers._grad_accum_fusion_available = True
