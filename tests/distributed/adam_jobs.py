@@ -16,7 +16,15 @@ class FusedAdam(torch.optim.Optimizer):
     Source: TransformerEngine, `pytorch/optimizers/fused_adam.py`.
     """
 
-    def __init__(self, params: Any, lr: float, betas: Any, eps: float, weight_decay: float):
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: Any,
+        eps: float,
+        weight_decay: float,
+        capturable: bool = False,  # passed from megatron-core 0.19 on
+    ):
         names = dict(lr=lr, bias_correction=True, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, names)
 
