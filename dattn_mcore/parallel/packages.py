@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dattn_mcore.errors import first_line
 
 ABSENT = "is not installed"
-# What Megatron-Core 0.16.1 tries on the way to the modules that this project uses; and
+# What Megatron-Core 0.16.1 to 0.19.2 try on the way to the modules that this project uses; and
 # `platform.ADDS_GRADIENTS`.
 TRIED_BY_MEGATRON = (
     "transformer_engine.pytorch",
