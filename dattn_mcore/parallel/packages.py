@@ -30,6 +30,10 @@ TRIED_BY_MEGATRON = (
     "flashinfer",
     "deep_ep",
     "torch_memory_saver",
+    # From 0.19 on.
+    "emerging_optimizers",
+    "multistorageclient",
+    "nvidia_resiliency_ext.checkpointing.async_ckpt.core",
 )
 _hidden: dict[str, str] = {}  # what is wrong with each package that `hide_broken` hid
 
