@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -38,43 +39,44 @@ def oldest() -> str:
     return bound.version
 
 
-def newest_of_the_index() -> str:
-    """The newest release of the index that is allowed.
-
-    Raises:
-        Unavailable: the index cannot be reached.
-    """
-    with tempfile.TemporaryDirectory() as nowhere:
-        options = ["--dry-run", "--ignore-installed", "--target", nowhere, "--report", "-"]
-        report = json.loads(pip("install", *options, *FOR_PYTHON, str(allowed())))
-    return str(report["install"][0]["metadata"]["version"])
-
-
 def ends() -> list[str]:
-    """The releases to test beside the one that is installed.
+    """The releases to test beside the one that is installed; each lies in its folder.
 
     Raises:
         Unavailable: the index cannot be reached.
     """
-    found = {oldest(), newest_of_the_index()} - {INSTALLED}
+    found = {oldest(), _unpacked(str(allowed()))} - {INSTALLED}
+    assert found, f"{allowed()} allows no other release than {INSTALLED}"
+    for release in found:
+        if not folder_of(release).is_dir():
+            _unpacked(f"megatron-core=={release}")
     return sorted(found, key=Version)
 
 
 def folder_of(release: str) -> Path:
-    """A folder with a release; it is installed once.
+    """Where a release lies."""
+    return cache("megatron-releases", FOLDER_VARIABLE) / release
+
+
+def _unpacked(requirement: str) -> str:
+    """Downloads the newest release that meets a requirement and unpacks it; its version.
+
+    `pip install` would follow a machine's own constraints.
 
     Raises:
-        Unavailable: it cannot be installed.
+        Unavailable: the index cannot be reached, or has none.
     """
-    folder = cache("megatron-releases", FOLDER_VARIABLE) / release
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".installing-") as name:
-            made = Path(name) / "package"
-            options = ["--no-compile", "--target", str(made), *FOR_PYTHON]
-            pip("install", *options, f"megatron-core=={release}")
-            made.rename(folder)
-    return folder
+    folder = folder_of("")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".downloading-") as name:
+        pip("download", "--dest", name, *FOR_PYTHON, requirement)
+        (wheel,) = Path(name).glob("*.whl")
+        release = wheel.name.split("-")[1]
+        if not folder_of(release).is_dir():
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(Path(name) / "package")
+            (Path(name) / "package").rename(folder_of(release))
+    return release
 
 
 def run(release: str, *arguments: str) -> str:
@@ -96,4 +98,4 @@ def jobs(release: str, **settings: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-__all__ = ["INSTALLED", "Unavailable", "ends", "folder_of", "jobs", "run"]
+__all__ = ["INSTALLED", "Unavailable", "ends", "jobs", "run"]
