@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -32,6 +31,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.checkpoint import folders, fp8_scales, manifest, state
+from dattn_mcore.checkpoint.files import begin_save
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.checkpoint.retention import Retention
 from dattn_mcore.config.optim_groups import layers_differ
@@ -144,12 +144,7 @@ class CheckpointSaver:
         asynchronous = self.config.checkpoint.asynchronous
         filesystem_async._results_queue = self._results_queue(asynchronous)
         try:
-            request = dist_checkpointing.save(
-                self._content(step, layout),
-                str(pending.temporary),
-                self._strategy(),
-                async_sharded_save=True,
-            )
+            request = begin_save(self._content(step, layout), pending.temporary, self._strategy())
             request.finalize_fns.insert(0, functools.partial(_release, pending))
             if asynchronous:
                 self._calls.schedule_async_request(request)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -25,18 +27,16 @@ from dattn_mcore.layers.decomposed_attention import (
     DecomposedSelfAttentionSubmodules,
 )
 from dattn_mcore.layers.layer_parts import LayerParts
-from dattn_mcore.layers.parts import LOCAL_PARTS, parts_of
+from dattn_mcore.layers.parts import parts_of
 from dattn_mcore.layers.runtime import Runtime
 
 
-def mlp_spec(
-    column_parallel: type = LOCAL_PARTS.column, row_parallel: type = LOCAL_PARTS.row
-) -> ModuleSpec:
-    """Megatron-Core's MLP, by default on local tensor parallel linears."""
-    return ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(linear_fc1=column_parallel, linear_fc2=row_parallel),
-    )
+def mlp_spec(column_parallel: type, row_parallel: type) -> Any:
+    """Megatron-Core's MLP on two linears, as its layer takes it."""
+    submodules = MLPSubmodules(linear_fc1=column_parallel, linear_fc2=row_parallel)
+    if hasattr(MLP, "as_mlp_submodule"):  # from 0.18 on, which warns of the other kind
+        return partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)
 
 
 def attention_options(llm: LlmConfig, attention: AttentionConfig) -> AttentionOptions:
@@ -120,7 +120,7 @@ def decoder_layer_spec(
     )
 
 
-def _decoder_mlp(parts: LayerParts, post_norms: bool, text_only: bool) -> ModuleSpec:
+def _decoder_mlp(parts: LayerParts, post_norms: bool, text_only: bool) -> Any:
     if text_only:
         return mlp_spec(parts.text_fc1, parts.text_fc2_post_norm if post_norms else parts.text_fc2)
     return mlp_spec(

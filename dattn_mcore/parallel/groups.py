@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.errors import ConfigError, RankError, first_line
-from dattn_mcore.parallel import platform, torch_adam
+from dattn_mcore.parallel import announcements, platform, torch_adam
 
 _POLL_SECONDS = 0.1
 
@@ -86,6 +86,7 @@ def initialize_model_parallel(
         The groups, to be passed to whoever communicates.
     """
     torch_adam.install()
+    announcements.hide()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,

@@ -1,6 +1,6 @@
 """The only file of the project that knows the device: GPU with NCCL, or CPU with gloo.
 
-`install("cpu")` makes the real Megatron-Core 0.16 run on CPU processes. Megatron-Core names CUDA
+`install("cpu")` makes the real Megatron-Core (0.16.1 to 0.19.2) run on CPU processes. It names CUDA
 in its schedules, optimizer, RNG tracker and checkpoint writer; nothing of that is written again
 here. Instead, the few names it uses are pointed at their CPU counterparts. `install` is called
 once by the entry points and test fixtures, never at import, and changes nothing for a GPU.
