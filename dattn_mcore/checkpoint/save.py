@@ -21,12 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelSaveStrategyWrapper,
-)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -144,7 +140,9 @@ class CheckpointSaver:
         asynchronous = self.config.checkpoint.asynchronous
         filesystem_async._results_queue = self._results_queue(asynchronous)
         try:
-            request = begin_save(self._content(step, layout), pending.temporary, self._strategy())
+            request = begin_save(
+                self._content(step, layout), pending.temporary, self.pg_collection.dp_cp
+            )
             request.finalize_fns.insert(0, functools.partial(_release, pending))
             if asynchronous:
                 self._calls.schedule_async_request(request)
@@ -222,12 +220,6 @@ class CheckpointSaver:
             "rng": state.rng_state(self.pg_collection, layout),
             "step": step,
         }
-
-    def _strategy(self) -> Any:
-        strategy = get_default_save_sharded_strategy("torch_dist")
-        if self.pg_collection.dp_cp.size() > 1:
-            return FullyParallelSaveStrategyWrapper(strategy, self.pg_collection.dp_cp)
-        return strategy
 
     def _results_queue(self, asynchronous: bool) -> Any:
         """Where the writer leaves what it wrote.

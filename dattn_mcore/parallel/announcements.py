@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 
-# Loggers of megatron-core 0.19, and what they warn of in every run. 0.16 to 0.18 say none of it.
+# Loggers of Megatron-Core, and what they warn of in every run; 0.16 says none of it.
 ANNOUNCEMENTS = {
-    # `common.pt`, which 0.16 needs; the writer that comes without another package.
+    # From 0.19 on: of `common.pt`, which the releases before need.
     "megatron.core.dist_checkpointing.strategies.common": "will be removed in a future release",
+    # From 0.17 on: of the writer that comes without another package.
     "megatron.core.dist_checkpointing.strategies.torch": "will be removed in the future releases",
-    # It computes the layout of the buffers itself, as before.
+    # From 0.18 on: it computes the layout of the buffers itself, as before.
     "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
 }
 

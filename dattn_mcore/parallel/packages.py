@@ -29,6 +29,7 @@ TRIED_BY_MEGATRON = (
     "flash_mla",
     "flashinfer",
     "deep_ep",
+    "einops",
     "torch_memory_saver",
     # From 0.19 on.
     "emerging_optimizers",

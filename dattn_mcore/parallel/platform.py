@@ -568,7 +568,7 @@ def _install_cpu() -> None:
         "current_stream": lambda *a: stream,
         "default_stream": lambda *a: stream,
         "stream": lambda *a: contextlib.nullcontext(),
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": lambda: False,  # asked by PyTorch's Adam
         "get_rng_state": lambda *a, **k: torch.get_rng_state(),
         "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),

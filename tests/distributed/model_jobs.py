@@ -112,8 +112,6 @@ def model_outputs(
 
 def load_and_save(tree: dict[str, Any], source: str, target: str) -> None:
     """Loads a checkpoint into this layout and saves the weights again from it."""
-    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-
     from dattn_mcore.checkpoint.files import begin_save
     from dattn_mcore.checkpoint.load import load_weights
     from dattn_mcore.checkpoint.state import model_state
@@ -126,8 +124,7 @@ def load_and_save(tree: dict[str, Any], source: str, target: str) -> None:
     if dist.get_rank() == 0:
         Path(target).mkdir(parents=True)
     dist.barrier()
-    strategy = get_default_save_sharded_strategy("torch_dist")
-    begin_save(model_state(chunks, groups), Path(target), strategy).execute_sync()
+    begin_save(model_state(chunks, groups), Path(target), groups.dp_cp).execute_sync()
     dist.barrier()
     if dist.get_rank() == 0:
         write_manifest(Path(target), config)

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import hashlib
 import importlib
+import importlib.abc
 import json
 import os
 import sys
@@ -23,11 +24,21 @@ warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 
-from dattn_mcore.parallel import entry, platform, torch_adam  # noqa: E402
+from dattn_mcore.parallel import entry, packages, platform, torch_adam  # noqa: E402
+from dattn_mcore.parallel.announcements import ANNOUNCEMENTS  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 GPU = "cu" + "da"  # the word itself belongs to platform.py alone
 OPTIONAL = ".extensions.transformer_engine"  # names there need that package
+# Other things that `platform.install` replaces, and what Megatron-Core says where it needs them.
+OTHER_SHIMS = {
+    "Tensor.cuda": f".{GPU}()",
+    "Tensor.type": f"torch.{GPU}.FloatTensor",
+    "set_rng_state": f"_set_{GPU}_rng_state(",
+    "random.get_rng_state": f"torch.{GPU}.random.get_rng_state",
+    "device=": f'device="{GPU}"',
+    "warning of the tracker": "CPU RNG state changed within GPU RNG context",
+}
 
 
 def version() -> str:
@@ -63,10 +74,68 @@ def _problem(module: str, name: str) -> str | None:
 
 
 def shims(replaced: list[str]) -> list[str]:
-    """Of the names that the CPU platform replaces, those that this release never mentions."""
+    """What the CPU platform replaces or hides and this release never mentions."""
     package = Path(importlib.import_module("megatron.core").__path__[0])
     text = "\n".join(file.read_text(encoding="utf-8") for file in package.rglob("*.py"))
-    return [name for name in replaced if f"{GPU}.{name}" not in text]
+    mentions = {name: f"{GPU}.{name}" for name in replaced} | OTHER_SHIMS
+    return [name for name, mention in mentions.items() if mention not in text]
+
+
+def announcements() -> list[str]:
+    """Loggers that `parallel.announcements` filters and whose module here has such a message."""
+    said = []
+    for name, message in ANNOUNCEMENTS.items():
+        file = importlib.import_module(name).__file__
+        if message in Path(str(file)).read_text(encoding="utf-8"):
+            said.append(name)
+    return said
+
+
+class _Absent(importlib.abc.MetaPathFinder):
+    """Notes which absent packages Megatron-Core tries; comes last, so that it is asked for those."""
+
+    def __init__(self) -> None:
+        self.tried: set[str] = set()
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        """Finds nothing."""
+        frame: Any = sys._getframe(1)
+        while frame and frame.f_globals.get("__name__", "").startswith("importlib."):
+            frame = frame.f_back
+        if frame and frame.f_globals.get("__name__", "").startswith("megatron."):
+            self.tried.add(fullname.partition(".")[0])
+
+
+_ABSENT = _Absent()
+
+
+def tried() -> list[str]:
+    """Absent packages that Megatron-Core tries on the way to what this project imports.
+
+    Those that are installed are not among them; the same list needs them on another machine.
+    """
+    for module in ("dattn_mcore.training.loop", "dattn_mcore.checkpoint.save"):
+        importlib.import_module(module)
+    known = {name.partition(".")[0] for name in packages.TRIED_BY_MEGATRON}
+    known |= {"megatron", platform.ADDS_GRADIENTS}
+    return sorted(_ABSENT.tried - known)
+
+
+def own_save(folder: str) -> list[str]:
+    """Byte entries of a checkpoint of a tensor and a number that Megatron-Core's `save` writes."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    from dattn_mcore.checkpoint.metadata import read_metadata
+    from dattn_mcore.parallel.groups import single_process
+
+    Path(folder).mkdir(parents=True)
+    with single_process():
+        tensor = ShardedTensor.from_rank_offsets("weight", torch.ones(2), replica_id=0)
+        dist_checkpointing.save({"weight": tensor, "step": 1}, folder)
+    entries = read_metadata(Path(folder)).state_dict_metadata
+    return [name for name, entry in entries.items() if isinstance(entry, BytesStorageMetadata)]
 
 
 def fixes(data: str) -> dict[str, bool]:
@@ -164,7 +233,19 @@ def _digest(weights: dict[str, torch.Tensor]) -> str:
 
 
 JOBS: dict[str, Callable[..., Any]] = {
-    job.__name__: job for job in (version, imports, shims, fixes, train, save, resume)
+    job.__name__: job
+    for job in [
+        version,
+        imports,
+        tried,
+        shims,
+        announcements,
+        fixes,
+        own_save,
+        train,
+        save,
+        resume,
+    ]
 }
 
 
@@ -172,6 +253,7 @@ def main() -> None:
     """Runs the jobs in their order; other output goes to the error stream."""
     torch.set_num_threads(1)
     before = dict(vars(getattr(torch, GPU)))
+    sys.meta_path.append(_ABSENT)
     entry.prepare_imports("cpu")
     platform.install("cpu")
     replaced = [name for name, value in vars(getattr(torch, GPU)).items() if name in before]

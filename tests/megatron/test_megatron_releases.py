@@ -2,14 +2,15 @@
 
 The release that is installed has all other tests. Here the other end gets the CPU platform's tests,
 the optimizer's fixes, the oracle, a training run whose losses are those of the installed release,
-and checkpoints that either reads. Fixes and replaced names that a release does not need fail a
-test, under either release.
+and checkpoints that either reads. A fix or a replaced name that a release does without fails a test
+of that release; what no release needs any more fails one of all.
 """
 
 from __future__ import annotations
 
 import pytest
 
+from dattn_mcore.parallel.announcements import ANNOUNCEMENTS
 from tests.megatron.releases import INSTALLED, Unavailable, ends, jobs, run
 
 # Replaced for this project's own sake (`platform.peak_memory` and its like), or for PyTorch's Adam.
@@ -37,13 +38,21 @@ def megatron():
         pytest.skip(str(error))
 
 
+def of_the_release(folder):
+    """Jobs that ask what a release has, says and writes."""
+    alone = {name: {} for name in ("version", "imports", "tried", "shims", "announcements")}
+    return alone | {
+        "fixes": {"data": str(folder / "fixes")},
+        "own_save": {"folder": str(folder / "own_save")},
+    }
+
+
 @pytest.fixture(scope="module")
 def here(digits, tmp_path_factory):
     """The installed release's answers, and its folder of checkpoints."""
     folder = tmp_path_factory.mktemp("here")
     asked = {
-        "shims": {},
-        "fixes": {"data": str(folder / "fixes")},
+        **of_the_release(folder),
         "train": {"data": str(digits), "run_dir": str(folder / "run")},
         "save": {"data": str(folder / "saved")},
     }
@@ -57,10 +66,7 @@ def there(megatron, here, digits, tmp_path_factory):
     for release in megatron:
         folder = tmp_path_factory.mktemp("there")
         asked = {
-            "version": {},
-            "imports": {},
-            "shims": {},
-            "fixes": {"data": str(folder / "fixes")},
+            **of_the_release(folder),
             "train": {"data": str(digits), "run_dir": str(folder / "run")},
             "resume": {"data": str(here[1] / "saved")},
             "save": {"data": str(folder / "saved")},
@@ -69,21 +75,38 @@ def there(megatron, here, digits, tmp_path_factory):
     return found
 
 
-def check_what_is_needed(answers):
+def check_release(answers):
+    """All names are there, and what replaces or fixes something has something to replace or fix."""
+    release = answers["version"]
+    assert answers["imports"] == {}
+    assert answers["tried"] == [], "add them to dattn_mcore/parallel/packages.py"
     needless = sorted(name for name, needed in answers["fixes"].items() if not needed)
-    assert not needless, "dattn_mcore/parallel/torch_adam.py: no longer needed"
-    assert set(answers["shims"]) <= NOT_MEGATRONS, "dattn_mcore/parallel/platform.py: not needed"
+    assert not needless, f"dattn_mcore/parallel/torch_adam.py: {release} does without: say so there"
+    needless = sorted(set(answers["shims"]) - NOT_MEGATRONS)
+    assert not needless, f"dattn_mcore/parallel/platform.py: {release} does without: say so there"
 
 
-def test_all_fixes_are_needed_here(here):
-    check_what_is_needed(here[0])
+def test_the_installed_release(here):
+    assert here[0]["version"] == INSTALLED
+    check_release(here[0])
 
 
-def test_all_names_are_there_and_all_fixes_needed(there):
+def test_the_others(there):
     for release, (answers, _) in there.items():
         assert answers["version"] == release
-        assert answers["imports"] == {}
-        check_what_is_needed(answers)
+        check_release(answers)
+
+
+def test_what_is_hidden_is_said_by_a_release(here, there):
+    answers = [here[0], *(answers for answers, _ in there.values())]
+    said = {name for one in answers for name in one["announcements"]}
+    assert said == set(ANNOUNCEMENTS), "dattn_mcore/parallel/announcements.py: no longer needed"
+
+
+def test_megatron_cores_own_save_differs(here, there):
+    """Of one end of the range; else `checkpoint.files.begin_save` is not needed."""
+    entries = [here[0]["own_save"], *(answers["own_save"] for answers, _ in there.values())]
+    assert any(entries), "dattn_mcore/checkpoint/files.py: `dist_checkpointing.save` would do"
 
 
 def test_a_run_has_the_same_losses(here, there):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dattn_mcore.checkpoint import save
+from dattn_mcore.checkpoint import files, save
 from dattn_mcore.errors import CheckpointError
 from tests.unit.checkpoint.runs import small_run
 
@@ -35,7 +35,7 @@ def test_one_line_and_earlier_checkpoints_stay(
 ):
     monkeypatch.setattr(save, "RESERVE_BYTES", min(limit, save.RESERVE_BYTES))
     if limit == 60_000:  # which is not enough for the index alone where shards are smaller
-        monkeypatch.setattr(save, "get_default_save_sharded_strategy", many_small_files)
+        monkeypatch.setattr(files, "FILES_OF_A_RANK", 64)
     checkpoint = replace(small_configuration.checkpoint, asynchronous=asynchronous, keep=9)
     with small_run(checkpoints, replace(small_configuration, checkpoint=checkpoint)) as run:
         run.step(3)
@@ -52,13 +52,6 @@ def test_one_line_and_earlier_checkpoints_stay(
         assert names(checkpoints) == ["step_00000001", "step_00000002", "step_00000003"]
     said = capfd.readouterr()
     assert "Traceback" not in said.err and "error" not in said.err.lower()
-
-
-def many_small_files(backend):
-    """Megatron-Core's own, with so many writers that every shard is small."""
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
-    return TorchDistSaveShardedStrategy(backend, 1, thread_count=64)
 
 
 def test_the_system_says_why(checkpoints, small_configuration, monkeypatch):
