@@ -9,13 +9,17 @@ tests/megatron fails once all releases that are allowed write without the entry.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
@@ -54,4 +58,33 @@ def begin_save(content: dict[str, Any], folder: Path, replicas: dist.ProcessGrou
         dist.barrier()
 
     request.finalize_fns.append(finish)
-    return request
+    if request.async_fn is None:  # this rank has nothing to write
+        return request
+    return request._replace(async_fn=functools.partial(_write, request.async_fn))
+
+
+def _write(write: Callable[..., None], rank: int, shards: Any, results: Any) -> None:
+    """Has Megatron-Core write this rank's shards; `results` gets what was written, or why not.
+
+    From 0.17 on, of an exception it keeps the type alone, its log has the rest; and the exception
+    of one file of several ends this rank, for which the others would wait.
+    """
+    said: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            said.append(record.getMessage())
+        return record.levelno < logging.ERROR
+
+    log = logging.getLogger(filesystem_async.__name__)
+    log.addFilter(keep)
+    try:
+        write(rank, shards, results)
+        written = results.get()
+    except Exception as error:  # noqa: BLE001 (all ranks raise it, when they ask for the results)
+        written = RuntimeError(f"{type(error).__name__}: {error}")
+    finally:
+        log.removeFilter(keep)
+    if isinstance(written, Exception) and said:
+        written = RuntimeError(said[0].partition("error: ")[2] or said[0])
+    results.put(written)

@@ -103,8 +103,6 @@ class CheckpointSaver:
         self._pending: _Pending | None = None
         self._saved: Path | None = None
         end_forks_with_parent()
-        # What it says of a failure stands in the error that ends the run.
-        logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
     def save(
         self,
