@@ -32,7 +32,7 @@ GPU = "cu" + "da"  # the word itself belongs to platform.py alone
 OPTIONAL = ".extensions.transformer_engine"  # names there need that package
 # Other things that `platform.install` replaces, and what Megatron-Core says where it needs them.
 OTHER_SHIMS = {
-    "Tensor.cuda": f".{GPU}()",
+    f"Tensor.{GPU}": f".{GPU}()",
     "Tensor.type": f"torch.{GPU}.FloatTensor",
     "set_rng_state": f"_set_{GPU}_rng_state(",
     "random.get_rng_state": f"torch.{GPU}.random.get_rng_state",
