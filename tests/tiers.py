@@ -41,6 +41,7 @@ PARTS = ("together", "alone")
 BY_FIXTURE = {
     "pool": "pool",
     "matrix": "network",
+    "megatron": "network",
     "real": "network",
     "real_mistral_v1": "network",
 }
@@ -51,6 +52,7 @@ BY_PLACE = {
     "tests/distributed/test_killed.py": "processes",
     "tests/end_to_end/": "processes",
     "tests/end_to_end/test_slurm.py": "slurm",
+    "tests/megatron/": "processes",
     "tests/unit/benchmarks/test_benchmarks.py": "processes",
     "tests/unit/benchmarks/test_checkouts.py": "processes",
     "tests/unit/benchmarks/test_faults.py": "processes",

@@ -100,6 +100,11 @@ def check_content(folder: Path, manifest: dict[str, Any]) -> Metadata:
     return index
 
 
+def write_backend(folder: Path) -> None:
+    """Writes the file by which Megatron-Core chooses its reader; 0.19 would leave fields out."""
+    (folder / BACKEND).write_text(json.dumps(_TORCH_DIST), encoding="utf-8")
+
+
 def check_inside(name: str, index: Path) -> None:
     """Refuses the name of a file outside the checkpoint's folder.
 

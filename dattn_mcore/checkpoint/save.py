@@ -21,17 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelSaveStrategyWrapper,
-)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.checkpoint import folders, fp8_scales, manifest, state
+from dattn_mcore.checkpoint.files import begin_save
 from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.checkpoint.retention import Retention
 from dattn_mcore.config.optim_groups import layers_differ
@@ -107,8 +103,6 @@ class CheckpointSaver:
         self._pending: _Pending | None = None
         self._saved: Path | None = None
         end_forks_with_parent()
-        # What it says of a failure stands in the error that ends the run.
-        logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
     def save(
         self,
@@ -144,11 +138,8 @@ class CheckpointSaver:
         asynchronous = self.config.checkpoint.asynchronous
         filesystem_async._results_queue = self._results_queue(asynchronous)
         try:
-            request = dist_checkpointing.save(
-                self._content(step, layout),
-                str(pending.temporary),
-                self._strategy(),
-                async_sharded_save=True,
+            request = begin_save(
+                self._content(step, layout), pending.temporary, self.pg_collection.dp_cp
             )
             request.finalize_fns.insert(0, functools.partial(_release, pending))
             if asynchronous:
@@ -227,12 +218,6 @@ class CheckpointSaver:
             "rng": state.rng_state(self.pg_collection, layout),
             "step": step,
         }
-
-    def _strategy(self) -> Any:
-        strategy = get_default_save_sharded_strategy("torch_dist")
-        if self.pg_collection.dp_cp.size() > 1:
-            return FullyParallelSaveStrategyWrapper(strategy, self.pg_collection.dp_cp)
-        return strategy
 
     def _results_queue(self, asynchronous: bool) -> Any:
         """Where the writer leaves what it wrote.

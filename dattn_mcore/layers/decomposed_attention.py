@@ -80,6 +80,8 @@ class DecomposedSelfAttention(MegatronModule):
             `submodules` must be able to. Concerns `v2v=diagonal` only.
         text_only: return text rows only: the last layer, whose visual rows nobody reads.
         pg_collection: process groups; `tp` is used.
+        cp_comm_type, pp_layer_offset, name: what Megatron-Core's layer passes to any attention
+            (the last two from 0.17 on), without a meaning here.
     """
 
     def __init__(
@@ -96,6 +98,8 @@ class DecomposedSelfAttention(MegatronModule):
         text_only: bool = False,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
         if pg_collection is None:

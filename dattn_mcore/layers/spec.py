@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -26,17 +28,14 @@ from dattn_mcore.layers.decomposed_attention import (
     DecomposedSelfAttentionSubmodules,
 )
 from dattn_mcore.layers.layer_parts import LayerParts
-from dattn_mcore.layers.parts import LOCAL_PARTS, parts_of
+from dattn_mcore.layers.parts import parts_of
 from dattn_mcore.layers.runtime import Runtime
 
 
 def mlp_spec(
-    column_parallel: type = LOCAL_PARTS.column,
-    row_parallel: type = LOCAL_PARTS.row,
-    *,
-    gate: TowerActivation | None = None,
-) -> ModuleSpec:
-    """Megatron-Core's MLP, by default on local tensor parallel linears.
+    column_parallel: type, row_parallel: type, *, gate: TowerActivation | None = None
+) -> Any:
+    """Megatron-Core's MLP on two linears, as its layer takes it.
 
     Args:
         column_parallel: the first linear.
@@ -44,14 +43,14 @@ def mlp_spec(
         gate: activation of a gated MLP, whose settings are `activations.mlp_settings`; None: it is
             not gated.
     """
-    return ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(
-            linear_fc1=column_parallel,
-            activation_func=gated_activation(activation_function(gate)) if gate else None,
-            linear_fc2=row_parallel,
-        ),
+    submodules = MLPSubmodules(
+        linear_fc1=column_parallel,
+        activation_func=gated_activation(activation_function(gate)) if gate else None,
+        linear_fc2=row_parallel,
     )
+    if hasattr(MLP, "as_mlp_submodule"):  # from 0.18 on, which warns of the other kind
+        return partial(MLP.as_mlp_submodule, submodules=submodules)
+    return ModuleSpec(module=MLP, submodules=submodules)
 
 
 def attention_options(llm: LlmConfig, attention: AttentionConfig) -> AttentionOptions:
@@ -137,7 +136,7 @@ def decoder_layer_spec(
 
 def _decoder_mlp(
     parts: LayerParts, gate: TowerActivation, post_norms: bool, text_only: bool
-) -> ModuleSpec:
+) -> Any:
     if text_only:
         last = parts.text_fc2_post_norm if post_norms else parts.text_fc2
         return mlp_spec(parts.text_fc1, last, gate=gate)

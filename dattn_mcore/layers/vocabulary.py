@@ -132,7 +132,7 @@ class _WeightGradient:
     With Megatron-Core's DDP it adds to `main_grad` right away and hands autograd a stand-in,
     which DDP's hook drops because of `grad_added_to_main_grad`, or adds, and then it must be zero,
     where another use of the weight brings a gradient too (`zero_out_wgrad`: tied embeddings).
-    Source: Megatron-Core 0.16 `LinearWithGradAccumulationAndAsyncCommunication`.
+    Source: Megatron-Core 0.16.1 `LinearWithGradAccumulationAndAsyncCommunication`.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
 from dattn_mcore.architectures.sizes import ModelConfig
 from dattn_mcore.layers.norm import Norm
+from dattn_mcore.layers.parts import LOCAL_PARTS
 from dattn_mcore.layers.runtime import Runtime
-from dattn_mcore.layers.spec import mlp_spec
 from dattn_mcore.models.transformer_configs import projector_transformer_config
 
 
@@ -79,7 +79,7 @@ class Projector(MegatronModule):
         self.output_norm_init = projector.output_norm_init
         self.mlp = MLP(
             transformer_config,
-            mlp_spec().submodules,
+            MLPSubmodules(linear_fc1=LOCAL_PARTS.column, linear_fc2=LOCAL_PARTS.row),
             input_size=model.vision.hidden_size,
             ffn_hidden_size=projector.ffn_hidden_size,
             tp_group=pg_collection.tp,

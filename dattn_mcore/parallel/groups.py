@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from dattn_mcore.errors import ConfigError, RankError, first_line
-from dattn_mcore.parallel import fewer_passes, platform, torch_adam
+from dattn_mcore.parallel import announcements, fewer_passes, platform, torch_adam
 
 _POLL_SECONDS = 0.1
 
@@ -87,6 +87,7 @@ def initialize_model_parallel(
     """
     torch_adam.install()
     fewer_passes.install()
+    announcements.hide()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,

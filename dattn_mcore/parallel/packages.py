@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dattn_mcore.errors import first_line
 
 ABSENT = "is not installed"
-# What Megatron-Core 0.16.1 tries on the way to the modules that this project uses; and
+# What Megatron-Core 0.16.1 to 0.19.2 try on the way to the modules that this project uses; and
 # `platform.ADDS_GRADIENTS`.
 TRIED_BY_MEGATRON = (
     "transformer_engine.pytorch",
@@ -29,7 +29,12 @@ TRIED_BY_MEGATRON = (
     "flash_mla",
     "flashinfer",
     "deep_ep",
+    "einops",
     "torch_memory_saver",
+    # From 0.19 on.
+    "emerging_optimizers",
+    "multistorageclient",
+    "nvidia_resiliency_ext.checkpointing.async_ckpt.core",
 )
 _hidden: dict[str, str] = {}  # what is wrong with each package that `hide_broken` hid
 

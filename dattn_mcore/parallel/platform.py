@@ -1,6 +1,6 @@
 """The only file of the project that knows the device: GPU with NCCL, or CPU with gloo.
 
-`install("cpu")` makes the real Megatron-Core 0.16 run on CPU processes. Megatron-Core names CUDA
+`install("cpu")` makes the real Megatron-Core (0.16.1 to 0.19.2) run on CPU processes. It names CUDA
 in its schedules, optimizer, RNG tracker and checkpoint writer; nothing of that is written again
 here. Instead, the few names it uses are pointed at their CPU counterparts. `install` is called
 once by the entry points and test fixtures, never at import, and changes nothing for a GPU.
@@ -595,7 +595,7 @@ def _install_cpu() -> None:
         "current_stream": lambda *a: stream,
         "default_stream": lambda *a: stream,
         "stream": lambda *a: contextlib.nullcontext(),
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": lambda: False,  # asked by PyTorch's Adam
         "get_rng_state": lambda *a, **k: torch.get_rng_state(),
         "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),

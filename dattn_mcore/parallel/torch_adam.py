@@ -1,8 +1,9 @@
 """Fixes for resuming Megatron-Core's distributed optimizer with PyTorch's own Adam.
 
 With Transformer Engine or Apex installed Megatron-Core keeps Adam's step count in the parameter
-group and none of this applies. With PyTorch's Adam, megatron-core 0.16.1 saves and loads the
-state wrongly in these places (each has a test in tests/distributed/test_resume.py):
+group and none of this applies. With PyTorch's Adam, megatron-core 0.16.1 to 0.19.2 save and
+load the state wrongly in these places (each has a test in tests/distributed/test_resume.py, and
+tests/megatron fails once a release does without):
 
 1. a rank without trainable parameters (frozen language model, last pipeline stage) has no state
    to read the step from, and `state_dict` fails;

@@ -112,8 +112,7 @@ def model_outputs(
 
 def load_and_save(tree: dict[str, Any], source: str, target: str) -> None:
     """Loads a checkpoint into this layout and saves the weights again from it."""
-    from megatron.core import dist_checkpointing
-
+    from dattn_mcore.checkpoint.files import begin_save
     from dattn_mcore.checkpoint.load import load_weights
     from dattn_mcore.checkpoint.state import model_state
     from dattn_mcore.training.model import build_from_config
@@ -125,7 +124,7 @@ def load_and_save(tree: dict[str, Any], source: str, target: str) -> None:
     if dist.get_rank() == 0:
         Path(target).mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(model_state(chunks, groups), target, ("torch_dist", 1))
+    begin_save(model_state(chunks, groups), Path(target), groups.dp_cp).execute_sync()
     dist.barrier()
     if dist.get_rank() == 0:
         write_manifest(Path(target), config)

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from dattn_mcore.architectures.parameters import Shape
+from dattn_mcore.checkpoint.content import COMMON, write_backend
 from tools.checkpoint_convert.workers import Progress, Report, in_shares, run_shares
 
 
@@ -93,9 +94,6 @@ def write_tensors(
         CheckpointError: a tensor could not be made.
         OSError: a file could not be written.
     """
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-
     shares = in_shares(tensors, processes, lambda tensor: tensor.nbytes)
     total = sum(tensor.nbytes for tensor in tensors)
     files = [f"__{share}_0.distcp" for share in range(len(shares))]
@@ -107,8 +105,8 @@ def write_tensors(
         written = run_shares(write, len(shares), total, progress)
     index = FileSystemWriter(path)
     index.finish(_describe(tensors), [results for results, _ in written])
-    torch.save({}, path / COMMON_STATE_FNAME)
-    save_config(CheckpointingConfig("torch_dist", 1), str(path))
+    torch.save({}, path / COMMON)
+    write_backend(path)
     return {file: digest for file, (_, digest) in zip(files, written, strict=True)}
 
 

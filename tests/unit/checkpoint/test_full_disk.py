@@ -5,8 +5,11 @@ import resource
 from dataclasses import replace
 
 import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from dattn_mcore.checkpoint import save
+from dattn_mcore.checkpoint import files, save
+from dattn_mcore.checkpoint.reasons import ANY_FAILURE, reason
 from dattn_mcore.errors import CheckpointError
 from tests.unit.checkpoint.runs import small_run
 
@@ -35,7 +38,7 @@ def test_one_line_and_earlier_checkpoints_stay(
 ):
     monkeypatch.setattr(save, "RESERVE_BYTES", min(limit, save.RESERVE_BYTES))
     if limit == 60_000:  # which is not enough for the index alone where shards are smaller
-        monkeypatch.setattr(save, "get_default_save_sharded_strategy", many_small_files)
+        monkeypatch.setattr(files, "FILES_OF_A_RANK", 64)
     checkpoint = replace(small_configuration.checkpoint, asynchronous=asynchronous, keep=9)
     with small_run(checkpoints, replace(small_configuration, checkpoint=checkpoint)) as run:
         run.step(3)
@@ -54,19 +57,32 @@ def test_one_line_and_earlier_checkpoints_stay(
     assert "Traceback" not in said.err and "error" not in said.err.lower()
 
 
-def many_small_files(backend):
-    """Megatron-Core's own, with so many writers that every shard is small."""
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
-    return TorchDistSaveShardedStrategy(backend, 1, thread_count=64)
-
-
-def test_the_system_says_why(checkpoints, small_configuration, monkeypatch):
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_the_system_says_why(checkpoints, small_configuration, monkeypatch, asynchronous):
     monkeypatch.setattr(save, "RESERVE_BYTES", 1000)
-    with small_run(checkpoints, small_configuration) as run:
+    checkpoint = replace(small_configuration.checkpoint, asynchronous=asynchronous)
+    with small_run(checkpoints, replace(small_configuration, checkpoint=checkpoint)) as run:
         run.step(3)
         with files_end_at(500_000), pytest.raises(CheckpointError, match="File too large"):
             run.saver.save(3)
+            run.saver.poll(blocking=True)
+
+
+def test_one_file_of_two(checkpoints, small_configuration, tmp_path, capfd):
+    """Fails where all ranks ask for the results, and not before, where the others would wait."""
+    (tmp_path / "__0_0.distcp").mkdir()
+    tensors = {
+        name: ShardedTensor.from_rank_offsets(name, torch.ones(8), replica_id=0) for name in "ab"
+    }
+    with small_run(checkpoints, small_configuration) as run:
+        run.saver.save(3)
+        request = files.begin_save(tensors, tmp_path, run.groups.dp_cp)
+        request.finalize_fns.insert(0, lambda: (tmp_path / "reached").touch())
+        with pytest.raises(ANY_FAILURE) as error:
+            request.execute_sync()
+    assert "Is a directory" in reason(error.value)
+    assert (tmp_path / "reached").exists()
+    assert "Is a directory" not in capfd.readouterr().err
 
 
 def test_nothing_of_the_reserve_is_left(checkpoints, small_configuration, caplog):

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 
+from dattn_mcore.checkpoint.files import begin_save
 from dattn_mcore.checkpoint.state import model_state
 from dattn_mcore.config.schema import AttentionConfig
 from dattn_mcore.data.batch import MicroBatch
@@ -91,7 +91,7 @@ def test_logits_of_the_export_equal_the_trained_models(tmp_path, family, kind, m
         with torch.no_grad():
             expected = trained(inputs, return_logits=True)[: len(batch.text_ids)]
         state = model_state([trained], groups)
-        dist_checkpointing.save(state, str(checkpoint), ("torch_dist", 1))
+        begin_save(state, checkpoint, groups.dp_cp).execute_sync()
     write_manifest(checkpoint, config)
 
     mcore_to_hf.convert(checkpoint, tmp_path / "hf")
