@@ -119,6 +119,12 @@ SLOW = (
     "tests/distributed/test_adapters.py::test_dropout_draws_alike_where_inputs_are_alike",
     "tests/distributed/test_adapters.py::test_the_projector_learns_beside_them",
     "tests/distributed/test_anyres.py::test_views_change_what_is_learned",
+    "tests/distributed/test_gradients_as_declared.py::test_each_is_as_declared_and_equal_to_one_processs[tp2-sp, tied",
+    "tests/distributed/test_gradients_as_declared.py::test_each_is_as_declared_and_equal_to_one_processs[dp2",
+    "tests/distributed/test_gradients_as_declared.py::test_each_is_as_declared_and_equal_to_one_processs[vpp",
+    "tests/distributed/test_gradients_as_declared.py::test_each_is_as_declared_and_equal_to_one_processs[tp2-sp-dp2",
+    "tests/distributed/test_gradients_as_declared.py::test_each_is_as_declared_and_equal_to_one_processs[tp4",
+    "tests/distributed/test_gradients_as_declared.py::test_each_is_as_declared_and_equal_to_one_processs[tp2-sp, frozen",
     # `make test` runs the families of the paper.
     "tests/distributed/test_convert_parallel.py::test_logits_and_features_equal_hugging_faces[gemma3",
     "tests/distributed/test_convert_parallel.py::test_logits_and_features_equal_hugging_faces[llama",
