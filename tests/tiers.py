@@ -218,6 +218,7 @@ SLOW = (
     "tests/end_to_end/test_quickstart.py::test_a_broken_forward_ends_the_whole_command_with_its_line",
     "tests/end_to_end/test_quickstart.py::test_every_step_takes_what_the_one_before_it_left",
     "tests/unit/benchmarks/test_benchmarks.py::test_what_a_gpu_measures_runs_and_reaches_the_page[peak-memory-gemma]",
+    "tests/unit/benchmarks/test_benchmarks.py::test_what_a_gpu_measures_runs_and_reaches_the_page[short-",
     "tests/unit/benchmarks/test_convert_full_size.py::test_there_and_back_at_the_small_scale",
     "tests/unit/benchmarks/test_gpu_check.py::test_tests_of_the_short_list_exist",
     "tests/unit/benchmarks/test_warm_kernels.py",
