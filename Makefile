@@ -5,8 +5,9 @@
 # make check        formatting, lint and types
 # make rehearse     every shipped configuration at its true size on 8, 32 and 512 ranks without a GPU,
 #                   beside the planner's numbers (docs/planning.md)
-# make gpu-check    on a machine with a GPU: its tests, all benchmarks, docs/performance.md;
-#                   fails without Transformer Engine, unless ARGS=--without-te
+# make gpu-check    on a machine with a GPU: its tests, all benchmarks, docs/performance.md; installs
+#                   nothing; ARGS="--minutes 8" for a short list (docs/gpu.md); fails without
+#                   Transformer Engine, unless ARGS=--without-te
 # make update       constraints*.txt anew: the newest versions that pyproject.toml allows; tests
 #                   exports with the releases of transformers that matter (tests/matrix)
 # make test-newest, make quickstart-newest
@@ -47,8 +48,10 @@ check: .venv/installed-dev
 rehearse: .venv/installed-dev
 	$(BIN)/python -m benchmarks.rehearse_shipped $(ARGS)
 
-gpu-check: .venv/installed-dev
-	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
+# .venv where it is complete, else the Python that is there: a machine with a GPU need not have a
+# network.
+gpu-check:
+	$(if $(wildcard .venv/installed-dev),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
 update: .venv/installed-dev
 	$(BIN)/python -m tools.update_constraints

@@ -20,6 +20,10 @@ from typing import Any
 
 import torch
 
+from dattn_mcore.parallel import entry
+
+entry.prepare_imports("gpu")  # Megatron-Core's import dies of a broken package
+
 from benchmarks import attention_peers
 from benchmarks.attention_peers import random_rows
 from benchmarks.measure import seconds_in_turn
@@ -154,12 +158,15 @@ def measure(layer: str, visual: int, text: int, args: argparse.Namespace) -> lis
     device = platform.current_device()
     case = Case(LAYERS[args.device][layer], visual, text, device)
     steps = {name: case.backend(BACKENDS[name]) for name in backends_for(case)}
-    steps |= {"causal": case.causal(), "flex": case.flex(args.autotune_flex)}
+    if "causal" in args.peers:
+        steps["causal"] = case.causal()
+    if "flex" in args.peers:
+        steps["flex"] = case.flex(args.autotune_flex)
     rows = []
     for index, direction in enumerate(("forward", "forward and backward")):
         functions = {name: pair[index] for name, pair in steps.items()}
         if device.type == "cpu" and index:
-            del functions["flex"]
+            functions.pop("flex", None)
         seconds = seconds_in_turn(functions, args.repeats, device)
         for name in steps:
             if name not in PEERS and name in seconds:
@@ -229,6 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--text", type=int, nargs="+", help="text rows")
     parser.add_argument("--layers", nargs="+", default=["mistral", "gemma2"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
     parser.add_argument(
         "--autotune-flex", action="store_true", help="let flex_attention time its block sizes"
     )

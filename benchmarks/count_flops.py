@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dattn_mcore.parallel import entry
+
+entry.prepare_imports("gpu")  # Megatron-Core's import dies of a broken package
+
 from benchmarks.results import ROOT, add_arguments, hand_over, markdown_table, number_ticks
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config

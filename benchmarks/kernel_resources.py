@@ -22,6 +22,10 @@ from typing import Any
 import torch
 import triton
 
+from dattn_mcore.parallel import entry
+
+entry.prepare_imports("gpu")  # Megatron-Core's import dies of a broken package
+
 from benchmarks.results import markdown_table
 from dattn_mcore.layers.attention.triton_forward import combine_kernel, forward_kernel
 from dattn_mcore.layers.attention.triton_key_gradient import key_kernel

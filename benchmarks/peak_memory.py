@@ -17,6 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from dattn_mcore.parallel import entry
+
+entry.prepare_imports("gpu")  # Megatron-Core's import dies of a broken package
+
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from benchmarks.measure import peak_bytes

@@ -20,6 +20,11 @@ import sys
 from typing import Any
 
 import torch
+
+from dattn_mcore.parallel import entry
+
+entry.prepare_imports("gpu")  # Megatron-Core's import dies of a broken package
+
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from benchmarks.measure import seconds_in_turn

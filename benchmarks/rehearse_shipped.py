@@ -14,14 +14,14 @@ import sys
 import warnings
 from pathlib import Path
 
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel import entry, platform
 
-platform.load_no_compiler("cpu")
+entry.prepare_imports("cpu")
 warnings.filterwarnings("ignore")  # packages for GPUs that are not here
 
-from dattn_mcore.config.load import load_config  # noqa: E402
-from dattn_mcore.training.rehearsal_report import compared, rehearse_full  # noqa: E402
-from dattn_mcore.training.rehearse import as_rehearsed, last_stage_rank  # noqa: E402
+from dattn_mcore.config.load import load_config
+from dattn_mcore.training.rehearsal_report import compared, rehearse_full
+from dattn_mcore.training.rehearse import as_rehearsed, last_stage_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES, GPUS_PER_NODE = (1, 4, 64), 8

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform as machine
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +19,8 @@ import matplotlib
 from dattn_mcore.parallel import platform
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import LogLocator  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 ROOT = Path(__file__).resolve().parents[1]
 LOAD = os.getloadavg()[0]  # of the last minute before the benchmark
@@ -58,6 +59,8 @@ def commit(clone: Path = ROOT) -> str:
 
 
 def _output(command: list[str]) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 

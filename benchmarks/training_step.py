@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 
+from dattn_mcore.parallel import entry
+
+entry.prepare_imports("gpu")  # Megatron-Core's import dies of a broken package
+
 from benchmarks.measure import matmul_rate, seconds_in_turn
 from benchmarks.results import add_arguments, hand_over, markdown_table, number_ticks
 from benchmarks.steps import BASELINE, SIZES, llava_step, our_step, sized_config

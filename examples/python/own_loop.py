@@ -13,6 +13,10 @@ import sys
 
 import torch
 
+from dattn_mcore.parallel import entry
+
+entry.prepare_imports("cpu")  # Megatron-Core's import dies of a broken package
+
 from dattn_mcore.architectures.sizes import AttentionConfig, LlmConfig, ModelConfig, VisionConfig
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.layers.runtime import Runtime

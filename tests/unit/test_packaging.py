@@ -85,7 +85,6 @@ def test_everything_that_is_imported_is_asked_for():
         ("test", ".venv/bin/python -m pytest -q --tier default --part alone optim.lr=1"),
         ("test-all", ".venv/bin/python -m pytest -q --tier all --part alone optim.lr=1"),
         ("check", ".venv/bin/mypy"),
-        ("gpu-check", ".venv/bin/python -m benchmarks.gpu_check optim.lr=1"),
         ("update", ".venv/bin/python -m pytest -q tests/matrix"),
         ("test-newest", ".venv-newest/bin/python -m pytest -q --tier all --part alone optim.lr=1"),
         ("quickstart-newest", ".venv-newest/bin/python -m dattn_mcore.quickstart optim.lr=1"),
@@ -100,6 +99,19 @@ def test_a_fresh_clone_installs_and_then_runs(target, ends_with, clone):
     assert installs and all(line.startswith(f"{environment}/bin/python") for line in installs)
     assert all("--newest" in line for line in installs) == ("newest" in target)
     assert "http" not in done.stdout  # the user's own package index is used
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("complete", [False, True])
+def test_the_check_of_a_gpu_installs_nothing(complete, clone):
+    """It takes .venv where that is complete, else the Python that is there."""
+    stamp = clone.folder / ".venv" / "installed-dev"
+    stamp.parent.mkdir()
+    if complete:
+        stamp.touch()
+    done = clone("--dry-run", "gpu-check", "ARGS=--minutes 8", "PYTHON=python3.12")
+    python = ".venv/bin/python" if complete else "python3.12"
+    assert done.stdout.splitlines() == [f"{python} -m benchmarks.gpu_check --minutes 8"]
 
 
 @pytest.fixture

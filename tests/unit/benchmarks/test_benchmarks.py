@@ -4,17 +4,17 @@ import argparse
 import importlib
 import itertools
 import json
-import subprocess
-import sys
-import types
+import shlex
 
 import pytest
 import torch
 
-from benchmarks import attention_backends, gpu_check, gpu_packages, planned_step
+from benchmarks import attention_backends, planned_step
+from benchmarks.gpu_check import write_on_page
+from benchmarks.gpu_items import GPU, SHORT
 from benchmarks.measure import peak_bytes, seconds_in_turn
 from benchmarks.results import hand_over, markdown_table, write_section
-from dattn_mcore.layers.attention.flash import FlashBackend
+from benchmarks.run_items import Result
 
 CPU = torch.device("cpu")
 # Of what the command leaves to a default.
@@ -62,66 +62,15 @@ def test_what_is_handed_over(tmp_path, capsys):
     assert (tmp_path / "out" / "name-cpu.png").stat().st_size > 1000
 
 
-def test_the_page_gets_tables_and_says_what_failed(tmp_path, monkeypatch):
-    script = tmp_path / "good.py"
-    script.write_text("print('words')\nprint('| a |')\nprint('| --- |')\nprint('| 1 |')\n")
-    plan = {
-        "good": [sys.executable, str(script)],
-        "bad": [sys.executable, "-c", "raise SystemExit('no memory left')"],
-    }
-    monkeypatch.setattr(gpu_check, "commands", lambda device: plan)
-    page = tmp_path / "page.md"
-    sections = "".join(f"<!-- begin {n}-cpu -->\n<!-- end {n}-cpu -->\n" for n in plan)
-    page.write_text(sections)
-    assert gpu_check.main(["--device", "cpu", "--page", str(page)]) == 1
-    good, bad = page.read_text().split("<!-- end good-cpu -->")
-    assert "| a |\n| --- |\n| 1 |\n" in good and "words" not in good and "good.py`" in good
-    assert "failed (exit status 1): no memory left" in bad
-
-
-@pytest.mark.parametrize("te", [None, "it is not installed"])
-@pytest.mark.parametrize("flag", [[], ["--without-te"]])
-def test_a_gpu_without_transformer_engine_does_not_pass_unasked(te, flag, monkeypatch, capsys):
-    """Tests and benchmarks pass here; the packages' lines come first and last."""
-    monkeypatch.setattr(gpu_packages, "transformer_engine_missing", lambda: te)
-    monkeypatch.setattr(FlashBackend, "refuses", lambda *layer: "flash is gone")
-    ran = []
-
-    def run(command, **kwargs):
-        module = command[command.index("-m") + 1]
-        ran.append(module)
-        status = gpu_packages.main() if module == "benchmarks.gpu_packages" else 0
-        return subprocess.CompletedProcess(command, status, "", "")
-
-    monkeypatch.setattr(gpu_check, "subprocess", types.SimpleNamespace(run=run))
-    monkeypatch.setattr(gpu_check, "commands", lambda device: {})
-    assert gpu_check.main(["--device", "gpu", *flag]) == int(te is not None and not flag)
-    assert ran == ["benchmarks.gpu_packages", "pytest", "benchmarks.gpu_packages"]
-    lines = capsys.readouterr().out.splitlines()
-    last = lines[len(lines) // 2 :]
-    assert lines == 2 * last
-    assert any("flash is gone" in line and "'.[flash]'" in line for line in last)
-    skipped = [line for line in last if line.startswith("skipped without Transformer Engine: ")]
-    assert len(skipped) == (te is not None)
-
-
-def test_the_page_has_a_section_for_every_table():
-    text = gpu_check.PAGE.read_text()
-    for device in ("cpu", "gpu"):
-        for name in gpu_check.commands(device):
-            assert f"<!-- begin {name}-{device} -->" in text
-            assert f"<!-- end {name}-{device} -->" in text
-
-
 SMALLER = {
     **{"--visual": ["576"], "--text": ["32"], "--layers": ["2"], "--chunk": ["128"]},
-    **{"--size": ["tiny"], "--device": ["cpu"], "--precision": ["fp32"], "--repeats": ["1"]},
+    **{"--size": ["tiny"], "--precision": ["fp32"], "--repeats": ["1"]},
 }
 
 
 def scaled_down(command):
     """Module and arguments of a GPU's benchmark, its sizes replaced by small ones."""
-    module, *rest = command[command.index("-m") + 1 :]
+    module, *rest = shlex.split(command)[1:]
     arguments, values = [], SMALLER
     while rest:
         flag, rest = rest[0], rest[1:]
@@ -131,26 +80,29 @@ def scaled_down(command):
     return module, arguments
 
 
-@pytest.mark.parametrize("name", [name for name in gpu_check.GPU if name != "attention-backends"])
-def test_what_a_gpu_measures_runs_and_reaches_the_page(name, tmp_path, monkeypatch, capsys):
+BENCHMARKS = {
+    **{item.name: item for item in GPU},
+    **{f"short-{item.name}": item for item in SHORT},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if "attention" not in name])
+def test_what_a_gpu_measures_runs_and_reaches_the_page(name, tmp_path, capsys):
     """Every flag and every column, on a small model; only sizes, device and precision differ."""
-    module, arguments = scaled_down(gpu_check.commands("gpu")[name])
-    assert "cpu" in arguments and "tiny" in arguments
-
-    def in_this_process(command, **kwargs):
-        out = str(tmp_path / "performance")
-        status = importlib.import_module(module).main(
-            [*arguments, "--out", out, *FEW.get(module, [])]
-        )
-        return subprocess.CompletedProcess(command, status, capsys.readouterr().out, "")
-
+    item = BENCHMARKS[name]
+    module, arguments = scaled_down(item.command)
+    assert "tiny" in arguments
+    folder = tmp_path / "results"
+    status = importlib.import_module(module).main(
+        [*arguments, "--device", "cpu", "--out", str(folder / "performance"), *FEW.get(module, [])]
+    )
+    outcome = "failed" if status else "passed"
+    result = Result(item.name, outcome, output=capsys.readouterr().out)
     page = tmp_path / "page.md"
-    page.write_text(f"<!-- begin {name}-gpu -->\nNot yet measured.\n<!-- end {name}-gpu -->\n")
-    monkeypatch.setattr(gpu_check, "provenance", lambda device: "this machine")
-    monkeypatch.setattr(gpu_check, "subprocess", types.SimpleNamespace(run=in_this_process))
-    gpu_check.run_benchmark(name, gpu_check.commands("gpu")[name], "gpu", page)
+    page.write_text(f"<!-- begin {item.name}-gpu -->\nNot yet.\n<!-- end {item.name}-gpu -->\n")
+    write_on_page(item, result, "gpu", page, folder)
     text = page.read_text()
-    assert "Not yet measured" not in text and "failed" not in text
+    assert "Not yet" not in text and "failed" not in text
     assert len([line for line in text.splitlines() if line.startswith("|")]) >= 3
 
 
