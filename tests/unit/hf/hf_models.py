@@ -23,22 +23,37 @@ VOCAB = 50
 IMAGE = 49  # placeholder token
 
 
+def layer_norms(attention_input=None, attention_output=None, mlp_input=None, mlp_output=None):
+    """Names of a layer's norms by their place."""
+    return {
+        "attention_input": attention_input,
+        "attention_output": attention_output,
+        "mlp_input": mlp_input,
+        "mlp_output": mlp_output,
+    }
+
+
 def features(**others):
     """Features of a plain language model, but for what is given."""
     plain = {
         "activation": "silu",
-        "norms": "pre",
+        "norms": layer_norms("input_layernorm", mlp_input="post_attention_layernorm"),
         "zero_centered_gamma": False,
         "scale_embeddings": False,
         "qkv_bias": False,
-        "qk_norm": False,
+        "qk_norm": (),
     }
     return plain | others
 
 
 _GEMMA = {
     "activation": "gelu_tanh",
-    "norms": "sandwich",
+    "norms": layer_norms(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
     "zero_centered_gamma": True,
     "scale_embeddings": True,
 }
@@ -47,10 +62,10 @@ TEXT_FEATURES = {
     "llama": features(),
     "ministral3": features(),
     "qwen2": features(qkv_bias=True),
-    "qwen3": features(qk_norm=True),
+    "qwen3": features(qk_norm=("head_dim",)),
     "smollm3": features(),
     "gemma2": features(**_GEMMA),
-    "gemma3": features(**_GEMMA, qk_norm=True),
+    "gemma3": features(**_GEMMA, qk_norm=("head_dim",)),
 }
 VISION_FEATURES = {
     "siglip": {"class_row": False, "final_norm": True},
