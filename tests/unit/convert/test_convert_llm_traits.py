@@ -8,7 +8,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from dattn_mcore.architectures import language_models
-from dattn_mcore.architectures.features import PRE_NORMS
+from dattn_mcore.architectures.features import PRE_NORMS, LayerNorms
 from dattn_mcore.architectures.sizes import RopeConfig
 from dattn_mcore.checkpoint.state import model_state
 from dattn_mcore.parallel.groups import single_process
@@ -57,6 +57,12 @@ OFF = {
         "whole frequencies": {"rope": replace(_YARN, truncate=True)},
         "attention factor": {"rope": replace(_YARN, attention_factor=1.0)},
         "scale by position": {"rope": replace(_YARN, query_scale_beta=0.0)},
+    },
+    "olmo2": {
+        "norms after branches": {"norms": LayerNorms()},
+        "norms after attention": {"norms": LayerNorms(mlp_output="post_feedforward_layernorm")},
+        "norms after MLPs": {"norms": LayerNorms(attention_output="post_attention_layernorm")},
+        "norms of queries and keys": {"qk_norm": ()},
     },
     "qwen2": {"biases": {"qkv_bias": False}},
     "qwen3": {"norms of heads": {"qk_norm": ()}},

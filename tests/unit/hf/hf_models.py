@@ -11,6 +11,7 @@ from transformers import (
     LlamaConfig,
     Ministral3Config,
     MistralConfig,
+    Olmo2Config,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
@@ -61,6 +62,12 @@ TEXT_FEATURES = {
     "mistral": features(),
     "llama": features(),
     "ministral3": features(),
+    "olmo2": features(
+        norms=layer_norms(
+            attention_output="post_attention_layernorm", mlp_output="post_feedforward_layernorm"
+        ),
+        qk_norm=("heads", "head_dim"),
+    ),
     "qwen2": features(qkv_bias=True),
     "qwen3": features(qk_norm=("head_dim",)),
     "smollm3": features(),
@@ -119,6 +126,8 @@ def text_config(family: str, **changes):
         return Ministral3Config(**{**common, **ministral3, **changes})
     if family == "smollm3":
         return SmolLM3Config(**{**common, "no_rope_layers": [1, 0, 1], **changes})
+    if family == "olmo2":
+        return Olmo2Config(**{**common, **changes})
     if family in ("qwen2", "qwen3"):
         return (Qwen2Config if family == "qwen2" else Qwen3Config)(**{**common, **changes})
     if family == "gemma3":
