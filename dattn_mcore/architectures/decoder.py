@@ -16,17 +16,6 @@ PREFIX = "model.language_model."
 LAYER, IN_LAYER = "decoder.layers.", f"{PREFIX}layers.{{layer}}."
 HEAD = "lm_head.weight"
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-# Norms of a layer: Megatron-Core key to Hugging Face name. Before each branch, or also after it.
-PRE_NORMS = {
-    "input_layernorm": "input_layernorm",
-    "pre_mlp_layernorm": "post_attention_layernorm",
-}
-SANDWICH_NORMS = {
-    "input_layernorm": "input_layernorm",
-    "self_attention.linear_proj.post_norm": "post_attention_layernorm",
-    "pre_mlp_layernorm": "pre_feedforward_layernorm",
-    "mlp.linear_fc2.post_norm": "post_feedforward_layernorm",
-}
 
 
 def decoder_table(llm: LlmConfig, features: TextFeatures) -> list[Entry]:
@@ -59,19 +48,18 @@ def output_layer(llm: LlmConfig) -> Entry:
 
 
 def _layer(llm: LlmConfig, features: TextFeatures) -> list[Entry]:
-    norms = SANDWICH_NORMS if features.norms == "sandwich" else PRE_NORMS
-    hidden, ffn = llm.hidden_size, llm.ffn_hidden_size
+    norms, hidden, ffn = features.norms, llm.hidden_size, llm.ffn_hidden_size
 
-    def normed(place: str) -> list[Entry]:
-        if place not in norms:
+    def normed(ours: str, theirs: str | None) -> list[Entry]:
+        if theirs is None:
             return []
-        return norm(f"{LAYER}{place}", f"{IN_LAYER}{norms[place]}", hidden, layers=llm.num_layers)
+        return norm(f"{LAYER}{ours}", f"{IN_LAYER}{theirs}", hidden, layers=llm.num_layers)
 
     return [
-        *normed("input_layernorm"),
+        *normed("input_layernorm", norms.attention_input),
         *_attention(llm, features),
-        *normed("self_attention.linear_proj.post_norm"),
-        *normed("pre_mlp_layernorm"),
+        *normed("self_attention.linear_proj.post_norm", norms.attention_output),
+        *normed("pre_mlp_layernorm", norms.mlp_input),
         _weight(
             llm,
             "mlp.linear_fc1",
@@ -79,7 +67,7 @@ def _layer(llm: LlmConfig, features: TextFeatures) -> list[Entry]:
             mix=STACKED,
         ),
         _weight(llm, "mlp.linear_fc2", {"mlp.down_proj": (hidden, ffn)}, row_parallel=True),
-        *normed("mlp.linear_fc2.post_norm"),
+        *normed("mlp.linear_fc2.post_norm", norms.mlp_output),
     ]
 
 
@@ -110,11 +98,11 @@ def _attention(llm: LlmConfig, features: TextFeatures) -> list[Entry]:
         _weight(llm, "self_attention.linear_proj", {o: (hidden, query)}, row_parallel=True)
     )
     if features.qk_norm:
-        for ours, theirs in (("q_layernorm", "q_norm"), ("k_layernorm", "k_norm")):
+        for name, heads in (("q", llm.num_attention_heads), ("k", llm.num_query_groups)):
             entries += norm(
-                f"{LAYER}self_attention.{ours}",
-                f"{IN_LAYER}self_attn.{theirs}",
-                llm.head_dim,
+                f"{LAYER}self_attention.{name}_layernorm",
+                f"{IN_LAYER}self_attn.{name}_norm",
+                features.qk_norm_size(heads=heads, head_dim=llm.head_dim),
                 layers=layers,
             )
     return entries

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,10 @@ class Breach:
     rule: str
 
 
+def _no_breaches(llm: LlmConfig) -> Iterable[Breach]:
+    return ()
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """A family of language models.
@@ -43,7 +47,9 @@ class LanguageModel:
         model_type: of its text configuration in transformers.
         features: what all its models have in common.
         chat: its chat template.
-        breaches: sizes that its Hugging Face configuration cannot hold.
+        holds: fields of `LlmConfig`, beside `HELD_BY_ALL`, that its Hugging Face configuration can
+            say; those that are not named must have their default.
+        breaches: of these, values that its Hugging Face configuration cannot hold.
         to_hf: fields of its Hugging Face configuration beside those that all families share.
         from_hf: values of `LlmConfig` beside those that all families share; raises `Unsupported`.
         max_positions: of the original models, where `to_hf` says nothing of it; informative only.
@@ -55,10 +61,11 @@ class LanguageModel:
     model_type: str
     features: TextFeatures
     chat: ChatTemplate
-    breaches: Callable[[LlmConfig], Iterator[Breach]]
     to_hf: Callable[[LlmConfig], dict[str, Any]]
     from_hf: Callable[[HfConfig], dict[str, Any]]
     max_positions: int
+    holds: tuple[str, ...] = ()
+    breaches: Callable[[LlmConfig], Iterable[Breach]] = _no_breaches
     table: Callable[[LlmConfig, TextFeatures], list[Entry]] = decoder_table
 
 
@@ -94,34 +101,33 @@ class Tower:
     stated: dict[str, Any] = field(default_factory=dict)
 
 
+# Fields of `LlmConfig` that all families have, and their names in a text configuration.
+SHARED_SIZES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
+HELD_BY_ALL = (*SHARED_SIZES, "vocab_pad_multiple", "rotary_base")
+
+
 def shared_to_hf(llm: LlmConfig) -> dict[str, Any]:
     """Fields of a text configuration that all families have."""
-    return {
-        "vocab_size": llm.vocab_size,
-        "hidden_size": llm.hidden_size,
-        "intermediate_size": llm.ffn_hidden_size,
-        "num_hidden_layers": llm.num_layers,
-        "num_attention_heads": llm.num_attention_heads,
-        "num_key_value_heads": llm.num_query_groups,
-        "head_dim": llm.head_dim,
-        "rms_norm_eps": llm.norm_eps,
-        "tie_word_embeddings": llm.tie_embeddings,
-        "initializer_range": llm.init_std,
-    }
+    return {theirs: getattr(llm, ours) for ours, theirs in SHARED_SIZES.items()}
 
 
 def shared_from_hf(config: HfConfig) -> dict[str, Any]:
     """Values of `LlmConfig` that all families have under the same names."""
-    return {
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads,
-        "vocab_size": config.vocab_size,
-        "norm_eps": config.rms_norm_eps,
-        "tie_embeddings": config.tie_word_embeddings,
-        "init_std": config.initializer_range,
+    sizes = {
+        ours: getattr(config, theirs)
+        for ours, theirs in SHARED_SIZES.items()
+        if ours != "head_dim"  # which some leave out
     }
+    heads = config.hidden_size // config.num_attention_heads
+    return {**sizes, "head_dim": getattr(config, "head_dim", None) or heads}

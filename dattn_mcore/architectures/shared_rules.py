@@ -8,15 +8,8 @@ from typing import Any
 from dattn_mcore.architectures.records import Breach, HfConfig, Unsupported
 from dattn_mcore.architectures.sizes import LlmConfig
 
-
-def without_caps(llm: LlmConfig) -> Iterator[Breach]:
-    """Logits are not capped, and the softmax scale follows from the size of a head."""
-    if llm.attention_softcap is not None:
-        yield Breach("attention_softcap", "attention_softcap=null")
-    if llm.final_softcap is not None:
-        yield Breach("final_softcap", "final_softcap=null")
-    if llm.query_scale not in (None, llm.head_dim):
-        yield Breach("query_scale", f"query_scale=null or head_dim ({llm.head_dim})")
+WINDOWS = ("sliding_window", "layer_pattern")  # fields of `LlmConfig`
+CAPS = ("attention_softcap", "final_softcap", "query_scale")
 
 
 def whole_heads(llm: LlmConfig) -> Iterator[Breach]:
@@ -38,23 +31,8 @@ def one_window(llm: LlmConfig) -> Iterator[Breach]:
         yield Breach("layer_pattern", "the same window in all layers (layer_pattern=[])")
 
 
-def no_window(llm: LlmConfig) -> Iterator[Breach]:
-    """No layer has a window."""
-    if any(window is not None for window in llm.windows):
-        yield Breach("sliding_window", "sliding_window=null")
-
-
-def one_rope(llm: LlmConfig, kinds: tuple[str, ...] = ("default",)) -> Iterator[Breach]:
-    """All layers have the same rotary positions, of one of the given kinds."""
-    if llm.sliding_rotary_base is not None:
-        yield Breach("sliding_rotary_base", "sliding_rotary_base=null")
-    yield from rope_kinds(llm, kinds)
-
-
 def rope_kinds(llm: LlmConfig, kinds: tuple[str, ...]) -> Iterator[Breach]:
-    """All layers have rotary positions; where they are stretched, in one of the given ways."""
-    if not all(llm.rotary_pattern):
-        yield Breach("rotary_pattern", "rotary positions in all layers (rotary_pattern=[])")
+    """Rotary positions are stretched in one of the given ways."""
     if llm.rope.kind not in kinds:
         yield Breach("rope", f"rope.kind={' or '.join(kinds)}")
 

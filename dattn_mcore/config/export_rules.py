@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from dattn_mcore.architectures import language_models
-from dattn_mcore.config.schema import Config, ModelConfig
+from dattn_mcore.architectures.records import HELD_BY_ALL, Breach, LanguageModel
+from dattn_mcore.config.schema import Config, LlmConfig, ModelConfig
 
 SELECT_LAYERS = (-1, -2)  # of a tower: all layers, or all but the last
 
@@ -24,7 +25,8 @@ def not_exportable(model: ModelConfig) -> Iterator[str]:
     """Why no Hugging Face model of the family is this one; nothing where one is."""
     if model.family not in language_models():
         return  # refused as a choice
-    for breach in language_models()[model.family].breaches(model.llm):
+    record = language_models()[model.family]
+    for breach in (*_not_held(record, model.llm), *record.breaches(model.llm)):
         value = as_yaml(getattr(model.llm, breach.field))
         yield (
             f"model.llm.{breach.field}={value} cannot be exported: model.family={model.family} has "
@@ -35,6 +37,18 @@ def not_exportable(model: ModelConfig) -> Iterator[str]:
             f"model.vision.select_layer={model.vision.select_layer} cannot be exported: it must "
             "be -1 (all layers) or -2 (without the last)"
         )
+
+
+def _not_held(record: LanguageModel, llm: LlmConfig) -> Iterator[Breach]:
+    """Sizes that the family's configuration cannot say, and that are not as by default."""
+    default = LlmConfig(head_dim=llm.head_dim)
+    for field in dataclasses.fields(llm):
+        value, expected = getattr(llm, field.name), getattr(default, field.name)
+        same = value == expected
+        if field.name == "query_scale":
+            same = value in (expected, llm.head_dim)  # null means the latter
+        if not same and field.name not in (*HELD_BY_ALL, *record.holds):
+            yield Breach(field.name, f"{field.name}={as_yaml(expected)}")
 
 
 def as_yaml(value: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dattn_mcore.architectures import language_models
-from dattn_mcore.architectures.features import TextFeatures
+from dattn_mcore.architectures.features import SANDWICH_NORMS, TextFeatures
 from dattn_mcore.architectures.sizes import ModelConfig
 from dattn_mcore.errors import ConfigError
 
@@ -56,7 +56,7 @@ def _check_features(llm: dict[str, Any], family: str, features: TextFeatures) ->
     of_family = {
         "activation": features.activation,
         "zero_centered_gamma": features.zero_centered_gamma,
-        "post_norms": features.norms == "sandwich",
+        "post_norms": features.norms == SANDWICH_NORMS,
         "scale_embeddings": features.scale_embeddings,
     }
     wrong = []

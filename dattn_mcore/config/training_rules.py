@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dattn_mcore.architectures import language_models, text_features
 from dattn_mcore.config.schema import Config
 
 FP8_ROWS = 16  # rows and columns of an FP8 product are multiples of this
@@ -58,6 +59,12 @@ def recompute(config: Config) -> Iterator[str]:
             "train.recompute_modules with layernorm cannot go with train.fp8=delayed; use the "
             "recipe tensorwise or blockwise"
         )
+    if "layernorm" in modules and not _normed_inputs(config):
+        yield (
+            "train.recompute_modules with layernorm has no effect: layers of "
+            f"model.family={config.model.family} have no norm before attention and MLP; leave "
+            "layernorm out"
+        )
     if "layernorm" in modules and config.train.transformer_impl == "local":
         yield (
             "train.recompute_modules with layernorm needs Transformer Engine; use "
@@ -69,6 +76,14 @@ def recompute(config: Config) -> Iterator[str]:
             yield f"{name} needs train.recompute=full, got {train.recompute}"
         if train.recompute_layers <= 0:
             yield f"{name} must be greater than 0, or null for all"
+
+
+def _normed_inputs(config: Config) -> bool:
+    """Whether layers norm what enters attention or MLP; an unknown family is refused elsewhere."""
+    if config.model.family not in language_models():
+        return True
+    norms = text_features(config.model).norms
+    return norms.attention_input is not None or norms.mlp_input is not None
 
 
 def visual_chunk(config: Config) -> Iterator[str]:

@@ -8,6 +8,7 @@ Source: Kuo et al., "D-Attn: Decomposed Attention for Large Vision-and-Language 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,22 +159,30 @@ class DattnAttention(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, text.hidden_size, bias=False)
         self.q_norm = self.k_norm = None
         if features["qk_norm"]:
-            centred = features["zero_centered_gamma"]
-            self.q_norm = DattnRMSNorm(self.head_dim, text.rms_norm_eps, zero_centred=centred)
-            self.k_norm = DattnRMSNorm(self.head_dim, text.rms_norm_eps, zero_centred=centred)
+            self.q_norm = self._norm(features, self.num_heads)
+            self.k_norm = self._norm(features, self.num_kv_heads)
 
-    def _heads(self, projected: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """[batch, heads, rows, head_dim], each head normed where its kind is."""
-        heads = projected.unflatten(-1, (-1, self.head_dim))
-        return (heads if norm is None else norm(heads)).transpose(1, 2)
+    def _norm(self, features: dict[str, Any], heads: int) -> DattnRMSNorm:
+        """Of queries, or keys, of so many heads: over the axes that are normed together."""
+        sizes = {"heads": heads, "head_dim": self.head_dim}
+        size = math.prod(sizes[axis] for axis in features["qk_norm"])
+        text: Any = self.config.text_config
+        return DattnRMSNorm(size, text.rms_norm_eps, zero_centred=features["zero_centered_gamma"])
+
+    def _heads(self, projected: Tensor, norm: DattnRMSNorm | None = None) -> Tensor:
+        """[batch, heads, rows, head_dim], normed where there is a norm."""
+        if norm is not None:
+            together = projected.unflatten(-1, (-1, norm.weight.shape[0]))
+            projected = norm(together).flatten(-2)
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
         self,
         text: Tensor,
         visual: Tensor,
         layout: Layout,
-        text_rotation: Rotation | None,
-        visual_rotation: Rotation | None,
+        text_rotation: Rotation,
+        visual_rotation: Rotation,
         dattn_cache: DattnCache | None,
         visual_output: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -183,7 +192,7 @@ class DattnAttention(nn.Module):
             text: normed new text columns [batch, new_text, hidden].
             visual: normed new visual rows [batch, new_visual, hidden].
             layout: who sees whom (already windowed for this layer).
-            text_rotation: rotary factors of the new text columns; None: the layer has none.
+            text_rotation: rotary factors of the new text columns.
             visual_rotation: those of all visual rows.
             dattn_cache: earlier keys and values; extended in place.
             visual_output: False in the last layer, where nobody reads the visual rows any more.
@@ -242,24 +251,26 @@ class DattnDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         text: Any = config.text_config
         features: Any = config.text_features
-        self.sandwich = features["norms"] == "sandwich"
         centred = features["zero_centered_gamma"]
-
-        def norm() -> DattnRMSNorm:
-            return DattnRMSNorm(text.hidden_size, text.rms_norm_eps, zero_centred=centred)
-
         self.self_attn = DattnAttention(config, layer)
         self.mlp = DattnMLP(text, features["activation"])
-        self.input_layernorm = norm()
-        self.post_attention_layernorm = norm()
-        if self.sandwich:
-            self.pre_feedforward_layernorm = norm()
-            self.post_feedforward_layernorm = norm()
+        self.norms: dict[str, str | None] = features["norms"]
+        for name in self.norms.values():
+            if name is not None:
+                norm = DattnRMSNorm(text.hidden_size, text.rms_norm_eps, zero_centred=centred)
+                self.add_module(name, norm)
+
+    def normed(self, place: str, rows: Tensor) -> Tensor:
+        """The rows, normed where the layer has a norm at that place."""
+        name = self.norms[place]
+        return rows if name is None else self.get_submodule(name)(rows)
 
     def forward(self, text: Tensor, visual: Tensor, **attention) -> tuple[Tensor, Tensor]:
         """One layer over text columns and visual rows; visual rows come back empty if unread."""
         text_out, visual_out = self.self_attn(
-            self.input_layernorm(text), self.input_layernorm(visual), **attention
+            self.normed("attention_input", text),
+            self.normed("attention_input", visual),
+            **attention,
         )
         text = self.finish(text, text_out)
         if visual_out is None:
@@ -268,12 +279,9 @@ class DattnDecoderLayer(GradientCheckpointingLayer):
 
     def finish(self, residual: Tensor, branch: Tensor) -> Tensor:
         """Adds the attention's output, and the MLP's of the sum."""
-        if self.sandwich:
-            hidden = residual + self.post_attention_layernorm(branch)
-            branch = self.mlp(self.pre_feedforward_layernorm(hidden))
-            return hidden + self.post_feedforward_layernorm(branch)
-        hidden = residual + branch
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        hidden = residual + self.normed("attention_output", branch)
+        branch = self.mlp(self.normed("mlp_input", hidden))
+        return hidden + self.normed("mlp_output", branch)
 
 
 __all__ = ["DattnAttention", "DattnDecoderLayer", "KeySet", "attend"]

@@ -19,16 +19,19 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_dattn.DattnForConditionalGeneration",
 }
 IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_dattn.DattnImageProcessor"}
-# What `text_features` and `vision_features` say, with the values that a name may have.
-TEXT_FEATURES: dict[str, tuple[Any, ...]] = {
+# What `text_features` and `vision_features` say, with the values that a name may have; None: see
+# `_check_norms` and `_check_qk_norm`.
+TEXT_FEATURES: dict[str, tuple[Any, ...] | None] = {
     "activation": ("silu", "gelu_tanh"),
-    "norms": ("pre", "sandwich"),
+    "norms": None,
     "zero_centered_gamma": (False, True),
     "scale_embeddings": (False, True),
     "qkv_bias": (False, True),
-    "qk_norm": (False, True),
+    "qk_norm": None,
 }
-VISION_FEATURES: dict[str, tuple[Any, ...]] = {
+NORM_PLACES = ("attention_input", "attention_output", "mlp_input", "mlp_output")  # of a layer
+HEAD_AXES = ("heads", "head_dim")
+VISION_FEATURES: dict[str, tuple[Any, ...] | None] = {
     "class_row": (False, True),
     "final_norm": (False, True),
 }
@@ -52,10 +55,11 @@ class DattnConfig(PreTrainedConfig):
             (object or dictionary); None: there is none, and no model can be built.
         vision_config: sizes of the vision tower, likewise.
         text_features: how the language model's layers work: `activation` (`silu`, `gelu_tanh`) of
-            the gated MLP; `norms` (`pre`: before each branch; `sandwich`: after it, too);
-            `zero_centered_gamma` (norms scale by 1 + weight); `scale_embeddings` (rows enter times
-            the root of their width); `qkv_bias` (of queries, keys and values alone); `qk_norm`
-            (each head's queries and keys are normed before they are rotated).
+            the gated MLP; `norms` (names of a layer's norms by their place, `NORM_PLACES`; None:
+            there is none); `zero_centered_gamma` (norms scale by 1 + weight); `scale_embeddings`
+            (rows enter times the root of their width); `qkv_bias` (of queries, keys and values
+            alone); `qk_norm` (which of `HEAD_AXES` of queries and keys are normed together before
+            they are rotated; none of them: they are not normed).
         vision_features: `class_row` (the tower's first row is no patch, and is dropped);
             `final_norm` (its last norm is for patches).
         v2v: `diagonal` (a visual row's attention output is its own value) or `causal` (baseline).
@@ -102,6 +106,8 @@ class DattnConfig(PreTrainedConfig):
         self.text_features = self.vision_features = None
         if text_config is not None:
             self.text_features = _features("text_features", text_features, TEXT_FEATURES)
+            _check_norms(self.text_features["norms"])
+            _check_qk_norm(self.text_features["qk_norm"])
         if vision_config is not None:
             self.vision_features = _features("vision_features", vision_features, VISION_FEATURES)
         _one_of("v2v", v2v, ("diagonal", "causal"))
@@ -150,7 +156,7 @@ def _sub_config(value: Any, name: str) -> PreTrainedConfig:
 
 
 def _features(
-    name: str, given: dict[str, Any] | None, known: dict[str, tuple[Any, ...]]
+    name: str, given: dict[str, Any] | None, known: dict[str, tuple[Any, ...] | None]
 ) -> dict[str, Any]:
     """Returns features, each of them named and of a known value."""
     if given is None:
@@ -161,8 +167,30 @@ def _features(
     if wrong := given.keys() ^ known.keys():
         raise ValueError(f"{name} must be {', '.join(known)}; see {', '.join(sorted(wrong))}")
     for feature, value in given.items():
-        _one_of(f"{name}.{feature}", value, known[feature])
+        if (allowed := known[feature]) is not None:
+            _one_of(f"{name}.{feature}", value, allowed)
     return dict(given)
+
+
+def _check_norms(norms: Any) -> None:
+    """Names become attributes of a layer: each is its own, and of a form that no other one has."""
+    known = isinstance(norms, dict) and norms.keys() == set(NORM_PLACES)
+    names = [name for name in norms.values() if name is not None] if known else []
+    named = all(isinstance(name, str) and name.endswith("layernorm") for name in names)
+    if not known or not named or len(set(names)) != len(names):
+        raise ValueError(
+            f"text_features.norms is {norms!r}; it must give {', '.join(NORM_PLACES)} a name each "
+            "that ends in layernorm, or None; renew an older folder with: python -m "
+            "tools.checkpoint_convert refresh FOLDER"
+        )
+
+
+def _check_qk_norm(axes: Any) -> None:
+    if not isinstance(axes, list | tuple) or any(axis not in HEAD_AXES for axis in axes):
+        raise ValueError(
+            f"text_features.qk_norm is {axes!r}; it must be a list of {' and '.join(HEAD_AXES)}, "
+            "or empty"
+        )
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

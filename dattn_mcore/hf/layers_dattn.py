@@ -106,7 +106,7 @@ class DattnRotary(nn.Module):
         rope: one entry of transformers' `rope_parameters`: `default`, `linear` (all frequencies
             divided), `llama3` or `yarn` (slow waves divided, fast ones not, those between blended).
             The last scales what it rotates by `attention_factor`, and queries by their position
-            where `llama_4_scaling_beta` is given.
+            where `llama_4_scaling_beta` is given. Besides `none`, of layers without positions.
 
     The frequencies are no buffer: they are no weights, and a loader that builds models without
     memory and then fills in what a file holds must find nothing else to fill in.
@@ -117,7 +117,13 @@ class DattnRotary(nn.Module):
 
     def __init__(self, head_dim: int, rope: dict[str, Any]) -> None:
         super().__init__()
-        kinds = {"default": _as_they_are, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+        kinds = {
+            "default": _as_they_are,
+            "linear": _linear,
+            "llama3": _llama3,
+            "yarn": _yarn,
+            "none": _none,
+        }
         kind, share = rope["rope_type"], rope.get("partial_rotary_factor")
         if kind not in kinds or share not in (None, 1.0):
             raise ValueError(
@@ -160,6 +166,10 @@ def _as_they_are(waves: Tensor, rope: dict[str, Any]) -> Tensor:
     return 1.0 / waves
 
 
+def _none(waves: Tensor, rope: dict[str, Any]) -> Tensor:
+    return torch.zeros_like(waves)  # a rotation by 0, which changes no bit
+
+
 def _linear(waves: Tensor, rope: dict[str, Any]) -> Tensor:
     return 1.0 / waves / rope["factor"]
 
@@ -192,23 +202,18 @@ def _yarn(waves: Tensor, rope: dict[str, Any]) -> Tensor:
     return 1.0 / (rope["factor"] * waves) * (1 - kept) + 1.0 / waves * kept
 
 
-def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
-    """Rotates [batch, heads, rows, head_dim] by the last `rows` entries of `rotation`.
-
-    None: the layer has no rotary positions.
-    """
-    if rotation is None:
-        return x
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotates [batch, heads, rows, head_dim] by the last `rows` entries of `rotation`."""
     rows, half = x.shape[2], x.shape[3] // 2
     cos, sin = (factor[:, None, factor.shape[1] - rows :] for factor in rotation[:2])
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return x * cos + turned * sin
 
 
-def rotate_queries(x: Tensor, rotation: Rotation | None) -> Tensor:
+def rotate_queries(x: Tensor, rotation: Rotation) -> Tensor:
     """`rotate`, with the scale that queries get and keys do not."""
     rotated = rotate(x, rotation)
-    if rotation is None or rotation.query_scale is None:
+    if rotation.query_scale is None:
         return rotated
     scale = rotation.query_scale
     return rotated * scale[:, None, scale.shape[1] - x.shape[2] :, None]

@@ -29,12 +29,15 @@ class DattnTextModel(nn.Module):
         )
         centred = features["zero_centered_gamma"]
         self.norm = DattnRMSNorm(text.hidden_size, text.rms_norm_eps, zero_centred=centred)
-        ropes = text.rope_parameters
-        self.one_rope = "rope_type" in ropes  # for all layers, worked out once a pass
-        if self.one_rope:
-            ropes = {"all_layers": ropes}
-        self.rotary_emb = nn.ModuleDict(
-            {kind: DattnRotary(text.head_dim, rope) for kind, rope in ropes.items()}
+        ropes = text.rope_parameters  # of each kind of layer, or of all layers
+        ropes = {"all_layers": ropes} if "rope_type" in ropes else dict(ropes)
+        ropes["not_rotated"] = {"rope_type": "none", "rope_theta": 1.0}
+        self.rotary_kinds = [self.rotary_kind(n) for n in range(text.num_hidden_layers)]
+        self.rotary_emb = nn.ModuleDict(  # each worked out once a pass
+            {
+                kind: DattnRotary(text.head_dim, ropes[kind])
+                for kind in dict.fromkeys(self.rotary_kinds)
+            }
         )
         self.layers = nn.ModuleList(
             DattnDecoderLayer(config, layer) for layer in range(text.num_hidden_layers)
@@ -59,10 +62,13 @@ class DattnTextModel(nn.Module):
         sliding = self.layer_type(layer) == "sliding_attention"
         return self.config.text_config.sliding_window if sliding else None
 
-    def rotated(self, layer: int) -> bool:
-        """Whether a layer has rotary positions."""
-        rotated = getattr(self.config.text_config, "no_rope_layers", None)  # 0 where there are none
-        return rotated is None or bool(rotated[layer])
+    def rotary_kind(self, layer: int) -> str:
+        """Whose rotary positions a layer has: all layers', its type's, or none."""
+        text = self.config.text_config
+        rotated = getattr(text, "no_rope_layers", None)  # 0 where there are none
+        if rotated is not None and not rotated[layer]:
+            return "not_rotated"
+        return "all_layers" if "rope_type" in text.rope_parameters else self.layer_type(layer)
 
     def forward(
         self,
@@ -120,10 +126,7 @@ class DattnTextModel(nn.Module):
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             window = self.window(number)
-            kind = "all_layers" if self.one_rope else self.layer_type(number)
-            text_rotation, visual_rotation = (
-                rotations[kind] if self.rotated(number) else (None, None)
-            )
+            text_rotation, visual_rotation = rotations[self.rotary_kinds[number]]
             if window is not None and window not in layouts:
                 layouts[window] = layout.windowed(window, shared_axis)
             text, visual = layer(

@@ -24,6 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 
+from dattn_mcore.architectures.features import HeadAxis
 from dattn_mcore.architectures.sizes import RopeConfig
 from dattn_mcore.layers.attention import (
     BACKENDS,
@@ -39,19 +40,19 @@ from dattn_mcore.layers.layout import (
     interleave_shards,
     split_shards,
 )
+from dattn_mcore.layers.qk_norm import build_qk_norm
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class DecomposedSelfAttentionSubmodules:
-    """The projections (column, column, row parallel) and, where there are any, norms of a head."""
+    """The projections (column, column, row parallel), and the norm of a head where there is one."""
 
     linear_q: ModuleSpec | type
     linear_kv: ModuleSpec | type
     linear_proj: ModuleSpec | type
-    q_layernorm: ModuleSpec | type | None = None
-    k_layernorm: ModuleSpec | type | None = None
+    head_norm: ModuleSpec | type | None = None
 
 
 class DecomposedSelfAttention(MegatronModule):
@@ -59,7 +60,7 @@ class DecomposedSelfAttention(MegatronModule):
 
     Parameters, per tensor parallel rank: `linear_q` [heads/tp * head_dim, hidden]; `linear_kv`
     [groups/tp * 2 * head_dim, hidden], each group's key rows before its value rows; `linear_proj`
-    [hidden, heads/tp * head_dim]. `q_layernorm` and `k_layernorm` [head_dim], on every rank.
+    [hidden, heads/tp * head_dim]. `q_layernorm` and `k_layernorm` are whole on every rank.
 
     Where there are more ranks than groups, several ranks share a group: the rows of `linear_kv` are
     shared over all of them as ever, no rank holds a weight that another holds, and keys and values
@@ -79,6 +80,8 @@ class DecomposedSelfAttention(MegatronModule):
         fold: project visual rows with folded weights (`layers.linear`); the `linear_proj` of
             `submodules` must be able to. Concerns `v2v=diagonal` only.
         text_only: return text rows only: the last layer, whose visual rows nobody reads.
+        qk_norm: axes of queries and keys that are normed together (`layers.qk_norm`); empty: they
+            are not normed.
         pg_collection: process groups; `tp` is used.
         cp_comm_type, pp_layer_offset, name: what Megatron-Core's layer passes to any attention
             (the last two from 0.17 on), without a meaning here.
@@ -96,6 +99,7 @@ class DecomposedSelfAttention(MegatronModule):
         backend: str = "auto",
         fold: bool = False,
         text_only: bool = False,
+        qk_norm: Sequence[HeadAxis] = (),
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int | None = None,
@@ -153,14 +157,15 @@ class DecomposedSelfAttention(MegatronModule):
         )
         # The names are those by which Megatron-Core knows that these gradients are summed over
         # tensor parallel ranks, which have different heads.
-        self.q_layernorm = self._head_norm(submodules.q_layernorm)
-        self.k_layernorm = self._head_norm(submodules.k_layernorm)
-
-    def _head_norm(self, spec: ModuleSpec | type | None) -> torch.nn.Module | None:
-        if spec is None:
-            return None
-        return build_module(
-            spec, config=self.config, hidden_size=self.head_dim, eps=self.config.layernorm_epsilon
+        self.q_layernorm, self.k_layernorm = (
+            build_qk_norm(
+                qk_norm,
+                submodules.head_norm,
+                config=config,
+                heads=heads,
+                tp_group=self.tp_group,
+            )
+            for heads in (config.num_attention_heads, config.num_query_groups)
         )
 
     def forward(

@@ -87,7 +87,7 @@ def decoder_layer_spec(
     last: bool = False,
     adaptable: bool = False,
 ) -> ModuleSpec:
-    """The language model's layer: decomposed attention, where the family has them post-norms.
+    """The language model's layer: decomposed attention, and norms where the family has them.
 
     Args:
         model: sizes, and the family whose layers these are.
@@ -99,12 +99,12 @@ def decoder_layer_spec(
     """
     llm, parts = model.llm, parts_of(runtime.implementation, adaptable=adaptable)
     features = text_features(model)
-    post_norms = features.norms == "sandwich"
+    norms = features.norms
     text_only = last and attention.skip_last_visual_rows
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=parts.norm,
+            input_layernorm=parts.norm if norms.attention_input else IdentityOp,
             self_attention=ModuleSpec(
                 module=DecomposedSelfAttention,
                 params={
@@ -117,30 +117,32 @@ def decoder_layer_spec(
                     "backend": attention.backend,
                     "fold": attention.fold_visual_projection,
                     "text_only": text_only,
+                    "qk_norm": features.qk_norm,
                 },
                 submodules=DecomposedSelfAttentionSubmodules(
                     linear_q=parts.linear_q,
                     linear_kv=parts.linear_kv,
-                    linear_proj=parts.linear_proj_post_norm if post_norms else parts.linear_proj,
-                    q_layernorm=parts.norm if features.qk_norm else None,
-                    k_layernorm=parts.norm if features.qk_norm else None,
+                    linear_proj=(
+                        parts.linear_proj_post_norm if norms.attention_output else parts.linear_proj
+                    ),
+                    head_norm=parts.norm,
                 ),
             ),
             self_attn_bda=text_rows_bias_dropout_add if text_only else get_bias_dropout_add,
-            pre_mlp_layernorm=parts.norm,
-            mlp=_decoder_mlp(parts, features.activation, post_norms, text_only),
+            pre_mlp_layernorm=parts.norm if norms.mlp_input else IdentityOp,
+            mlp=_decoder_mlp(
+                parts, features.activation, normed=bool(norms.mlp_output), text_only=text_only
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _decoder_mlp(
-    parts: LayerParts, gate: TowerActivation, post_norms: bool, text_only: bool
-) -> Any:
+def _decoder_mlp(parts: LayerParts, gate: TowerActivation, *, normed: bool, text_only: bool) -> Any:
     if text_only:
-        last = parts.text_fc2_post_norm if post_norms else parts.text_fc2
+        last = parts.text_fc2_post_norm if normed else parts.text_fc2
         return mlp_spec(parts.text_fc1, last, gate=gate)
-    last = parts.linear_fc2_post_norm if post_norms else parts.linear_fc2
+    last = parts.linear_fc2_post_norm if normed else parts.linear_fc2
     return mlp_spec(parts.linear_fc1, last, gate=gate)
 
 

@@ -98,7 +98,7 @@ def llm_transformer_config(
         **mlp_settings(features.activation, gated=True),
         add_bias_linear=False,
         add_qkv_bias=features.qkv_bias,
-        qk_layernorm=features.qk_norm,
+        qk_layernorm=bool(features.qk_norm),
         sequence_parallel=runtime.sequence_parallel,
         pipeline_model_parallel_size=pp_size,
         virtual_pipeline_model_parallel_size=runtime.chunks_per_stage if interleaved else None,

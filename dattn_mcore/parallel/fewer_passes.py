@@ -1,6 +1,6 @@
 """One pass over all weights where Megatron-Core takes several, without Apex and Transformer Engine.
 
-Each holds for megatron-core 0.16.1 to 0.19.2 and has a test in tests/distributed/test_fewer_passes.py:
+Each holds for megatron-core 0.16.1 to 0.19.2; tests in tests/distributed/test_fewer_passes.py:
 
 1. clipping writes scaled gradients into new memory and copies them back;
 2. after a step, float32 weights are copied from the optimizer's shards, which are views of them.

@@ -61,7 +61,8 @@ def _norm_bytes(config: Config, pack: Rows, layer: int) -> float:
     llm, parallel, features = config.model.llm, config.parallel, text_features(config.model)
     shards = parallel.tp if parallel.sp else 1
     after = _rows_after(config, pack, layer)
-    rows = pack.text + pack.visual + (features.norms_per_layer - 1) * after
+    at_input = features.norms.attention_input is not None
+    rows = at_input * (pack.text + pack.visual) + (features.norms.number - at_input) * after
     kept = 4 * llm.hidden_size * rows / shards
     if features.qk_norm:
         query, keys = _widths(config)
@@ -110,10 +111,11 @@ def _input_bytes(config: Config, pack: Rows, fp8: bool, layer: int, read: frozen
     gemm_input = 1 if fp8 else e
     shards = parallel.tp if parallel.sp else 1
     rows, after = pack.text + pack.visual, _rows_after(config, pack, layer)
-    kept = 0.0
-    if "layernorm" not in _modules_again(config):
+    kept, norms = 0.0, text_features(config.model).norms
+    normed_again = "layernorm" in _modules_again(config)
+    if not (normed_again and norms.attention_input):
         kept += gemm_input * h * rows / shards * bool(read.intersection(FIRST[DECODER]))
-    if "layernorm" not in _modules_again(config):
+    if not (normed_again and norms.mlp_input):
         kept += gemm_input * h * after / shards * (FC1 in read)
     if PROJ not in read:
         return kept

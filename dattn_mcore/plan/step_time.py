@@ -94,9 +94,7 @@ def _moved_bytes(config: Config, pack: Rows, fp8: bool) -> float:
     h, f = llm.hidden_size, llm.ffn_hidden_size / tp
     query = llm.num_attention_heads * llm.head_dim / tp
     keys_values = 2 * llm.groups_per_rank(tp) * llm.head_dim
-    norms = (
-        text_features(config.model).norms_per_layer * 5 * h / shards
-    )  # in, out; in, gradient, out
+    norms = text_features(config.model).norms.number * 5 * h / shards  # in, out; in, gradient, out
     per_row = norms + 10 * h / shards + 8 * f  # two residuals; gated activation
     total = e * ((pack.text + pack.visual) * per_row + pack.text * 4 * (query + keys_values / 2))
     if fp8:

@@ -18,6 +18,7 @@ from tests.distributed.small_models import (
     GEMMA3,
     LLAMA,
     MINISTRAL3,
+    OLMO2,
     QWEN2,
     QWEN3,
     SMOLLM3,
@@ -64,6 +65,7 @@ MEANING: dict[str, dict[str, Settings]] = {
         "llama": {"model": LLAMA},  # rotary positions stretched by wave length
         "ministral3": {"model": MINISTRAL3},  # yarn; queries scaled by their positions
         "smollm3": {"model": SMOLLM3},  # a layer without rotary positions
+        "olmo2": {"model": OLMO2},  # norms behind branches, and of all heads together
     },
     "tower": {
         "siglip": {},

@@ -69,6 +69,7 @@ MINISTRAL3: dict[str, Any] = {
         }
     },
 }
+OLMO2: dict[str, Any] = {"family": "olmo2"}
 QWEN2: dict[str, Any] = {"family": "qwen2"}
 QWEN3: dict[str, Any] = {"family": "qwen3"}
 CLIP: dict[str, Any] = {

@@ -34,6 +34,7 @@ MODELS = [
     ("ministral3", "siglip", -1),
     ("qwen2", "clip", -2),
     ("smollm3", "aimv2", -1),
+    ("olmo2", "siglip", -1),
 ]
 
 

@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     Ministral3Config,
     MistralConfig,
+    Olmo2Config,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -27,6 +28,7 @@ from tests.distributed.small_models import (
     GEMMA3,
     LLAMA,
     MINISTRAL3,
+    OLMO2,
     QWEN2,
     QWEN3,
     SMALL_MODEL,
@@ -110,14 +112,14 @@ def hugging_face_model(model, weights):
     elif family == "smollm3":  # every fourth layer is not rotated, by default
         config = SmolLM3Config(**common, rope_parameters=rope, pad_token_id=None)
     else:
-        qwen = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
-        config = qwen(**common, rope_parameters=rope)
+        others = {"olmo2": Olmo2Config, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+        config = others[family](**common, rope_parameters=rope)
     hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    hf.load_state_dict(translate(weights, llm, family.startswith("gemma")), strict=True)
+    hf.load_state_dict(translate(weights, llm), strict=True)
     return hf.eval()
 
 
-def translate(weights, llm, gemma):
+def translate(weights, llm):
     """Our parameter names and layouts to Hugging Face's, by hand."""
     out = {"model.embed_tokens.weight": weights["embedding.word_embeddings.weight"][:VOCABULARY]}
     head = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
@@ -148,18 +150,16 @@ def translate(weights, llm, gemma):
         gate, up = weights[ours + "mlp.linear_fc1.weight"].chunk(2)
         out[theirs + "mlp.gate_proj.weight"], out[theirs + "mlp.up_proj.weight"] = gate, up
         out[theirs + "mlp.down_proj.weight"] = weights[ours + "mlp.linear_fc2.weight"]
-        out[theirs + "input_layernorm.weight"] = weights[ours + "input_layernorm.weight"]
-        before_mlp = weights[ours + "pre_mlp_layernorm.weight"]
-        if gemma:
-            out[theirs + "pre_feedforward_layernorm.weight"] = before_mlp
-            out[theirs + "post_attention_layernorm.weight"] = weights[
-                ours + "self_attention.linear_proj.post_norm.weight"
-            ]
-            out[theirs + "post_feedforward_layernorm.weight"] = weights[
-                ours + "mlp.linear_fc2.post_norm.weight"
-            ]
-        else:
-            out[theirs + "post_attention_layernorm.weight"] = before_mlp
+        behind = ours + "mlp.linear_fc2.post_norm.weight" in weights
+        before_mlp = "pre_feedforward_layernorm" if behind else "post_attention_layernorm"
+        for name, key in (
+            ("input_layernorm", "input_layernorm"),
+            (before_mlp, "pre_mlp_layernorm"),
+            ("post_attention_layernorm", "self_attention.linear_proj.post_norm"),
+            ("post_feedforward_layernorm", "mlp.linear_fc2.post_norm"),
+        ):
+            if ours + f"{key}.weight" in weights:
+                out[theirs + f"{name}.weight"] = weights[ours + f"{key}.weight"]
     return out
 
 
@@ -226,6 +226,7 @@ FAMILIES = {
     "qwen3": QWEN3,
     "ministral3": MINISTRAL3,
     "smollm3": SMOLLM3,
+    "olmo2": OLMO2,
 }
 WINDOWED = {"windowed": WINDOWED_MISTRAL}
 PARALLEL = {**WINDOWED, **{name: FAMILIES[name] for name in FAMILIES if name != "mistral"}}

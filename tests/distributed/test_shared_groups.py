@@ -11,7 +11,7 @@ from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import from_dict, merge
 from dattn_mcore.errors import ConfigError
 from tests.distributed.jobs import read_metrics, train_without_last_save
-from tests.distributed.small_models import GEMMA3, QWEN2, SMALL_MODEL, small_config
+from tests.distributed.small_models import GEMMA3, OLMO2, QWEN2, SMALL_MODEL, small_config
 from tests.distributed.visual_jobs import attention_gradients
 
 LAYOUTS = (((True, 16), (False, 9)), ((False, 4), (True, 16), (False, 6), (True, 16), (False, 3)))
@@ -24,6 +24,8 @@ CASES = {
     "tp4 on 2 groups, biases": (QWEN2, 4, {"num_query_groups": 2}, {}),
     "tp8 on 2 groups, biases, sp": (QWEN2, 8, {"num_query_groups": 2}, {"sp": True}),
     "tp8 on 4 groups, norms of heads": (GEMMA3, 8, {"num_query_groups": 4}, {}),
+    "tp8 on 4 groups, norms of all heads": (OLMO2, 8, {"num_query_groups": 4}, {}),
+    "tp4 on 2 groups, norms of all heads, sp": (OLMO2, 4, {"num_query_groups": 2}, {"sp": True}),
     "tp4 on 1 group, norms, sp": (GEMMA3, 4, {"num_query_groups": 1}, {"sp": True}),
 }
 

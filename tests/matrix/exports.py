@@ -80,6 +80,7 @@ ARCHITECTURES = {
     "ministral3_siglip_square": Architecture(
         "ministral3", "siglip", "stretch", template="mistral", seed=0
     ),
+    "olmo2_siglip_square": Architecture("olmo2", "siglip", "stretch", template="mistral", seed=0),
     "qwen2_clip_anyres": Architecture(
         "qwen2", "clip", "anyres_letterbox", template="mistral", seed=0
     ),

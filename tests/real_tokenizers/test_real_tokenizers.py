@@ -37,6 +37,7 @@ if "mistral_tekken" in chat_templates():
 NO_ORACLE = {
     "plain": "image and caption, which is nobody's chat",
     "gemma": "Gemma's tokenizer is in no package",
+    "olmo2": "OLMo 2's tokenizer is in no package",
     "smollm3": "SmolLM3's tokenizer is in no package",
 }
 # Mistral's own puts a system message in front of the last user's turn, this project in front of the

@@ -15,6 +15,7 @@ from tests.distributed.small_models import (
     GEMMA3,
     LLAMA,
     MINISTRAL3,
+    OLMO2,
     QWEN2,
     QWEN3,
     SMOLLM3,
@@ -38,6 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "ministral3": MINISTRAL3,
     "smollm3": SMOLLM3,
+    "olmo2": OLMO2,
 }
 ONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{name: (model, {}) for name, model in FAMILIES.items()},

@@ -105,8 +105,12 @@ def features_of(model: ModelConfig) -> dict[str, dict[str, Any]]:
 
 
 def with_features(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an export's config.json, with the features that older ones do not name."""
-    if "text_features" in fields:
+    """The fields of an export's config.json, with the features as this release names them.
+
+    Older ones do not name them, or have words for norms, and yes or no for norms of heads.
+    """
+    text_features = fields.get("text_features")
+    if text_features is not None and not isinstance(text_features.get("norms"), str):
         return fields
     family = {record.model_type: name for name, record in language_models().items()}
     kind = {record.model_type: name for name, record in vision_towers().items()}

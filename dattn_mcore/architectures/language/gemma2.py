@@ -10,22 +10,23 @@ from collections.abc import Iterator
 from typing import Any
 
 from dattn_mcore.architectures.chat import BOS, ChatTemplate, Text, Token
-from dattn_mcore.architectures.features import TextFeatures
+from dattn_mcore.architectures.features import SANDWICH_NORMS, TextFeatures
 from dattn_mcore.architectures.layer_types import windows_from_hf, windows_to_hf
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
 from dattn_mcore.architectures.rope import one_rope_from_hf, one_rope_to_hf
 from dattn_mcore.architectures.shared_rules import (
+    CAPS,
+    WINDOWS,
     caps_from_hf,
     caps_to_hf,
     check_stated,
-    one_rope,
     whole_heads,
     whole_scale,
 )
 from dattn_mcore.architectures.sizes import LlmConfig
 
 FEATURES = TextFeatures(
-    activation="gelu_tanh", norms="sandwich", zero_centered_gamma=True, scale_embeddings=True
+    activation="gelu_tanh", norms=SANDWICH_NORMS, zero_centered_gamma=True, scale_embeddings=True
 )
 # <bos> then, per pair of turns:
 #   <start_of_turn> "user\nu" <end_of_turn> "\n" <start_of_turn> "model\n" {"a" <end_of_turn>} "\n"
@@ -50,8 +51,7 @@ CHAT = ChatTemplate(
 
 
 def breaches(llm: LlmConfig) -> Iterator[Breach]:
-    """Sizes that `Gemma2Config` cannot hold."""
-    yield from one_rope(llm)
+    """Values that `Gemma2Config` cannot hold."""
     yield from whole_scale(llm)
     yield from whole_heads(llm)
 
@@ -73,8 +73,9 @@ ARCHITECTURE = LanguageModel(
     model_type="gemma2",
     features=FEATURES,
     chat=CHAT,
-    breaches=breaches,
     to_hf=to_hf,
     from_hf=from_hf,
     max_positions=8192,
+    holds=(*CAPS, *WINDOWS),
+    breaches=breaches,
 )

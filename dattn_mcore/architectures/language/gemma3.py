@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dattn_mcore.architectures.features import TextFeatures
+from dattn_mcore.architectures.features import SANDWICH_NORMS, TextFeatures
 from dattn_mcore.architectures.language.gemma2 import CHAT
 from dattn_mcore.architectures.layer_types import windows_from_hf, windows_to_hf
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
 from dattn_mcore.architectures.rope import rope_from_hf, rope_to_hf
 from dattn_mcore.architectures.shared_rules import (
+    CAPS,
+    WINDOWS,
     caps_from_hf,
     caps_to_hf,
     check_stated,
@@ -28,7 +30,7 @@ KINDS = ("default", "linear")
 
 
 def breaches(llm: LlmConfig) -> Iterator[Breach]:
-    """Sizes that `Gemma3TextConfig` cannot hold."""
+    """Values that `Gemma3TextConfig` cannot hold."""
     yield from whole_scale(llm)
     yield from whole_heads(llm)
     yield from rope_kinds(llm, KINDS)
@@ -79,14 +81,15 @@ ARCHITECTURE = LanguageModel(
     model_type="gemma3_text",
     features=TextFeatures(
         activation="gelu_tanh",
-        norms="sandwich",
+        norms=SANDWICH_NORMS,
         zero_centered_gamma=True,
         scale_embeddings=True,
-        qk_norm=True,
+        qk_norm=("head_dim",),
     ),
     chat=CHAT,
-    breaches=breaches,
     to_hf=to_hf,
     from_hf=from_hf,
     max_positions=131072,
+    holds=(*CAPS, *WINDOWS, "rope", "sliding_rotary_base"),
+    breaches=breaches,
 )

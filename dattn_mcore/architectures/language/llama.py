@@ -13,13 +13,7 @@ from dattn_mcore.architectures.chat import BOS, ChatTemplate, Text, Token
 from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
 from dattn_mcore.architectures.rope import one_rope_from_hf, one_rope_to_hf
-from dattn_mcore.architectures.shared_rules import (
-    check_stated,
-    no_window,
-    one_rope,
-    whole_heads,
-    without_caps,
-)
+from dattn_mcore.architectures.shared_rules import check_stated, rope_kinds, whole_heads
 from dattn_mcore.architectures.sizes import LlmConfig
 
 KINDS = ("default", "llama3")
@@ -48,11 +42,9 @@ CHAT = ChatTemplate(
 
 
 def breaches(llm: LlmConfig) -> Iterator[Breach]:
-    """Sizes that `LlamaConfig` cannot hold."""
-    yield from without_caps(llm)
-    yield from no_window(llm)
+    """Values that `LlamaConfig` cannot hold."""
     yield from whole_heads(llm)
-    yield from one_rope(llm, KINDS)
+    yield from rope_kinds(llm, KINDS)
 
 
 def to_hf(llm: LlmConfig) -> dict[str, Any]:
@@ -72,8 +64,9 @@ ARCHITECTURE = LanguageModel(
     model_type="llama",
     features=TextFeatures(),
     chat=CHAT,
-    breaches=breaches,
     to_hf=to_hf,
     from_hf=from_hf,
     max_positions=131072,
+    holds=("rope",),
+    breaches=breaches,
 )

@@ -14,12 +14,7 @@ from dattn_mcore.architectures.chat import BOS, EOS, ChatTemplate, Text, Token
 from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
 from dattn_mcore.architectures.rope import one_rope_from_hf, one_rope_to_hf
-from dattn_mcore.architectures.shared_rules import (
-    check_stated,
-    one_rope,
-    one_window,
-    without_caps,
-)
+from dattn_mcore.architectures.shared_rules import WINDOWS, check_stated, one_window, rope_kinds
 from dattn_mcore.architectures.sizes import LlmConfig
 
 KINDS = ("yarn",)
@@ -39,10 +34,9 @@ CHAT = ChatTemplate(
 
 
 def breaches(llm: LlmConfig) -> Iterator[Breach]:
-    """Sizes that `Ministral3Config` cannot hold."""
-    yield from without_caps(llm)
+    """Values that `Ministral3Config` cannot hold."""
     yield from one_window(llm)
-    yield from one_rope(llm, KINDS)
+    yield from rope_kinds(llm, KINDS)
 
 
 def to_hf(llm: LlmConfig) -> dict[str, Any]:
@@ -71,8 +65,9 @@ ARCHITECTURE = LanguageModel(
     model_type="ministral3",
     features=TextFeatures(),
     chat=CHAT,
-    breaches=breaches,
     to_hf=to_hf,
     from_hf=from_hf,
     max_positions=262144,
+    holds=(*WINDOWS, "rope"),
+    breaches=breaches,
 )

@@ -12,12 +12,7 @@ from dattn_mcore.architectures.chat import BOS, EOS, ChatTemplate, Text, Token
 from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
 from dattn_mcore.architectures.rope import one_rope_from_hf, one_rope_to_hf
-from dattn_mcore.architectures.shared_rules import (
-    check_stated,
-    one_rope,
-    one_window,
-    without_caps,
-)
+from dattn_mcore.architectures.shared_rules import WINDOWS, check_stated, one_window
 from dattn_mcore.architectures.sizes import LlmConfig
 
 # <bos> then, per pair of turns:  <[INST]> " u" <[/INST]> {" a" <eos>}
@@ -36,10 +31,8 @@ CHAT = ChatTemplate(
 
 
 def breaches(llm: LlmConfig) -> Iterator[Breach]:
-    """Sizes that `MistralConfig` cannot hold."""
-    yield from without_caps(llm)
+    """Values that `MistralConfig` cannot hold."""
     yield from one_window(llm)
-    yield from one_rope(llm)
 
 
 def to_hf(llm: LlmConfig) -> dict[str, Any]:
@@ -59,8 +52,9 @@ ARCHITECTURE = LanguageModel(
     model_type="mistral",
     features=TextFeatures(),
     chat=CHAT,
-    breaches=breaches,
     to_hf=to_hf,
     from_hf=from_hf,
     max_positions=32768,
+    holds=WINDOWS,
+    breaches=breaches,
 )

@@ -6,15 +6,14 @@ models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from dattn_mcore.architectures.chat import chatml
 from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.layer_types import switched_windows_to_hf, windows_from_hf
-from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
+from dattn_mcore.architectures.records import HfConfig, LanguageModel
 from dattn_mcore.architectures.rope import one_rope_from_hf, one_rope_to_hf
-from dattn_mcore.architectures.shared_rules import check_stated, one_rope, without_caps
+from dattn_mcore.architectures.shared_rules import WINDOWS, check_stated
 from dattn_mcore.architectures.sizes import LlmConfig
 
 # The template of Qwen2.5's instruct models, without tools. A conversation without a system message
@@ -22,12 +21,6 @@ from dattn_mcore.architectures.sizes import LlmConfig
 CHAT = chatml(
     "chatml", default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 )
-
-
-def breaches(llm: LlmConfig) -> Iterator[Breach]:
-    """Sizes that `Qwen2Config` cannot hold."""
-    yield from without_caps(llm)
-    yield from one_rope(llm)
 
 
 def to_hf(llm: LlmConfig) -> dict[str, Any]:
@@ -47,8 +40,8 @@ ARCHITECTURE = LanguageModel(
     model_type="qwen2",
     features=TextFeatures(qkv_bias=True),
     chat=CHAT,
-    breaches=breaches,
     to_hf=to_hf,
     from_hf=from_hf,
     max_positions=32768,
+    holds=WINDOWS,
 )

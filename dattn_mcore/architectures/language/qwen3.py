@@ -6,15 +6,14 @@ models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from dattn_mcore.architectures.chat import Text, Token, chatml
 from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.layer_types import switched_windows_to_hf, windows_from_hf
-from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
+from dattn_mcore.architectures.records import HfConfig, LanguageModel
 from dattn_mcore.architectures.rope import one_rope_from_hf, one_rope_to_hf
-from dattn_mcore.architectures.shared_rules import check_stated, one_rope, without_caps
+from dattn_mcore.architectures.shared_rules import WINDOWS, check_stated
 from dattn_mcore.architectures.sizes import LlmConfig
 
 # The template of Qwen3's models, without tools, thinking switched off: the last answer, or where it
@@ -24,12 +23,6 @@ CHAT = chatml(
     "qwen3",
     before_last_answer=(Token("<think>"), Text("\n\n"), Token("</think>"), Text("\n\n")),
 )
-
-
-def breaches(llm: LlmConfig) -> Iterator[Breach]:
-    """Sizes that `Qwen3Config` cannot hold."""
-    yield from without_caps(llm)
-    yield from one_rope(llm)
 
 
 def to_hf(llm: LlmConfig) -> dict[str, Any]:
@@ -47,10 +40,10 @@ ARCHITECTURE = LanguageModel(
     name="qwen3",
     title="Qwen3",
     model_type="qwen3",
-    features=TextFeatures(qk_norm=True),
+    features=TextFeatures(qk_norm=("head_dim",)),
     chat=CHAT,
-    breaches=breaches,
     to_hf=to_hf,
     from_hf=from_hf,
     max_positions=40960,
+    holds=WINDOWS,
 )

@@ -15,13 +15,7 @@ from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.layer_types import shortest_pattern
 from dattn_mcore.architectures.records import Breach, HfConfig, LanguageModel
 from dattn_mcore.architectures.rope import one_rope_from_hf, one_rope_to_hf
-from dattn_mcore.architectures.shared_rules import (
-    check_stated,
-    no_window,
-    one_rope,
-    whole_heads,
-    without_caps,
-)
+from dattn_mcore.architectures.shared_rules import check_stated, whole_heads
 from dattn_mcore.architectures.sizes import LlmConfig
 
 _CHATML = chatml("smollm3")
@@ -35,11 +29,8 @@ CHAT = replace(
 
 
 def breaches(llm: LlmConfig) -> Iterator[Breach]:
-    """Sizes that `SmolLM3Config` cannot hold."""
-    yield from without_caps(llm)
-    yield from no_window(llm)
+    """Values that `SmolLM3Config` cannot hold."""
     yield from whole_heads(llm)
-    yield from one_rope(replace(llm, rotary_pattern=()))
 
 
 def to_hf(llm: LlmConfig) -> dict[str, Any]:
@@ -64,8 +55,9 @@ ARCHITECTURE = LanguageModel(
     model_type="smollm3",
     features=TextFeatures(),
     chat=CHAT,
-    breaches=breaches,
     to_hf=to_hf,
     from_hf=from_hf,
     max_positions=65536,
+    holds=("rotary_pattern",),
+    breaches=breaches,
 )

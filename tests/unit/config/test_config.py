@@ -4,9 +4,12 @@ import dataclasses
 
 import pytest
 
+from dattn_mcore.architectures import language_models
+from dattn_mcore.architectures.features import LayerNorms
+from dattn_mcore.architectures.records import HELD_BY_ALL
 from dattn_mcore.config.checks import check_config, data_parallel_size
 from dattn_mcore.config.load import from_dict, load_config, to_dict, to_yaml
-from dattn_mcore.config.schema import Config
+from dattn_mcore.config.schema import Config, LlmConfig
 from dattn_mcore.errors import ConfigError, error_lines
 from dattn_mcore.training.main import parse_arguments
 
@@ -219,12 +222,12 @@ YARN = ["model.family=ministral3", "model.llm.rope.kind=yarn"]
         (
             ["model.llm.rope={kind: yarn, factor: 4}"],
             "model.llm.rope={kind: yarn, factor: 4.0} cannot be exported: model.family=mistral has "
-            "rope.kind=default",
+            "rope={kind: default}",
         ),
         (["model.family=ministral3"], "model.llm.rope={kind: default} .* has rope.kind=yarn"),
         (
             ["model.llm.rotary_pattern=[true, false]"],
-            r"rotary_pattern=\[true, false\] .* has rotary positions in all layers",
+            r"rotary_pattern=\[true, false\] .* has rotary_pattern=\[\]; use that",
         ),
         (["model.llm.rope.kind=none"], "'none' is unknown; use one of default, linear, llama3, ya"),
         (
@@ -235,7 +238,7 @@ YARN = ["model.family=ministral3", "model.llm.rope.kind=yarn"]
         ([*YARN, "model.llm.rotary_base=1"], "rotary_base=1.0 must be greater than 1 with rope.ki"),
         ([*YARN, "model.llm.rope.query_scale_beta=-1"], "must be at least 0 .0: none."),
         (["model.llm.attention_softcap=50"], "model.family=mistral has attention_softcap=null"),
-        (["model.llm.query_scale=24"], "has query_scale=null or head_dim .32.; use that, or"),
+        (["model.llm.query_scale=24"], "has query_scale=null; use that, or"),
         (
             ["model.llm.sliding_window=8", "model.llm.layer_pattern=[sliding, full]"],
             r"model.llm.layer_pattern=\[sliding, full\] cannot be exported: model.family=mistral has",
@@ -256,6 +259,44 @@ YARN = ["model.family=ministral3", "model.llm.rope.kind=yarn"]
 def test_a_model_that_cannot_be_exported_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         checked(*overrides)
+
+
+# A value of each size that some families alone can hold, other than its default.
+OTHER_SIZES = {
+    "sliding_rotary_base": "5000",
+    "rope": "{kind: llama3, factor: 8}",
+    "rotary_pattern": "[true, false]",
+    "attention_softcap": "50",
+    "final_softcap": "30",
+    "query_scale": "16",
+    "sliding_window": "8",
+    "layer_pattern": "[sliding, full]",
+}
+
+
+def test_a_family_refuses_each_size_that_it_does_not_hold():
+    """By default: a new size needs no word in any family's file."""
+    sizes = {field.name for field in dataclasses.fields(LlmConfig)}
+    assert sizes - set(HELD_BY_ALL) == set(OTHER_SIZES)
+    for family, record in language_models().items():
+        assert set(record.holds) <= set(OTHER_SIZES)
+        for name in OTHER_SIZES.keys() - set(record.holds):
+            line = rf"llm.{name}=.* cannot be exported: model.family={family} has {name}=.*; use t"
+            with pytest.raises(ConfigError, match=line):
+                checked(f"model.family={family}", f"model.llm.{name}={OTHER_SIZES[name]}")
+
+
+def test_norms_that_a_family_does_not_have_are_not_computed_again(monkeypatch):
+    record = language_models()["mistral"]
+    norms = LayerNorms(attention_output="a_layernorm", mlp_output="b_layernorm")
+    features = dataclasses.replace(record.features, norms=norms)
+    again = ["train.recompute=selective", "train.recompute_modules=[layernorm]"]
+    checked(*again)
+    monkeypatch.setitem(
+        language_models(), "mistral", dataclasses.replace(record, features=features)
+    )
+    with pytest.raises(ConfigError, match="has no effect: layers of model.family=mistral have no "):
+        checked(*again)
 
 
 def test_what_a_family_has_passes():

@@ -66,6 +66,7 @@ TRAITS: dict[str, dict[str, Any]] = {
             query_scale_beta=0.4,
         )
     },
+    "olmo2": {},
     "qwen2": {"tie_embeddings": True},
     "qwen3": {},
     "smollm3": {"tie_embeddings": True, "rotary_pattern": (True, True, False)},

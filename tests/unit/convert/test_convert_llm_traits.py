@@ -1,13 +1,14 @@
 """What makes each language model itself: turned off, the comparison with Hugging Face's fails."""
 
 import functools
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
 
 from dattn_mcore.architectures import language_models
+from dattn_mcore.architectures.features import PRE_NORMS, LayerNorms
 from dattn_mcore.architectures.sizes import RopeConfig
 from dattn_mcore.checkpoint.state import model_state
 from dattn_mcore.parallel.groups import single_process
@@ -26,7 +27,7 @@ from tools.checkpoint_convert.hf_to_mcore import convert_parts
 _YARN = TRAITS_OF["ministral3"]["rope"]
 _OF_GEMMA = {
     "query scale": {"query_scale": None},
-    "post-norms": {"norms": "pre"},
+    "post-norms": {"norms": PRE_NORMS},
     "zero-centred gamma": {"zero_centered_gamma": False},
     "embedding scale": {"scale_embeddings": False},
     "activation": {"activation": "silu"},
@@ -45,7 +46,7 @@ OFF = {
         "window": {"sliding_window": None, "layer_pattern": ()},
         "rotary base of sliding layers": {"sliding_rotary_base": None},
         "linear rope": {"rope": RopeConfig()},
-        "norms of heads": {"qk_norm": False},
+        "norms of heads": {"qk_norm": ()},
     },
     "llama": {"llama3 rope": {"rope": RopeConfig()}},
     "ministral3": {
@@ -57,8 +58,14 @@ OFF = {
         "attention factor": {"rope": replace(_YARN, attention_factor=1.0)},
         "scale by position": {"rope": replace(_YARN, query_scale_beta=0.0)},
     },
+    "olmo2": {
+        "norms after branches": {"norms": LayerNorms()},
+        "norms after attention": {"norms": LayerNorms(mlp_output="post_feedforward_layernorm")},
+        "norms after MLPs": {"norms": LayerNorms(attention_output="post_attention_layernorm")},
+        "norms of queries and keys": {"qk_norm": ()},
+    },
     "qwen2": {"biases": {"qkv_bias": False}},
-    "qwen3": {"norms of heads": {"qk_norm": False}},
+    "qwen3": {"norms of heads": {"qk_norm": ()}},
     "smollm3": {
         "layers without rotary positions": {"rotary_pattern": ()},
         "which layers those are": {"rotary_pattern": (True, False, True)},
@@ -73,7 +80,7 @@ def test_no_family_is_left_out():
     assert set(TRAITS_OF) == set(LLMS) == set(TEXT_FEATURES) == set(records)
     assert set(OFF) == set(records) - {"mistral"}
     for family, features in TEXT_FEATURES.items():
-        assert {name: getattr(records[family].features, name) for name in features} == features
+        assert asdict(records[family].features) == features
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from dattn_mcore.hf import REMOTE_CODE_FILES, TESTED_TRANSFORMERS
 from dattn_mcore.hf.image_rules_dattn import OLD_RULES
 from tests.matrix.exports import ARCHITECTURES, trainer_config
 from tests.unit.convert.convert_helpers import make_checkpoint, make_tokenizer, small_config
+from tests.unit.hf.hf_models import TEXT_FEATURES
 from tools.checkpoint_convert.__main__ import main
 
 OLD = Path(__file__).parents[2] / "fixtures/export_0"
@@ -81,7 +82,8 @@ def test_old_export(sides, old, capsys):
     }
     today = json.loads((sides / "hf/config.json").read_text())["auto_map"]
     features = {name: config[f"{name}_features"] for name in ("text", "vision")}
-    assert features["text"]["norms"] == "sandwich" and features["vision"]["class_row"] is False
+    assert features["text"]["norms"] == TEXT_FEATURES["gemma2"]["norms"]
+    assert features["vision"]["class_row"] is False
     assert config == earlier | records | {
         "auto_map": today,
         "text_features": features["text"],
@@ -96,6 +98,16 @@ def test_old_export(sides, old, capsys):
     assert set(after) == set(fresh)
     assert refreshed(capsys, old) == [f"{old}: up to date; weights untouched"]
     assert state(old) == after
+
+
+def test_features_in_words_of_before_get_their_form_of_today(old, capsys):
+    """Releases that named features called norms `pre` or `sandwich`, and norms of heads true."""
+    refreshed(capsys, old)
+    today = json.loads((old / "config.json").read_text())
+    words = today["text_features"] | {"norms": "sandwich", "qk_norm": False}
+    (old / "config.json").write_text(json.dumps(today | {"text_features": words}))
+    assert any("text_features" in line for line in refreshed(capsys, old))
+    assert json.loads((old / "config.json").read_text()) == today
 
 
 def test_answers_of_the_trainer(sides, old, capsys):

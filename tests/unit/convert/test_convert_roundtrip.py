@@ -29,6 +29,7 @@ CASES = [
     ("mistral", "aimv2", {"visual_positions": False}),
     ("ministral3", "siglip", {}),
     ("smollm3", "clip", {}),
+    ("olmo2", "siglip", {}),
 ]
 
 

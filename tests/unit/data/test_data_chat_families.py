@@ -20,7 +20,8 @@ from tools.checkpoint_convert.chat_templates import chat_template
 from tools.checkpoint_convert.tokenizers_out import messages
 
 # Source: tokenizer_config.json of Qwen/Qwen2.5-7B-Instruct and Qwen/Qwen3-8B (thinking off), and
-# meta-llama/Meta-Llama-3-8B-Instruct; chat_template.jinja of HuggingFaceTB/SmolLM3-3B; what mistral-common writes (InstructTokenizerV7 and V13, without
+# meta-llama/Meta-Llama-3-8B-Instruct; chat_template.jinja of HuggingFaceTB/SmolLM3-3B;
+# tokenizer_config.json of allenai/OLMo-2-1124-7B-Instruct; what mistral-common writes (InstructTokenizerV7 and V13, without
 # tools).
 _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}"
@@ -51,6 +52,11 @@ OWN = {
         " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
         "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
     ),
+    "olmo2": (  # with the new line that is left out behind the last answer
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    ),
     "mistral_tekken": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
         "{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}{% elif m.role == 'user' %}"
@@ -68,6 +74,7 @@ FIRST = {
     "chatml": None,
     "qwen3": None,
     "smollm3": None,
+    "olmo2": "<|endoftext|>",
     "llama3": "<|begin_of_text|>",
     "mistral_tekken": "<s>",
 }
@@ -75,6 +82,7 @@ END = {
     "chatml": "<|im_end|>",
     "qwen3": "<|im_end|>",
     "smollm3": "<|im_end|>",
+    "olmo2": "<|endoftext|>",
     "llama3": "<|end_of_text|>",
     "mistral_tekken": "</s>",
 }

@@ -11,6 +11,7 @@ from transformers import (
     LlamaConfig,
     Ministral3Config,
     MistralConfig,
+    Olmo2Config,
     Qwen2Config,
     Qwen3Config,
     SiglipVisionConfig,
@@ -23,22 +24,37 @@ VOCAB = 50
 IMAGE = 49  # placeholder token
 
 
+def layer_norms(attention_input=None, attention_output=None, mlp_input=None, mlp_output=None):
+    """Names of a layer's norms by their place."""
+    return {
+        "attention_input": attention_input,
+        "attention_output": attention_output,
+        "mlp_input": mlp_input,
+        "mlp_output": mlp_output,
+    }
+
+
 def features(**others):
     """Features of a plain language model, but for what is given."""
     plain = {
         "activation": "silu",
-        "norms": "pre",
+        "norms": layer_norms("input_layernorm", mlp_input="post_attention_layernorm"),
         "zero_centered_gamma": False,
         "scale_embeddings": False,
         "qkv_bias": False,
-        "qk_norm": False,
+        "qk_norm": (),
     }
     return plain | others
 
 
 _GEMMA = {
     "activation": "gelu_tanh",
-    "norms": "sandwich",
+    "norms": layer_norms(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
     "zero_centered_gamma": True,
     "scale_embeddings": True,
 }
@@ -46,11 +62,17 @@ TEXT_FEATURES = {
     "mistral": features(),
     "llama": features(),
     "ministral3": features(),
+    "olmo2": features(
+        norms=layer_norms(
+            attention_output="post_attention_layernorm", mlp_output="post_feedforward_layernorm"
+        ),
+        qk_norm=("heads", "head_dim"),
+    ),
     "qwen2": features(qkv_bias=True),
-    "qwen3": features(qk_norm=True),
+    "qwen3": features(qk_norm=("head_dim",)),
     "smollm3": features(),
     "gemma2": features(**_GEMMA),
-    "gemma3": features(**_GEMMA, qk_norm=True),
+    "gemma3": features(**_GEMMA, qk_norm=("head_dim",)),
 }
 VISION_FEATURES = {
     "siglip": {"class_row": False, "final_norm": True},
@@ -104,6 +126,8 @@ def text_config(family: str, **changes):
         return Ministral3Config(**{**common, **ministral3, **changes})
     if family == "smollm3":
         return SmolLM3Config(**{**common, "no_rope_layers": [1, 0, 1], **changes})
+    if family == "olmo2":
+        return Olmo2Config(**{**common, **changes})
     if family in ("qwen2", "qwen3"):
         return (Qwen2Config if family == "qwen2" else Qwen3Config)(**{**common, **changes})
     if family == "gemma3":

@@ -148,11 +148,14 @@ def decoder_layer(w: dict[str, Tensor], config, layer: int, order: list, x: Tens
     p = f"model.language_model.layers.{layer}."
 
     def norm(name: str, y: Tensor) -> Tensor:
+        if p + name + ".weight" not in w:
+            return y
         return rms(y, w[p + name + ".weight"], eps, gemma)
 
+    behind = p + "post_feedforward_layernorm.weight" in w  # attention and MLP, or before the MLP
     branch = attention(w, config, layer, order, norm("input_layernorm", x))
-    x = x + (norm("post_attention_layernorm", branch) if gemma else branch)
-    y = norm("pre_feedforward_layernorm" if gemma else "post_attention_layernorm", x)
+    x = x + (norm("post_attention_layernorm", branch) if behind else branch)
+    y = norm("pre_feedforward_layernorm" if behind else "post_attention_layernorm", x)
     gate = y @ w[p + "mlp.gate_proj.weight"].T
     if gemma:
         inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
@@ -160,7 +163,7 @@ def decoder_layer(w: dict[str, Tensor], config, layer: int, order: list, x: Tens
     else:
         gate = gate / (1 + torch.exp(-gate))
     y = (gate * (y @ w[p + "mlp.up_proj.weight"].T)) @ w[p + "mlp.down_proj.weight"].T
-    return x + (norm("post_feedforward_layernorm", y) if gemma else y)
+    return x + norm("post_feedforward_layernorm", y)
 
 
 def attention(w: dict[str, Tensor], config, layer: int, order: list, x: Tensor) -> Tensor:
@@ -171,10 +174,12 @@ def attention(w: dict[str, Tensor], config, layer: int, order: list, x: Tensor) 
         (x @ w[p + f"{name}.weight"].T + w.get(p + f"{name}.bias", 0.0)).view(-1, count, d)
         for name, count in (("q_proj", heads), ("k_proj", groups), ("v_proj", groups))
     )
-    if p + "q_norm.weight" in w:  # before any rotation, of each head
+    if p + "q_norm.weight" in w:  # before any rotation, of each head or of all of them
         q, k = (
-            rms(y, w[p + f"{name}.weight"], text.rms_norm_eps, is_gemma(text))
-            for y, name in ((q, "q_norm"), (k, "k_norm"))
+            rms(
+                y.reshape(len(y), -1, weight.numel()), weight, text.rms_norm_eps, is_gemma(text)
+            ).view_as(y)
+            for y, weight in ((q, w[p + "q_norm.weight"]), (k, w[p + "k_norm.weight"]))
         )
     scale = (getattr(text, "query_pre_attn_scalar", None) or d) ** -0.5
     cap = getattr(text, "attn_logit_softcapping", None)

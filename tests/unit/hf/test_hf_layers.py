@@ -207,3 +207,12 @@ def test_canvas_is_the_one_of_llava_next(image):
     for canvas in canvases:
         expected = get_patch_output_size(pixels, canvas, ChannelDimension.FIRST)
         assert inner_size(image, canvas) == expected
+
+
+def test_layers_without_positions_rotate_nothing():
+    """To the last bit, also of zeros and of bf16."""
+    rotary = DattnRotary(8, {"rope_type": "none", "rope_theta": 1.0})
+    for dtype in DTYPES:
+        x = noise(1, 2, 6, 8, dtype=dtype)
+        found = rotary(torch.arange(6)[None] + 30000, dtype)
+        assert found.query_scale is None and torch.equal(rotate_queries(x, found), x)

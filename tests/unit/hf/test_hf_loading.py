@@ -9,7 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dattn_mcore.hf import AUTO_MAP, TESTED_TRANSFORMERS, DattnConfig, register
-from tests.unit.hf.hf_models import TEXT_FEATURES, VISION_FEATURES, make_model
+from tests.unit.hf.hf_models import (
+    TEXT_FEATURES,
+    VISION_FEATURES,
+    layer_norms,
+    make_model,
+    text_config,
+)
 from tests.unit.hf.test_hf_generate import batch
 
 register()
@@ -186,6 +192,23 @@ def test_a_folder_that_names_no_features_says_how_to_renew_it(folder):
     (folder / "config.json").write_text(json.dumps(without))
     with pytest.raises(ValueError, match="text_features are missing.*checkpoint_convert refresh"):
         AutoConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norms": "sandwich"}, "text_features.norms is 'sandwich'.*checkpoint_convert refresh"),
+        ({"norms": {"mlp_input": "a_layernorm"}}, "it must give attention_input, .* a name each"),
+        ({"norms": layer_norms("forward")}, "ends in layernorm"),
+        ({"norms": layer_norms("a_layernorm", "a_layernorm")}, "a name each"),
+        ({"qk_norm": True}, "text_features.qk_norm is True; it must be a list of heads and head_d"),
+        ({"qk_norm": ["rows"]}, "must be a list of heads and head_dim, or empty"),
+    ],
+)
+def test_features_of_another_form_are_refused(changes, message):
+    text_features = TEXT_FEATURES["mistral"] | changes
+    with pytest.raises(ValueError, match=message):
+        DattnConfig(text_config=text_config("mistral"), text_features=text_features)
 
 
 def test_further_fields_of_a_configuration_are_kept(folder):
