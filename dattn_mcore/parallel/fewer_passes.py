@@ -46,14 +46,14 @@ def install() -> None:
     from megatron.core.optimizer import distrib_optimizer
 
     if not distrib_optimizer.HAVE_APEX_OR_TE:
-        _clip_in_place()
+        _scale_in_place()
         _leave_views_alone(distrib_optimizer.DistributedOptimizer)
     if platform.current_device().type == "cpu":
         _send_nothing_alone()
         _add_in_products()
 
 
-def _clip_in_place() -> None:
+def _scale_in_place() -> None:
     from megatron.core.optimizer import clip_grads
 
     def scale(chunk: int, flag: Any, tensors: Sequence[list[torch.Tensor]], factor: float) -> None:
