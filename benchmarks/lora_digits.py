@@ -122,7 +122,7 @@ def run(args: argparse.Namespace, seed: int, way: str) -> dict[str, Any]:
 def learning(run_dir: Path) -> int:
     """Parameters that a run trains, by its configuration."""
     from dattn_mcore.config.load import load_config
-    from dattn_mcore.training.plan import stage_summary
+    from dattn_mcore.training.dry_run import stage_summary
 
     config = load_config(run_dir / "config.yaml")
     return sum(stage_summary(config, stage)[1] for stage in range(config.parallel.pp))

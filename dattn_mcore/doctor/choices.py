@@ -151,7 +151,7 @@ def _linears(start: _Start) -> Rows:
 def _attention(start: _Start) -> Rows:
     from dattn_mcore.layers.attention import BACKENDS
     from dattn_mcore.layers.spec import attention_options
-    from dattn_mcore.training.plan import attention_backends
+    from dattn_mcore.training.dry_run import attention_backends
     from dattn_mcore.training.runtime import params_dtype
 
     config, llm = start.config, start.config.model.llm

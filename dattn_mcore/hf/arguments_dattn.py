@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_dattn import DattnCache, is_cache
 from .configuration_dattn import releases
+from .samples_dattn import IGNORED_LABEL
 
 NO_EMBEDDINGS = "inputs_embeds is not supported; pass input_ids, which say where images stand"
 _KNOWN_OUTPUTS = {"loss", "logits", "hidden_states", "attentions"}
@@ -167,12 +168,13 @@ def check_counted(labels: Tensor, live: Tensor) -> None:
     Raises:
         ValueError: a label stands at an image or at padding.
     """
-    dropped = int(((labels != -100) & ~live.to(labels.device)).sum())
+    counted = labels != IGNORED_LABEL
+    dropped = int((counted & ~live.to(labels.device)).sum())
     if dropped:
         raise ValueError(
             f"labels hold {dropped} tokens at images or padding, which no row predicts, and "
-            "num_items_in_batch counts them, so the loss would be too small; set them to -100: "
-            "processor(..., return_labels=True) does"
+            "num_items_in_batch counts them, so the loss would be too small; set them to "
+            f"{IGNORED_LABEL}: processor(..., return_labels=True) does"
         )
 
 

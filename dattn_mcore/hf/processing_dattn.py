@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
+from .samples_dattn import IGNORED_LABEL
+
 
 class DattnProcessor(ProcessorMixin):
     """An image processor and a tokenizer in one.
@@ -73,7 +75,7 @@ def labels_of(found: Any, image_token_id: int) -> torch.Tensor:
             "return_tensors='pt'"
         )
     live = mask.bool() & (ids != image_token_id)
-    return ids.masked_fill(~live | (live.cumsum(1) == 1), -100)
+    return ids.masked_fill(~live | (live.cumsum(1) == 1), IGNORED_LABEL)
 
 
 __all__ = ["DattnProcessor"]

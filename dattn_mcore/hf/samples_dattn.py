@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+IGNORED_LABEL = -100  # of PyTorch's cross entropy: no token is to be predicted here
+
 
 def tiles_of(grids: Tensor) -> Tensor:
     """Tiles of images whose canvases are `grids` [..., 2]: a base view and the canvas."""
@@ -120,4 +122,11 @@ def check_tiles(pixel_values: Tensor, image_grids: Tensor) -> None:
         )
 
 
-__all__ = ["by_sample", "check_pixels", "check_tiles", "one_after_another", "tiles_of"]
+__all__ = [
+    "IGNORED_LABEL",
+    "by_sample",
+    "check_pixels",
+    "check_tiles",
+    "one_after_another",
+    "tiles_of",
+]

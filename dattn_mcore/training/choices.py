@@ -16,7 +16,7 @@ from dattn_mcore.layers.attention.triton_backend import launch_problem
 from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.parallel import platform
 from dattn_mcore.training.agreement import agree
-from dattn_mcore.training.plan import attention_backends
+from dattn_mcore.training.dry_run import attention_backends
 from dattn_mcore.training.runtime import decide_runtime
 
 logger = logging.getLogger(__name__)

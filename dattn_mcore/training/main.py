@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
             from dattn_mcore.parallel import entry, platform
 
             entry.prepare_imports(config.train.device)
-            from dattn_mcore.training.plan import describe
+            from dattn_mcore.training.dry_run import describe
 
             if config.train.deterministic:
                 platform.make_deterministic()  # kernels are chosen by it

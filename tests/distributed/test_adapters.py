@@ -223,7 +223,7 @@ def test_another_base_or_other_adapters_are_refused(pool, digits, base_of, tmp_p
 
 
 def test_dry_run_counts_adapters(pool, digits, base_of, tmp_path):
-    from dattn_mcore.training.plan import stage_summary
+    from dattn_mcore.training.dry_run import stage_summary
     from tests.distributed.model_jobs import count_parameters
 
     sections = merge(lora(SOME, dora=True), {"parallel": {"tp": 2, "pp": 2, "sp": True}})

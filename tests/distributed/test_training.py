@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dattn_mcore.config.load import from_dict, merge
-from dattn_mcore.training.plan import stage_summary
+from dattn_mcore.training.dry_run import stage_summary
 from tests.distributed.jobs import read_metrics, run_training, train_without_last_save
 from tests.distributed.model_jobs import count_parameters
 from tests.distributed.pool import WorkerError

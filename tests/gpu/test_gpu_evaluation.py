@@ -7,7 +7,7 @@ import sys
 import torch
 
 from tests.unit.evaluation.conftest import ROOT, tiny_model  # noqa: F401 (a fixture)
-from tests.unit.evaluation.test_evaluation_run import answers, run, scores
+from tests.unit.evaluation.tiny_runs import answers, run, scores
 
 
 def test_batches_on_a_gpu(tiny_model, tmp_path):  # noqa: F811

@@ -18,7 +18,7 @@ from dattn_mcore.config.checks import check_config, data_parallel_size, processe
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.tiles import ANYRES_POLICIES
-from dattn_mcore.training.plan import describe, stage_summary
+from dattn_mcore.training.dry_run import describe, stage_summary
 from tools.checkpoint_convert.configs import (
     TokenIds,
     text_from_hf,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from dattn_mcore.architectures.chat import BOS, EOS, Images, Segment, Token
 from dattn_mcore.data.templates import find_template
+from dattn_mcore.types import IMAGE_MARK
 
 _CONTENT = """\
 {%- macro content(message) -%}
@@ -20,7 +21,7 @@ _CONTENT = """\
 {%- set text = namespace(value='') -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'image' -%}
-{%- set text.value = text.value + '<image>' + ('' if loop.last else '\\n') -%}
+{%- set text.value = text.value + 'IMAGE_MARK' + ('' if loop.last else '\\n') -%}
 {%- elif part['type'] == 'text' -%}
 {%- set text.value = text.value + part['text'] -%}
 {%- else -%}
@@ -30,7 +31,7 @@ _CONTENT = """\
 {{ text.value | trim }}
 {%- endif -%}
 {%- endmacro -%}
-"""
+""".replace("IMAGE_MARK", IMAGE_MARK)
 
 # A system message, which may come first, becomes `system`; the others are `turns`.
 _SYSTEM = """\
@@ -39,11 +40,11 @@ _SYSTEM = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
 {%- set turns = messages[1:] -%}
 {%- set system = content(messages[0]) -%}
-{%- if '<image>' in system -%}
-{{ raise_exception('<image> stands in the system message; only user messages may show images') }}
+{%- if 'IMAGE_MARK' in system -%}
+{{ raise_exception('IMAGE_MARK stands in the system message; only user messages may show images') }}
 {%- endif -%}
 {%- endif -%}
-"""
+""".replace("IMAGE_MARK", IMAGE_MARK)
 
 _TURNS = """\
 {%- for message in turns -%}
@@ -117,7 +118,7 @@ def _written(segments: Sequence[Segment], prefix_space: bool, said: str = "said"
             names = {BOS: "(bos_token or eos_token)", EOS: "eos_token"}
             terms.append(names.get(segment.name, _quoted(segment.name)))
         elif isinstance(segment, Images):
-            terms.append(f"'<image>' * ({said}.split('<image>') | length - 1)")
+            terms.append(f"'{IMAGE_MARK}' * ({said}.split('{IMAGE_MARK}') | length - 1)")
         else:
             if segment.opens and prefix_space:
                 terms.append(f"(' ' if {said} else '')")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from dattn_mcore.architectures import language_model, vision_tower
-from dattn_mcore.architectures.parameters import Entry, in_order_of_layers
+from dattn_mcore.architectures.parameters import Entry, Shape, in_order_of_layers
 from dattn_mcore.architectures.projector import projector_table
 from dattn_mcore.architectures.tables import language_table, model_table, tower_table
 from dattn_mcore.checkpoint.mixing import join
@@ -244,10 +245,14 @@ def projector_of(config: Config, dtype: torch.dtype, folder: Path | None) -> lis
     Args:
         config: the run.
         dtype: of all but row and column positions, which are float32.
-        folder: of a model of images and text, whose two linears are taken where their shapes fit.
+        folder: of a model of images and text, whose two linears are taken if it has them.
+
+    Raises:
+        CheckpointError: they have other shapes.
     """
     taken = None if folder is None else open_projector(folder)
     shapes = {} if taken is None else taken.shapes
+    _check_projector(config, shapes, folder)
     from dattn_mcore.models.initialize import initial_value
 
     def make(entry: Entry, dtype: torch.dtype) -> Tensor:
@@ -259,11 +264,23 @@ def projector_of(config: Config, dtype: torch.dtype, folder: Path | None) -> lis
         assert entry.key is not None
         kind = torch.float32 if entry.dtype == "float32" else dtype
         lazily = functools.partial(make, entry, kind)
-        if taken is not None and all(shapes.get(n) == shape for n, shape in entry.parts.items()):
+        if taken is not None and entry.parts.keys() <= shapes.keys():
             (name,) = entry.parts
             kind, lazily = taken.dtypes[name], functools.partial(taken.read, name)
         plan.append(Planned(entry.key, None, None, entry.mcore_shape(), kind, lazily))
     return plan
+
+
+def _check_projector(config: Config, shapes: Mapping[str, Shape], folder: Path | None) -> None:
+    for entry in projector_table(config.model):
+        for name, shape in entry.parts.items():
+            if shapes.get(name, shape) != shape:
+                raise CheckpointError(
+                    f"{folder}: {name} is {list(shapes[name])}, but "
+                    f"model.projector.ffn_hidden_size={config.model.projector.ffn_hidden_size} and "
+                    f"the tower need {list(shape)}; set the width that it has, or give --llm and "
+                    "--vision different folders, and the projector starts anew"
+                )
 
 
 def image_settings(folder: Path) -> DataConfig:

@@ -18,6 +18,7 @@ from transformers import (
 
 from dattn_mcore.architectures import vision_towers
 from dattn_mcore.config.load import load_config
+from dattn_mcore.errors import CheckpointError
 from tests.unit.convert.loaded_models import load, pixels, text_ids
 from tests.unit.convert.raw_models import (
     hugging_face_features,
@@ -29,6 +30,7 @@ from tests.unit.convert.raw_models import (
 )
 from tools.checkpoint_convert.__main__ import main
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
+from tools.checkpoint_convert.hf_to_mcore import convert_parts
 from tools.checkpoint_convert.raw_folders import same_bits
 
 
@@ -82,6 +84,19 @@ LLAVA = LlavaConfig, LlavaForConditionalGeneration
 NEXT = LlavaNextConfig, LlavaNextForConditionalGeneration
 
 
+def make_llava(folder, config, classes):
+    """Writes `folder/llava`; its language model, its tower and the whole."""
+    llm, tower = make_llm(folder / "llm", config), make_tower(folder / "vision", config)
+    sizes = {"text_config": llm.config, "vision_config": tower.config, "image_token_index": 1}
+    whole = classes[1](classes[0](**sizes, dtype="float32")).eval()
+    randomize(whole.model.multi_modal_projector)
+    whole.model.language_model.load_state_dict(llm.model.state_dict())
+    whole.lm_head.load_state_dict(llm.lm_head.state_dict())
+    whole.model.vision_tower.load_state_dict(tower.state_dict())
+    whole.save_pretrained(folder / "llava")
+    return llm, tower, whole
+
+
 @pytest.mark.parametrize(
     ("names", "kind", "classes"),
     [
@@ -95,14 +110,7 @@ NEXT = LlavaNextConfig, LlavaNextForConditionalGeneration
 def test_a_llava_is_taken_apart(tmp_path, names, kind, classes):
     """Its language model, its tower and the two linears of its projector."""
     config = raw_config("llama", kind, -2)
-    llm, tower = make_llm(tmp_path / "llm", config), make_tower(tmp_path / "vision", config)
-    sizes = {"text_config": llm.config, "vision_config": tower.config, "image_token_index": 1}
-    whole = classes[1](classes[0](**sizes, dtype="float32")).eval()
-    randomize(whole.model.multi_modal_projector)
-    whole.model.language_model.load_state_dict(llm.model.state_dict())
-    whole.lm_head.load_state_dict(llm.lm_head.state_dict())
-    whole.model.vision_tower.load_state_dict(tower.state_dict())
-    whole.save_pretrained(tmp_path / "llava")
+    llm, tower, whole = make_llava(tmp_path, config, classes)
     if names == "newer":
         rename(tmp_path / "llava", newer_part)
     parts = ["--llm", str(tmp_path / "llava"), "--vision", str(tmp_path / "llava")]
@@ -115,6 +123,17 @@ def test_a_llava_is_taken_apart(tmp_path, names, kind, classes):
     torch.testing.assert_close(features, wanted, atol=1e-4, rtol=0)
     projector = DistCheckpoint(tmp_path / "out").read("projector.mlp.linear_fc1.weight", None)
     assert same_bits(projector, whole.model.multi_modal_projector.linear_1.weight)
+
+
+def test_a_projector_of_another_width_is_refused(tmp_path):
+    """One that is taken in part, or starts anew where it was asked for, would go unseen."""
+    config = raw_config("llama", "clip", -2)
+    make_llava(tmp_path, config, LLAVA)  # as wide as its language model: 32
+    folder = tmp_path / "llava"
+    expected = r"linear_1.weight is \[32, 24\], but model.projector.ffn_hidden_size=40 and .*; set"
+    with pytest.raises(CheckpointError, match=expected):
+        convert_parts(folder, folder, config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_language_model_of_a_gemma3_with_images_is_taken(tmp_path):

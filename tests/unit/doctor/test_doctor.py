@@ -109,8 +109,8 @@ def test_what_a_run_takes_is_what_the_trainer_says(here):
     """The same words as in its dry run, and the choice that its functions make in this process."""
     from dattn_mcore.config.schema import Config
     from dattn_mcore.layers.attention import BACKENDS
+    from dattn_mcore.training.dry_run import attention_backends
     from dattn_mcore.training.implementation import choose_implementation
-    from dattn_mcore.training.plan import attention_backends
 
     taken = taken_by(here)
     ((layers, choice),) = attention_backends(Config(), "cpu")

@@ -46,7 +46,7 @@ def tiny_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole(tiny_model):
     """The folder of an undisturbed run over everything, in this process; only to be read."""
-    from tests.unit.evaluation.test_evaluation_run import run
+    from tests.unit.evaluation.tiny_runs import run
 
     out = tiny_model / "whole"
     assert run(tiny_model, out, "--batch-size=8") == 0

@@ -11,7 +11,7 @@ import pytest
 
 from tests.unit.evaluation import trees
 from tests.unit.evaluation.conftest import ROOT
-from tests.unit.evaluation.test_evaluation_run import run
+from tests.unit.evaluation.tiny_runs import run
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed"

@@ -12,7 +12,7 @@ from dattn_mcore.evaluation.benchmarks.gqa import Gqa
 from dattn_mcore.evaluation.benchmarks.pope import Pope
 from tests.ranks import end_ranks, free_port, start_ranks
 from tests.unit.evaluation.conftest import ROOT
-from tests.unit.evaluation.test_evaluation_run import answers, scores
+from tests.unit.evaluation.tiny_runs import answers, scores
 
 
 def arguments(world, out, *more):

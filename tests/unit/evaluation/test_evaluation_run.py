@@ -18,31 +18,9 @@ from dattn_mcore.evaluation.run_folder import RunFolder
 from tests.unit.evaluation import trees
 from tests.unit.evaluation.conftest import ROOT
 from tests.unit.evaluation.judge_server import JudgeServer
+from tests.unit.evaluation.tiny_runs import answers, run, scores
 
 ROWS = {"scienceqa": 3, "mme": 8, "pope": 6, "llava-bench": 3, "vqav2": 9, "mmbench": 4}  # others 2
-
-
-def run(world, out, *more, data=None):
-    return main(
-        [
-            "run",
-            f"--model={world / 'tiny'}",
-            f"--data={data or world / 'val'}",
-            f"--out={out}",
-            "--max-new-tokens=6",
-            "--device=cpu",
-            *more,
-        ]
-    )
-
-
-def answers(out):
-    """All answer files of a run, as text, by benchmark."""
-    return {path.stem: path.read_text() for path in sorted((out / "answers").glob("*.jsonl"))}
-
-
-def scores(out):
-    return json.loads((out / "scores.json").read_text())
 
 
 def test_a_run_answers_everything(whole, tiny_model):

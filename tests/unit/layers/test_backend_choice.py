@@ -14,7 +14,7 @@ from dattn_mcore.errors import ConfigError
 from dattn_mcore.layers import attention
 from dattn_mcore.layers.attention import BACKENDS, AttentionOptions, choose_backend, flash
 from dattn_mcore.training import main
-from dattn_mcore.training.plan import attention_backends, describe
+from dattn_mcore.training.dry_run import attention_backends, describe
 
 PLAIN = AttentionOptions(scale=0.1)
 CAPPED = AttentionOptions(scale=0.1, softcap=50.0)

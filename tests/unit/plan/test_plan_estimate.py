@@ -14,7 +14,7 @@ from dattn_mcore.plan.plot import baseline
 from dattn_mcore.plan.rank import rank_layouts
 from dattn_mcore.plan.warnings import warnings_of
 from dattn_mcore.plan.workload import Sample, full_budget_sample, step_of
-from dattn_mcore.training.plan import describe
+from dattn_mcore.training.dry_run import describe
 
 ROOT = Path(__file__).resolve().parents[3]
 LLAMA = ROOT / "configs/planner/llama3_8b_8xh100.yaml"

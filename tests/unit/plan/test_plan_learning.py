@@ -4,7 +4,7 @@ from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import from_dict
 from dattn_mcore.plan.learning import learning_lines
 from dattn_mcore.plan.parameters import stage_parameters
-from dattn_mcore.training.plan import describe
+from dattn_mcore.training.dry_run import describe
 
 GROUPS = [
     {"patterns": "vision.layers.{2..3}", "trains": True, "beta2": 0.5},
