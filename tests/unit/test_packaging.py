@@ -73,16 +73,16 @@ def test_everything_that_is_imported_is_asked_for():
     assert not missing
 
 
+ALL_CORES = "-n logical --maxprocesses 8 --dist worksteal"
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(
     ("target", "ends_with"),
     [
         ("quickstart", ".venv/bin/python -m dattn_mcore.quickstart optim.lr=1"),
-        (
-            "test-fast",
-            ".venv/bin/python -m pytest -q --tier fast -n logical --maxprocesses 8 --dist worksteal optim.lr=1",
-        ),
-        ("test", ".venv/bin/python -m pytest -q --tier default --part alone optim.lr=1"),
+        ("test-fast", f".venv/bin/python -m pytest -q --tier fast {ALL_CORES} optim.lr=1"),
+        ("test", f".venv/bin/python -m pytest -q --tier default {ALL_CORES} optim.lr=1"),
         ("test-all", ".venv/bin/python -m pytest -q --tier all --part alone optim.lr=1"),
         ("check", ".venv/bin/mypy"),
         ("update", ".venv/bin/python -m pytest -q tests/matrix"),
