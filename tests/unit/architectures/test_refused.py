@@ -25,7 +25,7 @@ REASONS = {
     "gemma4_text": "embeddings of each layer",
     "qwen2_5_omni": "M-RoPE",
     "qwen3_omni_moe": "M-RoPE.*experts",
-    "olmo2": "no architecture here describes it",
+    "granite": "no architecture here describes it",
 }
 
 
