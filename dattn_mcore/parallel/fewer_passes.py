@@ -82,8 +82,10 @@ def _leave_views_alone(optimizer: Any) -> None:
         shards = (shard for group in self.shard_fp32_groups for shard in group)
         if all(shard.untyped_storage().data_ptr() in buffers for shard in shards):
             self.model_fp32_groups, self.shard_fp32_groups = [], []
-        copy(self)
-        self.model_fp32_groups, self.shard_fp32_groups = groups
+        try:
+            copy(self)
+        finally:
+            self.model_fp32_groups, self.shard_fp32_groups = groups
 
     optimizer._copy_main_params_to_model_params = copy_others
 
