@@ -23,6 +23,7 @@ from unittest import mock
 warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
+from packaging.version import Version  # noqa: E402
 
 from dattn_mcore.parallel import entry, packages, platform, torch_adam  # noqa: E402
 from dattn_mcore.parallel.announcements import ANNOUNCEMENTS  # noqa: E402
@@ -42,10 +43,10 @@ OTHER_SHIMS = {
 
 
 def version() -> str:
-    """Of the release that this process has."""
+    """Of the release that this process has, without the commit of the repository it lies in."""
     from megatron.core import __version__
 
-    return str(__version__)
+    return Version(__version__).public
 
 
 def imports() -> dict[str, str]:
