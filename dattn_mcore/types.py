@@ -7,6 +7,8 @@ from typing import Literal
 # (is_visual, rows) of each run of a sample, in reading order.
 Layout = tuple[tuple[bool, int], ...]
 
+NO_IMAGES = -1  # in the place of a unit's number: a sample of text alone
+
 # The label of a text row that has no loss, as in PyTorch's cross entropy and transformers.
 IGNORED_LABEL = -100
 

@@ -22,8 +22,8 @@ from dattn_mcore.data.failures import check_share
 from dattn_mcore.data.held_out import held_out_samples
 from dattn_mcore.data.index.identity import identity_of
 from dattn_mcore.data.index.store import open_index
-from dattn_mcore.data.order import SampleOrder
 from dattn_mcore.data.prefetch import Prefetcher
+from dattn_mcore.data.run_order import order_of_run
 from dattn_mcore.data.sample_failure import SampleFailure
 from dattn_mcore.data.samples import FittedSample
 from dattn_mcore.data.share import RankShare
@@ -116,7 +116,7 @@ class DataPipeline:
         self.num_trainable = int((~skipped[drawn]).sum())
         self.drawn = np.zeros(len(self.index), bool)
         self.drawn[drawn] = True
-        self.order = SampleOrder(shares, config.train.seed)
+        self.order = order_of_run(config, self.index, shares)
         self.steps = steps_of(config, self.index, self.order)
         if isinstance(self.steps, FullSteps):
             self._describe_steps(self.steps)

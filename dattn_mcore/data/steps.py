@@ -18,14 +18,17 @@ from typing import Protocol
 import numpy as np
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.grouped_order import GroupedOrder
 from dattn_mcore.data.index.store import Index
 from dattn_mcore.data.order import SampleOrder, Share
-from dattn_mcore.data.packing import Lengths, make_packs, pack_into
+from dattn_mcore.data.packing import Lengths, Pack
+from dattn_mcore.data.shared_packing import make_shared_packs, shared_pack_into
 from dattn_mcore.errors import ConfigError, DataError
 
 _WINDOWS = 8  # parts of the first epoch that are packed to see how full packs can get
 _SLACK = 0.01  # of the budgets, below the fill that all of these reached
 MOST_OFF = 0.25  # of train.global_batch_size, by which full packs may change a step
+_MOST_LEFT = 0.25  # of a step's samples, that are left to the next one to keep a group together
 
 
 class Steps(Protocol):
@@ -55,6 +58,9 @@ class FixedSteps:
 
 class FullSteps:
     """Steps of as many samples as fill a number of packs.
+
+    In a grouped order a group's visual rows count once, and a step ends between groups where that
+    does not leave too much of it empty.
 
     Args:
         order: Of the samples.
@@ -98,8 +104,10 @@ class FullSteps:
         """Rows before each position of an epoch, int64 [2, positions + 1]."""
         sums = np.zeros((2, self._order.epoch_size + 1), np.int64)
         numbers = self._order.epoch(epoch)
-        for kind in (0, 1):
-            np.cumsum(self._rows[numbers, kind], out=sums[kind, 1:])
+        self._begins = _begins(self._order, numbers)
+        self._shown = self._rows[numbers, 1]
+        np.cumsum(self._rows[numbers, 0], out=sums[0, 1:])
+        np.cumsum(np.where(self._begins, self._shown, 0), out=sums[1, 1:])
         return sums
 
     def _end(self, start: int) -> int:
@@ -110,16 +118,37 @@ class FullSteps:
             epoch, offset = divmod(position, size)
             if epoch != self._epoch:
                 self._epoch, self._sums = epoch, self._sums_of(epoch)
-            before = self._sums[:, offset]
+            before = self._sums[:, offset].copy()
+            if not self._begins[offset]:  # the rest of a group, whose images come again
+                before[1] -= self._shown[offset]
             fits = min(
                 int(np.searchsorted(sums, limit, side="right")) - 1
                 for sums, limit in zip(self._sums, before + room, strict=True)
             )
-            position = epoch * size + fits
             if fits < size:
+                position = epoch * size + self._between_groups(start - epoch * size, fits)
                 break
+            position = epoch * size + fits
             room = room - (self._sums[:, size] - before)
         return min(max(position, start + 1), last)
+
+    def _between_groups(self, start: int, end: int) -> int:
+        """Where the group begins that `end` would divide, if not too much is left; else `end`.
+
+        Args:
+            start: First position of the step, from the epoch's first; below 0 in the one before.
+            end: Behind the last position that fits.
+        """
+        least = max(end - int(_MOST_LEFT * (end - start)), start + 1, 0)
+        begins = np.flatnonzero(self._begins[least : end + 1])
+        return least + int(begins[-1]) if len(begins) else end
+
+
+def _begins(order: SampleOrder, numbers: np.ndarray) -> np.ndarray:
+    """Whether a group begins at each sample of an epoch; without groups each is one."""
+    if isinstance(order, GroupedOrder):
+        return order.begins(numbers)
+    return np.ones(len(numbers), bool)
 
 
 def shares_of(index: Index, away: np.ndarray | None = None) -> list[Share]:
@@ -192,9 +221,15 @@ def full_steps(
         ConfigError: No multiple of `multiple` packs holds about `size` samples.
     """
     numbers, most = order.epoch(0), 2 * size
+    begins = _begins(order, numbers)
     starts = [order.epoch_size * window // _WINDOWS for window in range(_WINDOWS)]
-    windows = [rows[numbers.take(range(at, at + most), mode="wrap")] for at in starts]
-    needed = sum(len(make_packs(_some(w), *budgets, 1)) for w in windows) / _WINDOWS / 2
+    places = [np.arange(at, at + most) % len(numbers) for at in starts]
+    windows = [(rows[numbers[window]], np.cumsum(begins[window])) for window in places]
+    needed = (
+        sum(len(_packed(rows_of, groups_of, budgets)) for rows_of, groups_of in windows)
+        / _WINDOWS
+        / 2
+    )
     packs = max(1, round(needed / multiple)) * multiple
     if abs(packs - needed) > MOST_OFF * needed:
         raise ConfigError(
@@ -202,21 +237,35 @@ def full_steps(
             f"{needed:.1f} packs, and {packs} would be another batch; lower it, or set null for "
             f"exactly {size} samples"
         )
-    fill = min(_reachable(window, budgets, packs) for window in windows) - _SLACK
+    fill = (
+        min(_reachable(rows_of, groups_of, budgets, packs) for rows_of, groups_of in windows)
+        - _SLACK
+    )
     return FullSteps(order, rows, budgets, packs, fill, most)
 
 
-def _reachable(window: np.ndarray, budgets: tuple[int, int], packs: int) -> float:
+def _reachable(
+    window: np.ndarray, groups: np.ndarray, budgets: tuple[int, int], packs: int
+) -> float:
     """The largest share of the budgets, in hundredths, at which samples still fit the packs."""
-    sums = np.cumsum(window, axis=0)
+    computed = window.copy()
+    computed[1:][groups[1:] == groups[:-1], 1] = 0
+    sums = np.cumsum(computed, axis=0)
     for hundredths in range(100, 0, -1):
         room = np.array(budgets) * packs * hundredths / 100
         taken = int((sums <= room).all(1).sum())
-        if pack_into(_some(window[:taken]), budgets, packs) is not None:
+        lengths, units = _some(window[:taken], groups[:taken])
+        if shared_pack_into(lengths, units, budgets, packs) is not None:
             return hundredths / 100
     raise AssertionError("a share without samples fits always")
 
 
-def _some(rows: np.ndarray) -> Lengths:
-    """Lengths of the samples that take part."""
-    return [(int(text), int(visual)) for text, visual in rows if text or visual]
+def _packed(window: np.ndarray, groups: np.ndarray, budgets: tuple[int, int]) -> tuple[Pack, ...]:
+    lengths, units = _some(window, groups)
+    return make_shared_packs(lengths, units, budgets, 1)
+
+
+def _some(rows: np.ndarray, groups: np.ndarray) -> tuple[Lengths, list[int]]:
+    """Lengths and groups of the samples that take part."""
+    part = rows.any(1)
+    return [(int(text), int(visual)) for text, visual in rows[part]], groups[part].tolist()

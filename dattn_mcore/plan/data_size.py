@@ -8,9 +8,8 @@ import math
 from pathlib import Path
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.held_out import training_shares
 from dattn_mcore.data.index.store import Index, open_index
-from dattn_mcore.data.order import SampleOrder
+from dattn_mcore.data.run_order import order_of_run
 from dattn_mcore.data.steps import steps_of
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import DattnError
@@ -22,7 +21,7 @@ def data_size(config: Config) -> DataSize:
     index = _index(config) if config.train.steps is None else None
     if index is None:
         return DataSize(_count_records(config))
-    order = SampleOrder(training_shares(index, config), config.train.seed)
+    order = order_of_run(config, index)
     steps = steps_of(config, index, order)
     return DataSize(
         order.epoch_size, max(1, steps.up_to(math.ceil(order.epoch_size * config.train.epochs)))

@@ -45,6 +45,7 @@ def identity_of(
         "num_usable": index.num_usable,
         "images": image_settings_of(data),
         **split,
+        **({"group_images": True} if data.group_images else {}),
     }
 
 
@@ -109,5 +110,7 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
         parts.append(f"which samples are usable ({counts})")
     if there.get("held_out") != here.get("held_out"):
         parts.append("what is held out (validation.share, validation.salt)")
+    if there.get("group_images") != here.get("group_images"):
+        parts.append("the order of samples (data.group_images)")
     parts += [words for name, words in _SETTINGS.items() if there[name] != here[name]]
     return ", ".join(parts)

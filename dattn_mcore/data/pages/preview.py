@@ -15,12 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.held_out import training_shares
 from dattn_mcore.data.image_rules import rules_of
 from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index, open_index
-from dattn_mcore.data.order import SampleOrder
 from dattn_mcore.data.pages.html import escape, page, picture, write_page
+from dattn_mcore.data.run_order import order_of_run
 from dattn_mcore.data.samples import FittedSample, SampleReader
 from dattn_mcore.data.templates import EncodedSample
 from dattn_mcore.data.tokenizer import Tokenizer
@@ -79,7 +78,7 @@ def write_preview(
 
 def _chosen(index: Index, config: Config, count: int, ids: Sequence[str] | None) -> list[int]:
     if not ids:
-        order = SampleOrder(training_shares(index, config), config.train.seed)
+        order = order_of_run(config, index)
         return order.numbers(0, max(1, min(count, order.epoch_size)))
     wanted, found = set(ids), []
     for number in range(len(index)):

@@ -11,12 +11,11 @@ import numpy as np
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.balance import row_work
-from dattn_mcore.data.held_out import training_shares
 from dattn_mcore.data.index.layout import FORMATS
 from dattn_mcore.data.index.store import Index, open_index
-from dattn_mcore.data.order import SampleOrder
 from dattn_mcore.data.packing_figures import PackingFigures, measure_packing
 from dattn_mcore.data.pages.html import embedded, page, table, write_page
+from dattn_mcore.data.run_order import order_of_run
 from dattn_mcore.data.steps import steps_of
 from dattn_mcore.data.tokenizer import Tokenizer
 
@@ -73,7 +72,7 @@ def packing_of(index: Index, config: Config, dp_size: int) -> tuple[PackingFigur
     """How the first steps of a run are packed and shared out, and how many samples fit no pack."""
     data, work = config.data, row_work(config)
     budgets = (data.text_budget, data.visual_budget)
-    order = SampleOrder(training_shares(index, config), config.train.seed)
+    order = order_of_run(config, index)
     cut = steps_of(config, index, order)
     packed, over = [], 0
     for step in range(max(1, min(_STEPS, cut.up_to(order.epoch_size + 1) - 1))):

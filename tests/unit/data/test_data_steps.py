@@ -15,6 +15,7 @@ from benchmarks.data_path_packing import ROOT, steps_of_mix
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.balance import row_work, split_over_ranks
+from dattn_mcore.data.grouped_order import GroupedOrder
 from dattn_mcore.data.order import SampleOrder, Share
 from dattn_mcore.data.packing import make_packs
 from dattn_mcore.data.pipeline import DataPipeline
@@ -171,3 +172,40 @@ def test_a_whole_run_counts_its_steps(
     count = steps.up_to(40)
     assert steps.bounds(count - 1)[0] < 40 <= steps.bounds(count - 1)[1]
     pipeline.close()
+
+
+def grouped(lengths: list[tuple[int, int]], sets: list[int], packs: int) -> FullSteps:
+    order = GroupedOrder([Share(np.arange(len(lengths)))], 3, np.array(sets, np.uint64), None)
+    rows = np.array(lengths, np.int64).reshape(-1, 2)
+    return FullSteps(order, rows, BUDGETS, packs, 1.0, 40)
+
+
+def test_full_steps_count_the_rows_of_a_group_once_and_end_between_groups() -> None:
+    """Groups of 3 with 5 text rows each on one image of 64: a pack of 50 text rows holds them."""
+    lengths, sets = [(5, 64)] * 60, [i // 3 for i in range(60)]
+    steps = grouped(lengths, sets, packs=4)
+    for step in range(5):
+        start, end = steps.bounds(step)
+        assert (start, end) == (12 * step, 12 * step + 12)
+    apart = full(lengths, 4)
+    assert apart.bounds(0) == (0, 3)  # of 4 packs 0.9
+
+
+def test_a_group_too_large_for_what_may_be_left_is_divided() -> None:
+    """Groups of 8 and room for 10: keeping the second whole would leave a fifth, 2 samples."""
+    lengths, sets = [(5, 16)] * 40, [i // 8 for i in range(40)]
+    assert grouped(lengths, sets, packs=1).bounds(0) == (0, 8)
+    # Groups of 6 would leave 4 of 10.
+    sets = [i // 6 for i in range(40)]
+    assert grouped(lengths, sets, packs=1).bounds(0) == (0, 10)
+    # The rest of the divided group shows its image once more: 16 + 16 + 16 + 16 are the budget.
+    assert grouped(lengths, sets, packs=1).bounds(1) == (10, 18)
+
+
+def test_groups_fill_packs_that_samples_apart_would_not_fit() -> None:
+    """The number of packs of a step follows from shared rows: 16 samples in 2 packs, not 16."""
+    lengths, sets = np.tile([[5, 64]], (160, 1)), np.arange(160) // 8
+    order = GroupedOrder([Share(np.arange(160))], 3, sets.astype(np.uint64), None)
+    assert full_steps(order, lengths, BUDGETS, 16, 2).packs == 2
+    plain = SampleOrder([Share(np.arange(160))], 3)
+    assert full_steps(plain, lengths, BUDGETS, 16, 2).packs == 16
