@@ -14,7 +14,7 @@ from benchmarks.results import ROOT
 from dattn_mcore.config.load import load_config
 from dattn_mcore.data.balance import row_work
 from dattn_mcore.data.order import SampleOrder, Share
-from dattn_mcore.data.packing_figures import measure_packing
+from dattn_mcore.data.packing_figures import StepSamples, measure_packing
 from dattn_mcore.data.steps import full_steps
 
 SAMPLES = 20_000
@@ -57,8 +57,9 @@ def packing(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
     work = row_work(load_config(ROOT / "configs" / "gemma_it.yaml"))
     result: dict[str, Any] = {}
     for name, anyres in (("square", False), ("anyres", True)):
-        steps, budgets = steps_of_mix(anyres, STEPS)
-        result[f"{name}: samples of a step"] = round(sum(map(len, steps)) / STEPS, 1)
+        lengths, budgets = steps_of_mix(anyres, STEPS)
+        steps = [StepSamples(step) for step in lengths]
+        result[f"{name}: samples of a step"] = round(sum(map(len, lengths)) / STEPS, 1)
         for dp_size in (1, 2, 4):
             started = time.perf_counter()
             figures = measure_packing(steps, budgets, dp_size, work)

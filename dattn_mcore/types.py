@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 # (is_visual, rows) of each run of a sample, in reading order.
 Layout = tuple[tuple[bool, int], ...]
 
 NO_IMAGES = -1  # in the place of a unit's number: a sample of text alone
+
+
+def visual_units(layouts: Iterable[Layout], images_of: Sequence[int] = ()) -> tuple[int, ...]:
+    """Visual rows of each visual unit of a pack: the images that one or several samples show.
+
+    Args:
+        layouts: runs of each sample, in reading order.
+        images_of: for each sample the number of its unit, `NO_IMAGES` for text alone; numbers go by
+            first appearance. Empty: each sample is a unit of its own, one of text alone as well.
+
+    Raises:
+        ValueError: samples of one unit have different numbers of visual rows, or the numbers are
+            not as they must be.
+    """
+    visual = [sum(rows for is_visual, rows in layout if is_visual) for layout in layouts]
+    if not images_of:
+        return tuple(visual)
+    units: list[int] = []
+    for rows, unit in zip(visual, images_of, strict=True):
+        if (unit == NO_IMAGES) != (rows == 0) or not NO_IMAGES <= unit <= len(units):
+            raise ValueError(f"a sample of {rows} visual rows cannot be of unit {unit}")
+        if unit == len(units):
+            units.append(rows)
+        elif unit != NO_IMAGES and units[unit] != rows:
+            raise ValueError(f"unit {unit} has {units[unit]} visual rows, and {rows} in a sample")
+    return tuple(units)
+
 
 # The label of a text row that has no loss, as in PyTorch's cross entropy and transformers.
 IGNORED_LABEL = -100

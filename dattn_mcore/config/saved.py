@@ -10,7 +10,12 @@ from dattn_mcore.config.schema import Config
 
 # Settings that came later, with what runs did before there was a choice.
 BEFORE: dict[str, dict[str, Any]] = {
-    "data": {"apply_orientation": False, "transparency": "white", "anyres_ties": "first"},
+    "data": {
+        "apply_orientation": False,
+        "transparency": "white",
+        "anyres_ties": "first",
+        "share_images": False,
+    },
 }
 
 

@@ -18,7 +18,7 @@ class MicroBatch:
 
     Attributes:
         layouts: One layout per sample. Visual rows of the pack stand in the order of samples,
-            then of images in the sample.
+            then of images in the sample; those of samples that share images once.
         text_ids: int64 [T], text rows of all samples, concatenated, without image placeholders.
         labels: int64 [T], already shifted inside each sample: the id that row i must predict,
             -100 where there is no loss (always so on the last row of a sample).
@@ -29,12 +29,16 @@ class MicroBatch:
             pixels, and where num_tiles is 0.
         sample_ids: Annotation id of each sample.
         num_samples: Number of samples; 0 for the empty packs that fill up a global batch.
-        image_grids: (columns, rows) of each image's canvas in tiles, known on every rank; (0, 0)
+        image_grids: (columns, rows) of the canvas of each image in `tiles`, on every rank; (0, 0)
             for an image of one tile. An image's visual rows are those of its base view, then
             those of its canvas, both row-major. Empty: every tile is an image of its own.
         samples: Number of each sample in the index, where there is one.
         groups: Group of each sample, whose loss is counted apart; empty: none is.
         num_groups: How many groups the data set has; 0: its samples have none.
+        images_of: For each sample the number of its visual unit, the images that it shows: equal
+            for samples that show the same ones in the same order, by first appearance;
+            `types.NO_IMAGES` for a sample of text alone. `tiles` and `image_grids` hold a unit
+            once, in the order of the numbers. Empty: every sample has its own.
     """
 
     layouts: tuple[Layout, ...]
@@ -48,6 +52,7 @@ class MicroBatch:
     samples: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     num_groups: int = 0
+    images_of: tuple[int, ...] = ()
 
 
 @dataclass
@@ -66,7 +71,7 @@ class GlobalBatch:
         failures: Samples of this rank's packs that could not be read or decoded here. They keep
             their shapes; every rank that holds one must `mask` it.
         text_tokens: Text rows of all samples that take part; same on every rank.
-        visual_tokens: Visual rows of those samples.
+        visual_tokens: Visual rows that are computed for those samples; same on every rank.
     """
 
     step: int

@@ -3,24 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.balance import row_work, split_over_ranks
+from dattn_mcore.data.balance import pack_rows, row_work, split_over_ranks
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.budgets import skipped_samples
 from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index
-from dattn_mcore.data.packing import Pack, make_packs
 from dattn_mcore.data.sample_failure import SampleFailure
 from dattn_mcore.data.samples import FittedSample, SampleReader
 from dattn_mcore.data.share import RankShare
+from dattn_mcore.data.shared_images import first_of_units, images_of, units_of, why_apart
+from dattn_mcore.data.shared_packing import make_shared_packs
 from dattn_mcore.data.templates import EncodedSample
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError
+
+
+@dataclass(frozen=True)
+class PackMembers:
+    """What a pack is made of.
+
+    Attributes:
+        samples: In order.
+        units: For each the number of its visual unit in the global batch.
+    """
+
+    samples: list[FittedSample]
+    units: list[int]
+
+    @cached_property
+    def firsts(self) -> list[int]:
+        """Places of the samples whose images are loaded: the first of each unit."""
+        return first_of_units(self.units)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles, those of a unit once."""
+        return sum(self.samples[first].num_tiles for first in self.firsts)
+
+    def sharing(self, first: int) -> list[FittedSample]:
+        """The samples that show the images of one of `firsts`, this one included."""
+        shown = self.units[first]
+        return [item for item, unit in zip(self.samples, self.units, strict=True) if unit == shown]
 
 
 class BatchBuilder:
@@ -51,6 +82,7 @@ class BatchBuilder:
         data, vision = config.data, config.model.vision
         self._config, self._index, self._share = config, index, share
         self._rows_per_tile = vision.rows_per_tile
+        self._shares_images = why_apart(config) is None
         self.skipped = skipped_samples(index, config)
         self.groups, self._by_group = groups_of(index), by_group
         self._source_ends = np.array([end for _, end in index.source_ranges()])
@@ -96,15 +128,20 @@ class BatchBuilder:
         data = self._config.data
         budgets = (data.text_budget, data.visual_budget)
         lengths = [(item.text_rows, item.num_tiles * self._rows_per_tile) for item in fitted]
-        packs = make_packs(lengths, *budgets, self._share.pack_multiple)
+        units = units_of(fitted, shares=self._shares_images)
+        packs = make_shared_packs(lengths, units, budgets, self._share.pack_multiple)
         work = row_work(self._config)
         share = self._share
-        mine = split_over_ranks(packs, lengths, share.dp_size, budgets, work)[share.dp_rank]
+        shares = split_over_ranks(packs, lengths, share.dp_size, budgets, work, units)
+        mine = [
+            PackMembers([fitted[i] for i in pack], [units[i] for i in pack])
+            for pack in shares[share.dp_rank]
+        ]
         failures: list[SampleFailure] = []
-        tiles = self._tiles([fitted[index] for pack in mine for index in pack], failures)
+        tiles = self._tiles(mine, failures)
         return GlobalBatch(
             step=step,
-            microbatches=[self._micro_batch(fitted, pack, tiles, failures) for pack in mine],
+            microbatches=[self._micro_batch(pack, tiles, failures) for pack in mine],
             samples=tuple(numbers),
             sample_ids=tuple(self._index.ids(numbers)),
             skipped=tuple(skipped),
@@ -113,7 +150,9 @@ class BatchBuilder:
             ),
             failures=tuple(failures),
             text_tokens=sum(text for text, _ in lengths),
-            visual_tokens=sum(visual for _, visual in lengths),
+            visual_tokens=sum(
+                pack_rows(pack, lengths, units)[1] for of_rank in shares for pack in of_rank
+            ),
         )
 
     def _fit(self, number: int) -> FittedSample | SampleFailure:
@@ -135,49 +174,68 @@ class BatchBuilder:
             )
         return SampleFailure(sample=number, id=name, path=None, stage="budget", reason=reason)
 
-    def _tiles(self, fitted: list[FittedSample], failures: list[SampleFailure]) -> Iterator[Tensor]:
-        """Loads the images of a rank's packs together; yields the tiles of each sample in order."""
+    def _tiles(
+        self, packs: Sequence[PackMembers], failures: list[SampleFailure]
+    ) -> Iterator[Tensor]:
+        """Loads the images of a rank's packs together; yields the tiles of each pack in order.
+
+        An image that fails is a failure of every sample of its pack that shows it.
+        """
         if self._images is None:
             return iter(())
-        shown = [(item.indexed, image) for item in fitted for image in item.images]
-        tiles, bad = self._images.load([self._reader.request(*pair) for pair in shown])
+        shown = [
+            (pack, unit, place)
+            for pack in packs
+            for unit in pack.firsts
+            for place in range(len(pack.samples[unit].images))
+        ]
+        requests = [
+            self._reader.request(pack.samples[unit].indexed, pack.samples[unit].images[place])
+            for pack, unit, place in shown
+        ]
+        tiles, bad = self._images.load(requests)
         for failure in bad:
-            sample, image = shown[failure.index]
-            failures.append(
+            pack, unit, place = shown[failure.index]
+            failures += [
                 SampleFailure(
-                    sample=sample.number,
-                    id=sample.id,
-                    path=image.place.name,
+                    sample=item.indexed.number,
+                    id=item.indexed.id,
+                    path=item.images[place].place.name,
                     stage=failure.stage,
-                    reason=failure.reason,
+                    reason=failure.reason.replace(
+                        requests[failure.index].who, self._who(item, place)
+                    ),
                 )
-            )
-        return iter(tiles.split([item.num_tiles for item in fitted]))
+                for item in pack.sharing(unit)
+            ]
+        return iter(tiles.split([pack.num_tiles for pack in packs]))
+
+    def _who(self, item: FittedSample, place: int) -> str:
+        """How a message names an image of a sample."""
+        return self._reader.request(item.indexed, item.images[place]).who
 
     def _micro_batch(
-        self,
-        fitted: list[FittedSample],
-        pack: Pack,
-        tiles: Iterator[Tensor],
-        failures: list[SampleFailure],
+        self, pack: PackMembers, tiles: Iterator[Tensor], failures: list[SampleFailure]
     ) -> MicroBatch:
         """Concatenates the samples of a pack."""
-        members = [fitted[index] for index in pack]
+        members = pack.samples
         encoded = [self._encode(item, failures) for item in members]
-        pixels = [next(tiles) for _ in members] if self._images is not None else []
-        num_tiles = sum(item.num_tiles for item in members)
+        pixels = next(tiles) if self._images is not None else None
         return MicroBatch(
             layouts=tuple(item.layout for item in encoded),
             text_ids=torch.tensor([i for e in encoded for i in e.text_ids], dtype=torch.int64),
             labels=torch.tensor([i for e in encoded for i in e.labels], dtype=torch.int64),
-            num_tiles=num_tiles,
-            tiles=torch.cat(pixels) if pixels and num_tiles else None,
+            num_tiles=pack.num_tiles,
+            tiles=pixels if pack.num_tiles else None,
             samples=tuple(item.indexed.number for item in members),
             sample_ids=tuple(item.indexed.id for item in members),
             num_samples=len(members),
-            image_grids=tuple(image.grid for item in members for image in item.images),
+            image_grids=tuple(
+                image.grid for first in pack.firsts for image in members[first].images
+            ),
             groups=tuple(self._group(item) for item in members) if self._by_group else (),
             num_groups=len(self.groups) if self._by_group else 0,
+            images_of=images_of(pack.units),
         )
 
     def _group(self, fitted: FittedSample) -> int:

@@ -2,8 +2,9 @@
 
 A sample in reading order is a sequence of runs, each of visual or of text rows. A pack of samples
 is stored with all visual rows first (in the order of samples, then of images), then all text
-rows. Everything the attention needs follows from the runs; it is worked out here once per
-micro-batch, on the host, and travels through Megatron-Core in `packed_seq_params`.
+rows. Samples that show the same images can share their visual rows, which then stand once, where
+the first of them has them. Everything the attention needs follows from the runs; it is worked out
+here once per micro-batch, on the host, and travels through Megatron-Core in `packed_seq_params`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from dattn_mcore.types import Layout, T2VPosition
+from dattn_mcore.types import NO_IMAGES, Layout, T2VPosition, visual_units
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,14 @@ class DecomposedSeqParams(PackedSeqParams):
     Attributes:
         num_visual: visual rows V, padding included.
         num_text: text rows T, padding included.
-        text_lengths, visual_lengths: rows per sample, without padding.
+        text_lengths: rows per sample, without padding.
+        visual_lengths: rows per sample likewise, or per unit where samples share images.
         blocks: what each run of text rows sees of the visual rows, and the only statement of it: a
             row sees the visual rows of all blocks that hold it. Runs that see none are absent.
             See `check_blocks`.
         reading_order: int64 [real rows]; row indices into `[visual; text]` (text rows offset by
-            num_visual), sample after sample in reading order.
+            num_visual), sample after sample in reading order. Empty where samples share images: a
+            shared row has no place among the rows of one sample.
         text_positions, visual_positions: int64 [T], [V]; RoPE positions in the mode for which
             this was built, zero on padding.
         cache: what a backend derives once per pack.
@@ -110,13 +113,20 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def padded_rows(layouts: Sequence[Layout], multiple: int) -> tuple[int, int]:
+def padded_rows(
+    layouts: Sequence[Layout], multiple: int, images_of: Sequence[int] = ()
+) -> tuple[int, int]:
     """Visual and text rows of a pack, each padded up to a multiple.
 
     A pack always has at least one padded group of text rows, so that no rank ever sends an
     empty tensor; a pack of text-only samples has no visual rows at all.
+
+    Args:
+        layouts: runs of each sample, in reading order.
+        multiple: rows are padded up to this.
+        images_of: see `types.visual_units`.
     """
-    visual = sum(rows for layout in layouts for is_visual, rows in layout if is_visual)
+    visual = sum(visual_units(layouts, images_of))
     text = sum(rows for layout in layouts for is_visual, rows in layout if not is_visual)
     return round_up(visual, multiple), max(round_up(text, multiple), multiple)
 
@@ -153,6 +163,7 @@ def build_seq_params(
     multiple: int = 1,
     at_least: tuple[int, int] = (0, 0),
     device: torch.device | str = "cpu",
+    images_of: Sequence[int] = (),
 ) -> DecomposedSeqParams:
     """Works out rows, visibility and positions of a pack.
 
@@ -165,19 +176,31 @@ def build_seq_params(
         at_least: visual and text rows to pad up to (multiples of `multiple`), so that all
             micro-batches of a step have one shape in the pipeline.
         device: where the index tensors live.
+        images_of: for each sample the number of its visual unit (`types.visual_units`): the visual
+            rows of a unit stand once, and each of its samples sees them where its own layout has
+            them. Empty: no sample shares any.
 
     Returns:
         The metadata that travels in Megatron-Core's `packed_seq_params`.
+
+    Raises:
+        ValueError: images are shared with `rope`, where a row has one place in one sample; or
+            `images_of` does not fit the layouts.
     """
-    num_visual, num_text = map(max, padded_rows(layouts, multiple), at_least)
+    if images_of and t2v_position == "rope":
+        raise ValueError("visual rows with positions on the text's axis cannot be shared")
+    units = visual_units(layouts, images_of)
+    firsts = [0, *itertools.accumulate(units)]
+    num_visual, num_text = map(max, padded_rows(layouts, multiple, images_of), at_least)
     reading = np.zeros(num_visual + num_text, dtype=np.int64)
     own_kind = np.zeros(num_visual + num_text, dtype=np.int64)
     order: list[np.ndarray] = []
     blocks: list[Block] = []
-    text_lengths, visual_lengths = [], []
-    v = t = 0
-    for layout in layouts:
-        v_first, t_first, position = v, t, 0
+    text_lengths = []
+    t = 0
+    for layout, unit in zip(layouts, images_of or range(len(layouts)), strict=True):
+        v = v_first = 0 if unit == NO_IMAGES else firsts[unit]
+        t_first, position = t, 0
         for is_visual, rows in layout:
             start = v if is_visual else num_visual + t
             span = np.arange(start, start + rows)
@@ -193,9 +216,10 @@ def build_seq_params(
                     blocks.append(Block(t, t + rows, v_first, v))
                 t += rows
         text_lengths.append(t - t_first)
-        visual_lengths.append(v - v_first)
     check_blocks(blocks)
     positions = reading if t2v_position == "rope" else own_kind
+    if images_of or not order:
+        order = [np.zeros(0, dtype=np.int64)]
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
@@ -205,9 +229,9 @@ def build_seq_params(
         num_visual=num_visual,
         num_text=num_text,
         text_lengths=tuple(text_lengths),
-        visual_lengths=tuple(visual_lengths),
+        visual_lengths=units,
         blocks=tuple(blocks),
-        reading_order=tensor(np.concatenate(order) if order else np.zeros(0, dtype=np.int64)),
+        reading_order=tensor(np.concatenate(order)),
         text_positions=tensor(positions[num_visual:]),
         visual_positions=tensor(positions[:num_visual]),
     )

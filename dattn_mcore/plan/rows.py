@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.types import Layout
+from dattn_mcore.types import Layout, visual_units
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,22 @@ def causal_pairs(rows: int, window: int | None = None) -> int:
     return seen * (seen + 1) // 2 + (rows - seen) * seen
 
 
-def rows_of(config: Config, layouts: Iterable[Layout], labelled: float) -> Rows:
+def rows_of(
+    config: Config, layouts: Sequence[Layout], labelled: float, images_of: Sequence[int] = ()
+) -> Rows:
     """Counts the rows and pairs of one pack, exactly.
 
     Args:
         config: model and attention mode.
         layouts: runs of each sample.
         labelled: text rows with a label.
+        images_of: visual unit of each sample, whose rows are computed once (`types.visual_units`).
     """
     window = config.model.llm.sliding_window
-    text = visual = 0
+    text, visual = 0, sum(visual_units(layouts, images_of))
     full, windowed = [0, 0], [0, 0]  # of text and of visual queries
     for layout in layouts:
         text += sum(rows for is_visual, rows in layout if not is_visual)
-        visual += sum(rows for is_visual, rows in layout if is_visual)
         for totals, pairs in (
             (full, _pairs(config, layout, None)),
             (windowed, _pairs(config, layout, window)),

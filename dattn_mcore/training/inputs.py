@@ -46,7 +46,8 @@ def all_model_inputs(
     if config.data.fixed_rows:
         at_least = fixed_rows(config)
     elif config.parallel.pp > 1:
-        rows = [padded_rows(item.layouts, row_multiple(config)) for item in micro_batches]
+        multiple = row_multiple(config)
+        rows = [padded_rows(item.layouts, multiple, item.images_of) for item in micro_batches]
         at_least = (max(visual for visual, _ in rows), max(text for _, text in rows))
     return [
         to_model_inputs(item, config, pg_collection, device, at_least) for item in micro_batches
@@ -77,6 +78,7 @@ def to_model_inputs(
         multiple=row_multiple(config),
         at_least=at_least,
         device=device,
+        images_of=micro_batch.images_of,
     )
     padding = (0, params.num_text - micro_batch.text_ids.shape[0])
     tiles = None

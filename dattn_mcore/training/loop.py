@@ -245,6 +245,6 @@ def _model_flops(config: Config, micro_batches: list[MicroBatch]) -> float:
     total = 0.0
     for pack in micro_batches:
         labelled = int((pack.labels != IGNORED_LABEL).sum())
-        rows = rows_of(config, pack.layouts, labelled)
+        rows = rows_of(config, pack.layouts, labelled, pack.images_of)
         total += sum(work.total for work in step_work(config, rows).values())
     return total

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.balance import row_work
 from dattn_mcore.data.index.layout import FORMATS
 from dattn_mcore.data.index.store import Index, open_index
-from dattn_mcore.data.packing_figures import PackingFigures, measure_packing
+from dattn_mcore.data.packing_figures import PackingFigures, StepSamples, measure_packing
 from dattn_mcore.data.pages.html import embedded, page, table, write_page
 from dattn_mcore.data.run_order import order_of_run
+from dattn_mcore.data.samples import FittedSample
+from dattn_mcore.data.shared_images import units_of, why_apart
 from dattn_mcore.data.steps import steps_of
 from dattn_mcore.data.tokenizer import Tokenizer
 
@@ -45,7 +49,7 @@ def write_stats(
     text = samples["text_rows"].astype(np.int64)
     visual = samples["num_tiles"].astype(np.int64) * config.model.vision.rows_per_tile
     images = index.images[: index.content["num_images"]]
-    packed, over = packing_of(index, config, dp_size)
+    packed = packing_of(index, config, dp_size)
     body = [
         "<h2>Samples</h2>",
         table(["source", "samples", "usable", "weight"], _sources(index), "sources"),
@@ -62,32 +66,83 @@ def write_stats(
         table(["format", "images"], _formats(images), "formats"),
         table(["tiles of an image", "images"], _counts(images["num_tiles"]), "tiles"),
         f"<h2>Packing, {dp_size} data parallel rank(s)</h2>",
-        table(["of the first steps", "value"], _packing(packed, over), "packing"),
-        _packs(packed, images, dp_size),
+        table(["of the first steps", "value"], _packing(packed), "packing"),
+        "<h2>Images shown by several samples</h2>",
+        table(["of the first steps", "value"], _sharing(packed, config), "sharing"),
+        _packs(packed.figures, images, dp_size),
     ]
     write_page(output, page(f"Data of {index.folder.name}", body))
 
 
-def packing_of(index: Index, config: Config, dp_size: int) -> tuple[PackingFigures, int]:
-    """How the first steps of a run are packed and shared out, and how many samples fit no pack."""
-    data, work = config.data, row_work(config)
+@dataclass(frozen=True)
+class Packed:
+    """How the first steps of a run are packed and shared out.
+
+    Attributes:
+        figures: Of the steps.
+        over: Samples that fit no pack.
+        same: Visual rows of samples whose images another sample of the step shows alike: what
+            sharing would save if all of them were in one pack.
+        overlapping: Visual rows of images that a step shows more than once, beyond these: samples
+            that have images in common, and others too, share none.
+    """
+
+    figures: PackingFigures
+    over: int
+    same: int
+    overlapping: int
+
+
+def packing_of(index: Index, config: Config, dp_size: int) -> Packed:
+    """Packs the first steps of a run and shares them out."""
+    data, per_tile = config.data, config.model.vision.rows_per_tile
     budgets = (data.text_budget, data.visual_budget)
     order = order_of_run(config, index)
     cut = steps_of(config, index, order)
-    packed, over = [], 0
+    steps, over, same, overlapping = [], 0, 0, 0
     for step in range(max(1, min(_STEPS, cut.up_to(order.epoch_size + 1) - 1))):
-        rows = index.samples[np.array(order.numbers(*cut.bounds(step)))]
-        lengths = [
-            (int(row["text_rows"]), int(row["num_tiles"]) * config.model.vision.rows_per_tile)
-            for row in rows
-        ]
-        fitting = [pair for pair in lengths if pair[0] <= budgets[0] and pair[1] <= budgets[1]]
-        over += len(lengths) - len(fitting)
-        packed.append(fitting)
-    return measure_packing(packed, budgets, dp_size, work), over
+        found = [index.sample(number) for number in order.numbers(*cut.bounds(step))]
+        samples = [FittedSample(one, one.text_rows, one.images) for one in found]
+        lengths = [(one.text_rows, one.num_tiles * per_tile) for one in samples]
+        fits = [text <= budgets[0] and visual <= budgets[1] for text, visual in lengths]
+        samples = list(itertools.compress(samples, fits))
+        lengths = list(itertools.compress(lengths, fits))
+        over += len(fits) - len(samples)
+        shown = sum(visual for _, visual in lengths)
+        units = units_of(samples, shares=True)
+        by_unit = sum(dict(zip(units, (visual for _, visual in lengths), strict=True)).values())
+        images = {
+            (image.identity, image.num_tiles): image.num_tiles * per_tile
+            for sample in samples
+            for image in sample.images
+        }
+        same += shown - by_unit
+        overlapping += max(by_unit - sum(images.values()), 0)
+        shares = why_apart(config) is None
+        steps.append(StepSamples(lengths, units_of(samples, shares=shares)))
+    figures = measure_packing(steps, budgets, dp_size, row_work(config))
+    return Packed(figures, over, same, overlapping)
 
 
-def _packing(figures: PackingFigures, over: int) -> list[list[Any]]:
+def _sharing(packed: Packed, config: Config) -> list[list[Any]]:
+    """What sharing saves, and what keeps it from saving more."""
+    shown = max(sum(packed.figures.shown), 1)
+    reason = why_apart(config)
+    return [
+        ["visual rows of samples", sum(packed.figures.shown)],
+        ["computed", sum(packed.figures.computed)],
+        ["saved", f"{100 * packed.figures.saved:.1f} %" + (f" ({reason})" if reason else "")],
+        ["saved if all samples of the same images shared a pack", _percent(packed.same, shown)],
+        ["of samples whose images overlap in part, not saved", _percent(packed.overlapping, shown)],
+    ]
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _packing(packed: Packed) -> list[list[Any]]:
+    figures, over = packed.figures, packed.over
     steps, (text, visual) = len(figures.packs), figures.fills
     return [
         ["steps planned", steps],
