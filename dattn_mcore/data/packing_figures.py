@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dattn_mcore.data.balance import split_over_ranks
+from dattn_mcore.data.balance import pack_rows, split_over_ranks
 from dattn_mcore.data.packing import Lengths, make_packs
 
 
@@ -18,12 +19,14 @@ class PackingFigures:
         packs: In each step.
         rows: Text and visual rows of each step, as shares of the budgets of one pack.
         heaviest: Work of each step's heaviest rank over the ranks' mean, less 1.
+        shared: Share of all visual rows that are not computed, since samples of a pack share them.
     """
 
     samples: tuple[int, ...]
     packs: tuple[int, ...]
     rows: tuple[tuple[float, float], ...]
     heaviest: tuple[float, ...]
+    shared: float = 0.0
 
     @property
     def fills(self) -> tuple[float, float]:
@@ -33,7 +36,11 @@ class PackingFigures:
 
 
 def measure_packing(
-    steps: Iterable[Lengths], budgets: tuple[int, int], dp_size: int, work: tuple[float, float]
+    steps: Iterable[Lengths],
+    budgets: tuple[int, int],
+    dp_size: int,
+    work: tuple[float, float],
+    units: Iterable[Sequence[int]] = (),
 ) -> PackingFigures:
     """Packs steps and shares them out as a run does.
 
@@ -43,17 +50,31 @@ def measure_packing(
         budgets: Most text and visual rows of a pack.
         dp_size: Data-parallel ranks.
         work: Of one text row and one visual row (`row_work`).
+        units: Visual units of the samples of each step (`shared_images`); empty: none is shared.
     """
     samples, packs, rows, heaviest = [], [], [], []
-    for lengths in steps:
+    shown = computed = 0
+    for lengths, of_step in itertools.zip_longest(steps, units, fillvalue=()):
         made = make_packs(lengths, *budgets, dp_size)
         samples.append(len(lengths))
         packs.append(len(made))
         text, visual = (sum(pair[kind] for pair in lengths) / budgets[kind] for kind in (0, 1))
         rows.append((text, visual))
+        of_ranks = [
+            [pack_rows(pack, lengths, of_step) for pack in share]
+            for share in split_over_ranks(made, lengths, dp_size, budgets, work, of_step)
+        ]
         loads = [
-            sum(lengths[i][0] * work[0] + lengths[i][1] * work[1] for pack in share for i in pack)
-            for share in split_over_ranks(made, lengths, dp_size, budgets, work)
+            sum(text * work[0] + visual * work[1] for text, visual in of_rank)
+            for of_rank in of_ranks
         ]
         heaviest.append(max(loads) * dp_size / max(sum(loads), 1e-9) - 1)
-    return PackingFigures(tuple(samples), tuple(packs), tuple(rows), tuple(heaviest))
+        shown += sum(visual for _, visual in lengths)
+        computed += sum(visual for of_rank in of_ranks for _, visual in of_rank)
+    return PackingFigures(
+        samples=tuple(samples),
+        packs=tuple(packs),
+        rows=tuple(rows),
+        heaviest=tuple(heaviest),
+        shared=1 - computed / shown if shown else 0.0,
+    )

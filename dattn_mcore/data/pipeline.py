@@ -27,6 +27,7 @@ from dattn_mcore.data.prefetch import Prefetcher
 from dattn_mcore.data.sample_failure import SampleFailure
 from dattn_mcore.data.samples import FittedSample
 from dattn_mcore.data.share import RankShare
+from dattn_mcore.data.shared_images import why_apart
 from dattn_mcore.data.steps import FullSteps, shares_of, steps_of
 from dattn_mcore.data.templates import check_symbols
 from dattn_mcore.data.tokenizer import Tokenizer
@@ -110,6 +111,8 @@ class DataPipeline:
             self.share,
             by_group=len(self.index.settings.sources) > 1,  # else nobody reads it
         )
+        if self.index.content["num_images"] and (reason := why_apart(config)) is not None:
+            _LOG.info("every sample has visual rows of its own: %s", reason)
         skipped = self._batches.skipped
         drawn = np.concatenate([share.numbers for share in shares if share.per_epoch])
         check_trainable(self.index, config, drawn, skipped)

@@ -10,10 +10,16 @@ overlap in part only stay apart.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from dattn_mcore.config.schema import Config
-from dattn_mcore.data.samples import FittedSample
 from dattn_mcore.types import NO_IMAGES
+
+if TYPE_CHECKING:  # one imports torch, which takes seconds, and the planner needs none of it
+    from dattn_mcore.data.index.store import Index
+    from dattn_mcore.data.samples import FittedSample
 
 
 def why_apart(config: Config) -> str | None:
@@ -53,6 +59,27 @@ def units_of(samples: Sequence[FittedSample], *, shares: bool) -> list[int]:
         # Tiles and grids, too: rows are shared where they are the same, whatever made them so.
         shown = tuple((image.identity, image.num_tiles, image.grid) for image in sample.images)
         found.append(units.setdefault(shown if shares else number, len(units)))
+    return found
+
+
+def units_in_index(index: Index, numbers: Sequence[int], *, shares: bool) -> list[int]:
+    """`units_of` of whole samples, from the tables of an index alone.
+
+    Args:
+        index: Of the data set.
+        numbers: Of the samples.
+        shares: As in `units_of`.
+    """
+    units: dict[Hashable, int] = {}
+    found = []
+    for place, row in enumerate(index.samples[np.asarray(numbers, np.int64)]):
+        first, count = int(row["first_image"]), int(row["num_images"])
+        if not count:
+            found.append(NO_IMAGES)
+            continue
+        images = index.images[first : first + count][["identity", "num_tiles", "columns", "rows"]]
+        shown = tuple(images.tolist()) if shares else place
+        found.append(units.setdefault(shown, len(units)))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.order import SampleOrder
 from dattn_mcore.data.packing_figures import PackingFigures, measure_packing
 from dattn_mcore.data.pages.html import embedded, page, table, write_page
+from dattn_mcore.data.shared_images import units_in_index, why_apart
 from dattn_mcore.data.steps import steps_of
 from dattn_mcore.data.tokenizer import Tokenizer
 
@@ -75,17 +77,20 @@ def packing_of(index: Index, config: Config, dp_size: int) -> tuple[PackingFigur
     budgets = (data.text_budget, data.visual_budget)
     order = SampleOrder(training_shares(index, config), config.train.seed)
     cut = steps_of(config, index, order)
-    packed, over = [], 0
+    packed, units, over = [], [], 0
+    shares = why_apart(config) is None
     for step in range(max(1, min(_STEPS, cut.up_to(order.epoch_size + 1) - 1))):
-        rows = index.samples[np.array(order.numbers(*cut.bounds(step)))]
+        numbers = np.array(order.numbers(*cut.bounds(step)))
+        rows = index.samples[numbers]
         lengths = [
             (int(row["text_rows"]), int(row["num_tiles"]) * config.model.vision.rows_per_tile)
             for row in rows
         ]
-        fitting = [pair for pair in lengths if pair[0] <= budgets[0] and pair[1] <= budgets[1]]
-        over += len(lengths) - len(fitting)
-        packed.append(fitting)
-    return measure_packing(packed, budgets, dp_size, work), over
+        fits = [text <= budgets[0] and visual <= budgets[1] for text, visual in lengths]
+        over += fits.count(False)
+        packed.append(list(itertools.compress(lengths, fits)))
+        units.append(units_in_index(index, numbers[np.array(fits, bool)], shares=shares))
+    return measure_packing(packed, budgets, dp_size, work, units), over
 
 
 def _packing(figures: PackingFigures, over: int) -> list[list[Any]]:
@@ -96,6 +101,7 @@ def _packing(figures: PackingFigures, over: int) -> list[list[Any]]:
         ["packs of a step", f"{sum(figures.packs) / steps:.1f}"],
         ["text budget filled", f"{100 * text:.1f} %"],
         ["visual budget filled", f"{100 * visual:.1f} %"],
+        ["visual rows saved: samples of a pack share images", f"{100 * figures.shared:.1f} %"],
         ["heaviest rank above the mean", f"{100 * max(figures.heaviest):.1f} %"],
         ["samples over budget", over],
     ]
