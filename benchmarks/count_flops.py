@@ -79,6 +79,7 @@ def counted_decoder_step(
     layouts: Sequence[Layout],
     device: str,
     entered_learns: bool = True,
+    images_of: Sequence[int] = (),
 ) -> int:
     """FLOPs of one forward and backward pass through the stack of layers, by PyTorch.
 
@@ -88,8 +89,14 @@ def counted_decoder_step(
         layouts: of the samples of one pack.
         device: name of it.
         entered_learns: what enters the layers needs a gradient.
+        images_of: visual unit of each sample (`types.visual_units`); empty: each has its own.
     """
-    params = build_seq_params(layouts, t2v_position=config.attention.t2v_position, device=device)
+    params = build_seq_params(
+        layouts,
+        t2v_position=config.attention.t2v_position,
+        device=device,
+        images_of=images_of,
+    )
     dtype = next(model.decoder.parameters()).dtype
     hidden = torch.zeros(
         params.num_visual + params.num_text,

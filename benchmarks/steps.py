@@ -108,6 +108,22 @@ def _text(config: Config, text: int, device: torch.device) -> tuple[torch.Tensor
     return ids[:-1], labels
 
 
+def trained_by(
+    config: Config, groups: ProcessGroupCollection, device: torch.device
+) -> Callable[[ModelInputs], Step]:
+    """What makes a training step of a micro-batch; all steps share one model and optimizer."""
+    runtime = decide_runtime(config)
+    (model,) = build_from_config(config, groups, device, runtime=runtime)
+    wrapped = wrap_ddp([model], config, groups)
+    optimizer = build_optimizer(config, wrapped)
+    scheduler = build_scheduler(config, optimizer, 10_000)
+
+    def step_of(inputs: ModelInputs) -> Step:
+        return lambda: train_step(wrapped, optimizer, scheduler, [inputs], groups)
+
+    return step_of
+
+
 def our_step(
     config: Config,
     groups: ProcessGroupCollection,
@@ -116,11 +132,7 @@ def our_step(
     text: int,
 ) -> dict[int, Step]:
     """A step of this code for each number of visual rows; they share one model."""
-    runtime = decide_runtime(config)
-    (model,) = build_from_config(config, groups, device, runtime=runtime)
-    wrapped = wrap_ddp([model], config, groups)
-    optimizer = build_optimizer(config, wrapped)
-    scheduler = build_scheduler(config, optimizer, 10_000)
+    step_over = trained_by(config, groups, device)
 
     def step_of(rows: int) -> Step:
         ids, labels = _text(config, text, device)
@@ -130,8 +142,7 @@ def our_step(
             multiple=config.data.pad_multiple,
             device=device,
         )
-        inputs = ModelInputs(params, ids, labels, _tiles(config, rows, device))
-        return lambda: train_step(wrapped, optimizer, scheduler, [inputs], groups)
+        return step_over(ModelInputs(params, ids, labels, _tiles(config, rows, device)))
 
     return {rows: step_of(rows) for rows in visual}
 

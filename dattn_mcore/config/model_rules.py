@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.sharing import why_apart
 
 
 def heads(config: Config) -> Iterator[str]:
@@ -152,3 +153,8 @@ def sources(config: Config) -> Iterator[str]:
             yield f"{name}.annotations is empty; name a file, or a pattern like shards/*.tar"
         if source.weight <= 0:
             yield f"{name}.weight={source.weight} must be greater than 0; leave the source out"
+    if config.data.group_images and (reason := why_apart(config)) is not None:
+        yield (
+            "data.group_images=true puts samples of the same images into one step so that they "
+            f"share visual rows, and here none does ({reason}); set it to false"
+        )

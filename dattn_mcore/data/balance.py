@@ -15,6 +15,7 @@ import numpy as np
 from dattn_mcore.architectures import tower_features
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.packing import Lengths, Pack
+from dattn_mcore.types import NO_IMAGES
 
 _CLOSE_ENOUGH = 1.02  # work of the heaviest rank, relative to the mean
 _MOST_MOVES = 500
@@ -103,7 +104,9 @@ class _Samples:
     """
 
     def __init__(self, lengths: Lengths, units: Sequence[int], work: tuple[float, float]) -> None:
-        self.lengths, self.units, self._work = lengths, units, work
+        self.lengths, self._work = lengths, work
+        shown = [unit for unit in units if unit != NO_IMAGES]
+        self.units = units if len(set(shown)) < len(shown) else ()
         # Index -1 is no sample: without rows, and of no unit.
         self._rows = np.array([*lengths, (0, 0)], np.int64).reshape(-1, 2)
         self._unit = np.array([*(units or range(len(lengths))), -2], np.int64)
@@ -111,7 +114,7 @@ class _Samples:
     def work_of(self, packs: Sequence[Pack]) -> float:
         """Work of some packs."""
         if not self.units:  # the order of the sum decides its last bit, and with it an exchange
-            return sum(self._works(self._rows[i]) for pack in packs for i in pack)
+            return sum(float(self._works(self._rows[i])) for pack in packs for i in pack)
         return float(sum(self._works(np.array(self.rows_of(pack))) for pack in packs))
 
     def rows_of(self, pack: Pack) -> tuple[int, int]:

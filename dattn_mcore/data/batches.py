@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.sharing import why_apart
 from dattn_mcore.data.balance import pack_rows, row_work, split_over_ranks
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.budgets import skipped_samples
@@ -19,7 +20,7 @@ from dattn_mcore.data.index.store import Index
 from dattn_mcore.data.sample_failure import SampleFailure
 from dattn_mcore.data.samples import FittedSample, SampleReader
 from dattn_mcore.data.share import RankShare
-from dattn_mcore.data.shared_images import first_of_units, images_of, units_of, why_apart
+from dattn_mcore.data.shared_images import first_of_units, images_of, units_of
 from dattn_mcore.data.shared_packing import make_shared_packs
 from dattn_mcore.data.templates import EncodedSample
 from dattn_mcore.data.tokenizer import Tokenizer

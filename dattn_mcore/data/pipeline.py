@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.sharing import why_apart
 from dattn_mcore.data.batch import GlobalBatch
 from dattn_mcore.data.batches import BatchBuilder
 from dattn_mcore.data.budgets import check_trainable
@@ -110,6 +111,8 @@ class DataPipeline:
             self.share,
             by_group=len(self.index.settings.sources) > 1,  # else nobody reads it
         )
+        if self.index.content["num_images"] and (reason := why_apart(config)) is not None:
+            _LOG.info("every sample has visual rows of its own: %s", reason)
         skipped = self._batches.skipped
         drawn = np.concatenate([share.numbers for share in shares if share.per_epoch])
         check_trainable(self.index, config, drawn, skipped)

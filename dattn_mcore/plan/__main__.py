@@ -16,6 +16,7 @@ from rich.console import Console
 from dattn_mcore.config.checks import check_config, processes_per_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.sharing import why_apart
 from dattn_mcore.console import cell
 from dattn_mcore.errors import ConfigError, DattnError, error_lines, first_line
 from dattn_mcore.plan.data_size import data_size
@@ -58,6 +59,12 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="of the data set (default: counted)")
     parser.add_argument("--text-per-sample", type=float, help="text rows (default: full budgets)")
     parser.add_argument("--images-per-sample", type=float, default=1.0)
+    parser.add_argument(
+        "--samples-per-image",
+        type=float,
+        default=1.0,
+        help="of a micro-batch that show the same images",
+    )
     parser.add_argument("--labelled-share", type=float, default=1.0, help="of text rows")
     parser.add_argument("--top", type=int, default=5, help="layouts shown in a ranking")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -135,20 +142,26 @@ def _run(chosen: argparse.Namespace) -> None:
 def _sample(config: Config, chosen: argparse.Namespace) -> tuple[Sample, list[str]]:
     """The average sample, and what had to be assumed about it."""
     text, images = chosen.text_per_sample, chosen.images_per_sample
-    share = chosen.labelled_share
+    share, per_image = chosen.labelled_share, chosen.samples_per_image
     for flag, value, lowest, highest in (
         ("--images-per-sample", images, 0.0, math.inf),
         ("--text-per-sample", text, 1.0, math.inf),
         ("--labelled-share", share, 0.0, 1.0),
+        ("--samples-per-image", per_image, 1.0, math.inf),
     ):
         # Written so that what is no number fails.
         if value is not None and not (lowest <= value <= highest and value < math.inf):
             limits = f"at least {lowest:g}" if highest == math.inf else f"{lowest:g} to {highest:g}"
             raise ConfigError(f"{flag} {value:g} must be a number, {limits}")
+    if per_image > 1 and (reason := why_apart(config)) is not None:
+        raise ConfigError(
+            f"--samples-per-image {per_image:g} must be 1 where samples share no visual rows "
+            f"({reason}); leave it out, or change that setting"
+        )
     if text is not None:
-        return Sample(text, images, share), []
+        return Sample(text, images, share, per_image), []
     text = full_budget_sample(config, images)
-    return Sample(text, images, share), [
+    return Sample(text, images, share, per_image), [
         f"text rows of a sample are assumed ({text:,.0f}: both budgets full); give "
         "--text-per-sample where you know better"
     ]

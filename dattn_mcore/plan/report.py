@@ -93,6 +93,7 @@ def notes(config: Config, sample: Sample, assumed: list[str], data: DataSize) ->
     lines = [
         f"average sample: {sample.text:,.0f} text rows, {sample.images:g} images of "
         f"{config.model.vision.rows_per_tile} rows, {sample.labelled_share:.0%} of text labelled",
+        *_sharing(sample),
         *assumed,
         "weights, gradients and optimizer states are exact; activations, logits and buffers are "
         "estimates",
@@ -109,6 +110,15 @@ def notes(config: Config, sample: Sample, assumed: list[str], data: DataSize) ->
     if config.train.steps is None:
         lines.append(_what_days_rest_on(config, sample, data))
     return [line for line in lines if line]
+
+
+def _sharing(sample: Sample) -> list[str]:
+    if sample.per_image == 1:
+        return []
+    return [
+        f"{sample.per_image:g} samples of a micro-batch show the same images, whose rows are "
+        "computed once (data.share_images); budgets hold the rows of all"
+    ]
 
 
 def _what_days_rest_on(config: Config, sample: Sample, data: DataSize) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from dattn_mcore.config.schema import Config
@@ -19,11 +20,17 @@ class Sample:
         text: text rows.
         images: tiles.
         labelled_share: share of text rows that carry a label.
+        per_image: samples of a micro-batch that show the same images, and share their visual rows.
     """
 
     text: float
     images: float
     labelled_share: float = 1.0
+    per_image: float = 1.0
+
+    def computed_share(self, samples: int) -> float:
+        """Share of the visual rows of so many samples in a micro-batch that are computed."""
+        return math.ceil(samples / self.per_image) / max(samples, 1)
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,11 @@ def step_of(config: Config, sample: Sample, dp: int) -> Step:
     packs = -(-needed // multiple) * multiple
     layout = ((True, round(visual)), (False, round(sample.text)))
     one = rows_of(config, [layout], sample.text * sample.labelled_share)
+    in_pack = -(-samples // packs)
+    computed = sample.computed_share(in_pack)
+    one = dataclasses.replace(one, visual=one.visual * computed, tiles=one.tiles * computed)
     rows = dataclasses.replace(one * samples, packs=float(packs))
-    pack = dataclasses.replace(one * -(-samples // packs), packs=1.0)
+    pack = dataclasses.replace(one * in_pack, packs=1.0)
     if config.data.fixed_rows:  # padding costs as much as what it stands beside
         pack = dataclasses.replace(
             pack,

@@ -11,6 +11,7 @@ from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schedule import schedule_of
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.sharing import why_apart
 from dattn_mcore.layers.attention import BackendChoice, choose_backend
 from dattn_mcore.layers.spec import attention_options
 from dattn_mcore.parallel.platform import resolve_device
@@ -56,6 +57,7 @@ def describe(config: Config, world_size: int) -> str:
         f"rows of a full micro-batch: {visual:,} visual ({visual // rows} tiles of {rows} rows; "
         f"an image has {tiles}) and {text:,} text",
         f"rows per rank between layers: {visual // shards:,} visual and {text // shards:,} text",
+        _sharing_line(config),
         *_global_batch(config, dp),
         *_adapter_lines(config),
         *_attention_lines(config),
@@ -63,6 +65,13 @@ def describe(config: Config, world_size: int) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _sharing_line(config: Config) -> str:
+    """Whether samples share visual rows."""
+    if (reason := why_apart(config)) is not None:
+        return f"every sample has visual rows of its own: {reason}"
+    return "samples of a micro-batch that show the same images share their visual rows"
 
 
 def _schedule_lines(config: Config) -> list[str]:

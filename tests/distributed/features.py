@@ -122,11 +122,11 @@ MEANS: dict[str, dict[str, Settings]] = {
 }
 FACTORS = {**LAYOUT, **MEANING, **MEANS}
 USUAL = {name: next(iter(values)) for name, values in FACTORS.items()}
-# What one process computes for comparison: all rows to the end, in one pack and by the attention
-# backend that keeps its scores.
+# What one process computes for comparison: all rows to the end, in one pack, those of an image
+# once for each of its samples, and by the attention backend that keeps its scores.
 PLAIN = {
     **_attention(backend="reference", fold_visual_projection=False, skip_last_visual_rows=False),
-    **_data(text_budget=4096, visual_budget=4096),
+    **_data(text_budget=4096, visual_budget=4096, share_images=False),
 }
 
 REFUSED = "refused: the settings cannot go together"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.sharing import why_apart
 from dattn_mcore.data.balance import row_work
 from dattn_mcore.data.index.layout import FORMATS
 from dattn_mcore.data.index.store import Index, open_index
@@ -19,7 +20,7 @@ from dattn_mcore.data.packing_figures import PackingFigures, StepSamples, measur
 from dattn_mcore.data.pages.html import embedded, page, table, write_page
 from dattn_mcore.data.run_order import order_of_run
 from dattn_mcore.data.samples import FittedSample
-from dattn_mcore.data.shared_images import units_of, why_apart
+from dattn_mcore.data.shared_images import units_of
 from dattn_mcore.data.steps import steps_of
 from dattn_mcore.data.tokenizer import Tokenizer
 

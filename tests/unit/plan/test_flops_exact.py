@@ -11,6 +11,7 @@ from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.plan.flops import decoder_work, layer_pairs, step_work
 from dattn_mcore.plan.rows import rows_of
 from dattn_mcore.training.model import build_from_config
+from dattn_mcore.types import NO_IMAGES
 from tests.distributed.small_models import AIMV2, SMALL_MODEL
 
 LAYOUTS = (((True, 64), (False, 32)),)
@@ -108,6 +109,21 @@ def test_decoder_as_counted(groups, name):
     counted = counted_decoder_step(model, config, LAYOUTS, "cpu")
     work = decoder_work(config, rows_of(config, LAYOUTS, LABELLED))
     assert counted == sum(part.executed for part in work.values())
+
+
+@pytest.mark.parametrize("name", ["dattn", "plain", "full", "chunks"])
+def test_shared_rows_as_counted(groups, name):
+    """Exact; of samples that show the same images, visual rows are computed once."""
+    sample = ((True, 64), (False, 32))
+    layouts, units = (sample, sample, ((False, 32),), sample, sample), (0, 1, NO_IMAGES, 0, 0)
+    config = config_of(SETTINGS[name])
+    (model,) = build_from_config(config, groups, torch.device("cpu"))
+    counted = counted_decoder_step(model, config, layouts, "cpu", images_of=units)
+    work = decoder_work(config, rows_of(config, layouts, LABELLED, units))
+    assert counted == sum(part.executed for part in work.values())
+    own = decoder_work(config, rows_of(config, layouts, LABELLED))
+    assert work["visual"] == own["visual"] * 0.5
+    assert (work["text"], work["attention"]) == (own["text"], own["attention"])
 
 
 def test_folding_and_ending_early_save_what_they_should():

@@ -203,6 +203,33 @@ def test_what_the_dry_run_advises_fills_the_packs():
     assert "warning: " not in describe(config, 128)
 
 
+def test_samples_of_an_image_share_its_rows():
+    """Of a micro-batch's rows those of an image count once; its budgets stay those of all."""
+    config = load_config(GEMMA, ["train.global_batch_size=256", "data.step_packs_multiple=null"])
+    own, shared = (step_of(config, Sample(512, 1, 1.0, many), dp=4) for many in (1, 4))
+    assert own.per_pack == shared.per_pack == 8 and own.packs == shared.packs == 32
+    assert shared.rows.visual == own.rows.visual / 4 and shared.rows.tiles == own.rows.tiles / 4
+    assert shared.pack.visual == own.pack.visual / 4
+    assert shared.rows.text_pairs == own.rows.text_pairs and shared.rows.text == own.rows.text
+    uneven = step_of(config, Sample(512, 1, 1.0, 3), dp=4)  # 8 samples show 3 images
+    assert uneven.rows.visual == own.rows.visual * 3 / 8
+
+
+def test_command_plans_samples_that_share_an_image(capsys):
+    command = ["--config", str(GEMMA), "--gpu", "h100", "--tp", "2", "--json"]
+    command += ["--text-per-sample", "256", "--samples-per-image"]
+    plans = []
+    for many in ("1", "8"):
+        assert main([*command, many]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[1]["sample"]["per_image"] == 8 and "computed once" in " ".join(plans[1]["notes"])
+    seconds = [result["plans"][0]["seconds_per_step"] for result in plans]
+    assert seconds[1] < 0.7 * seconds[0]
+    assert main([*command, "8", "attention.t2v_position=rope"]) == 2
+    said = capsys.readouterr().err
+    assert "--samples-per-image 8 must be 1" in said and "attention.t2v_position=rope" in said
+
+
 def test_command_prints_tables_warnings_and_what_it_cannot_know(capsys):
     command = ["--config", str(GEMMA), "--nodes", "1", "--gpus-per-node", "8", "--tp", "1"]
     assert main([*command, "--pp", "1", "train.recompute=none"]) == 0
@@ -232,6 +259,7 @@ def test_command_ranks_where_no_layout_is_named_and_speaks_json(capsys, tmp_path
     [
         (["--nodes", "0"], "--nodes 0 must be at least 1"),
         (["--tp", "3"], "must be multiples of parallel.tp=3"),
+        (["--samples-per-image", "0.5"], "--samples-per-image 0.5 must be a number, at least 1"),
         (["--text-per-sample", "99999"], "does not fit data.text_budget"),
         (["--labelled-share", "2"], "--labelled-share 2 must be a number, 0 to 1"),
         (["--text-per-sample", "nan"], "--text-per-sample nan must be a number, at least 1"),
