@@ -35,6 +35,7 @@ class MicroBatch:
         samples: Number of each sample in the index, where there is one.
         groups: Group of each sample, whose loss is counted apart; empty: none is.
         num_groups: How many groups the data set has; 0: its samples have none.
+        weights: What the loss of each sample's tokens counts; empty: 1 each.
     """
 
     layouts: tuple[Layout, ...]
@@ -48,6 +49,7 @@ class MicroBatch:
     samples: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     num_groups: int = 0
+    weights: tuple[float, ...] = ()
 
 
 @dataclass

@@ -166,6 +166,7 @@ class BatchBuilder:
         encoded = [self._encode(item, failures) for item in members]
         pixels = [next(tiles) for _ in members] if self._images is not None else []
         num_tiles = sum(item.num_tiles for item in members)
+        weights = tuple(item.weight for item in encoded)
         return MicroBatch(
             layouts=tuple(item.layout for item in encoded),
             text_ids=torch.tensor([i for e in encoded for i in e.text_ids], dtype=torch.int64),
@@ -178,6 +179,7 @@ class BatchBuilder:
             image_grids=tuple(image.grid for item in members for image in item.images),
             groups=tuple(self._group(item) for item in members) if self._by_group else (),
             num_groups=len(self.groups) if self._by_group else 0,
+            weights=weights if any(weight != 1 for weight in weights) else (),
         )
 
     def _group(self, fitted: FittedSample) -> int:
