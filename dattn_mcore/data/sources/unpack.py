@@ -16,6 +16,7 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dattn_mcore.data.sources.zstd_frames import whole_frames
 from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.parallel.packages import import_problem
 
@@ -89,10 +90,12 @@ def _zstd(path: Path, packed: BinaryIO) -> Any:
         raise ConfigError(
             f"'{path}' is compressed with zstd, and pyarrow {problem}; install the extra 'parquet'"
         )
+    if fault := whole_frames(packed):
+        raise _damaged(path, "zstd", fault)
     arrow: Any = importlib.import_module("pyarrow")
     return arrow.CompressedInputStream(arrow.PythonFile(packed, mode="r"), "zstd")
 
 
-def _damaged(path: Path, kind: str, error: Exception) -> DataError:
+def _damaged(path: Path, kind: str, error: Exception | str) -> DataError:
     reason = " ".join(str(error).split())[:120]
     return DataError(f"'{path}' is no whole {kind} file ({reason}); copy or make it again")

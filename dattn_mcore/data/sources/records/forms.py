@@ -122,8 +122,10 @@ def detect(records: Sequence[tuple[str, Any]]) -> str | None:
 
 def other_form(record: Any, form: str) -> str | None:
     """The form of a record that could not be read as one of `form`, if it looks like another."""
-    names = [name for name in matching(record) if name != form and (name, form) not in _WIDER]
-    return names[0] if len(names) == 1 else None
+    names = matching(record)
+    if form in names or len(names) != 1 or (names[0], form) in _WIDER:
+        return None
+    return names[0]
 
 
 def unknown_form(place: str, record: Any) -> DataError:
