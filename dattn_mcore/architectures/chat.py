@@ -54,6 +54,22 @@ Segment = Token | Text | Images
 
 
 @dataclass(frozen=True)
+class Tools:
+    """How a template writes tools, calls of them and their responses: as plain text.
+
+    Attributes:
+        before, after: around the tools, in the system turn behind its text; each stands on a line.
+        call: around a call; calls stand behind what an answer says, on lines of their own.
+        response: around a response; those before an answer are one turn of the user.
+    """
+
+    before: str
+    after: str
+    call: tuple[str, str]
+    response: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class ChatTemplate:
     """How a conversation becomes ids.
 
@@ -67,6 +83,7 @@ class ChatTemplate:
         default_system: what stands there where a conversation has no system message; None: nothing.
         before_last_answer: after the last user's turn, whether its answer is there or asked for.
         one_pair: whether a conversation has one user turn and one answer at most.
+        tools: how it writes tools; None: it has none.
     """
 
     name: str
@@ -78,6 +95,7 @@ class ChatTemplate:
     default_system: str | None = None
     before_last_answer: tuple[Segment, ...] = ()
     one_pair: bool = False
+    tools: Tools | None = None
 
     def tokens(self) -> list[str]:
         """Spellings of the special tokens that a tokenizer must have, in order."""
@@ -97,10 +115,27 @@ PLAIN = ChatTemplate(
 )
 
 
+# The way of the Hermes models, in the words of those templates that have it.
+HERMES = Tools(
+    before=(
+        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are "
+        "provided with function signatures within <tools></tools> XML tags:\n<tools>"
+    ),
+    after=(
+        "</tools>\n\nFor each function call, return a json object with function name and arguments "
+        "within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+        '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+    ),
+    call=("<tool_call>\n", "\n</tool_call>"),
+    response=("<tool_response>\n", "\n</tool_response>"),
+)
+
+
 def chatml(
     name: str,
     default_system: str | None = None,
     before_last_answer: tuple[Segment, ...] = (),
+    tools: Tools | None = None,
 ) -> ChatTemplate:
     """ChatML: `<|im_start|>`, the role, what is said, `<|im_end|>`; no token begins it."""
     start, end, line = Token("<|im_start|>"), Token("<|im_end|>"), Text("\n")
@@ -120,4 +155,5 @@ def chatml(
         stop=end,
         default_system=default_system,
         before_last_answer=before_last_answer,
+        tools=tools,
     )

@@ -35,6 +35,7 @@ __all__ = [
     "LlmConfig",
     "LoraConfig",
     "LogConfig",
+    "MappingConfig",
     "ModelConfig",
     "OptimConfig",
     "OptimGroup",
@@ -50,6 +51,24 @@ __all__ = [
 ImagePolicy = Literal["stretch", "pad", "crop", "anyres_stretch", "anyres_letterbox"]
 Schedule = Literal["cosine", "linear", "constant", "inverse_square_root", "wsd"]
 WsdDecay = Literal["exponential", "linear", "cosine", "minus_sqrt"]
+SourceFormat = Literal[
+    "auto",
+    "json",
+    "tar",
+    "parquet",
+    "arrow",
+    "llava",
+    "sharegpt",
+    "messages",
+    "swift",
+    "llama_factory",
+    "cauldron",
+    "interleaved",
+    "pixmo",
+    "energon",
+    "webdataset",
+]
+LossOn = Literal["all", "last"]
 ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (1, 4), (4, 1))
 
 
@@ -70,13 +89,31 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class MappingConfig:
+    """Where the fields of a record stand: keys with dots between, `[]` behind a list."""
+
+    id: str = ""  # empty: the key id, else the record's place
+    images: str = ""  # paths or bytes
+    turns: str = ""  # list of turns, with role and text; or else question and answer
+    role: str = ""  # who speaks, in each turn
+    text: str = ""  # what is said, in each turn
+    user: str = "user"  # role of who asks
+    assistant: str = "assistant"  # role of who answers
+    question: str = ""  # of a record with one question
+    answer: str = ""  # of a record with one question
+    system: str = ""  # text of a system turn
+    weight: str = ""  # what the sample's loss counts
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """One source of samples; `data.sources` lists them where there are several."""
 
-    annotations: str = ""  # file, or a pattern like shards/*.tar: LLaVA JSON, tar, parquet
-    image_folder: str = ""  # folder that image paths start in; unused where images lie in the file
+    annotations: str = ""  # file, or a pattern like shards/*.tar: JSON, tar, parquet, Arrow
+    image_folder: str = ""  # folder that image paths start in; empty: that of the file
     weight: float = 1.0  # how often each sample is seen in an epoch; 0.5: every other one, in turn
-    format: Literal["auto", "json", "tar", "parquet"] = "auto"  # auto: by the file's name
+    format: SourceFormat = "auto"  # file or form of records; auto: name and first records say it
+    mapping: MappingConfig = MappingConfig()  # of records of no known form
 
 
 @dataclass(frozen=True)
@@ -91,6 +128,7 @@ class DataConfig:
     metadata_keys: tuple[str, ...] = ()  # of samples, to leave aside beside the known ones
     max_bad_share: float = 0.01  # of samples that may be unusable; 0: the first ends the run
     template: str = "plain"  # plain, or a chat template of model.family
+    loss_on: LossOn = "all"  # answers that are learned; last: of a conversation the last one
     tokenizer: str = "data/digits/tokenizer.model"  # SentencePiece file or Hugging Face folder
     prepare: Literal["none", "digits"] = "digits"  # digits: make that data set if it is absent
     text_budget: int = 512  # text rows of one packed micro-batch

@@ -39,6 +39,7 @@ class MicroBatch:
             for samples that show the same ones in the same order, by first appearance;
             `types.NO_IMAGES` for a sample of text alone. `tiles` and `image_grids` hold a unit
             once, in the order of the numbers. Empty: every sample has its own.
+        weights: What the loss of each sample's tokens counts; empty: 1 each.
     """
 
     layouts: tuple[Layout, ...]
@@ -53,6 +54,7 @@ class MicroBatch:
     groups: tuple[int, ...] = ()
     num_groups: int = 0
     images_of: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 @dataclass

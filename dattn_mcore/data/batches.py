@@ -222,6 +222,7 @@ class BatchBuilder:
         members = pack.samples
         encoded = [self._encode(item, failures) for item in members]
         pixels = next(tiles) if self._images is not None else None
+        weights = tuple(item.weight for item in encoded)
         return MicroBatch(
             layouts=tuple(item.layout for item in encoded),
             text_ids=torch.tensor([i for e in encoded for i in e.text_ids], dtype=torch.int64),
@@ -237,6 +238,7 @@ class BatchBuilder:
             groups=tuple(self._group(item) for item in members) if self._by_group else (),
             num_groups=len(self.groups) if self._by_group else 0,
             images_of=images_of(pack.units),
+            weights=weights if any(weight != 1 for weight in weights) else (),
         )
 
     def _group(self, fitted: FittedSample) -> int:

@@ -18,7 +18,7 @@ from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.sample_failure import SampleFailure
 from dattn_mcore.data.samples import SampleReader
-from dattn_mcore.data.sources.record import GREETING
+from dattn_mcore.data.source_table import source_table
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError
 from dattn_mcore.units import duration, rate
@@ -66,20 +66,9 @@ def check(
         f"{allowed:,}",
         "" if decode else "; images' headers were read, --decode decodes them",
     )
-    if ignored := index.content["ignored"]:
-        _LOG.info("left aside as metadata: %s", _counted(ignored))
+    for line in source_table(index):
+        _LOG.info("%s", line)
     return 1 if found else 0
-
-
-def _counted(ignored: dict[str, int]) -> str:
-    """In how many samples each kind of metadata stands."""
-    unit = " samples"
-    parts = []
-    for name, count in ignored.items():
-        quoted = name if name == GREETING else f"'{name}'"
-        parts.append(f"{quoted} in {count:,}{unit}")
-        unit = ""
-    return ", ".join(parts)
 
 
 @contextlib.contextmanager

@@ -71,7 +71,8 @@ def check_share(index: Index, max_share: float) -> None:
         return
     for source in index.settings.sources:
         if source.format == "json":
-            check_folder(source.image_folder)
+            for folder in source.folders():
+                check_folder(folder)
     kinds = Kinds()
     places: dict[int, str] = {}
     for failure, entry in zip(unusable(index), index.bad(), strict=True):

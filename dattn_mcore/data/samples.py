@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from dattn_mcore.data.sources.place import ImagePlace
 from dattn_mcore.data.sources.record import Sample
 from dattn_mcore.data.templates import (
     EncodedSample,
-    encode_conversation,
     encode_sample,
     merge_runs,
+    runs_of,
     truncate,
 )
 from dattn_mcore.data.tokenizer import Tokenizer
@@ -85,7 +85,8 @@ class SampleReader:
         """
         for source in self._index.settings.sources:
             if source.format == "json":
-                self._folder(source.image_folder)
+                for folder in source.folders():
+                    self._folder(folder)
 
     def fit(self, number: int, text_budget: int | None = None) -> FittedSample:
         """A sample of a step, cut after `text_budget` text rows if that is given.
@@ -114,12 +115,12 @@ class SampleReader:
         """
         record = self.record(fitted.indexed)
         rows = [image.num_tiles * self._rows_per_tile for image in fitted.indexed.images]
-        template = self._index.settings.template
-        runs = encode_conversation(self._tokenizer, template, record.turns, record.system)
+        settings = self._index.settings
+        runs = runs_of(self._tokenizer, settings.template, record, settings.loss_on)
         if len(record.images) == len(rows):
             encoded = truncate(encode_sample(runs, rows), fitted.text_rows)
             if encoded.layout == fitted.layout(self._rows_per_tile):
-                return encoded
+                return replace(encoded, weight=record.weight)
         raise DataError("the record is no longer the one that was indexed")
 
     def blank(self, fitted: FittedSample) -> EncodedSample:
@@ -143,11 +144,11 @@ class SampleReader:
         """What loads an image of a sample; reading happens in the loader's threads."""
         who = f"annotation {sample.id!r}: image '{image.place.name}'"
         # Nothing is opened here: a shard that has gone must fail this image, not the run.
-        source = self._sources[sample.file][1]
+        within, source = self._sources[sample.file]
         if image.place.length or source.format == "tar":
             read = partial(self._read_inside, sample, image.place, who)
         else:
-            read = partial(self._read_file, source.image_folder, image.place.name, who)
+            read = partial(self._read_file, source.folder(within), image.place.name, who)
         return ImageRequest(who, read, image.num_tiles, image.grid)
 
     def _read_inside(self, sample: IndexedSample, image: ImagePlace, who: str) -> bytes:

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dattn_mcore.architectures import chat_templates
-from dattn_mcore.architectures.chat import BOS, EOS, ChatTemplate, Images, Segment, Token
+from dattn_mcore.architectures.chat import BOS, EOS, ChatTemplate, Images, Segment, Text, Token
+from dattn_mcore.config.schema import LossOn
+from dattn_mcore.data.sources.record import Sample
 from dattn_mcore.data.tokenizer import Tokenizer
+from dattn_mcore.data.tool_turns import with_tools
 from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.types import IGNORED_LABEL, IMAGE_MARK, Layout
 
@@ -47,12 +50,14 @@ class EncodedSample:
         labels: For each text row the id it must predict (the next text row's), or -100.
         layout: Its runs in reading order.
         image_rows: Visual rows of each image that stands in the layout.
+        weight: What the loss of its tokens counts.
     """
 
     text_ids: tuple[int, ...]
     labels: tuple[int, ...]
     layout: Layout
     image_rows: tuple[int, ...]
+    weight: float = 1.0
 
     @property
     def num_images(self) -> int:
@@ -74,12 +79,12 @@ class _Writer:
         self._ids: list[int] = []
         self._supervised: list[bool] = []
 
-    def write(self, segments: Sequence[Segment], said: str = "") -> None:
-        """Appends the segments of a turn in which `said` is said."""
+    def write(self, segments: Sequence[Segment], said: str = "", learned: bool = True) -> None:
+        """Appends the segments of a turn in which `said` is said; not `learned`: without loss."""
         for segment in segments:
             if isinstance(segment, Token):
                 self._ids.append(token_id(self._tokenizer, segment))
-                self._supervised.append(segment.supervised)
+                self._supervised.append(segment.supervised and learned)
             elif isinstance(segment, Images):
                 for _ in range(said.count(IMAGE_MARK)):
                     self._image()
@@ -87,7 +92,7 @@ class _Writer:
                 space = " " if segment.opens and said and self._tokenizer.prefix_space else ""
                 middle = said if segment.holds == "said" else ""
                 text = f"{space}{segment.before}{middle}{segment.after}"
-                self._text(text, segment.supervised)
+                self._text(text, segment.supervised and learned)
 
     def runs(self) -> tuple[Run, ...]:
         """Returns everything written."""
@@ -115,7 +120,11 @@ class _Writer:
 
 
 def encode_conversation(
-    tokenizer: Tokenizer, template: str, turns: Sequence[str], system: str = ""
+    tokenizer: Tokenizer,
+    template: str,
+    turns: Sequence[str],
+    system: str = "",
+    learned: Sequence[bool] = (),
 ) -> tuple[Run, ...]:
     """Builds the runs of a conversation.
 
@@ -125,6 +134,7 @@ def encode_conversation(
         turns: Human, gpt, human, ...; `<image>` marks stand in human turns. With an odd number
             of turns the runs end where the model has to answer (a prompt for generation).
         system: Text of a system turn; blank: there is none.
+        learned: Whether each answer has loss; empty: all have.
 
     Raises:
         ConfigError: The template is unknown.
@@ -146,9 +156,53 @@ def encode_conversation(
         out.write(chat.system, system)
     last_user = (len(turns) - 1) // 2 * 2
     for position, said in enumerate(turns):
-        out.write(chat.answer if position % 2 else chat.user, said.strip())
+        is_answer = position % 2 == 1
+        counts = not is_answer or not learned or learned[position // 2]
+        out.write(chat.answer if is_answer else chat.user, said.strip(), counts)
         if position == last_user:
             out.write(chat.before_last_answer)
+    return out.runs()
+
+
+def runs_of(
+    tokenizer: Tokenizer, template: str, sample: Sample, loss_on: LossOn = "all"
+) -> tuple[Run, ...]:
+    """Builds the runs of a record, whatever it holds.
+
+    Args:
+        tokenizer: Gives the ids.
+        template: Name of a conversation template.
+        sample: The record.
+        loss_on: Which of its answers are learned.
+
+    Raises:
+        ConfigError: The template is unknown.
+        DataError: It cannot hold the record, or none of it would be learned.
+    """
+    if sample.document:
+        return _document(tokenizer, sample.turns[0])
+    turns, system = sample.turns, sample.system
+    if sample.tool_use is not None:
+        turns, system = with_tools(find_template(template), sample)
+    learned = sample.learned
+    if loss_on == "last":
+        last = not learned or learned[-1]
+        if not last or not turns[-1].strip():
+            what = "is empty" if last else "has 'loss' false"
+            raise DataError(f"data.loss_on is 'last', and the last answer {what}; nothing to learn")
+        learned = (False,) * (len(turns) // 2 - 1) + (True,)
+    return encode_conversation(tokenizer, template, turns, system, learned)
+
+
+def _document(tokenizer: Tokenizer, text: str) -> tuple[Run, ...]:
+    """A text that is learned as a whole; images that begin it stand before its first token."""
+    out = _Writer(tokenizer)
+    text = text.strip()
+    while text.startswith(IMAGE_MARK):
+        out.write((Images(),), IMAGE_MARK)
+        text = text.removeprefix(IMAGE_MARK).lstrip()
+    out.write((Token(BOS),))
+    out.write((Text(holds="said", supervised=True, opens=True), Token(EOS, supervised=True)), text)
     return out.runs()
 
 
@@ -209,11 +263,12 @@ def truncate(sample: EncodedSample, text_rows: int) -> EncodedSample:
         left -= 0 if is_visual else min(rows, left)
     visual = sum(rows for is_visual, rows in layout if is_visual)
     ends = itertools.accumulate(sample.image_rows)
-    return EncodedSample(
-        sample.text_ids[:text_rows],
-        sample.labels[: text_rows - 1] + (IGNORED_LABEL,),
-        tuple(layout),
-        sample.image_rows[: sum(end <= visual for end in ends)],
+    return replace(
+        sample,
+        text_ids=sample.text_ids[:text_rows],
+        labels=sample.labels[: text_rows - 1] + (IGNORED_LABEL,),
+        layout=tuple(layout),
+        image_rows=sample.image_rows[: sum(end <= visual for end in ends)],
     )
 
 

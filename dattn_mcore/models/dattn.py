@@ -53,6 +53,7 @@ class ModelInputs:
         groups: int64 [labelled rows], the group of samples that each loss belongs to; None: the
             loss is not divided by groups.
         num_groups: how many there are in the run.
+        weights: float32 [labelled rows], what each loss counts; None: 1 each.
     """
 
     params: DecomposedSeqParams
@@ -62,6 +63,7 @@ class ModelInputs:
     image_grids: tuple[tuple[int, int], ...] = ()
     groups: torch.Tensor | None = None
     num_groups: int = 0
+    weights: torch.Tensor | None = None
 
 
 class DattnModel(LanguageModule):

@@ -91,13 +91,15 @@ def to_model_inputs(
         if pg_collection.tp.size() > 1:
             source = get_pg_src_rank(pg_collection.tp)
             dist.broadcast(tiles, src=source, group=pg_collection.tp)
-    groups = None
+    groups = weights = None
+    if micro_batch.weights:
+        weights = _of_labels(micro_batch, torch.tensor(micro_batch.weights)).to(
+            device, non_blocking=True
+        )
     if micro_batch.groups:
-        rows = [
-            sum(rows for visual, rows in layout if not visual) for layout in micro_batch.layouts
-        ]
-        of_rows = torch.repeat_interleave(torch.tensor(micro_batch.groups), torch.tensor(rows))
-        groups = of_rows[micro_batch.labels != IGNORED_LABEL].to(device, non_blocking=True)
+        groups = _of_labels(micro_batch, torch.tensor(micro_batch.groups)).to(
+            device, non_blocking=True
+        )
     elif micro_batch.num_groups:
         groups = torch.empty(0, dtype=torch.int64, device=device)
     return ModelInputs(
@@ -110,4 +112,12 @@ def to_model_inputs(
         image_grids=micro_batch.image_grids,
         groups=groups,
         num_groups=micro_batch.num_groups,
+        weights=weights,
     )
+
+
+def _of_labels(micro_batch: MicroBatch, values: torch.Tensor) -> torch.Tensor:
+    """A value of each sample [samples], for each row with a label [labelled rows]."""
+    rows = [sum(rows for visual, rows in layout if not visual) for layout in micro_batch.layouts]
+    of_rows = torch.repeat_interleave(values, torch.tensor(rows))
+    return of_rows[micro_batch.labels != IGNORED_LABEL]

@@ -48,7 +48,7 @@ class IntervalReport(Hook):
         fp8 = config.train.fp8 != "none"
         self._peak = peak_flops(platform.device_name(), "fp8" if fp8 else config.train.precision)
         self._run_started = time.perf_counter()
-        self._by_group = torch.zeros(len(groups), 2, dtype=torch.float64)
+        self._by_group = torch.zeros(len(groups), 3, dtype=torch.float64)
         self._begin(first_step)
 
     def after_step(self, done: StepDone) -> None:
@@ -124,7 +124,7 @@ def by_source(groups: tuple[tuple[str, str], ...], sums: torch.Tensor) -> dict[s
 
     Args:
         groups: (source, kind) of each group.
-        sums: float64 [groups, 2], losses and supervised tokens.
+        sums: float64 [groups, 3], losses, supervised tokens and their weights.
 
     Returns:
         `loss/SOURCE` and `token_share/SOURCE`; nothing where there is one source only.
@@ -142,8 +142,8 @@ def by_source(groups: tuple[tuple[str, str], ...], sums: torch.Tensor) -> dict[s
 
 
 def mean(sums: torch.Tensor) -> float | None:
-    """Mean of (sum, count); None where nothing was counted."""
-    return float(sums[0] / sums[1]) if sums[1] else None
+    """Mean of (weighted sum, count, sum of weights); None where nothing was counted."""
+    return float(sums[0] / sums[2]) if sums[1] else None
 
 
 def learning_rates(config: Config, rates: dict[float, float]) -> dict[str, Value]:

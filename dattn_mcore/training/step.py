@@ -30,14 +30,15 @@ class StepResult:
     """What one optimizer step did.
 
     Attributes:
-        loss: mean over the supervised tokens of the global batch; None where it has none, and the
-            weights stay as they are.
+        loss: mean over the supervised tokens of the global batch, by the weights of their samples;
+            None where it has none, and the model's weights stay as they are.
         grad_norm: L2 norm over all trained parameters before clipping; None likewise.
         supervised_tokens: tokens with a loss in the global batch.
         model_flops: operations of the global batch, forward and backward, without recompute.
         rates: the learning rate that was used, by the peak rate of the parameters it holds for.
-        by_group: float64 [groups, 2], on every rank: sum of losses and count of supervised tokens
-            of each group of samples (`ModelInputs.groups`); None where they have none.
+        by_group: float64 [groups, 3], on every rank: weighted sum of losses, count and sum of
+            weights of the supervised tokens of each group of samples (`ModelInputs.groups`); None
+            where they have none.
     """
 
     loss: float | None
@@ -51,15 +52,21 @@ class StepResult:
 def _loss_sum(
     inputs: ModelInputs, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum and count, so that the mean does not depend on how samples are split into packs."""
+    """Sums and count, so that the mean does not depend on how samples are split into packs."""
     count = (inputs.labels != IGNORED_LABEL).sum()
+    weights = inputs.weights
+    if weights is not None and weights.numel():  # without a label there is one loss of no row
+        losses = losses * weights
     total = losses.sum()
-    report = torch.stack([total.detach().double(), count.double()])[None]
+    of_weights = count if weights is None else weights.double().sum()
+    report = torch.stack([total.detach().double(), count.double(), of_weights.double()])[None]
     if inputs.groups is not None:
-        by_group = report.new_zeros(inputs.num_groups, 2)
-        if inputs.groups.numel():  # without a label there is one loss of zero, of no row
-            pairs = torch.stack([losses.detach().double(), torch.ones_like(losses).double()], dim=1)
-            by_group.index_add_(0, inputs.groups, pairs)
+        by_group = report.new_zeros(inputs.num_groups, 3)
+        if inputs.groups.numel():
+            ones = torch.ones_like(losses)
+            counted = ones if weights is None else weights
+            rows = torch.stack([losses.detach().double(), ones.double(), counted.double()], dim=1)
+            by_group.index_add_(0, inputs.groups, rows)
         report = torch.cat([report, by_group])
     return total, count.int(), {"sums": report}
 
@@ -108,10 +115,14 @@ def train_step(
     if not supervised:
         scheduler.step(1)
         return StepResult(None, None, 0, flops, rates, by_group)
-    loss = float(sums[0, 0] / sums[0, 1])
+    loss = float(sums[0, 0] / sums[0, 2])
     if not math.isfinite(loss):
         packs = tuple(i for i, report in enumerate(reports) if not report[0, 0].isfinite())
         raise NotFiniteError("loss", loss, packs)
+    if sums[0, 2] != sums[0, 1]:
+        # The schedule divided by the count of tokens, which is a whole number there.
+        for chunk in model:
+            chunk.scale_gradients(float(sums[0, 1] / sums[0, 2]))
     try:
         _, grad_norm, _ = optimizer.step()
     except Exception as error:
@@ -131,9 +142,9 @@ def run_schedule(
     """Forward (and backward) over all micro-batches.
 
     Returns:
-        For each micro-batch float64 [1 + groups, 2]: sum of losses and count of supervised tokens,
-        of all its rows and of those of each group. Empty but on the first tensor rank of the last
-        stage, so that a sum over ranks counts each once.
+        For each micro-batch float64 [1 + groups, 3]: weighted sum of losses, count and sum of
+        weights of supervised tokens, of all its rows and of those of each group. Empty but on the
+        first tensor rank of the last stage, so that a sum over ranks counts each once.
     """
     begun = [Begun(micro_batches) for _ in model]
     iterators: Any = begun
@@ -170,13 +181,13 @@ def sum_reports(
         model_flops: operations of this replica's packs.
 
     Returns:
-        float64 [1 + groups, 2], losses and supervised tokens; and operations.
+        float64 [1 + groups, 3], losses, supervised tokens and their weights; and operations.
     """
     size = 1 + (like.num_groups if like.groups is not None else 0)
-    sums = torch.zeros(2 * size + 1, dtype=torch.float64, device=like.labels.device)
+    sums = torch.zeros(3 * size + 1, dtype=torch.float64, device=like.labels.device)
     for report in reports:
         sums[:-1] += report.flatten()
     if reports:  # one rank of a replica speaks for it
         sums[-1] = model_flops
     dist.all_reduce(sums)
-    return sums[:-1].view(size, 2), float(sums[-1])
+    return sums[:-1].view(size, 3), float(sums[-1])

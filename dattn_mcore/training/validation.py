@@ -136,8 +136,8 @@ class Validation(Hook):
         self._data.close()
 
     def _measure(self, step: int) -> tuple[torch.Tensor, int]:
-        """Sums of losses and supervised tokens, float64 [1 + groups, 2]; and samples seen."""
-        total = torch.zeros(1 + len(self._data.groups), 2, dtype=torch.float64)
+        """Sums as `sum_reports` gives them, float64 [1 + groups, 3]; and samples seen."""
+        total = torch.zeros(1 + len(self._data.groups), 3, dtype=torch.float64)
         limit = self._config.health.step_timeout_seconds, "health.step_timeout_seconds"
         started = said = time.monotonic()
         num_samples = 0
@@ -205,7 +205,7 @@ def by_kind_and_source(groups: tuple[tuple[str, str], ...], sums: torch.Tensor) 
 
     Args:
         groups: (source, kind) of each group.
-        sums: float64 [groups, 2], losses and supervised tokens.
+        sums: float64 [groups, 3], losses, supervised tokens and their weights.
 
     Returns:
         `loss/images` and `loss/text_only` where there are both; `loss/SOURCE` where there are

@@ -69,7 +69,7 @@ RECORDS = {
     "dotdot": ({"image": "../secret.jpg"}, "leaves the image folder"),
     "absolute": ({"image": "/etc/hostname"}, "is absolute"),
     "nul": ({"image": "a\0b.jpg"}, "unusable path"),
-    "empty-path": ({"image": ""}, "empty or unusable path"),
+    "empty-path": ({"image": [""]}, "empty or unusable path"),
     "number-path": ({"image": 3}, "must be a path"),
     "missing": ({"image": "nowhere.jpg"}, "does not exist"),
     "other-extension": ({"image": "good-0.png"}, "'good-0.jpg' is there, with another extension"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dattn_mcore.architectures.chat import chatml
+from dattn_mcore.architectures.chat import HERMES, chatml
 from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.layer_types import switched_windows_to_hf, windows_from_hf
 from dattn_mcore.architectures.records import HfConfig, LanguageModel
@@ -16,10 +16,11 @@ from dattn_mcore.architectures.rope import one_rope_from_hf, one_rope_to_hf
 from dattn_mcore.architectures.shared_rules import WINDOWS, check_stated
 from dattn_mcore.architectures.sizes import LlmConfig
 
-# The template of Qwen2.5's instruct models, without tools. A conversation without a system message
-# gets theirs.
+# The template of Qwen2.5's instruct models. A conversation without a system message gets theirs.
 CHAT = chatml(
-    "chatml", default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    "chatml",
+    default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    tools=HERMES,
 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dattn_mcore.architectures.chat import Text, Token, chatml
+from dattn_mcore.architectures.chat import HERMES, Text, Token, chatml
 from dattn_mcore.architectures.features import TextFeatures
 from dattn_mcore.architectures.layer_types import switched_windows_to_hf, windows_from_hf
 from dattn_mcore.architectures.records import HfConfig, LanguageModel
@@ -16,12 +16,12 @@ from dattn_mcore.architectures.rope import one_rope_from_hf, one_rope_to_hf
 from dattn_mcore.architectures.shared_rules import WINDOWS, check_stated
 from dattn_mcore.architectures.sizes import LlmConfig
 
-# The template of Qwen3's models, without tools, thinking switched off: the last answer, or where it
-# is asked for, stands behind an empty thought. Earlier answers have lost theirs, as in Qwen's own
-# template.
+# The template of Qwen3's models, thinking switched off: the last answer, or where it is asked for,
+# stands behind an empty thought. Earlier answers have lost theirs, as in Qwen's own template.
 CHAT = chatml(
     "qwen3",
     before_last_answer=(Token("<think>"), Text("\n\n"), Token("</think>"), Text("\n\n")),
+    tools=HERMES,
 )
 
 

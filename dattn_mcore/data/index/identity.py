@@ -32,9 +32,11 @@ def identity_of(
         validation: What is split off from it.
     """
     settings = index.settings
-    split = {}
+    split: dict[str, Any] = {}
     if validation is not None and validation.share:  # without one, as it was before there was any
         split = {"held_out": {"share": validation.share, "salt": validation.salt}}
+    if settings.loss_on != "all":  # likewise
+        split["loss_on"] = settings.loss_on
     return {
         "content": index.content["content"],
         "usable": index.content["usable"],
@@ -112,5 +114,7 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
         parts.append("what is held out (validation.share, validation.salt)")
     if there.get("group_images") != here.get("group_images"):
         parts.append("the order of samples (data.group_images)")
+    if there.get("loss_on") != here.get("loss_on"):
+        parts.append("which answers are learned (data.loss_on)")
     parts += [words for name, words in _SETTINGS.items() if there[name] != here[name]]
     return ", ".join(parts)

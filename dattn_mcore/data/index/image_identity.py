@@ -47,7 +47,7 @@ def identity_of_image(
     if image.length:
         inside = (place.offset, place.length, image.offset)
         return ImageIdentity(_resolved(str(source.files[number])), inside)
-    folder = _resolved(source.image_folder)
+    folder = _resolved(source.folder(number))
     return ImageIdentity(os.path.normpath(os.path.join(folder, image.name)))
 
 

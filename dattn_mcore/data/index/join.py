@@ -29,7 +29,8 @@ def join_parts(
     places = _Places(settings)
     num_bad, per_file = 0, np.zeros((len(settings.files), 2), np.int64)
     done = np.zeros(3, np.int64)
-    ignored: Counter[str] = Counter()
+    ignored: list[Counter[str]] = [Counter() for _ in settings.sources]
+    source_of = [n for n, source in enumerate(settings.sources) for _ in source.files]
     with open(begun / "names.bin", "wb") as names, open(begun / "bad.jsonl", "w") as bad:
         for path, count in zip(parts, counts, strict=True):
             sample_at, image_at, name_at = (int(number) for number in done)
@@ -51,7 +52,8 @@ def join_parts(
                     entry["where"] = places.where(entry["file"], entry.pop("offset"), number)
                     bad.write(json.dumps(entry) + "\n")
                     num_bad += 1
-                ignored.update(json.loads(part["ignored"].tobytes()))
+                own = ignored[source_of[int(rows["file"][0])]]
+                own.update(json.loads(part["ignored"].tobytes()))
             done += count
     for table in (samples, images, usable):
         table.flush()
@@ -60,7 +62,8 @@ def join_parts(
         "num_samples": totals[0],
         "num_images": totals[1],
         "num_usable": totals[0] - num_bad,
-        "ignored": dict(sorted(ignored.items(), key=lambda item: (-item[1], item[0]))),
+        "ignored": _by_count(sum(ignored, Counter())),
+        "ignored_by_source": [_by_count(own) for own in ignored],
         "records": per_file[:, 0].tolist(),
         "usable": hashlib.sha256(np.asarray(usable).tobytes()).hexdigest(),
         "content": digest([file["digest"] for file in made_from["files"]]),
@@ -70,6 +73,10 @@ def join_parts(
     for path in parts:
         path.unlink()
     (begun / "plan.json").unlink()
+
+
+def _by_count(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 class _Places:
@@ -85,7 +92,7 @@ class _Places:
         if self._opened is None or self._opened[0] != file:
             self.close()
             self._opened = (file, open_source_file(source, number))
-        return f"'{path}' {self._opened[1].line(offset)} (index {record})"
+        return f"'{path}' {self._opened[1].line(offset)} (index {record}, form {source.form})"
 
     def close(self) -> None:
         if self._opened is not None:

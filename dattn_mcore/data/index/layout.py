@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dattn_mcore.config.schema import Config
+from dattn_mcore.config.schema import Config, LossOn
 from dattn_mcore.data.image_rules import rules_of
 from dattn_mcore.data.sources.source import Source, configured_sources
 from dattn_mcore.data.tiles import ANYRES_POLICIES
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.hf.image_rules_dattn import ImageRules
 
-VERSION = 3  # raise it when the same sources would give another index
+VERSION = 6  # raise it when the same sources would give another index
 NEVER = 2**32 - 1  # first_label of a sample without supervised text
 
 SAMPLE = np.dtype(
@@ -42,7 +42,7 @@ SAMPLE = np.dtype(
         ("name_length", "<u2"),
         ("num_images", "<u2"),
         ("num_tiles", "<u4"),
-        ("caption", "u1"),  # 1: its text is a caption of a tar shard, no record
+        ("kind", "u1"),  # see sources.place
     ]
 )
 IMAGE = np.dtype(
@@ -77,7 +77,7 @@ class SampleRow(NamedTuple):
     name_length: int
     num_images: int
     num_tiles: int
-    caption: bool
+    kind: int
 
 
 class ImageRow(NamedTuple):
@@ -128,6 +128,7 @@ class IndexSettings:
         grids: Canvases that AnyRes may choose.
         max_pixels: Larger images are unusable.
         rules: Orientation, transparency and ties of canvases.
+        loss_on: Which answers are learned.
     """
 
     sources: tuple[Source, ...]
@@ -139,6 +140,7 @@ class IndexSettings:
     grids: tuple[tuple[int, int], ...]
     max_pixels: int
     rules: ImageRules
+    loss_on: LossOn = "all"
 
     @property
     def files(self) -> list[tuple[int, Source]]:
@@ -154,7 +156,7 @@ class IndexSettings:
         """Plain values, without the weights, which an index does not depend on."""
         plain = asdict(self)
         for source in plain["sources"]:
-            del source["weight"]
+            del source["weight"], source["unpack_folder"]
             source["files"] = [str(file) for file in source["files"]]
         # As JSON gives it back: lists, no tuples.
         return dict(json.loads(json.dumps({"version": VERSION, **plain})))
@@ -177,6 +179,7 @@ def settings_of(config: Config, tokenizer: Tokenizer) -> IndexSettings:
         grids=data.anyres_grids if data.image_policy in ANYRES_POLICIES else (),
         max_pixels=data.max_image_pixels,
         rules=rules_of(data),
+        loss_on=data.loss_on,
     )
 
 

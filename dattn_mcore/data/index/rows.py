@@ -29,7 +29,8 @@ from dattn_mcore.data.index.layout import (
 from dattn_mcore.data.sources.open_files import OpenFiles
 from dattn_mcore.data.sources.place import ImagePlace, Place
 from dattn_mcore.data.sources.record import RecordError, Sample
-from dattn_mcore.data.templates import TextRun, encode_conversation
+from dattn_mcore.data.sources.records.forms import other_form
+from dattn_mcore.data.templates import TextRun, runs_of
 from dattn_mcore.data.tiles import Tiling, tiling_of_image
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import DataError
@@ -105,7 +106,11 @@ class RowMaker:
         self._probe = functools.lru_cache(maxsize=4096)(self._probe_file)
 
     def rows_of(self, file: int, places: list[Place]) -> IndexPart:
-        """Makes the rows of some records of one file."""
+        """Makes the rows of some records of one file.
+
+        Raises:
+            DataError: One that cannot be read is a record of another form than the source's.
+        """
         made = IndexPart()
         self._files.make_room()
         source = self._files.get(file)
@@ -122,6 +127,8 @@ class RowMaker:
                     path = image.name
                     rows.append(self._image_row(made, file, place, image, before))
             except DataError as error:
+                if stage == "annotation":
+                    self._check_form(file, place)
                 reason = str(error)
                 name = (error.id if isinstance(error, RecordError) else "") or name
                 encoded, rows = _Encoded(0, NEVER, 0, ()), []
@@ -139,7 +146,7 @@ class RowMaker:
                     name_length=length,
                     num_images=len(rows),
                     num_tiles=sum(row.num_tiles for row in rows),
-                    caption=place.caption,
+                    kind=place.kind,
                 )
             )
             made.images += rows
@@ -167,9 +174,22 @@ class RowMaker:
             pass
         return True
 
+    def _check_form(self, file: int, place: Place) -> None:
+        """Refuses a source that mixes forms; looked at where a record cannot be read."""
+        opened, (number, source) = self._files.get(file), self._sources[file]
+        try:
+            other = other_form(opened.raw(place), source.form)
+        except DataError:
+            return
+        if other is not None:
+            raise DataError(
+                f"'{source.files[number]}' {opened.line(place.offset)} is a record of {other}, and "
+                f"the source is read as {source.form}; make a source of each form"
+            )
+
     def _encode(self, sample: Sample) -> _Encoded:
-        template = self._settings.template
-        runs = encode_conversation(self._tokenizer, template, sample.turns, sample.system)
+        settings = self._settings
+        runs = runs_of(self._tokenizer, settings.template, sample, settings.loss_on)
         rows, first, supervised = 0, NEVER, 0
         before = []
         for run in runs:

@@ -130,7 +130,7 @@ class Index:
         places = [self._place(image) for image in rows]
         inside = tuple(place for place in places if place.length)
         file = int(row["file"])
-        place = Place(int(row["offset"]), int(row["length"]), name, inside, bool(row["caption"]))
+        place = Place(int(row["offset"]), int(row["length"]), name, inside, int(row["kind"]))
         within, source = self._files[file]
         images = tuple(
             self._image(image, where, identity_of_image(source, within, place, where))

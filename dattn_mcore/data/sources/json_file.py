@@ -1,4 +1,4 @@
-"""LLaVA JSON (one list) and JSON lines, scanned for the places of records without parsing them.
+"""JSON (one list) and JSON lines, scanned for the places of records without parsing them.
 
 The scanner works on the bytes of the mapped file: a record is what stands between matching braces,
 strings skipped as a whole. So a record that is malformed inside, or not UTF-8, is one bad sample;
@@ -15,10 +15,15 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from dattn_mcore.data.sources.metadata import METADATA
 from dattn_mcore.data.sources.place import ImagePlace, Place
-from dattn_mcore.data.sources.record import Sample, decode_json, parse_record
+from dattn_mcore.data.sources.record import Inside, Sample, decode_json
+from dattn_mcore.data.sources.records.draft import Form
+from dattn_mcore.data.sources.records.forms import parse_record
+from dattn_mcore.data.sources.records.images import bytes_of
+from dattn_mcore.data.sources.records.llava import LLAVA
 from dattn_mcore.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
@@ -30,22 +35,29 @@ _OPEN, _CLOSE = frozenset(b"{["), frozenset(b"}]")
 
 
 class JsonFile:
-    """A LLaVA JSON file, as `SourceFile` describes it."""
+    """A JSON file, as `SourceFile` describes it."""
 
-    def __init__(self, path: Path, image_folder: str, known: Collection[str] = METADATA) -> None:
+    def __init__(
+        self,
+        path: Path,
+        image_folder: str,
+        known: Collection[str] = METADATA,
+        form: Form = LLAVA,
+    ) -> None:
         """Opens the file.
 
         Args:
             path: The file.
             image_folder: See SourceFile.
             known: Names of metadata.
+            form: Of its records.
 
         Raises:
             DataError: It cannot be opened.
         """
         self.path = path
         self.image_folder: str | None = image_folder
-        self._known = known
+        self._known, self._form = known, form
         self._name = path.name.encode("utf-8", "replace").decode()  # every message can show it
         try:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -77,16 +89,28 @@ class JsonFile:
 
     def read(self, place: Place) -> tuple[Sample, tuple[ImagePlace, ...]]:
         """Reads and checks one record."""
+        sample = parse_record(
+            self.raw(place), place.key, self._known, self._form, folder=self.image_folder or ""
+        )
+        places = tuple(
+            ImagePlace(image) if isinstance(image, str) else ImagePlace(image.name, number, 1)
+            for number, image in enumerate(sample.images, 1)
+        )
+        return sample, places
+
+    def raw(self, place: Place) -> Any:
+        """Reads and decodes one record."""
         try:
             raw = os.pread(self._handle, place.length, place.offset)
         except OSError as error:
             raise DataError(f"cannot be read from '{self.path}' ({error.strerror})") from None
-        sample = parse_record(decode_json(raw), place.key, self._known)
-        return sample, tuple(ImagePlace(name) for name in sample.images)
+        return decode_json(raw)
 
     def image(self, place: Place, image: ImagePlace) -> bytes:
-        """Never called: images lie in the folder."""
-        raise NotImplementedError
+        """Decodes an image that lies in its record."""
+        inside = self.read(place)[0].images[image.offset - 1]
+        assert isinstance(inside, Inside)
+        return bytes_of(inside)
 
     def share(self, place: Place) -> float:
         """Share of the bytes before a record."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RECORD, CAPTION, PARTS = range(3)  # what stands at a place
+
 
 @dataclass(frozen=True, slots=True)
 class ImagePlace:
@@ -11,8 +13,9 @@ class ImagePlace:
 
     Attributes:
         name: Path below the image folder, or the name it goes by inside the file.
-        offset: Of its first byte in a tar shard; its number in the record for parquet.
-        length: Bytes in a tar shard; 0 where the image is a file below the image folder.
+        offset: Of its first byte in a tar shard; its number in the record elsewhere.
+        length: Bytes in a tar shard; 0 where the image is a file below the image folder; 1 where
+            it lies inside its record, whose image it is by `offset` (counted from 1).
     """
 
     name: str
@@ -25,11 +28,12 @@ class Place:
     """Where a record stands.
 
     Attributes:
-        offset: Of its first byte; the row group for parquet.
-        length: Bytes; the row of the group for parquet.
+        offset: Of its first byte; the row group (record batch) of a table.
+        length: Bytes; the row of the group of a table.
         key: Name that stands in for an `id` the record lacks.
         images: Images that lie beside the record in the same file (tar).
-        caption: What stands there is a caption's text, no record (tar).
+        kind: What stands there: a record; a caption's text, or the members of a whole sample whose
+            texts are its parts (tar).
         fault: Why the sample cannot be used, as far as the scan can tell; "" if it does not.
         ignored: Metadata beside the record that is left aside (tar).
     """
@@ -38,6 +42,6 @@ class Place:
     length: int
     key: str = ""
     images: tuple[ImagePlace, ...] = ()
-    caption: bool = False
+    kind: int = RECORD
     fault: str = ""
     ignored: tuple[str, ...] = ()

@@ -35,6 +35,26 @@ def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
         raise DataError(f"'{path}' cannot be read ({error.strerror})") from None
 
 
+def members_at(path: Path, offset: int, length: int) -> Iterator[tarfile.TarInfo]:
+    """Yields the members of a stretch of a shard, which begins at a member's header.
+
+    Raises:
+        DataError: The file cannot be read, or no header stands there any more.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            with tarfile.open(fileobj=file, mode="r:") as shard:
+                while shard.offset < offset + length and (member := shard.next()) is not None:
+                    shard.members = []  # type: ignore[attr-defined]
+                    if member.isreg():
+                        yield member
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise DataError(f"'{path}' is no whole tar file ({error})") from None
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read ({error.strerror})") from None
+
+
 def _walk(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     size = file.seek(0, 2)
     file.seek(0)

@@ -6,6 +6,7 @@ question, or without its image, would count as trained: it makes the sample bad,
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import PurePosixPath
 
 from dattn_mcore.data.sources.metadata import left_aside, unknown
 from dattn_mcore.data.sources.record import decode_json
+from dattn_mcore.data.sources.records.forms import matching
 from dattn_mcore.errors import DataError
 
 TEXT = ("json", "txt", "caption")
@@ -33,6 +35,17 @@ IMAGES = (
     "heic",
     "heif",
 )
+# Energon's VQA in parts, by what stands behind the first dot of a member's name.
+_PARTS = {
+    "context.txt": "context",
+    "question.txt": "context",
+    "context.json": "context",
+    "answers.txt": "answers",
+    "answer.txt": "answers",
+    "answers.json": "answers",
+    "answer_weights.json": "answer_weights",
+}
+_NUMBERED = re.compile(r"\d+_image")  # LLaVA-OneVision-1.5 names images so, without a kind
 _DOTS = "members of a sample share their name up to its first dot"
 
 
@@ -45,12 +58,23 @@ class Roles:
         caption: Whether the text is a caption.
         images: Its images, in order.
         ignored: Metadata that is left aside.
+        parts: Whether its texts are members of their own, of a question and its answer.
     """
 
     text: tarfile.TarInfo | None
     caption: bool
     images: list[tarfile.TarInfo]
     ignored: tuple[str, ...]
+    parts: bool = False
+
+
+def part_of(member: tarfile.TarInfo) -> str | None:
+    """Which part of a question and its answer a member is; None: it is none."""
+    return _PARTS.get(_ending(member))
+
+
+def _ending(member: tarfile.TarInfo) -> str:
+    return PurePosixPath(member.name).name.partition(".")[2].casefold()
 
 
 def suffix(member: tarfile.TarInfo) -> str:
@@ -79,13 +103,19 @@ def roles(
     captions: list[tarfile.TarInfo] = []
     images: list[tarfile.TarInfo] = []
     ignored: list[str] = []
+    parts = [part for member in members if (part := part_of(member)) is not None]
+    in_parts = {"context", "answers"} <= set(parts)
+    if in_parts and len(set(parts)) < len(parts):
+        raise DataError(f"the sample has the same part twice ({', '.join(sorted(parts))})")
     for member in members:
         if not member.isreg() or member.issparse():
             what = "a sparse file" if member.isreg() else "a link, or no regular file"
             raise DataError(f"member '{member.name}' is {what}; pack the shard from plain files")
-        ending = PurePosixPath(member.name).name.partition(".")[2].casefold()
+        ending = _ending(member)
         kind = suffix(member)
-        if kind in IMAGES:
+        if in_parts and ending in _PARTS:
+            continue
+        if kind in IMAGES or _NUMBERED.fullmatch(ending):
             images.append(member)
         elif kind in TEXT:
             (records if kind == "json" else captions).append(member)
@@ -93,6 +123,10 @@ def roles(
             ignored.append(f".{ending}")
         else:
             raise DataError(unknown(f"member '{member.name}'"))
+    if in_parts:
+        if texts := records + captions:
+            raise DataError(f"member '{texts[0].name}' is a text beside those of a question")
+        return Roles(None, False, images, tuple(ignored), parts=True)
     for texts in (records, captions):
         if len(texts) > 1:
             names = f"members '{texts[0].name}' and '{texts[1].name}'"
@@ -142,7 +176,7 @@ def _is_properties(
         found = decode_json(read(member))
     except DataError:
         return False  # a record that is malformed
-    if not isinstance(found, dict) or "conversations" in found:
+    if not isinstance(found, dict) or "conversations" in found or matching(found):
         return False
     left_aside(found, (), known, where=f" of '{member.name}'")
     return True

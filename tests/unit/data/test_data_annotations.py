@@ -117,7 +117,7 @@ BAD_RECORDS = {
     "not an object": (["x"], "must be an object, got a list"),
     "id of the wrong type": ({**GOOD, "id": ["a"]}, "'id' must be a string, got a list"),
     "image of the wrong type": ({**GOOD, "image": 3}, "'image' must be a path"),
-    "empty image path": ({**GOOD, "image": ""}, "empty or unusable path"),
+    "empty image path": ({**GOOD, "image": [""]}, "empty or unusable path"),
     "absolute": ({**GOOD, "image": "/etc/passwd"}, "'/etc/passwd' is absolute"),
     "leaves the folder": ({**GOOD, "image": "a/../../b.jpg"}, "leaves the image folder"),
     "half a character in the id": ({**GOOD, "id": "a\ud800"}, r"'id' holds the lone surrogate"),
@@ -140,8 +140,8 @@ BAD_RECORDS = {
         "turn 0: 'value' must be a string, got null",
     ),
     "unknown speaker": (
-        {**GOOD, "conversations": _turns("human", "assistant")},
-        "turn 1: 'from' is 'assistant'; it must be 'human', 'gpt' or 'system'",
+        {**GOOD, "conversations": _turns("human", "bot")},
+        "turn 1: 'from' is 'bot'; it must be 'human', 'gpt' or 'system'",
     ),
     "gpt twice": (
         {**GOOD, "conversations": _turns("human", "gpt", "gpt")},

@@ -89,7 +89,7 @@ def test_a_run_that_is_refused_names_kinds(
     with pytest.raises(DataError) as raised:
         check_share(index, 0.0)
     said = str(raised.value)
-    assert f"9 like '{path}' line 2 (index 0) sample 'v0': key 'video'" in said
+    assert f"9 like '{path}' line 2 (index 0, form llava) sample 'v0': key 'video'" in said
     assert "sample 'x': key 'clip'" in said and "sample 'y': 'conversations'" in said
     assert "more" not in said
 
@@ -153,7 +153,7 @@ def test_the_place_in_a_list_of_one_line_is_an_index(
     index = open_index(make_config(annotations=str(tmp_path / "*.json")), toy_tokenizer)
     found = [(entry["id"], entry["where"]) for entry in index.bad()]
     assert found == [
-        (f"{name}[{number}]", f"'{tmp_path / name}' line 1 (index {number})")
+        (f"{name}[{number}]", f"'{tmp_path / name}' line 1 (index {number}, form llava)")
         for name in ("a.json", "b.json")
         for number in (1, 3)
     ]

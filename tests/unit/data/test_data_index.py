@@ -168,7 +168,7 @@ def test_bad_tars(
             open_index(config, toy_tokenizer)
     compressed = SourceConfig(annotations=str(tmp_path / "a.tar.gz"))
     (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b")
-    with pytest.raises(DataError, match="is compressed; samples are read at random, so unpack"):
+    with pytest.raises(DataError, match="a.tar.gz' is no whole gzip file"):
         open_index(with_sources(make_config(), tmp_path, compressed), toy_tokenizer)
     nothing = SourceConfig(annotations=str(tmp_path / "b*.tar"))
     with pytest.raises(

@@ -69,10 +69,6 @@ def only_reason(index: Index) -> str:
 
 
 TARS: dict[str, tuple[dict[str, bytes | None], str]] = {
-    "energon": (
-        {"000.png": png(), "000.context.txt": b"Which?", "000.answers.txt": b"7"},
-        "members '000.context.txt' and '000.answers.txt' are both texts",
-    ),
     "one half of energon's": (
         {"000.png": png(), "000.context.txt": b"Which?"},
         "text '000.context.txt' does not belong to image '000.png'",
@@ -147,11 +143,9 @@ def test_what_img2dataset_writes_is_known(index_of: IndexOf, tmp_path: Path) -> 
 
 RECORDS: dict[str, tuple[dict[str, Any], str]] = {
     "video": ({"video": "a.mp4", "conversations": TALK}, "key 'video' is neither used nor known"),
-    "images": ({"images": ["1.png"], "conversations": TALK}, "key 'images' is neither"),
-    "weight": ({"weight": 0.5, "conversations": TALK}, "key 'weight' is neither"),
-    "a turn's loss": (
-        {"conversations": [TALK[0], {**TALK[1], "loss": False}]},
-        "turn 1: key 'loss' is neither",
+    "a turn's clip": (
+        {"conversations": [TALK[0], {**TALK[1], "clip": 3}]},
+        "turn 1: key 'clip' is neither",
     ),
     "a turn's image": (
         {"conversations": [{**TALK[0], "image": "1.png"}, TALK[1]]},
@@ -206,7 +200,8 @@ def test_check_counts_what_is_left_aside(
     ]
     assert main(["check", "--workers", "0", *settings]) == 0
     assert (
-        "left aside as metadata: 'model' in 2 samples, a first turn from gpt in 1, "
+        "source  form   file  samples  unusable  left aside as metadata\n"
+        "a       llava  json  3        0         'model' in 2 samples, a first turn from gpt in 1, "
         "'conversations[].my_note' in 1, 'my_note' in 1\n"
     ) in capsys.readouterr().out
 

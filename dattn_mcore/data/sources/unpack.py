@@ -1,0 +1,101 @@
+"""Compressed files: unpacked once into the index's folder, since samples are read at random.
+
+gzip needs nothing; zstd needs pyarrow (the extra `parquet`). A file that has changed is unpacked
+again, and one that is cut or damaged is refused with its name. Memory stays at some megabytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import importlib
+import logging
+import os
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dattn_mcore.data.sources.zstd_frames import whole_frames
+from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.parallel.packages import import_problem
+
+_LOG = logging.getLogger(__name__)
+_ENDINGS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+_PART = 1 << 20
+
+
+def inner_name(path: Path) -> str:
+    """Name of a file without what says that it is compressed."""
+    if path.suffix.lower() == ".tgz":
+        return f"{path.stem}.tar"
+    return path.stem if path.suffix.lower() in _ENDINGS else path.name
+
+
+def unpacked(path: Path, folder: str) -> Path:
+    """The file itself, or the unpacked copy of one that is compressed; made where it is absent.
+
+    Args:
+        path: The file.
+        folder: Where copies are kept.
+
+    Raises:
+        DataError: It is cut or damaged, or the copy cannot be written.
+        ConfigError: It is zstd, and pyarrow is not installed.
+    """
+    kind = _ENDINGS.get(path.suffix.lower())
+    if kind is None:
+        return path
+    try:
+        status = path.stat()
+        what = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
+        name = hashlib.sha256(what.encode()).hexdigest()[:12]
+        copy = Path(folder) / "unpacked" / name / inner_name(path)  # ids of samples have its name
+        if copy.exists():
+            return copy
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with open(copy.with_name("lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not copy.exists():
+                _unpack(path, copy, kind)
+    except OSError as error:
+        raise DataError(
+            f"'{path}' cannot be unpacked into '{folder}' ({error.strerror or error}); set "
+            "data.index_dir to a folder that can be written and has room"
+        ) from None
+    return copy
+
+
+def _unpack(path: Path, copy: Path, kind: str) -> None:
+    _LOG.info("'%s' is unpacked into '%s'", path, copy.parent)
+    temporary = copy.with_name(f"{copy.name}.part")
+    with open(temporary, "wb") as out, open(path, "rb") as packed:
+        stream = gzip.GzipFile(fileobj=packed) if kind == "gzip" else _zstd(path, packed)
+        try:
+            while part := stream.read(_PART):
+                out.write(part)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise _damaged(path, kind, error) from None
+        except OSError as error:
+            if error.errno:  # the disk's
+                raise
+            raise _damaged(path, kind, error) from None
+        finally:
+            stream.close()
+    os.replace(temporary, copy)
+
+
+def _zstd(path: Path, packed: BinaryIO) -> Any:
+    if problem := import_problem("pyarrow"):
+        raise ConfigError(
+            f"'{path}' is compressed with zstd, and pyarrow {problem}; install the extra 'parquet'"
+        )
+    if fault := whole_frames(packed):
+        raise _damaged(path, "zstd", fault)
+    arrow: Any = importlib.import_module("pyarrow")
+    return arrow.CompressedInputStream(arrow.PythonFile(packed, mode="r"), "zstd")
+
+
+def _damaged(path: Path, kind: str, error: Exception | str) -> DataError:
+    reason = " ".join(str(error).split())[:120]
+    return DataError(f"'{path}' is no whole {kind} file ({reason}); copy or make it again")
