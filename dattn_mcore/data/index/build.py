@@ -51,6 +51,8 @@ def build_index(
         files = [describe_file(settings, number) for number in range(len(settings.files))]
         made_from = {"settings": settings.as_json(), "files": files, "part": PART}
         _begin(begun, made_from)
+        if settings.hash_images:
+            _LOG.info("index  data.hash_images=true: every image is read whole, once")
         counts = _make_parts(begun, settings, tokenizer, workers)
         join_parts(begun, settings, counts, made_from)
         _replace(begun, folder)

@@ -59,6 +59,7 @@ IMAGE = np.dtype(
         ("rows", "u1"),
         ("format", "u1"),  # place in FORMATS
         ("identity", "<u8"),  # see image_identity.ImageIdentity.digest
+        ("content", "<u8", (2,)),  # of its bytes (data.hash_images); 0, 0 where they are not hashed
     ]
 )
 
@@ -95,6 +96,7 @@ class ImageRow(NamedTuple):
     rows: int
     format: int
     identity: int
+    content: tuple[int, int]
 
 
 FORMATS = (
@@ -129,6 +131,7 @@ class IndexSettings:
         max_pixels: Larger images are unusable.
         rules: Orientation, transparency and ties of canvases.
         loss_on: Which answers are learned.
+        hash_images: Images are told apart by their bytes.
     """
 
     sources: tuple[Source, ...]
@@ -141,6 +144,7 @@ class IndexSettings:
     max_pixels: int
     rules: ImageRules
     loss_on: LossOn = "all"
+    hash_images: bool = False
 
     @property
     def files(self) -> list[tuple[int, Source]]:
@@ -180,6 +184,7 @@ def settings_of(config: Config, tokenizer: Tokenizer) -> IndexSettings:
         max_pixels=data.max_image_pixels,
         rules=rules_of(data),
         loss_on=data.loss_on,
+        hash_images=data.hash_images,
     )
 
 

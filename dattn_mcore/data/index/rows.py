@@ -15,8 +15,9 @@ from dattn_mcore.data.image_files import (
     check_folder,
     probe_image,
     probe_image_file,
+    read_bytes,
 )
-from dattn_mcore.data.index.image_identity import identity_of_image
+from dattn_mcore.data.index.image_identity import NOT_HASHED, content_of, identity_of_image
 from dattn_mcore.data.index.layout import (
     FORMATS,
     IMAGE,
@@ -104,6 +105,7 @@ class RowMaker:
         self._folders: dict[str, Path] = {}
         # Conversations about one image stand near each other in the usual data sets.
         self._probe = functools.lru_cache(maxsize=4096)(self._probe_file)
+        self._hash = functools.lru_cache(maxsize=4096)(self._hash_file)
 
     def rows_of(self, file: int, places: list[Place]) -> IndexPart:
         """Makes the rows of some records of one file.
@@ -209,13 +211,17 @@ class RowMaker:
     ) -> ImageRow:
         settings, source = self._settings, self._files.get(file)
         within, described = self._sources[file]
-        identity = identity_of_image(described, within, place, image)
-        who = f"image '{image.name}'"
+        who, content = f"image '{image.name}'", NOT_HASHED
         if image.length or source.image_folder is None:
             data = source.image(place, image)
             header = probe_image(who, data, settings.max_pixels, settings.rules)
+            if settings.hash_images:
+                content = content_of(data)
         else:
             header = self._probe(source.image_folder, image.name)
+            if settings.hash_images:
+                content = self._hash(source.image_folder, image.name)
+        identity = identity_of_image(described, within, place, image, content)
         tiling = self._tiling(who, header)
         start, length = made.name(image.name)
         columns, rows = tiling.grid
@@ -233,6 +239,7 @@ class RowMaker:
             rows=rows,
             format=kind,
             identity=identity.digest,
+            content=content,
         )
 
     def _tiling(self, who: str, header: ImageHeader) -> Tiling:
@@ -247,6 +254,11 @@ class RowMaker:
             max_pixels=settings.max_pixels,
             ties=settings.rules.anyres_ties,
         )
+
+    def _hash_file(self, folder: str, path: str) -> tuple[int, int]:
+        """Hashes an image that has been probed, so that its folder is known."""
+        data = read_bytes(self._folders[folder], path, f"image '{path}'", self._settings.max_pixels)
+        return content_of(data)
 
     def _probe_file(self, folder: str, path: str, hint: bool = True) -> ImageHeader:
         if folder not in self._folders:

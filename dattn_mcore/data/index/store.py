@@ -133,7 +133,11 @@ class Index:
         place = Place(int(row["offset"]), int(row["length"]), name, inside, int(row["kind"]))
         within, source = self._files[file]
         images = tuple(
-            self._image(image, where, identity_of_image(source, within, place, where))
+            self._image(
+                image,
+                where,
+                identity_of_image(source, within, place, where, _content(image)),
+            )
             for image, where in zip(rows, places, strict=True)
         )
         return IndexedSample(
@@ -173,6 +177,11 @@ class Index:
             grid=(int(row["columns"]), int(row["rows"])),
             text_before=int(row["text_before"]),
         )
+
+
+def _content(row: Any) -> tuple[int, int]:
+    high, low = row["content"].tolist()
+    return high, low
 
 
 def index_folder(config: Config, settings: IndexSettings) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from dattn_mcore.config.schema import Config, SourceConfig
+from dattn_mcore.data.image_sets import image_sets
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from tests.unit.data.test_data_shards import image, record, write_tar
@@ -98,3 +100,35 @@ def test_rows_of_parquet(
         *((group, row, number) for group, row in ((0, 0), (0, 1), (1, 0)) for number in (1, 2))
     ]
     assert {each.file for each in found} == {str((tmp_path / "p.parquet").resolve())}
+
+
+def test_by_bytes(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    """Copies in two folders, and in a shard for each sample, are one image; others are not."""
+    first, second = image(1), image(2)
+    for folder, data in (("x", first), ("y", first), ("z", second)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(data)
+        (tmp_path / f"{folder}.json").write_text(
+            json.dumps([{"id": folder, "image": "a.png", "conversations": TURNS}])
+        )
+    members = {}
+    for number, data in enumerate((first, second, first)):
+        members |= {f"{number}.json": record(str(number)), f"{number}.png": data}
+    write_tar(tmp_path / "all.tar", members)
+    sources = [SourceConfig(str(tmp_path / f"{f}.json"), str(tmp_path / f)) for f in "xyz"]
+    sources.append(SourceConfig(str(tmp_path / "all.tar")))
+    config = make_config()
+    data = dataclasses.replace(config.data, sources=sources, index_dir=str(tmp_path / "index"))
+    kinds = {}
+    for hashes in (False, True):
+        chosen = dataclasses.replace(config, data=dataclasses.replace(data, hash_images=hashes))
+        index = open_index(chosen, toy_tokenizer)
+        found = [index.sample(number).images[0].identity for number in range(6)]
+        assert index.images["identity"].tolist() == [each.digest for each in found]
+        kinds[hashes] = [found.index(each) for each in found]
+        assert [image_sets(index).tolist().index(s) for s in image_sets(index)] == kinds[hashes]
+    assert kinds == {False: [0, 1, 2, 3, 4, 5], True: [0, 0, 2, 0, 2, 0]}
+    expected = hashlib.sha256(first).digest()[:16]
+    assert b"".join(part.to_bytes(8, "little") for part in found[0].content) == expected
