@@ -117,6 +117,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def check_text(where: str, text: str) -> None:
     """Refuses half of a UTF-16 pair, of JSON: no file name, no tokenizer takes it."""
+    if text.isascii():
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

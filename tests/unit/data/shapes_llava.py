@@ -11,7 +11,7 @@ ASK, SAID = "<image>\nWhat is this?", "A cat."
 QA = [{"from": "human", "value": ASK}, {"from": "gpt", "value": SAID}]
 TALK = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi!"}]
 TWO = [{"from": "human", "value": "<image>\n<image>\nWhich?"}, {"from": "gpt", "value": "One."}]
-LLAVA = "LLaVA, `docs/Finetune_Custom_Data.md`"
+LLAVA = "LLaVA, `Finetune_Custom_Data.md`"
 QWEN = "Qwen2.5-VL, `qwen-vl-finetune/README.md`"
 INTERNVL = "InternVL, `chat_data_format`"
 FACTORY = "LLaMA-Factory, `data/README.md`"
@@ -112,7 +112,7 @@ SHAPES = (
     ),
     _llava(
         "ShareGPT4V",
-        "ShareGPT4V, `docs/Data.md`",
+        "ShareGPT4V, `Data.md`",
         "a.json",
         {"id": "000000000009", "image": "coco/train2017/000000000009.jpg", "conversations": QA},
         sample("000000000009", (ASK, SAID), ("coco/train2017/000000000009.jpg",)),

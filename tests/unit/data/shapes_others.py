@@ -13,7 +13,7 @@ PAIR = {"user": "What?", "assistant": "A cat.", "source": "aokvqa"}
 OBELICS = "OBELICS's data set card"
 PIXMO = "the data set cards of PixMo"
 ENERGON = "Megatron-Energon, `data_prep`"
-ONEVISION = "LLaVA-OneVision-1.5, `docs`"
+ONEVISION = "LLaVA-OneVision-1.5, conversion to WebDataset"
 NO_FORM = (
     "data.sources[0].annotations: '{{path}}' line 1 (index 0) has the keys {keys}, which is no "
     "form that is known; set format: or mapping: of the source in data.sources (docs/data.md)"

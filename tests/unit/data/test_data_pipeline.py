@@ -445,9 +445,8 @@ def test_settings_that_cannot_run(
         build(make_config(image_folder=str(tmp_path / "nowhere")))
     talk = [record("t", [], "a", "b", "c", "d")]
     (tmp_path / "talk.json").write_text(json.dumps(talk))
-    with pytest.raises(
-        DataError, match=r"line 1 \(index 0\) sample 't': template 'plain' holds one .* 4 turns"
-    ):
+    place = r"line 1 \(index 0, form llava\) sample 't'"
+    with pytest.raises(DataError, match=rf"{place}: template 'plain' holds one .* 4 turns"):
         build(make_config(annotations=str(tmp_path / "talk.json"), template="plain"))
     never = make_config(build_index=False, index_dir=str(tmp_path / "none"))
     with pytest.raises(DataError, match="cannot be used: it is absent; data.build_index is false"):

@@ -30,25 +30,36 @@ def to_sample(draft: Draft, name: str, folder: str) -> Sample:
         return _document(draft, name, folder, weight)
     system, messages = _system(draft)
     turns, learned, tool_use = _turns(draft, messages)
-    responses = [text for turn in tool_use.responses for text in turn] if tool_use else []
-    _check_marks(draft, system, (*turns, *responses), turns[1::2])
-    answers = turns[1::2]
-    calls = tool_use.calls if tool_use else ((),) * len(answers)
-    said = [bool(text.strip() or called) for text, called in zip(answers, calls, strict=True)]
-    if not any(said):
-        raise DataError("every answer is empty; there is nothing to learn from it")
-    if not any(full and counts for full, counts in zip(said, learned, strict=True)):
-        raise DataError("'loss' is false for every answer; there is nothing to learn from it")
+    texts = turns
+    if tool_use is not None:
+        texts = (*turns, *(text for turn in tool_use.responses for text in turn))
+    _check_marks(draft, system, texts, turns[1::2])
+    _check_answers(turns[1::2], learned, tool_use)
     return Sample(
         id=name,
         images=_images(draft, folder),
         turns=turns,
         system=system,
         ignored=tuple(draft.ignored),
-        learned=() if all(learned) else learned,
+        learned=learned if False in learned else (),
         weight=weight,
         tool_use=tool_use,
     )
+
+
+def _check_answers(
+    answers: tuple[str, ...], learned: tuple[bool, ...], tool_use: ToolUse | None
+) -> None:
+    """Refuses a sample of which nothing is learned."""
+    said = [bool(text.strip()) for text in answers]
+    if tool_use is not None:
+        said = [full or bool(calls) for full, calls in zip(said, tool_use.calls, strict=True)]
+    if True not in said:
+        raise DataError("every answer is empty; there is nothing to learn from it")
+    if False in learned and not any(
+        full and counts for full, counts in zip(said, learned, strict=True)
+    ):
+        raise DataError("'loss' is false for every answer; there is nothing to learn from it")
 
 
 def _images(draft: Draft, folder: str) -> tuple[Any, ...]:
@@ -168,13 +179,14 @@ def _check_marks(
     draft: Draft, system: str, texts: tuple[str, ...], answers: tuple[str, ...]
 ) -> None:
     words, count = draft.words, len(draft.images)
-    marks = sum(text.count(IMAGE_MARK) for text in texts)
+    whole = "\n".join(texts)
+    marks = whole.count(IMAGE_MARK)
     if marks != count:
         raise DataError(
             f"{marks} {IMAGE_MARK} mark(s) in the conversation but {count} image(s) in "
             f"{words.images}; there must be one mark for each image"
         )
-    if any(IMAGE_MARK in answer for answer in answers):
+    if marks and any(IMAGE_MARK in answer for answer in answers):
         raise DataError(
             f"{IMAGE_MARK} stands in a {words.answer} {words.turn}; only {words.user} "
             f"{words.turn}s may show images"
@@ -184,9 +196,8 @@ def _check_marks(
             f"{IMAGE_MARK} stands in the system {words.turn}; only {words.user} {words.turn}s may "
             "show images"
         )
-    for text in texts:
-        if "<img>" in text and (found := _FOREIGN.search(text)):
-            raise DataError(
-                f"a text names an image as Qwen-VL does, {found[0][:80]!r}; give the path in "
-                f"{words.images} and put {IMAGE_MARK} into the text"
-            )
+    if "<img>" in whole and (found := _FOREIGN.search(whole)):
+        raise DataError(
+            f"a text names an image as Qwen-VL does, {found[0][:80]!r}; give the path in "
+            f"{words.images} and put {IMAGE_MARK} into the text"
+        )

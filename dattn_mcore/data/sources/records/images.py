@@ -45,6 +45,9 @@ def images_of(record: Mapping[str, Any], *keys: str) -> tuple[list[str | Inside]
     Raises:
         DataError: Two of the keys hold something, or what one holds is no image.
     """
+    first = record.get(keys[0])
+    if type(first) is str and first and not any(key in record for key in keys[1:]):
+        return [_path(first, f"'{keys[0]}'")], f"'{keys[0]}'"  # what nearly all records hold
     filled = [key for key in keys if is_filled(record.get(key))]
     if len(filled) > 1:
         raise DataError(f"'{filled[0]}' and '{filled[1]}' both hold images; give one of them")
@@ -130,7 +133,7 @@ def below(path: str, folder: str) -> str:
         raise DataError(
             f"image path '{path}' is absolute; it must be relative to the folder, or lie in it"
         )
-    if ".." in path.split("/"):
+    if ".." in path and ".." in path.split("/"):
         raise DataError(f"image path '{path}' leaves the image folder ('..' is not allowed)")
     return path
 
@@ -138,9 +141,8 @@ def below(path: str, folder: str) -> str:
 def _path(value: str, field: str) -> str | Inside:
     if value.startswith("data:"):
         return _data_uri(value, field)
-    if value.startswith("file://"):
-        value = value.removeprefix("file://")
-    if _URL.match(value):
+    value = value.removeprefix("file://")
+    if "://" in value and _URL.match(value):
         raise DataError(
             f"{field} is the URL '{value[:80]}'; nothing is downloaded in training: download the "
             "images and give their paths"

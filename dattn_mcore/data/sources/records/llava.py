@@ -90,7 +90,8 @@ def _message(
         where = f"turn {position}"
         turn_metadata(turn, _USED_OF_A_TURN, (where, "conversations"), known, ignored)
         learned = learned_of(turn, where)
-    check_text(f"turn {position}", text)
+    if not text.isascii():
+        check_text(f"turn {position}", text)
     role = _ROLES.get(speaker)
     if role is not None:
         return Message(role, speaker, text, learned)
