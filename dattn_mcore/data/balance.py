@@ -114,7 +114,7 @@ class _Samples:
     def work_of(self, packs: Sequence[Pack]) -> float:
         """Work of some packs."""
         if not self.units:  # the order of the sum decides its last bit, and with it an exchange
-            return sum(self._works(self._rows[i]) for pack in packs for i in pack)
+            return sum(float(self._works(self._rows[i])) for pack in packs for i in pack)
         return float(sum(self._works(np.array(self.rows_of(pack))) for pack in packs))
 
     def rows_of(self, pack: Pack) -> tuple[int, int]:
