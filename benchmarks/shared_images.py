@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,9 +80,17 @@ def questions_about(
     return ModelInputs(params, ids, labels, tiles.repeat(len(params.visual_lengths), 1, 1, 1))
 
 
+def _added(into: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+# Products that are added into gradients' buffers, which PyTorch's counter does not know.
+ADDED = {torch.ops.aten.addmm_: _added}
+
+
 def counted(step: Step) -> int:
     """Operations of a step, by PyTorch."""
-    with FlopCounterMode(display=False, custom_mapping=FLASH) as counter:
+    with FlopCounterMode(display=False, custom_mapping={**FLASH, **ADDED}) as counter:
         step()
     return int(counter.get_total_flops())
 

@@ -9,7 +9,7 @@ import shlex
 import pytest
 import torch
 
-from benchmarks import attention_backends, planned_step
+from benchmarks import attention_backends, planned_step, shared_images
 from benchmarks.gpu_check import write_on_page
 from benchmarks.gpu_items import GPU, SHORT
 from benchmarks.measure import peak_bytes, seconds_in_turn
@@ -122,6 +122,20 @@ def test_layers_are_as_many_as_the_planner_says_fit():
     assert 2 < planned_step.most_layers(few, "bf16", gpu) < most < 32
     config = planned_step.config_for(args, "bf16", most + 1)
     assert not planned_step.plan_for(config, gpu, 512, 576).fits
+
+
+def test_questions_about_one_image_are_measured(tmp_path, capsys):
+    """Counted operations are those of the closed form: rows that are shared, computed once."""
+    arguments = ["--size", "tiny", "--layers", "2", "--questions", "3", "--repeats", "1"]
+    shared_images.main([*arguments, "--text", "40", "24", "--out", str(tmp_path)])
+    table = capsys.readouterr().out.splitlines()
+    assert table[2].startswith("| 3 x 40 | ") and table[3].startswith("| 3 x 24 | ")
+    rows = json.loads((tmp_path / "shared-images-tiny-cpu.json").read_text())["rows"]
+    for row in rows:
+        assert min(row["seconds"].values()) > 0
+        for name, counted in row["counted"].items():
+            assert counted == pytest.approx(row["closed_form"][name], rel=0.01)
+        assert 1.5 < shared_images.ratio(row["counted"]) < 3
 
 
 def test_attention_is_measured_against_both_peers(tmp_path):
