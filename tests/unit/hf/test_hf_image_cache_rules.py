@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dattn_mcore.hf import DattnImageCache
+from dattn_mcore.hf.image_cache_dattn import alike
 from tests.unit.hf.hf_models import IMAGE, ids, make_model, pixels
 
 ROWS, LAYERS, KV_HEADS, HEAD_DIM = 9, 3, 2, 8
@@ -158,12 +159,21 @@ def test_a_pixel_makes_another_image():
     images = pixels(1)
     changed = images.clone()
     changed[0, 2, 11, 11] += 1e-6
-    swapped = images.flip(-1)  # the same numbers, so the same sum of bits
+    swapped = images.flip(-1)
     with torch.no_grad():
         for image in (images, changed, swapped):
             model(ids(IMAGE, 7), image, image_cache=cache)
         model(ids(IMAGE, IMAGE, 7), torch.cat([images, swapped]), image_cache=cache)
     assert (cache.misses, cache.hits) == (3, 2)
+
+
+def test_images_that_agree_in_the_numbers_looked_at_first_are_told_apart():
+    images = list(torch.zeros(4, 1, 3, 64, 64))
+    images[2] = images[2].clone()
+    images[2][0, 1, 30, 31] = 1.0  # not one of the first look
+    grids = torch.tensor([[0, 0], [0, 0], [0, 0], [1, 1]])
+    assert alike(images, grids) == [0, 0, 2, 3]
+    assert alike([image.bfloat16() for image in images], grids) == [0, 0, 2, 3]
 
 
 @pytest.mark.parametrize(
