@@ -67,6 +67,7 @@ def _parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
     )
     run.add_argument("--device", default="auto", help="auto, cpu or gpu")
     run.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    _image_cache(run)
     _scoring(run)
     _judge(run)
     run.set_defaults(run=commands.run)
@@ -111,6 +112,7 @@ def _question_files(add: Callable[..., argparse.ArgumentParser]) -> None:
     answer.add_argument("--max-new-tokens", type=_positive, default=128)
     answer.add_argument("--device", default="auto", help="auto, cpu or gpu")
     answer.add_argument("--limit", type=_positive, metavar="N", help="at most N, always the same")
+    _image_cache(answer)
     answer.set_defaults(run=_answer)
 
     exact = add("score-questions", help="exact-match accuracy of a question file")
@@ -121,6 +123,16 @@ def _question_files(add: Callable[..., argparse.ArgumentParser]) -> None:
     digits = add("score-digits", help="the same of digits answers, beside guessing")
     _exact_match(digits)
     digits.set_defaults(run=_score_digits)
+
+
+def _image_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image-cache-gib",
+        type=_gib,
+        default=4.0,
+        metavar="GIB",
+        help="memory for images that are asked about again, each process (4); 0: none",
+    )
 
 
 def _exact_match(parser: argparse.ArgumentParser) -> None:
@@ -171,12 +183,20 @@ def _positive(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
+    return _not_negative(text, "seconds")
+
+
+def _gib(text: str) -> float:
+    return _not_negative(text, "GiB")
+
+
+def _not_negative(text: str, unit: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds, 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of {unit}, 0 or more")
     return value
 
 
@@ -193,6 +213,7 @@ def _answer(options: argparse.Namespace) -> None:
         options.max_new_tokens,
         options.device,
         None if options.adapter is None else Path(options.adapter),
+        options.image_cache_gib,
     )
     answerer = Answerer(options.model, settings)
     with bars(Console(stderr=True)) as bar:

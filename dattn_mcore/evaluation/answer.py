@@ -23,12 +23,15 @@ class Settings:
         max_new_tokens: longest answer.
         device: auto, cpu or gpu.
         adapter: folder of `peft` that is added to the model; None: none is.
+        image_cache_gib: memory for the keys and values of images that are asked about again; 0:
+            each question computes its own.
     """
 
     batch_size: int = 32
     max_new_tokens: int = 128
     device: str = "auto"
     adapter: Path | None = None
+    image_cache_gib: float = 4.0
 
 
 class Answerer:
@@ -46,7 +49,10 @@ class Answerer:
     def __init__(self, folder: str | Path, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         self.generator = Generator(
-            folder, resolve_device(self.settings.device), adapter=self.settings.adapter
+            folder,
+            resolve_device(self.settings.device),
+            adapter=self.settings.adapter,
+            image_cache_gib=self.settings.image_cache_gib,
         )
         self.processor = self.generator.processor
         self.model_id = self.generator.model_id

@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         options=replace(scoring_options(options), limit=options.limit),
         adapter=adapter,
+        image_cache_gib=options.image_cache_gib,
     )
     results = run_benchmarks(settings, judge)
     if not results:  # not rank 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 import dattn_mcore.hf
 from dattn_mcore.errors import CheckpointError, ConfigError, DataError
 from dattn_mcore.evaluation.adapter import with_adapter
+from dattn_mcore.evaluation.by_image import key_of, order_by_image
 from dattn_mcore.evaluation.files import read_object
 from dattn_mcore.evaluation.images import Picture, rules_of_processor
 from dattn_mcore.evaluation.self_check import (
@@ -25,9 +27,13 @@ from dattn_mcore.evaluation.self_check import (
     compare_generation,
     saying_versions,
 )
-from dattn_mcore.hf import NO_FOREIGN_CODE
+from dattn_mcore.hf import NO_FOREIGN_CODE, DattnImageCache
+from dattn_mcore.hf.image_cache_dattn import mode_problem
+from dattn_mcore.hf.samples_dattn import tiles_of
 from dattn_mcore.parallel.platform import gpu_problem
 
+logger = logging.getLogger(__name__)
+GIB = 2**30
 LONGER = "Answer in one short sentence."  # makes a prompt longer, so that another is padded
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -80,6 +86,10 @@ class Generator:
         device: where it runs.
         dtype: auto (as stored), float32 or bfloat16.
         adapter: folder of `peft` whose adapters are added to the weights; None: none are.
+        image_cache_gib: memory for the keys and values of images that are shown again; 0: none.
+
+    Attributes:
+        image_cache: them; None where they are not kept, or the model's mode has none to keep.
 
     Raises:
         CheckpointError: a folder cannot be loaded, or they do not fit each other.
@@ -92,6 +102,7 @@ class Generator:
         device: torch.device,
         dtype: str = "auto",
         adapter: Path | None = None,
+        image_cache_gib: float = 0.0,
     ) -> None:
         self.folder = Path(folder)
         self.device = device
@@ -124,6 +135,12 @@ class Generator:
                 "chat_template.jinja into it, or export it again"
             )
         self.model = model.eval().to(device)
+        self.image_cache: DattnImageCache | None = None
+        if image_cache_gib > 0:
+            if problem := mode_problem(self.model.config):
+                logger.info("images are computed anew for each question: %s", problem)
+            else:
+                self.image_cache = DattnImageCache(int(image_cache_gib * GIB))
 
     def chat_prompt(self, text: str) -> str:
         """A user's turn in the model's chat template."""
@@ -135,7 +152,8 @@ class Generator:
     ) -> Iterator[dict[int, str]]:
         """Answers requests batch by batch, those of like size together and the largest first.
 
-        Memory runs out at once or never. The next batch is prepared while one generates.
+        With an image cache those about the same images come together. Memory runs out at once or
+        never. The next batch is prepared while one generates.
 
         Args:
             requests: what to answer.
@@ -150,11 +168,15 @@ class Generator:
             DataError: an image is missing or damaged.
         """
         prompts = [self.chat_prompt(request.text) for request in requests]
-        order = sorted(
-            range(len(requests)),
-            key=lambda i: (len(requests[i].pictures), len(prompts[i])),
-            reverse=True,
-        )
+        if self.image_cache is None:
+            order = sorted(
+                range(len(requests)),
+                key=lambda i: (len(requests[i].pictures), len(prompts[i])),
+                reverse=True,
+            )
+        else:
+            keys = [key_of(request.pictures) for request in requests]
+            order = order_by_image(keys, [len(prompt) for prompt in prompts])
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         settings = {**greedy(max_new_tokens), **more}
         with ThreadPoolExecutor(1) as pool:
@@ -166,14 +188,27 @@ class Generator:
                 yield dict(zip(batch, self._answers(inputs, settings), strict=True))
 
     def _inputs(self, requests: Sequence[Request], prompts: list[str], batch: list[int]) -> Any:
+        """What the processor gives for a batch; an image that it shows twice is prepared once."""
         rules = rules_of_processor(self.processor.image_processor)
-        images = [p.open(requests[i].who, rules) for i in batch for p in requests[i].pictures]
-        return self.processor(
-            text=[prompts[i] for i in batch],
-            images=images or None,
+        opened: list[Any] = []
+        place: dict[Hashable, int] = {}
+        shown = []
+        for number in batch:
+            for picture in requests[number].pictures:
+                if picture.key not in place:
+                    place[picture.key] = len(opened)
+                    opened.append(picture.open(requests[number].who, rules))
+                shown.append(place[picture.key])
+        inputs = self.processor.tokenizer(
+            [prompts[i] for i in batch],
             padding=True,
             return_tensors="pt",
+            **self.processor.text_defaults,
         )
+        if opened:
+            images = self.processor.image_processor(images=opened, return_tensors="pt")
+            inputs.update(repeated(images, shown))
+        return inputs
 
     def self_check(self, request: Request, batch_size: int) -> str:
         """Checks on one prompt that the model says the same with and without its cache, and alone.
@@ -208,6 +243,13 @@ class Generator:
                     largest, compare_batched(self.model, batch.to(self.device), agreement)
                 )
                 batched = ", alone and in a batch"
+            if self.image_cache is not None and request.pictures:
+                held = {"image_cache": self.image_cache}
+                for _ in range(2):  # computed, then found
+                    found = compare_batched(self.model, first, agreement, held)
+                    largest = max(largest, found)
+                self.image_cache.clear()
+                batched += ", and with the images from their cache"
         return (
             f"self-check: {NEW_TOKENS} tokens with and without the cache{batched} agree (logits in "
             f"float32 differ by {largest:.1g} of their spread, bound {BOUND:.0e})"
@@ -216,9 +258,41 @@ class Generator:
     @torch.inference_mode()
     def _answers(self, inputs: Any, settings: dict[str, Any]) -> list[str]:
         inputs = inputs.to(self.device)
-        tokens = self.model.generate(**inputs, **settings)
+        if self.image_cache is not None:
+            settings = {**settings, "image_cache": self.image_cache}
+        try:
+            tokens = self.model.generate(**inputs, **settings)
+        except torch.OutOfMemoryError:
+            if self.image_cache is None or not self.image_cache.nbytes:
+                raise
+            logger.warning(
+                "the GPU's memory does not hold %.1f GiB of images' keys and values beside a "
+                "batch; none are kept from here on",
+                self.image_cache.nbytes / GIB,
+            )
+            self.image_cache.clear()
+            self.image_cache.max_bytes = 0
+            tokens = self.model.generate(**inputs, **settings)
         new = tokens[:, inputs["input_ids"].shape[1] :].cpu()
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def repeated(images: Any, shown: Sequence[int]) -> dict[str, torch.Tensor]:
+    """What an image processor gives, for images that are shown several times.
+
+    Args:
+        images: of each image once: pixel_values [tiles, 3, height, width] and, where an image has
+            several tiles, image_grids [images, 2].
+        shown: number of the image at each place.
+    """
+    if "image_grids" not in images:
+        return {"pixel_values": images["pixel_values"][shown]}
+    grids = images["image_grids"]
+    tiles = images["pixel_values"].split(tiles_of(grids).tolist())
+    return {
+        "pixel_values": torch.cat([tiles[number] for number in shown]),
+        "image_grids": grids[shown],
+    }
 
 
 def check_model_folder(folder: Path) -> None:

@@ -65,6 +65,11 @@ class Picture:
     name: str
     source: Path | bytes | str
 
+    @property
+    def key(self) -> Path | bytes | str:
+        """The same for the same image, as far as its source says so."""
+        return self.source
+
     def exists(self) -> bool:
         """Whether its file is there; encoded images always are."""
         return not isinstance(self.source, Path) or self.source.is_file()

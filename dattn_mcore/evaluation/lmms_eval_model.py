@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from dattn_mcore.errors import ConfigError
+from dattn_mcore.evaluation.by_image import content_key
 from dattn_mcore.evaluation.generation import Generator, Request, resolve_device
 from dattn_mcore.evaluation.guessing import FEWEST, look_at
 from dattn_mcore.evaluation.images import MAX_PIXELS, SEEN
@@ -35,6 +38,11 @@ class Shown:
     def __init__(self, image: Image.Image) -> None:
         self.image = image
 
+    @cached_property
+    def key(self) -> Hashable:
+        """The same for the same image."""
+        return content_key(self.image)
+
     def open(self, who: str, rules: ImageRules = SEEN) -> Image.Image:
         """The image as RGB, by the rules of the model that is shown it."""
         if self.image.width * self.image.height > MAX_PIXELS:
@@ -50,6 +58,7 @@ class DattnMcore(lmms):
         batch_size: requests generated at once by each process.
         device: auto, cpu or gpu, or a device as lmms-eval names it.
         dtype: auto (as stored), float32 or bfloat16.
+        image_cache_gib: memory for images that are asked about again; 0: none.
         **unknown: anything else is a mistake.
 
     Raises:
@@ -65,6 +74,7 @@ class DattnMcore(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str = "auto",
+        image_cache_gib: float | str = 4.0,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -72,7 +82,8 @@ class DattnMcore(lmms):
         strange = [k for k, v in unknown.items() if v is not None and k != "max_batch_size"]
         if strange:
             raise ConfigError(
-                f"--model_args has {strange[0]!r}; known are pretrained, batch_size, device, dtype"
+                f"--model_args has {strange[0]!r}; known are pretrained, batch_size, device, "
+                "dtype, image_cache_gib"
             )
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"--batch_size is {batch_size!r}; it must be a number of 1 or more")
@@ -81,7 +92,9 @@ class DattnMcore(lmms):
         self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
         kind = "auto" if device in (None, "") else device if device in ("auto", "cpu") else "gpu"
         local = (int(os.environ.get(n, d)) for n, d in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-        self.generator = Generator(pretrained, resolve_device(kind, *local), dtype)
+        found = resolve_device(kind, *local)
+        room = gib_of(image_cache_gib)
+        self.generator = Generator(pretrained, found, dtype, image_cache_gib=room)
         self.device = self.generator.device
         self._checked = False
         self._failures = TaskFailures()
@@ -224,6 +237,21 @@ class DattnMcore(lmms):
         """In one process there is nothing to wait for; several end together, in `clean`."""
         if self.world_size == 1 and self._all_failed():
             raise ConfigError(self._failures.summary())
+
+
+def gib_of(given: float | str) -> float:
+    """The size of the image cache, in GiB.
+
+    Raises:
+        ConfigError: it is no number of 0 or more.
+    """
+    try:
+        value = float(given)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigError(f"image_cache_gib is {given!r}; it must be a number of GiB, 0 or more")
+    return value
 
 
 def generation_settings(wanted: dict[str, Any]) -> tuple[int, dict[str, Any]]:

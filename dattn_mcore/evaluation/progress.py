@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -68,17 +69,19 @@ class RunProgress:
         elif self.shown:
             complain(f"{name}: {total} questions, {done} answered before")
 
-    def update(self, name: str, done: int, total: int) -> None:
-        """So many of all rows are answered."""
+    def update(self, name: str, done: int, total: int, note: str = "") -> None:
+        """So many of all rows are answered; a note says what else is to be known."""
         if self.bars is not None:
-            self.bars.update(self.tasks[name], completed=done)  # type: ignore[arg-type]
+            task: Any = self.tasks[name]
+            self.bars.update(task, completed=done, description=f"{name} ({note})" if note else name)
             return
         now = time.monotonic()
         if self.shown and (now - self.reported >= LINE_SECONDS or done >= total):
             start, before = self.begun[name]
             rate = (done - before) / max(now - start, 1e-9)
             left = f"{(total - done) / rate:.0f} s" if rate else "unknown"
-            complain(f"{name}: {done}/{total}, {rate:.1f} questions/s, ETA {left}")
+            more = f", {note}" if note else ""
+            complain(f"{name}: {done}/{total}, {rate:.1f} questions/s, ETA {left}{more}")
             self.reported = now
 
     def __enter__(self) -> RunProgress:

@@ -17,6 +17,7 @@ from dattn_mcore.errors import ConfigError, DataError, DattnError
 from dattn_mcore.evaluation.answer_files import AnswerStore
 from dattn_mcore.evaluation.benchmarks import Options, make_benchmark
 from dattn_mcore.evaluation.benchmarks.base import Benchmark, check_pictures
+from dattn_mcore.evaluation.by_image import key_of, share_of_rank
 from dattn_mcore.evaluation.failures import reason
 from dattn_mcore.evaluation.generation import (
     Generator,
@@ -49,6 +50,8 @@ class RunSettings:
         dtype: auto (as stored), float32 or bfloat16.
         options: choices about scoring.
         adapter: folder of `peft` that is added to the model; None: none is.
+        image_cache_gib: memory for the keys and values of images that are asked about again; 0:
+            each question computes its own.
     """
 
     model: Path
@@ -61,6 +64,7 @@ class RunSettings:
     dtype: str = "auto"
     options: Options = Options()
     adapter: Path | None = None
+    image_cache_gib: float = 4.0
 
 
 def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result]:
@@ -82,7 +86,13 @@ def run(settings: RunSettings, judge: JudgeAnswers | None = None) -> list[Result
     folder = RunFolder(settings.out)
     begun = time.time()
     identity = _claim(folder, settings, processes)
-    generator = Generator(settings.model, device, settings.dtype, settings.adapter)
+    generator = Generator(
+        settings.model,
+        device,
+        settings.dtype,
+        settings.adapter,
+        image_cache_gib=settings.image_cache_gib,
+    )
     checked = _self_check(generator, benchmarks, settings.batch_size)
     if processes.rank == 0:
         complain(f"{checked}")
@@ -188,6 +198,7 @@ class Share:
         self.folder, self.processes, self.progress = folder, processes, progress
         self.tokens = settings.max_new_tokens or benchmark.max_new_tokens
         self.before = 0
+        self.shown_before = (0, 0)  # hits and misses of the image cache
 
     @cached_property
     def store(self) -> AnswerStore:
@@ -210,12 +221,16 @@ class Share:
         rows, processes = self.benchmark.rows, self.processes
         done = self.store.read()
         self.before = len(done)
-        mine = [i for i in range(processes.rank, len(rows), processes.size) if i not in done]
+        keys = [key_of(row.pictures) for row in rows]
+        share = share_of_rank(keys, processes.rank, processes.size)
+        mine = [i for i in share if i not in done]
         check_pictures(self.benchmark, mine)
         self.progress.begin(self.benchmark.name, self.before, len(rows))
         if not mine:
             return
         name = self.benchmark.title
+        if (cache := self.generator.image_cache) is not None:
+            self.shown_before = (cache.hits, cache.misses)
         requests = [
             Request(f"{name}, question {rows[i].question_id!r}", rows[i].text, rows[i].pictures)
             for i in mine
@@ -235,7 +250,19 @@ class Share:
 
     def _show(self, new: int) -> None:
         total = len(self.benchmark.rows)
-        self.progress.update(self.benchmark.name, min(self.before + new, total), total)
+        done = min(self.before + new, total)
+        self.progress.update(self.benchmark.name, done, total, self._images_held())
+
+    def _images_held(self) -> str:
+        """How many of the images shown by this process were in the cache, for the progress."""
+        cache = self.generator.image_cache
+        if cache is None:
+            return ""
+        hits, misses = (
+            now - before
+            for now, before in zip((cache.hits, cache.misses), self.shown_before, strict=True)
+        )
+        return f"{hits / (hits + misses):.0%} of images cached" if hits + misses else ""
 
     def gather(self, own: str) -> str:
         """Waits for the other processes; returns why one of them failed, or nothing."""
@@ -289,6 +316,7 @@ def _about(
             "device": generator.device.type,
             "batch_size": settings.batch_size,
             "processes": processes,
+            "image_cache_gib": 0 if generator.image_cache is None else settings.image_cache_gib,
         },
         "options": asdict(settings.options),
         "versions": versions(),

@@ -172,22 +172,29 @@ def compare_generation(model: Any, inputs: Mapping[str, Tensor]) -> Agreement:
 
 
 @torch.no_grad()
-def compare_batched(model: Any, batch: Mapping[str, Tensor], alone: Agreement) -> float:
+def compare_batched(
+    model: Any,
+    batch: Mapping[str, Tensor],
+    alone: Agreement,
+    more: Mapping[str, Any] | None = None,
+) -> float:
     """Generates in a batch what was generated alone; returns the largest difference.
 
     Args:
         model: a model of transformers that generates.
         batch: prompts of different lengths, of which the first one is `alone`'s.
         alone: that prompt by itself.
+        more: further arguments of `generate`, that must change nothing.
 
     Raises:
         SelfCheckError: it differs.
     """
     first = batch["input_ids"].shape[1]
-    sequences, steps = _generate(model, batch, use_cache=True)
+    sequences, steps = _generate(model, {**batch, **(more or {})}, use_cache=True)
     found = _Steps(sequences[0, first:], steps[0])
     expected = _Steps(alone.sequence[-NEW_TOKENS:], alone.steps)
-    return _compare("in a batch", found, expected)
+    how = " and ".join(["in a batch", *(f"with {name}" for name in more or {})])
+    return _compare(how, found, expected)
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,7 @@ class _Steps:
     logits: Tensor
 
 
-def _generate(model: Any, inputs: Mapping[str, Tensor], use_cache: bool) -> tuple[Tensor, Tensor]:
+def _generate(model: Any, inputs: Mapping[str, Any], use_cache: bool) -> tuple[Tensor, Tensor]:
     """Prompts with their new tokens, and float32 logits [batch, new tokens, vocabulary]."""
     with in_float32(model):
         out = model.generate(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         TESTED_TRANSFORMERS,
         DattnConfig,
     )
+    from .image_cache_dattn import DattnImageCache
     from .image_processing_dattn import DattnImageProcessor
     from .modeling_dattn import DattnForConditionalGeneration, DattnModel
     from .processing_dattn import DattnProcessor
@@ -26,6 +27,7 @@ _MODULES = {
     "TESTED_TRANSFORMERS": "configuration_dattn",
     "DattnConfig": "configuration_dattn",
     "DattnCache": "cache_dattn",
+    "DattnImageCache": "image_cache_dattn",
     "DattnImageProcessor": "image_processing_dattn",
     "DattnForConditionalGeneration": "modeling_dattn",
     "DattnModel": "modeling_dattn",
@@ -41,6 +43,8 @@ REMOTE_CODE_FILES = (
     "attention_dattn.py",
     "text_dattn.py",
     "visual_dattn.py",
+    "fingerprint_dattn.py",
+    "image_cache_dattn.py",
     "generation_dattn.py",
     "modeling_dattn.py",
     "image_rules_dattn.py",
@@ -96,6 +100,7 @@ __all__ = [
     "DattnCache",
     "DattnConfig",
     "DattnForConditionalGeneration",
+    "DattnImageCache",
     "DattnImageProcessor",
     "DattnModel",
     "DattnProcessor",

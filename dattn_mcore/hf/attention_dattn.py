@@ -224,9 +224,11 @@ class DattnAttention(nn.Module):
             KeySet(rotated if rope else query, visual_key, visual_value, layout.t2v),
             text_keys,
         ]
-        text_out = self.o_proj(
-            attend(key_sets, self.scale, self.softcap, self.config.merge, implementation)
-        )
+        text_out = text  # without columns, as where an image's rows are computed by themselves
+        if text.shape[1]:
+            text_out = self.o_proj(
+                attend(key_sets, self.scale, self.softcap, self.config.merge, implementation)
+            )
         if not visual_output or not new_visual:
             return text_out, None
         if not causal:

@@ -16,7 +16,7 @@ from .samples_dattn import by_sample, check_pixels
 
 # "dynamic_full": transformers' own name for a dynamic cache that keeps what is behind a window.
 CACHES = (None, "dynamic", "dynamic_full")
-IMAGE_INPUTS = ("pixel_values", "image_grids", "image_columns")
+IMAGE_INPUTS = ("pixel_values", "image_grids", "image_columns", "image_cache")
 
 
 class DattnGenerationMixin(GenerationMixin):
@@ -24,6 +24,8 @@ class DattnGenerationMixin(GenerationMixin):
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """See transformers. Images are repeated with their samples, for beams too.
+
+        `image_cache` is a `DattnImageCache`, which spares what it knows of the prompt's images.
 
         Raises:
             ValueError: a setting that this model cannot honour.

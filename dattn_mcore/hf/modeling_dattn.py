@@ -7,6 +7,7 @@ view. A text row sees the images of its own sample that stand before it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,20 @@ from .arguments_dattn import cache_field, check_counted, check_further, check_sh
 from .attention_dattn import DattnDecoderLayer
 from .cache_dattn import DattnCache, is_cache, own_cache
 from .configuration_dattn import DattnConfig, releases
+from .fingerprint_dattn import state_of
 from .generation_dattn import DattnGenerationMixin, placeholder_columns
+from .image_cache_dattn import DEFAULT_BYTES, DattnImageCache, hold_images
 from .layers_dattn import DattnRMSNorm
 from .layout_dattn import Rows
 from .samples_dattn import check_pixels, check_tiles, one_after_another
 from .text_dattn import DattnTextModel
-from .visual_dattn import DattnProjector, build_vision_tower, place_images, tower_features
+from .visual_dattn import (
+    DattnProjector,
+    build_vision_tower,
+    place_images,
+    place_rows,
+    tower_features,
+)
 
 
 class DattnPreTrainedModel(PreTrainedModel):
@@ -135,6 +144,12 @@ class DattnModel(DattnPreTrainedModel):
         features = tower_features(self.vision_tower, pixel_values, class_row)
         return self.multi_modal_projector(features, image_grids.tolist())
 
+    def visual_state(self) -> bytes:
+        """A hash that changes with whatever an image's keys and values come from."""
+        return state_of(
+            self, [self.vision_tower, self.multi_modal_projector, self.language_model.layers]
+        )
+
     def forward(
         self,
         input_ids: Tensor,
@@ -144,6 +159,7 @@ class DattnModel(DattnPreTrainedModel):
         image_grids: Tensor | None = None,
         position_ids: Tensor | None = None,
         every_layer: bool = False,
+        image_cache: DattnImageCache | None = None,
     ) -> tuple[Tensor, ...]:
         """Hidden states of the columns of `input_ids`.
 
@@ -158,12 +174,14 @@ class DattnModel(DattnPreTrainedModel):
         if cache is not None and cache.image_starts is not None:
             images_before = cache.image_starts.long().sum(1)
         counts = image_starts.sum(1)
-        images: tuple[Tensor, ...] = ()
+        images: Sequence[Any] = ()
         if pixel_values is not None:
             pixel_values = pixel_values.to(embedded.dtype)
             if pixel_values.ndim == 5:
                 pixel_values, image_grids = one_after_another(pixel_values, image_grids, counts)
-            if len(pixel_values):
+            if len(pixel_values) and image_cache is not None:
+                images = image_cache.images(self, pixel_values, image_grids, embedded)
+            elif len(pixel_values):
                 images = self.get_image_features(pixel_values, image_grids)
         if len(images) != int(counts.sum()):
             raise ValueError(
@@ -171,8 +189,15 @@ class DattnModel(DattnPreTrainedModel):
                 f"{self.config.image_token_id}), but pixel_values hold {len(images)} images; "
                 "pass one image per placeholder"
             )
-        visual, visual_live, visual_image = place_images(images, counts, images_before, embedded)
-        rows: Rows = (text_live, image_starts, visual_live, visual_image)
+        lengths = [len(image) for image in images]
+        live, image_of_row = place_rows(lengths, counts, images_before, embedded.device)
+        if image_cache is None or not images:
+            visual = place_images(images, live, embedded)
+        else:  # no row is new: their keys and values are there in every layer
+            visual = embedded.new_zeros(len(live), 0, embedded.shape[-1])
+            cache = DattnCache() if cache is None else cache
+            hold_images(cache, images, live)
+        rows: Rows = (text_live, image_starts, live, image_of_row)
         return self.language_model(embedded, visual, rows, cache, position_ids, every_layer)
 
 
@@ -208,6 +233,10 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
         """Visual rows [rows, hidden] of each image; see `DattnModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grids)
 
+    def make_image_cache(self, max_bytes: int = DEFAULT_BYTES) -> DattnImageCache:
+        """An empty cache of images' keys and values, for `generate(..., image_cache=cache)`."""
+        return DattnImageCache(max_bytes)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -222,6 +251,7 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         image_columns: Tensor | None = None,
+        image_cache: DattnImageCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Computes logits of the new columns.
@@ -251,6 +281,8 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
                 embeddings first and the last ones normed; None: as the configuration says. What
                 they hold at images and padding means nothing.
             image_columns: bool [batch, columns], columns that are images whatever their id is.
+            image_cache: keys and values of images that were shown before, in any conversation;
+                what it lacks is computed and kept. See `DattnImageCache`.
             **kwargs: a cache under another name, and what transformers passes to every model; see
                 `check_further`. `position_ids` must be those that the model derives.
 
@@ -274,6 +306,11 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
         check_further(kwargs, past, input_ids)
         check_shapes(input_ids, attention_mask, labels, logits_to_keep, cache)
         check_pixels(pixel_values)
+        if image_cache is not None and not isinstance(image_cache, DattnImageCache):
+            raise ValueError(
+                f"image_cache is a {type(image_cache).__name__}; it must be a DattnImageCache, "
+                "which model.make_image_cache() makes"
+            )
         if image_grids is not None and pixel_values is None:
             raise ValueError("image_grids come without pixel_values; give both, or leave both out")
         if image_columns is not None:
@@ -295,6 +332,7 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
             image_grids,
             position_ids,
             output_hidden_states,
+            image_cache,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(states[-1][:, keep])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -128,35 +129,51 @@ class DattnProjector(nn.Module):
         return (rows[:, None] + columns).flatten(0, 1).to(dtype)
 
 
-def place_images(
-    images: tuple[Tensor, ...], counts: Tensor, images_before: Tensor | int, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def place_rows(
+    lengths: Sequence[int], counts: Tensor, images_before: Tensor | int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Where each image's visual rows stand in its sample.
+
+    Args:
+        lengths: visual rows of each image, in order of samples.
+        counts: int64 [batch], images of each sample; they sum to the number of images.
+        images_before: int64 [batch], images that each sample's cache holds; or 0.
+        device: of the result and of `counts`.
+
+    Returns:
+        Which rows are real, bool [batch, rows of the sample with most]: its true places, sample
+        after sample, are the images' rows in order. And the image of its sample that each belongs
+        to, int64 of the same shape.
+    """
+    batch = counts.shape[0]
+    length = torch.tensor(lengths, dtype=torch.long, device=device)
+    sample = torch.arange(batch, device=device).repeat_interleave(counts)  # of each image
+    first = counts.cumsum(0) - counts - images_before
+    number = torch.arange(len(lengths), device=device) - first[sample]
+    rows = torch.zeros(batch, dtype=torch.long, device=device).index_add(0, sample, length)
+    most = int(rows.max()) if len(lengths) else 0
+    live = torch.arange(most, device=device) < rows[:, None]
+    image_of_row = torch.zeros(batch, most, dtype=torch.long, device=device)
+    if len(lengths):
+        image_of_row[live] = number.repeat_interleave(length)
+    return live, image_of_row
+
+
+def place_images(images: Sequence[Tensor], live: Tensor, like: Tensor) -> Tensor:
     """Puts each image's visual rows into its sample, padded to the sample with most rows.
 
     Args:
         images: rows [rows, hidden] of each image, in order of samples.
-        counts: int64 [batch], images of each sample; they sum to the number of images.
-        images_before: int64 [batch], images that each sample's cache holds; or 0.
+        live: bool [batch, rows], see `place_rows`.
         like: tensor whose dtype, device and last size the visual rows take.
 
     Returns:
-        Visual rows [batch, rows, hidden]; which are real, bool [batch, rows]; and the image of its
-        sample that each belongs to, int64 [batch, rows].
+        Visual rows [batch, rows, hidden].
     """
-    batch, device = counts.shape[0], like.device
-    length = torch.tensor([len(image) for image in images], dtype=torch.long, device=device)
-    sample = torch.arange(batch, device=device).repeat_interleave(counts)  # of each image
-    first = counts.cumsum(0) - counts - images_before
-    number = torch.arange(len(images), device=device) - first[sample]
-    rows = torch.zeros(batch, dtype=torch.long, device=device).index_add(0, sample, length)
-    most = int(rows.max()) if images else 0
-    live = torch.arange(most, device=device) < rows[:, None]
-    visual = like.new_zeros(batch, most, like.shape[-1])
-    image_of_row = torch.zeros(batch, most, dtype=torch.long, device=device)
-    if images:  # the true places of `live`, sample after sample, are the images' rows in order
-        visual[live] = torch.cat(images).to(like)
-        image_of_row[live] = number.repeat_interleave(length)
-    return visual, live, image_of_row
+    visual = like.new_zeros(*live.shape, like.shape[-1])
+    if images:
+        visual[live] = torch.cat(list(images)).to(like)
+    return visual
 
 
 __all__ = [
@@ -164,5 +181,6 @@ __all__ = [
     "DattnProjector",
     "build_vision_tower",
     "place_images",
+    "place_rows",
     "tower_features",
 ]

@@ -38,6 +38,7 @@ REQUEST, SCORES = "request.json", f"{folders.SCORES}.json"
 EXPORT = "hf"  # the Hugging Face folder that answers
 BENCHMARKS = "benchmarks"  # a run's folder of `dattn_mcore.evaluation run`
 QUESTIONS = "questions"  # name of the own question file among the scores
+_IMAGE_CACHE_GIB = 1.0  # the run needs its memory: the images of a batch or two are enough
 _TOKENS = 128  # of an answer to the own question file, as of `dattn_mcore.evaluation answer`
 _MODULE = "dattn_mcore.training.score_checkpoint"
 
@@ -213,6 +214,7 @@ def _ask_benchmarks(settings: ScoresConfig, folder: Path) -> list[Result]:
             max_new_tokens=settings.max_new_tokens,
             device=settings.device,
             options=Options(limit=settings.samples),
+            image_cache_gib=_IMAGE_CACHE_GIB,
         )
     )
 
@@ -228,7 +230,13 @@ def _ask_questions(
     assert settings.questions is not None
     questions = part_of(read_questions(settings.questions), settings.samples)
     tokens = settings.max_new_tokens or _TOKENS
-    answerer = Answerer(folder / EXPORT, Settings(settings.batch_size, tokens, settings.device))
+    how = Settings(
+        batch_size=settings.batch_size,
+        max_new_tokens=tokens,
+        device=settings.device,
+        image_cache_gib=_IMAGE_CACHE_GIB,
+    )
+    answerer = Answerer(folder / EXPORT, how)
     answers = answerer.answer(questions, settings.image_folder or "", checked=_say)
     texts = {answer.question_id: answer.text for answer in answers}
     result = score_answers(questions, texts)

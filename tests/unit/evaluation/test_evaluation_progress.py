@@ -18,3 +18,10 @@ def test_other_ranks_are_silent(capsys):
         progress.begin("pope", 0, 6)
         progress.update("pope", 6, 6)
     assert capsys.readouterr().err == ""
+
+
+def test_a_note_ends_the_line(capsys):
+    with RunProgress(shown=True) as progress:
+        progress.begin("pope", 0, 6)
+        progress.update("pope", 6, 6, "94% of images cached")
+    assert capsys.readouterr().err.splitlines()[-1].endswith("ETA 0 s, 94% of images cached")

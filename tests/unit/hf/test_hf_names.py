@@ -58,6 +58,7 @@ UNDERSCORED = {
     "_skip_keys_device_placement",
     "_supports_sdpa",
     "_tied_weights_keys",
+    "_version",  # of a tensor: how often it was changed in place, by PyTorch's notes on autograd
 }
 
 

@@ -80,6 +80,8 @@ def test_the_scores_are_those_of_the_evaluation_by_hand(tmp_path, world):
         assert by_hand[name]["rows"] == 4  # two pairs; one question in its four rotations
         ours = texts(folder / f"benchmarks/answers/{name}.jsonl")
         assert ours == texts(out / f"answers/{name}.jsonl")
+    beside = json.loads((folder / "benchmarks/scores.json").read_text())["run"]["decoding"]
+    assert beside["image_cache_gib"] == 1.0  # the memory is the run's
     exact = json.loads((out / "own").read_text())["overall"]
     assert exact["total"] == 5
     assert found.values["questions"] == 100 * exact["accuracy"]
