@@ -1,4 +1,4 @@
-"""What the joint kernel can reach on an H100 at the shipped layers' sizes, from its instructions."""
+"""What the joint kernel can reach on an H100 at the shipped layers' sizes, by its instructions."""
 
 from __future__ import annotations
 
