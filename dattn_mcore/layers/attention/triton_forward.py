@@ -1,7 +1,9 @@
 """Triton kernels of the forward pass: one online softmax over visual and then text keys.
 
-A program runs over the visual keys with the query as it is, rotates the query in registers, and
-goes on over the causal text keys, into the same running maximum, sum and output.
+A program runs over the visual keys with the query as the mode has it, loads the rotated query, and
+goes on over the causal text keys, into the same running maximum, sum and output. Queries are
+rotated before, as keys are: rotated in the program, they stayed in its registers, which do not
+suffice at head size 256 (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dattn_mcore.layers.attention.triton_tiles import (
     edge_block,
     matmul,
     part_of,
-    query,
+    query_lines,
     query_tile,
     raw_logits,
     row_ranges,
@@ -148,12 +150,12 @@ def _over_keys(
 
 @triton.jit(do_not_specialize=["rows", "padded_rows", "slots"])
 def forward_kernel(
-    q_rows,
+    q_rows,  # as they meet visual keys
+    q_rotated,  # contiguous, as they meet text keys
     text_keys,  # rotated
     text_values,
     visual_keys,
     visual_values,
-    tables,  # see `rotated_tile`
     tiles,  # see `query_tile`
     bounds,  # `Schedule.bounds`
     out_rows,  # [parts, padded rows, HEADS, HEAD_DIM]
@@ -182,20 +184,17 @@ def forward_kernel(
     SEVERAL: tl.constexpr,  # slots; else there is one
     HAS_VISUAL: tl.constexpr,
     HAS_TEXT: tl.constexpr,
-    DEBIASED: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Output and log-sum-exp of one query tile, one group and one part of the visual keys."""
     group, columns = tl.program_id(1), tl.arange(0, HEAD_DIM)
-    tile, row, head, real, lines = query_tile(
-        q_rows, tiles, slots, q_row_stride, q_head_stride, RATIO, BLOCK_M
-    )
-    q = query(lines, row, real, columns, tables, padded_rows, HEAD_DIM, not DEBIASED)
     out = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     if HAS_VISUAL:
+        tile, row, head, real = query_tile(tiles, slots, RATIO, BLOCK_M)
+        q = query_lines(q_rows, row, head, real, q_row_stride, q_head_stride, HEAD_DIM)
         count = 1
         if SEVERAL:
             count = slots
@@ -226,9 +225,9 @@ def forward_kernel(
                 PRECISION=PRECISION,
             )
     if HAS_TEXT and (not SPLIT or tl.program_id(2) == tl.num_programs(2) - 1):
-        if DEBIASED:
-            # Not before: the tile must not take shared memory twice in the visual loop.
-            q = query(lines, row, real, columns, tables, padded_rows, HEAD_DIM, True)
+        tile, row, head, real = query_tile(tiles, slots, RATIO, BLOCK_M)
+        # Not before: the tile must not take shared memory twice in the visual loop.
+        q = query_lines(q_rotated, row, head, real, HEADS * HEAD_DIM, HEAD_DIM, HEAD_DIM)
         low, high = row_ranges(bounds, rows, row, real)
         out, top, total = _over_keys(
             out=out,
@@ -256,6 +255,7 @@ def forward_kernel(
     total = tl.where(sees, total, 1.0)
     out = out / total[:, None]
     lse = tl.where(sees, (top + tl.log2(total)) / LOG2_E, float("-inf"))
+    _, row, head, real = query_tile(tiles, slots, RATIO, BLOCK_M)
     at = (tl.program_id(2).to(tl.int64) * padded_rows + row) * HEADS + head
     tl.store(lse_rows + at, lse, mask=real)
     tl.store(

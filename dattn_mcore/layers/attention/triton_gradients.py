@@ -9,6 +9,7 @@ import triton
 
 from dattn_mcore.layers.attention.triton_key_gradient import key_kernel
 from dattn_mcore.layers.attention.triton_launch import (
+    asking,
     first_that_fits,
     precision,
     query_arguments,
@@ -33,10 +34,12 @@ def backward(
     """Gradients of q, rotated text keys, their values, visual keys and values; None for no set."""
     d_out = d_out.contiguous()
     delta = torch.empty_like(lse)
+    q_visual, q_text = asking(q, tables, setting)
     d_q = _query_gradient(
         d_out=d_out,
         delta=delta,
-        q=q,
+        q=q_visual,
+        q_rotated=q_text,
         keys=keys,
         tables=tables,
         out=out,
@@ -45,18 +48,16 @@ def backward(
         setting=setting,
     )
     d_rotated = d_text_values = d_visual = d_visual_values = None
-    q_rotated = rotated(q, tables) if setting.has_text or not setting.debiased else q
     of_keys = functools.partial(
         _key_gradients, d_out=d_out, lse=lse, delta=delta, schedule=schedule, setting=setting
     )
     if setting.has_text:
         d_rotated, d_text_values = of_keys(
-            "text", q=q_rotated, keys=keys.text, values=keys.text_values
+            "text", q=q_text, keys=keys.text, values=keys.text_values
         )
     if setting.has_visual:
-        asking = q if setting.debiased else q_rotated
         d_visual, d_visual_values = of_keys(
-            "visual", q=asking, keys=keys.visual, values=keys.visual_values
+            "visual", q=q_visual, keys=keys.visual, values=keys.visual_values
         )
     return d_q, d_rotated, d_text_values, d_visual, d_visual_values  # type: ignore[return-value]
 
@@ -66,6 +67,7 @@ def _query_gradient(
     d_out: torch.Tensor,
     delta: torch.Tensor,
     q: torch.Tensor,
+    q_rotated: torch.Tensor,
     keys: Keys,
     tables: torch.Tensor,
     out: torch.Tensor,
@@ -84,6 +86,7 @@ def _query_gradient(
             through_visual = through_text.new_empty((parts, *q.shape))
         query_kernel[(len(tiles), keys.text.shape[1], parts)](
             q_rows=q,
+            q_rotated=q_rotated,
             out_rows=out,
             lse_rows=lse,
             d_out_rows=d_out,
@@ -94,7 +97,7 @@ def _query_gradient(
             scale=setting.scale,
             SPLIT=parts > 1,
             **keys.pointers(),
-            **query_arguments(q, keys, tables, schedule, setting, blocks),
+            **query_arguments(q, keys, schedule, setting, blocks),
         )
 
     if schedule.rows:
@@ -175,7 +178,6 @@ def _key_gradients(
             BLOCK_M=blocks.queries,
             BLOCK_N=blocks.keys,
             SPLIT=parts > 1,
-            SEVERAL=made.several,
             PRECISION=precision(q),
             num_warps=blocks.warps,
             num_stages=blocks.stages,

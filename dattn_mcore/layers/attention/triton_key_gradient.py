@@ -175,6 +175,13 @@ def _over_queries(
     return d_k, d_v
 
 
+@triton.jit
+def _keys_of(tile, BLOCK_N: tl.constexpr):
+    """Keys [BLOCK_N] of a tile, and which are real, [BLOCK_N, 1]."""
+    key = tl.load(tile, volatile=True) + tl.arange(0, BLOCK_N)
+    return key, (key < tl.load(tile + 1, volatile=True))[:, None]
+
+
 @triton.jit(do_not_specialize=["rows", "padded_keys"])
 def key_kernel(
     q_rows,  # rotated where the keys are
@@ -205,7 +212,6 @@ def key_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
-    SEVERAL: tl.constexpr,  # intervals of a tile; else each has one
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -213,8 +219,7 @@ def key_kernel(
     group = tl.program_id(1)
     tile = tiles + tl.program_id(0) * 4
     columns = tl.arange(0, HEAD_DIM)
-    key = tl.load(tile) + tl.arange(0, BLOCK_N)
-    real = (key < tl.load(tile + 1))[:, None]
+    key, real = _keys_of(tile, BLOCK_N)
     wide = key.to(tl.int64)[:, None]
     k_tile = keys + group * key_group + wide * key_stride + columns[None, :]
     v_tile = values + group * value_group + wide * value_stride + columns[None, :]
@@ -222,10 +227,9 @@ def key_kernel(
     v = tl.load(v_tile, mask=real, other=0.0)
     d_k = tl.zeros([BLOCK_N, HEAD_DIM], dtype=tl.float32)
     d_v = tl.zeros([BLOCK_N, HEAD_DIM], dtype=tl.float32)
-    count = 1
-    if SEVERAL:
-        count = tl.load(tile + 3)
-    for index in tl.range(0, count):
+    # A loop even where every tile has one interval: without it the compiler keeps more addresses,
+    # and spills at head size 256.
+    for index in tl.range(0, tl.load(tile + 3)):
         d_k, d_v = _over_queries(
             d_k=d_k,
             d_v=d_v,
@@ -254,6 +258,9 @@ def key_kernel(
             SPLIT=SPLIT,
             PRECISION=PRECISION,
         )
+    # Anew, see `query_tile`.
+    key, real = _keys_of(tile, BLOCK_N)
+    wide = key.to(tl.int64)[:, None]
     part = tl.program_id(2).to(tl.int64) * padded_keys
     at = ((part + wide) * (HEADS // RATIO) + group) * HEAD_DIM + columns[None, :]
     tl.store(d_keys + at, (d_k * scale).to(d_keys.dtype.element_ty), mask=real)

@@ -14,16 +14,14 @@ from dattn_mcore.layers.attention.triton_tuning import Blocks, candidates, fitte
 
 
 def rotation_tables(angles: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
-    """float32 [2, rows, head_dim] from angles [rows, 1, 1, head_dim]; see `rotated_tile`.
+    """float32 [2, rows, head_dim / 2] from angles [rows, 1, 1, head_dim]; see `rotated_halves`.
 
     Args:
-        angles: see above.
+        angles: see above; the two halves are alike.
         factor: multiplies what is rotated, [rows, 1, 1, 1]; None for 1.
     """
-    angles = angles.to(torch.float32).flatten(1)
-    sine = angles.sin()
-    sine[:, : sine.shape[1] // 2].neg_()
-    tables = torch.stack([angles.cos(), sine])
+    angles = angles.flatten(1)[:, : angles.shape[-1] // 2].to(torch.float32)
+    tables = torch.stack([angles.cos(), angles.sin()])
     return tables if factor is None else tables.mul_(factor.to(torch.float32).flatten(1))
 
 
@@ -57,6 +55,14 @@ def rotated(
     return result
 
 
+def asking(
+    q: torch.Tensor, tables: torch.Tensor, setting: Setting
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [rows, heads, head_dim] as they meet visual keys, and, contiguous, text keys."""
+    turned = rotated(q, tables) if setting.has_text or not setting.debiased else q
+    return q if setting.debiased else turned, turned
+
+
 def forward(
     q: torch.Tensor, keys: Keys, tables: torch.Tensor, schedule: Schedule, setting: Setting
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,6 +78,7 @@ def forward(
     lse[schedule.rows :] = -torch.inf
     if not schedule.rows:
         return out, lse
+    q_visual, q_text = asking(q, tables, setting)
 
     def launch(blocks: Blocks) -> None:
         blocks, tiles, parts = query_grid(q, keys, schedule, setting, blocks)
@@ -80,13 +87,14 @@ def forward(
             out_parts = q.new_empty((parts, *q.shape), dtype=torch.float32)
             lse_parts = lse.new_empty((parts, *lse.shape))
         forward_kernel[(len(tiles), keys.text.shape[1], parts)](
-            q_rows=q,
+            q_rows=q_visual,
+            q_rotated=q_text,
             out_rows=out_parts,
             lse_rows=lse_parts,
             tiles=tiles,
             SPLIT=parts > 1,
             **keys.pointers(),
-            **query_arguments(q, keys, tables, schedule, setting, blocks),
+            **query_arguments(q_visual, keys, schedule, setting, blocks),
         )
         if parts > 1:
             lines, block = lse.numel(), 16
@@ -123,16 +131,10 @@ def query_grid(
 
 
 def query_arguments(
-    q: torch.Tensor,
-    keys: Keys,
-    tables: torch.Tensor,
-    schedule: Schedule,
-    setting: Setting,
-    blocks: Blocks,
+    q: torch.Tensor, keys: Keys, schedule: Schedule, setting: Setting, blocks: Blocks
 ) -> dict[str, object]:
-    """Arguments that the kernels over queries share."""
+    """Arguments that the kernels over queries share; q as it meets visual keys."""
     return {
-        "tables": tables,
         "bounds": schedule.bounds(),
         "rows": schedule.rows,
         "padded_rows": q.shape[0],
@@ -147,7 +149,6 @@ def query_arguments(
         "SEVERAL": schedule.slots > 1,
         "HAS_VISUAL": setting.has_visual,
         "HAS_TEXT": setting.has_text,
-        "DEBIASED": setting.debiased,
         "PRECISION": precision(q),
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,

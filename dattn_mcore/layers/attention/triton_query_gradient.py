@@ -19,7 +19,7 @@ from dattn_mcore.layers.attention.triton_tiles import (
     edge_block,
     matmul,
     part_of,
-    query,
+    query_lines,
     query_tile,
     raw_logits,
     row_ranges,
@@ -154,12 +154,12 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=["rows", "padded_rows", "slots"])
 def query_kernel(
-    q_rows,
+    q_rows,  # as in the forward pass
+    q_rotated,
     text_keys,  # rotated
     text_values,
     visual_keys,
     visual_values,
-    tables,  # see `rotated_tile`
     tiles,  # as in the forward pass
     bounds,
     out_rows,
@@ -193,20 +193,15 @@ def query_kernel(
     SEVERAL: tl.constexpr,  # slots; else there is one
     HAS_VISUAL: tl.constexpr,
     HAS_TEXT: tl.constexpr,
-    DEBIASED: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradient of one query tile, apart for visual and text keys, whose queries differ."""
     group, columns = tl.program_id(1), tl.arange(0, HEAD_DIM)
-    tile, row, head, real, lines = query_tile(
-        q_rows, tiles, slots, q_row_stride, q_head_stride, RATIO, BLOCK_M
-    )
-    q = query(lines, row, real, columns, tables, padded_rows, HEAD_DIM, not DEBIASED)
+    tile, row, head, real = query_tile(tiles, slots, RATIO, BLOCK_M)
     at = row.to(tl.int64) * HEADS + head
-    element = at[:, None] * HEAD_DIM + columns[None, :]
-    out = tl.load(out_rows + element, mask=real[:, None], other=0.0)
-    d_out = tl.load(d_out_rows + element, mask=real[:, None], other=0.0)
+    out = query_lines(out_rows, row, head, real, HEADS * HEAD_DIM, HEAD_DIM, HEAD_DIM)
+    d_out = query_lines(d_out_rows, row, head, real, HEADS * HEAD_DIM, HEAD_DIM, HEAD_DIM)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     tl.store(delta_rows + at, delta, mask=real)  # every part writes the same
     lse = tl.load(lse_rows + at, mask=real, other=0.0) * LOG2_E
@@ -214,6 +209,7 @@ def query_kernel(
     lse = tl.where(lse == float("-inf"), 0.0, lse)
 
     if HAS_VISUAL:
+        q = query_lines(q_rows, row, head, real, q_row_stride, q_head_stride, HEAD_DIM)
         d_q = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
         count = 1
         if SEVERAL:
@@ -245,12 +241,14 @@ def query_kernel(
                 BLOCK_N=BLOCK_N,
                 PRECISION=PRECISION,
             )
-        part = tl.program_id(2).to(tl.int64) * padded_rows * HEADS * HEAD_DIM
-        tl.store(d_visual + part + element, d_q * scale, mask=real[:, None])
+        tile, row, head, real = query_tile(tiles, slots, RATIO, BLOCK_M)
+        at = (tl.program_id(2).to(tl.int64) * padded_rows + row) * HEADS + head
+        element = at[:, None] * HEAD_DIM + columns[None, :]
+        tl.store(d_visual + element, d_q * scale, mask=real[:, None])
     if HAS_TEXT and (not SPLIT or tl.program_id(2) == tl.num_programs(2) - 1):
-        if DEBIASED:
-            # Not before: the tile must not take shared memory twice in the visual loop.
-            q = query(lines, row, real, columns, tables, padded_rows, HEAD_DIM, True)
+        tile, row, head, real = query_tile(tiles, slots, RATIO, BLOCK_M)
+        # Not before: the tile must not take shared memory twice in the visual loop.
+        q = query_lines(q_rotated, row, head, real, HEADS * HEAD_DIM, HEAD_DIM, HEAD_DIM)
         d_q = tl.zeros([BLOCK_M, HEAD_DIM], dtype=tl.float32)
         low, high = row_ranges(bounds, rows, row, real)
         d_q = _query_gradient(
@@ -276,4 +274,7 @@ def query_kernel(
             BLOCK_N=BLOCK_N,
             PRECISION=PRECISION,
         )
+        _, row, head, real = query_tile(tiles, slots, RATIO, BLOCK_M)
+        at = row.to(tl.int64) * HEADS + head
+        element = at[:, None] * HEAD_DIM + columns[None, :]
         tl.store(d_text + element, d_q * scale, mask=real[:, None])

@@ -34,14 +34,12 @@ class DeviceKeyTiles:
 
     Attributes:
         tiles, intervals, most: see there.
-        several: whether any tile has several intervals.
         keys: rows up to the end of the last tile.
     """
 
     tiles: torch.Tensor
     intervals: torch.Tensor
     most: int
-    several: bool
     keys: int
 
 
@@ -114,7 +112,6 @@ class Schedule:
             tiles=self._moved(made.tiles),
             intervals=self._moved(made.intervals),
             most=made.most,
-            several=bool((made.tiles[:, 3] > 1).any()),
             keys=int(made.tiles[:, 1].max(initial=0)),
         )
 

@@ -68,22 +68,20 @@ def part_of(low, high, turn, STEP: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def query_tile(
-    q_rows,
-    tiles,  # `visible_ranges.query_tiles`
-    slots,
-    q_row_stride,
-    q_head_stride,
-    RATIO: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """This program's tile: its entry, and row, head, being real and pointer of each line."""
+def query_tile(tiles, slots, RATIO: tl.constexpr, BLOCK_M: tl.constexpr):
+    """This program's tile: its entry, and row, head and being real of each line.
+
+    Called again where a long loop lies between two uses: what the addresses are made of would stay
+    in registers meanwhile, of which large heads have too few. So the loads are volatile.
+
+    tiles: see `visible_ranges.query_tiles`.
+    """
     tile = tiles + tl.program_id(0) * (6 + 4 * slots)
     line = tl.arange(0, BLOCK_M)
-    row, head = tl.load(tile) + line // RATIO, tl.program_id(1) * RATIO + line % RATIO
+    first, last = tl.load(tile, volatile=True), tl.load(tile + 1, volatile=True)
+    row, head = first + line // RATIO, tl.program_id(1) * RATIO + line % RATIO
     # A tile has at most BLOCK_M // RATIO rows; lines beyond its last row are idle.
-    real = row < tl.load(tile + 1)
-    return tile, row, head, real, q_rows + row.to(tl.int64) * q_row_stride + head * q_head_stride
+    return tile, row, head, row < last
 
 
 @triton.jit
@@ -94,37 +92,20 @@ def row_ranges(bounds, rows, row, real):
 
 
 @triton.jit
-def rotated_tile(
-    source, row, real, columns, tables, rows, HEAD_DIM: tl.constexpr, SIGN: tl.constexpr
-):
-    """Loads lines at pointers `source` and rotates them in float32 (GPT-NeoX style).
+def query_lines(rows, row, head, real, row_stride, head_stride, HEAD_DIM: tl.constexpr):
+    """The tile's lines of [rows, heads, HEAD_DIM]; zeros where a line is not real.
 
-    tables: float32 [2, rows, HEAD_DIM], cosines and sines of the angles of each row, times what the
-    row is multiplied by; sines of the first half negative, so that a column needs only itself and
-    its partner in the other half.
+    Loaded and not computed, so that the compiler keeps them in shared memory and not in registers.
     """
-    partner = (columns + HEAD_DIM // 2) % HEAD_DIM
-    x = tl.load(source[:, None] + columns[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-    y = tl.load(source[:, None] + partner[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-    table = tables + row[:, None] * HEAD_DIM + columns[None, :]
-    cosine = tl.load(table, mask=real[:, None], other=0.0)
-    sine = tl.load(table + rows * HEAD_DIM, mask=real[:, None], other=0.0)
-    return x * cosine + y * sine * SIGN
-
-
-@triton.jit
-def query(lines, row, real, columns, tables, rows, HEAD_DIM: tl.constexpr, ROTATED: tl.constexpr):
-    """The tile's queries as they are, or rotated; see `rotated_tile`."""
-    if ROTATED:
-        q = rotated_tile(lines, row, real, columns, tables, rows, HEAD_DIM, 1.0)
-        return q.to(lines.dtype.element_ty)
+    lines = rows + row.to(tl.int64) * row_stride + head * head_stride
+    columns = tl.arange(0, HEAD_DIM)
     return tl.load(lines[:, None] + columns[None, :], mask=real[:, None], other=0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "table_rows"])
 def rotate_kernel(
     rows_in,
-    tables,  # see `rotated_tile`
+    tables,  # float32 [2, table_rows, HEAD_DIM / 2], see `triton_launch.rotation_tables`
     add,  # rows to add after the rotation, where ADD
     rows_out,
     rows,
@@ -137,13 +118,26 @@ def rotate_kernel(
     SIGN: tl.constexpr,  # 1 rotates, -1 rotates back
     ADD: tl.constexpr,
 ):
-    """Rotates rows [rows, heads, HEAD_DIM] by their angles; contiguous result and addend."""
-    line, columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM)
+    """Rotates rows [rows, heads, HEAD_DIM] by their angles; contiguous result and addend.
+
+    In float32, GPT-NeoX style: a column needs only its partner in the other half, and both have the
+    same angle.
+    """
+    line, columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM // 2)
     row, head = line // heads, line % heads
-    real = row < rows
-    source = rows_in + row.to(tl.int64) * row_stride + head * head_stride
-    result = rotated_tile(source, row, real, columns, tables, table_rows, HEAD_DIM, SIGN)
+    real = (row < rows)[:, None]
+    source = (rows_in + row.to(tl.int64) * row_stride + head * head_stride)[:, None] + columns[
+        None, :
+    ]
+    x = tl.load(source, mask=real, other=0.0).to(tl.float32)
+    y = tl.load(source + HEAD_DIM // 2, mask=real, other=0.0).to(tl.float32)
+    table = tables + row[:, None] * (HEAD_DIM // 2) + columns[None, :]
+    cosine = tl.load(table, mask=real, other=0.0)
+    sine = tl.load(table + table_rows * (HEAD_DIM // 2), mask=real, other=0.0) * SIGN
+    first, second = x * cosine - y * sine, y * cosine + x * sine
     at = line.to(tl.int64)[:, None] * HEAD_DIM + columns[None, :]
     if ADD:
-        result += tl.load(add + at, mask=real[:, None], other=0.0)
-    tl.store(rows_out + at, result.to(rows_out.dtype.element_ty), mask=real[:, None])
+        first += tl.load(add + at, mask=real, other=0.0)
+        second += tl.load(add + at + HEAD_DIM // 2, mask=real, other=0.0)
+    tl.store(rows_out + at, first.to(rows_out.dtype.element_ty), mask=real)
+    tl.store(rows_out + at + HEAD_DIM // 2, second.to(rows_out.dtype.element_ty), mask=real)

@@ -54,7 +54,7 @@ _SIXTEEN_BIT: dict[str, dict[int, tuple[Blocks, ...]]] = {
     "query": {
         64: (Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 1)),
         128: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32)),
-        256: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 1), Blocks(64, 32, 4, 1), Blocks(32, 32)),
+        256: (Blocks(128, 32, 8, 2), Blocks(64, 64, 8, 1), Blocks(64, 32, 4, 1), Blocks(32, 32)),
     },
     "key": {
         64: (Blocks(64, 128, 8, 3), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 1)),
@@ -62,10 +62,22 @@ _SIXTEEN_BIT: dict[str, dict[int, tuple[Blocks, ...]]] = {
         256: (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 1), Blocks(32, 32)),
     },
 }
-_FLOAT32 = {
-    64: (Blocks(64, 32, 4, 2), Blocks(32, 32)),
-    128: (Blocks(32, 32, 8, 2), Blocks(16, 16)),
-    256: (Blocks(16, 16),),
+_FLOAT32: dict[str, dict[int, tuple[Blocks, ...]]] = {
+    "forward": {
+        64: (Blocks(32, 32, 8, 2), Blocks(32, 32)),
+        128: (Blocks(32, 16, 8, 2), Blocks(16, 16)),
+        256: (Blocks(16, 16, 8, 2),),
+    },
+    "query": {
+        64: (Blocks(32, 32, 8, 2), Blocks(32, 32)),
+        128: (Blocks(16, 32, 8, 2), Blocks(16, 16)),
+        256: (Blocks(16, 16, 8, 2),),
+    },
+    "key": {
+        64: (Blocks(32, 32, 8, 2), Blocks(32, 32)),
+        128: (Blocks(32, 16, 8, 2), Blocks(16, 16)),
+        256: (Blocks(16, 16, 8, 2),),
+    },
 }
 _INTERPRETED = (Blocks(32, 32),)
 _MINIMUM_LINES = 16  # of a matrix product's tile
@@ -77,7 +89,7 @@ def candidates(
     """Blocks to try, the fastest first."""
     if device.type == "cpu":
         return _INTERPRETED
-    table = _FLOAT32 if dtype is torch.float32 else _SIXTEEN_BIT[kernel]
+    table = (_FLOAT32 if dtype is torch.float32 else _SIXTEEN_BIT)[kernel]
     return next(choice for size, choice in sorted(table.items()) if head_dim <= size)
 
 
@@ -102,5 +114,10 @@ def splits(programs: int, most_blocks: int, device: torch.device) -> int:
         most_blocks: blocks in the longest loop; a part has at least four.
         device: where it runs.
     """
-    free = processor_count(device) // max(programs, 1)
+    return splits_for(programs, most_blocks, processor_count(device))
+
+
+def splits_for(programs: int, most_blocks: int, processors: int) -> int:
+    """`splits` of a device with so many processors."""
+    free = processors // max(programs, 1)
     return max(1, min(free, most_blocks // 4, 64))

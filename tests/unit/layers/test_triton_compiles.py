@@ -28,23 +28,30 @@ SHARED_PER_PROGRAM = (
 CASES = {
     "mistral": (128, "bf16", False, False, False, 0),
     "mistral-several": (128, "bf16", False, False, True, 0),
+    "gemma2": (256, "bf16", True, False, False, 0),
     "gemma2-split": (256, "bf16", True, True, False, 0),
     "gemma2-split-several": (256, "bf16", True, True, True, 0),
     "fp32": (128, "fp32", False, False, False, -1),
+    "fp32-256": (256, "fp32", False, False, False, 0),
 }
 SCRIPT = """
 import json, sys, torch
-from benchmarks.kernel_resources import DTYPES, KERNELS, compile_helpers, compile_main
+from dataclasses import asdict
+from benchmarks.kernel_variants import DTYPES, HELPERS, KERNELS, compile_helper, compile_main
+from benchmarks.kernel_variants import needed_flops
 from dattn_mcore.layers.attention.triton_tuning import candidates
 
 made = {}
 for case, (head_dim, dtype, softcap, split, several, index) in json.loads(sys.argv[1]).items():
-    made[case] = [("helper", vars(one)) for one in compile_helpers(head_dim, dtype)]
+    helpers = [compile_helper(helper, head_dim, dtype)[0] for helper in HELPERS]
+    made[case] = [("helper", asdict(one)) for one in helpers]
     for kernel in KERNELS:
         blocks = candidates(kernel, head_dim, DTYPES[dtype], torch.device("meta"))[index]
         options = dict(softcap=softcap, split=split, several=several)
         one = compile_main(kernel, head_dim, dtype, blocks, **options)
-        made[case].append((kernel, vars(one)))
+        issued = one.code.wgmma_flops * blocks.warps / 4
+        ratio = issued / needed_flops(kernel, blocks, head_dim)
+        made[case].append((kernel, {**asdict(one), "products": ratio}))
 json.dump(made, sys.stdout)
 """
 
@@ -83,3 +90,24 @@ def test_no_length_is_compiled_in(compiled, case):
     for _, made in compiled[case]:
         model = {name for name in made["integers"] if re.search("_stride$|_group$|^heads$", name)}
         assert set(made["specialised"]) & set(made["integers"]) == model
+
+
+@pytest.mark.parametrize(
+    "case", [case for case, (head_dim, *_) in CASES.items() if head_dim == 256]
+)
+def test_what_is_tried_first_at_head_size_256_does_not_spill(compiled, case):
+    for name, made in compiled[case]:
+        spilled = {key: made[key] for key in ("stack", "spill_stores", "spill_loads")}
+        assert not any(spilled.values()), (name, spilled)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loop_over_tiles_is_found_in_the_machine_code(compiled, case):
+    """What it multiplies is what the tile needs, no less; more only where that is known."""
+    head_dim, dtype, *_ = CASES[case]
+    for name, made in compiled[case]:
+        if name != "helper" and dtype == "fp32":
+            assert made["code"]["counts"]["FFMA"] > 0 and made["products"] == 0
+        elif name != "helper":
+            # Eight warps take 128 lines at once; a tile of 64 keys is multiplied twice.
+            assert made["products"] == (1.5 if (name, head_dim) == ("key", 256) else 1.0)
