@@ -26,7 +26,7 @@ from dattn_mcore.evaluation.self_check import (
     saying_versions,
 )
 from dattn_mcore.hf import NO_FOREIGN_CODE
-from dattn_mcore.parallel.platform import gpu_problem
+from dattn_mcore.parallel.gpus import gpu_problem
 
 LONGER = "Answer in one short sentence."  # makes a prompt longer, so that another is padded
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
