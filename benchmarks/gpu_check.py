@@ -55,11 +55,11 @@ def _is_there(name: str) -> bool:
 
 def no_gpu() -> str | None:
     """Why there is no GPU to check; None where there is one."""
-    from dattn_mcore.parallel import platform
+    from dattn_mcore.parallel import gpus
 
-    if platform.gpu_available():
+    if gpus.gpu_available():
         return None
-    return platform.gpu_problem() or platform.idle_gpus() or "PyTorch sees none on this machine"
+    return gpus.gpu_problem() or gpus.idle_gpus() or "PyTorch sees none on this machine"
 
 
 def write_on_page(item: Item, result: Result, device: str, page: Path, folder: Path) -> None:

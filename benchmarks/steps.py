@@ -24,7 +24,7 @@ from dattn_mcore.config.load import from_dict, merge, read_yaml
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.models.dattn import ModelInputs
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel import on_cpu
 from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 from dattn_mcore.training.runtime import decide_runtime, params_dtype
@@ -179,7 +179,7 @@ def llava_step(
             torch.nn.utils.clip_grad_norm_(learning, 1.0)
             optimizer.step()
 
-        return platform.natively(step)
+        return on_cpu.natively(step)
 
     return {rows: step_of(rows) for rows in visual}
 

@@ -92,13 +92,13 @@ def _torch(start: _Start) -> Rows:
 
 
 def _device(start: _Start) -> Rows:
-    from dattn_mcore.parallel import entry, platform
+    from dattn_mcore.parallel import entry, gpus, platform
 
     wanted = start.config.train.device
     entry.prepare_imports(wanted)
     if start.config.train.deterministic:
         platform.make_deterministic()  # kernels are chosen by it
-    start.device = platform.resolve_device(wanted)
+    start.device = gpus.resolve_device(wanted)
     return [("device", start.device.upper(), f"train.device={wanted}")]
 
 

@@ -30,7 +30,7 @@ from dattn_mcore.evaluation.self_check import (
 from dattn_mcore.hf import NO_FOREIGN_CODE, DattnImageCache
 from dattn_mcore.hf.image_cache_dattn import mode_problem
 from dattn_mcore.hf.samples_dattn import tiles_of
-from dattn_mcore.parallel.platform import gpu_problem
+from dattn_mcore.parallel.gpus import gpu_problem
 
 logger = logging.getLogger(__name__)
 GIB = 2**30

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dattn_mcore.parallel import packages, platform
+from dattn_mcore.parallel import gpus, packages, platform
 
 
 def prepare_imports(device: str) -> None:
@@ -13,6 +13,6 @@ def prepare_imports(device: str) -> None:
     Args:
         device: `train.device`; cpu where nothing is computed on a GPU.
     """
-    platform.show_warnings()
+    gpus.show_warnings()
     platform.load_no_compiler(device)
     packages.hide_broken([*packages.TRIED_BY_MEGATRON, platform.ADDS_GRADIENTS])

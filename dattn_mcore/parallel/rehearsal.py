@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel import on_cpu
 from dattn_mcore.parallel.collectives import NAMESPACE, Collective, records
 
 TORCH = ("2.13",)
@@ -46,7 +46,7 @@ def fake_world(rank: int, world_size: int) -> Iterator[torch.device]:
         dist.Backend.register_backend(
             _BACKEND, _create_fake_pg, extended_api=True, devices=["cpu", "meta"]
         )
-    with platform.without_memory() as device:
+    with on_cpu.without_memory() as device:
         dist.init_process_group(_BACKEND, store=FakeStore(), rank=rank, world_size=world_size)
         try:
             yield device

@@ -14,7 +14,7 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.errors import ConfigError, DattnError
 from dattn_mcore.layers.attention.triton_backend import launch_problem
 from dattn_mcore.layers.runtime import Runtime
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel import on_cpu
 from dattn_mcore.training.agreement import agree
 from dattn_mcore.training.dry_run import attention_backends
 from dattn_mcore.training.runtime import decide_runtime
@@ -67,7 +67,7 @@ def compile_where_possible(device: torch.device) -> str | None:
     """
     if device.type == "cpu" or (problem := launch_problem(device)) is None:
         return None
-    platform.compile_nothing()
+    on_cpu.compile_nothing()
     logger.warning("PyTorch compiles nothing in this run: Triton: %s", problem)
     return problem
 

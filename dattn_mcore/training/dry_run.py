@@ -14,7 +14,7 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.config.sharing import why_apart
 from dattn_mcore.layers.attention import BackendChoice, choose_backend
 from dattn_mcore.layers.spec import attention_options
-from dattn_mcore.parallel.platform import resolve_device
+from dattn_mcore.parallel.gpus import resolve_device
 from dattn_mcore.plan.disk import disk_lines
 from dattn_mcore.plan.learning import learning_lines
 from dattn_mcore.plan.parameters import layers_of_stage, stage_parameters

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import dattn_mcore
 from dattn_mcore.checkpoint.folders import EXPORTS, export_of, list_checkpoints, whole_manifest
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel import gpus
 from dattn_mcore.parallel.groups import wait_for_all
 from dattn_mcore.training.hooks import Hook, StepDone
 from dattn_mcore.training.launch import without_rank
@@ -165,4 +165,4 @@ def _environment() -> dict[str, str]:
     """Of a process that is no rank, needs no GPU, and finds this installation of the converter."""
     root = str(Path(dattn_mcore.__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**without_rank(os.environ), **platform.without_gpus(), "PYTHONPATH": path}
+    return {**without_rank(os.environ), **gpus.without_gpus(), "PYTHONPATH": path}

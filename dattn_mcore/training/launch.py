@@ -36,12 +36,12 @@ def restart_under_torchrun(
     Raises:
         ConfigError: the machine has too few GPUs.
     """
-    from dattn_mcore.parallel import platform
+    from dattn_mcore.parallel import gpus
 
-    if platform.resolve_device(device) == "gpu" and platform.gpu_count() < processes:
+    if gpus.resolve_device(device) == "gpu" and gpus.gpu_count() < processes:
         raise ConfigError(
             f"tp x pp x cp needs {processes} processes with a GPU each, and this machine has "
-            f"{platform.gpu_count()} GPUs; start torchrun on more nodes, choose a smaller --tp or "
+            f"{gpus.gpu_count()} GPUs; start torchrun on more nodes, choose a smaller --tp or "
             "--pp, or use --device cpu"
         )
     started = [*(program or sys.argv[:1]), *arguments]

@@ -190,7 +190,7 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
     # Importing PyTorch and Megatron-Core takes seconds; mistakes above are reported at once.
     import torch.distributed as dist
 
-    from dattn_mcore.parallel import entry, platform
+    from dattn_mcore.parallel import entry, gpus, platform
 
     entry.prepare_imports(config.train.device)
     from dattn_mcore.parallel import groups
@@ -209,7 +209,7 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
     if "WORLD_SIZE" in os.environ:
         device_kind, device, watchdog = _join(config)
     else:
-        device_kind = platform.resolve_device(config.train.device)
+        device_kind = gpus.resolve_device(config.train.device)
         check_site(config, device_kind, 0)
         device = platform.install(device_kind)
         groups.initialize_alone(device_kind)
@@ -259,7 +259,7 @@ def _run(config: Config, arguments: Sequence[str], prog: str) -> int:
 
 def _join(config: Config):
     """Joins the other ranks, once all see their device and run the same code and configuration."""
-    from dattn_mcore.parallel import groups, platform
+    from dattn_mcore.parallel import gpus, groups, platform
     from dattn_mcore.training.site import check_site
     from dattn_mcore.training.start_checks import check_ranks, describe_rank
     from dattn_mcore.training.watchdog import Watchdog
@@ -270,7 +270,7 @@ def _join(config: Config):
     problem: DattnError | None = None
     device_kind: str = config.train.device
     try:
-        device_kind = platform.resolve_device(config.train.device)
+        device_kind = gpus.resolve_device(config.train.device)
         check_site(config, device_kind, local_rank)
     except DattnError as error:
         problem = error

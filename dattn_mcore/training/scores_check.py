@@ -14,7 +14,7 @@ from dattn_mcore.evaluation.benchmarks.base import check_pictures
 from dattn_mcore.evaluation.exact_match import check_expected
 from dattn_mcore.evaluation.images import check_images
 from dattn_mcore.evaluation.questions import part_of, read_questions
-from dattn_mcore.parallel.platform import gpu_problem
+from dattn_mcore.parallel.gpus import gpu_problem
 
 
 def check_scores(config: Config) -> None:

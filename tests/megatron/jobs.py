@@ -29,7 +29,7 @@ from dattn_mcore.parallel import entry, packages, platform, torch_adam  # noqa: 
 from dattn_mcore.parallel.announcements import ANNOUNCEMENTS  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-GPU = "cu" + "da"  # the word itself belongs to platform.py alone
+GPU = "cu" + "da"  # the word itself belongs to parallel/platform.py and its like
 OPTIONAL = ".extensions.transformer_engine"  # names there need that package
 # Other things that `platform.install` replaces, and what Megatron-Core says where it needs them.
 OTHER_SHIMS = {

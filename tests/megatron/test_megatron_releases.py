@@ -83,7 +83,7 @@ def check_release(answers):
     needless = sorted(name for name, needed in answers["fixes"].items() if not needed)
     assert not needless, f"dattn_mcore/parallel/torch_adam.py: {release} does without: say so there"
     needless = sorted(set(answers["shims"]) - NOT_MEGATRONS)
-    assert not needless, f"dattn_mcore/parallel/platform.py: {release} does without: say so there"
+    assert not needless, f"dattn_mcore/parallel/on_cpu.py: {release} does without: say so there"
 
 
 def test_the_installed_release(here):

@@ -15,7 +15,7 @@ from benchmarks import gpu_check, gpu_packages
 from benchmarks.gpu_items import CPU, GPU, SHORT, TESTS, Item, arguments_of, items_for
 from benchmarks.run_items import run_all, run_item
 from dattn_mcore.layers.attention.flash import FlashBackend
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel import gpus
 
 ROOT = Path(__file__).parents[3]
 TABLE = "print('words'); print('| a |'); print('| --- |'); print('| 1 |')"
@@ -117,7 +117,7 @@ def test_the_page_gets_tables_and_says_what_failed(tmp_path, monkeypatch):
 @pytest.fixture
 def simulated_gpu(tmp_path, monkeypatch):
     """A list on a machine with a GPU that no item uses; no packages are looked for."""
-    monkeypatch.setattr(platform, "gpu_available", lambda: True)
+    monkeypatch.setattr(gpus, "gpu_available", lambda: True)
     items = [item("good", TABLE), item("long", TABLE, minutes=100)]
     monkeypatch.setattr(gpu_check, "items_for", lambda device, tests, short: items)
     monkeypatch.setattr(gpu_check, "arguments_of", lambda one, device, folder: plain(one))
@@ -163,7 +163,7 @@ def test_without_a_gpu_one_line_says_why(tmp_path):
             str(tmp_path / "o"),
         ],
         cwd=ROOT,
-        env={**os.environ, **platform.without_gpus()},
+        env={**os.environ, **gpus.without_gpus()},
         capture_output=True,
         text=True,
     )

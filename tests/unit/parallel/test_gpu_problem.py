@@ -9,9 +9,9 @@ import torch
 
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.evaluation.generation import resolve_device
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel import gpus, platform
 
-GPU = "cu" + "da"  # the word itself belongs to platform.py alone
+GPU = "cu" + "da"  # the word itself belongs to parallel/platform.py and its like
 TOO_OLD = (
     f"{GPU.upper()} initialization: The NVIDIA driver on your system is too old (found version "
     "12040). Please update your GPU driver (Triggered internally at /pytorch/Functions.cpp:119.)"
@@ -39,15 +39,15 @@ def driver(monkeypatch):
             monkeypatch.setattr(gpu, "device_count", lambda: int(is_available()))
         monkeypatch.setattr(gpu, "is_available", is_available)
         monkeypatch.setattr(torch.version, GPU, built)
-        platform.found_gpus.cache_clear()
+        gpus.found_gpus.cache_clear()
 
     yield install
-    platform.found_gpus.cache_clear()
+    gpus.found_gpus.cache_clear()
 
 
 def refusal(device):
     with pytest.raises(ConfigError) as caught:
-        platform.resolve_device(device)
+        gpus.resolve_device(device)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -65,7 +65,7 @@ def test_a_driver_that_is_too_old_is_an_error(driver, device):
     assert "or install PyTorch's build for " + GPU.upper() + " 12 (+cu126 or" in said
     assert said.endswith("; or use train.device=cpu")
     assert "Triggered" not in said
-    assert platform.resolve_device("cpu") == "cpu"
+    assert gpus.resolve_device("cpu") == "cpu"
 
 
 def test_a_driver_that_no_build_is_left_for_must_be_updated(driver):
@@ -91,15 +91,15 @@ def test_a_warning_that_came_before_is_asked_for_again(driver, monkeypatch):
 
 def test_no_gpu_is_the_cpu_and_a_gpu_is_taken(driver):
     driver(0, None)
-    assert platform.resolve_device("auto") == "cpu" and platform.gpu_problem() is None
+    assert gpus.resolve_device("auto") == "cpu" and gpus.gpu_problem() is None
     driver(4, None, usable=True)
-    assert platform.resolve_device("auto") == "gpu" and platform.gpu_count() == 4
+    assert gpus.resolve_device("auto") == "gpu" and gpus.gpu_count() == 4
 
 
 def test_other_warnings_are_passed_on(driver):
     driver(1, "GPU0 is of a kind that this build does not know", usable=True)
     with pytest.warns(UserWarning, match="GPU0 is of a kind"):
-        assert platform.gpu_available()
+        assert gpus.gpu_available()
 
 
 def test_evaluation_refuses_alike(driver):
@@ -114,10 +114,10 @@ def test_a_build_for_a_cpu_beside_gpus_is_said(monkeypatch, tmp_path):
         (tmp_path / name).touch()
     monkeypatch.delenv(f"{GPU}_visible_devices".upper(), raising=False)
     monkeypatch.setattr(torch.version, GPU, None)
-    assert "this machine has 2 NVIDIA GPUs, and PyTorch" in platform.idle_gpus(tmp_path)
+    assert "this machine has 2 NVIDIA GPUs, and PyTorch" in gpus.idle_gpus(tmp_path)
     monkeypatch.setenv(f"{GPU}_visible_devices".upper(), "")
-    assert platform.idle_gpus(tmp_path) is None
-    assert platform.idle_gpus(tmp_path / "none") is None
+    assert gpus.idle_gpus(tmp_path) is None
+    assert gpus.idle_gpus(tmp_path / "none") is None
 
 
 COMMAND = f"""

@@ -7,7 +7,7 @@ import torch
 
 from dattn_mcore.parallel.out_of_memory import is_out_of_memory
 
-GPU = "cu" + "da"  # the word itself belongs to platform.py alone
+GPU = "cu" + "da"  # the word itself belongs to parallel/platform.py and its like
 
 
 def test_an_allocation_that_fails_here():

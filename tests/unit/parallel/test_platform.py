@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dattn_mcore.errors import ConfigError, FaultError
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel import gpus, on_cpu, platform
 
-GPU = "cu" + "da"  # the word itself belongs to platform.py alone
+GPU = "cu" + "da"  # the word itself belongs to parallel/platform.py and its like
 
 
 def test_device_names_mean_the_cpu():
@@ -52,7 +52,7 @@ def test_streams_are_inert():
 def test_natively_names_mean_what_pytorch_says():
     """As they do where Transformer Engine's layers, which write such names, are not loaded."""
 
-    @platform.natively
+    @on_cpu.natively
     def on_a_gpu():
         return torch.zeros(2, device=GPU)
 
@@ -62,10 +62,10 @@ def test_natively_names_mean_what_pytorch_says():
 
 
 def test_gpu_asked_for_and_absent(monkeypatch):
-    monkeypatch.setattr(platform, "gpu_available", lambda: False)
-    assert platform.resolve_device("auto") == "cpu"
+    monkeypatch.setattr(gpus, "gpu_available", lambda: False)
+    assert gpus.resolve_device("auto") == "cpu"
     with pytest.raises(ConfigError, match="train.device=gpu needs a GPU"):
-        platform.resolve_device("gpu")
+        gpus.resolve_device("gpu")
 
 
 VISIBLE = f"{GPU}_visible_devices".upper()
@@ -92,9 +92,9 @@ def test_the_gpu_of_a_process(monkeypatch, count, local_rank, environment, index
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(platform, "gpu_count", lambda: count)
+    monkeypatch.setattr(gpus, "gpu_count", lambda: count)
     if isinstance(index, int):
-        assert platform.gpu_index(local_rank) == index
+        assert gpus.gpu_index(local_rank) == index
         return
     with pytest.raises(ConfigError, match=f"GPU {local_rank} is not visible.*{index}") as caught:
         platform.check_device("gpu", local_rank)
@@ -105,7 +105,7 @@ def test_a_gpu_that_does_not_compute_is_a_fault(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError("uncorrectable ECC error\nCompile with ...")
 
-    monkeypatch.setattr(platform, "gpu_count", lambda: 8)
+    monkeypatch.setattr(gpus, "gpu_count", lambda: 8)
     monkeypatch.setattr(torch, "zeros", fails)
     message = r"^GPU 3 does not compute \(uncorrectable ECC error\); take this machine out"
     with pytest.raises(FaultError, match=message):
@@ -125,7 +125,7 @@ def test_importing_changes_nothing():
 COMPILES_NOTHING = """
 from megatron.core.activations import quick_gelu  # decorated before the platform is installed
 import torch
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel import gpus, on_cpu, platform
 
 platform.install("cpu")
 rows = torch.randn(7, 5)

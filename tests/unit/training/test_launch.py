@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dattn_mcore.errors import ConfigError
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel import gpus
 from dattn_mcore.training import launch
 
 
@@ -23,13 +23,13 @@ def started(monkeypatch):
     return seen
 
 
-def gpus(monkeypatch, count):
-    monkeypatch.setattr(platform, "gpu_available", lambda: count > 0)
-    monkeypatch.setattr(platform, "gpu_count", lambda: count)
+def machine_with(monkeypatch, count):
+    monkeypatch.setattr(gpus, "gpu_available", lambda: count > 0)
+    monkeypatch.setattr(gpus, "gpu_count", lambda: count)
 
 
 def test_restarts_with_the_same_arguments_and_a_clean_environment(monkeypatch, started, capsys):
-    gpus(monkeypatch, 0)
+    machine_with(monkeypatch, 0)
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("HOME_OF_MINE", "kept")
@@ -45,7 +45,7 @@ def test_restarts_with_the_same_arguments_and_a_clean_environment(monkeypatch, s
 
 
 def test_restarts_as_another_program(monkeypatch, started, capsys):
-    gpus(monkeypatch, 0)
+    machine_with(monkeypatch, 0)
     launch.restart_under_torchrun(2, "cpu", ["--tp", "2"], ["-m", "dattn_mcore.cli", "train"])
     words = ["--nproc-per-node", "2", "-m", "dattn_mcore.cli", "train", "--tp", "2"]
     assert started["command"][-7:] == words
@@ -53,7 +53,7 @@ def test_restarts_as_another_program(monkeypatch, started, capsys):
 
 
 def test_too_few_gpus_is_an_error(monkeypatch, started):
-    gpus(monkeypatch, 2)
+    machine_with(monkeypatch, 2)
     with pytest.raises(ConfigError, match="needs 8 processes with a GPU each.* has 2 GPUs") as e:
         launch.restart_under_torchrun(8, "auto", [])
     assert "\n" not in str(e.value)
@@ -61,6 +61,6 @@ def test_too_few_gpus_is_an_error(monkeypatch, started):
 
 
 def test_cpu_processes_need_no_gpus(monkeypatch, started):
-    gpus(monkeypatch, 2)
+    machine_with(monkeypatch, 2)
     launch.restart_under_torchrun(8, "cpu", [])
     assert started

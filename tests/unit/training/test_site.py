@@ -8,7 +8,7 @@ from dattn_mcore.config.load import from_dict
 from dattn_mcore.errors import ConfigError
 from dattn_mcore.layers.attention import triton_trial
 from dattn_mcore.layers.attention.triton_backend import launch_problem
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel import on_cpu, platform
 from dattn_mcore.training import implementation
 from dattn_mcore.training.choices import check_same_choices, compile_where_possible
 from dattn_mcore.training.implementation import choose_implementation
@@ -19,7 +19,7 @@ from dattn_mcore.training.site import (
     unordered_variable,
 )
 
-GPU = "cu" + "da"  # the word itself belongs to platform.py alone
+GPU = "cu" + "da"  # the word itself belongs to parallel/platform.py and its like
 FP8 = {"train": {"precision": "bf16", "fp8": "tensorwise"}}
 
 
@@ -119,7 +119,7 @@ def test_without_a_compiler_for_triton_pytorch_compiles_nothing(monkeypatch, cap
     def launch(device):
         raise RuntimeError("Failed to find C compiler. Please specify via CC.")
 
-    monkeypatch.setattr(platform, "compile_nothing", lambda: called.append(True))
+    monkeypatch.setattr(on_cpu, "compile_nothing", lambda: called.append(True))
     monkeypatch.setattr(triton_trial, "launch", launch)
     launch_problem.cache_clear()
     assert compile_where_possible(torch.device("cpu")) is None and not called
