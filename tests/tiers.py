@@ -194,6 +194,7 @@ SLOW = (
     "tests/distributed/test_plan_memory.py::test_what_adapters_keep[baseline",
     "tests/distributed/test_plan_memory.py::test_what_adapters_keep[tp2]",
     "tests/distributed/test_resume.py::test_resharded_twice",
+    "tests/distributed/test_sample_weights.py::test_every_layout_has_the_loss_of_one_process[tp2-pp2-sp",
     "tests/distributed/test_watched_runs_by_layout.py",
     "tests/distributed/test_killed_beside_training.py::test_in_an_export",
     "tests/distributed/test_adapters.py::test_a_run_starts_from_exported_adapters[tp2-sp",

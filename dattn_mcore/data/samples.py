@@ -9,6 +9,7 @@ from pathlib import Path
 from dattn_mcore.data.image_files import check_folder, read_bytes
 from dattn_mcore.data.images import ImageRequest
 from dattn_mcore.data.index.store import Index, IndexedImage, IndexedSample
+from dattn_mcore.data.record_runs import runs_of
 from dattn_mcore.data.sources.open_files import OpenFiles
 from dattn_mcore.data.sources.place import ImagePlace
 from dattn_mcore.data.sources.record import Sample
@@ -16,7 +17,6 @@ from dattn_mcore.data.templates import (
     EncodedSample,
     encode_sample,
     merge_runs,
-    runs_of,
     truncate,
 )
 from dattn_mcore.data.tokenizer import Tokenizer

@@ -17,10 +17,7 @@ from dataclasses import dataclass, replace
 
 from dattn_mcore.architectures import chat_templates
 from dattn_mcore.architectures.chat import BOS, EOS, ChatTemplate, Images, Segment, Text, Token
-from dattn_mcore.config.schema import LossOn
-from dattn_mcore.data.sources.record import Sample
 from dattn_mcore.data.tokenizer import Tokenizer
-from dattn_mcore.data.tool_turns import with_tools
 from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.types import IGNORED_LABEL, IMAGE_MARK, Layout
 
@@ -164,38 +161,13 @@ def encode_conversation(
     return out.runs()
 
 
-def runs_of(
-    tokenizer: Tokenizer, template: str, sample: Sample, loss_on: LossOn = "all"
-) -> tuple[Run, ...]:
-    """Builds the runs of a record, whatever it holds.
+def encode_document(tokenizer: Tokenizer, text: str) -> tuple[Run, ...]:
+    """Builds the runs of a text that is learned as a whole, whatever the template.
 
     Args:
         tokenizer: Gives the ids.
-        template: Name of a conversation template.
-        sample: The record.
-        loss_on: Which of its answers are learned.
-
-    Raises:
-        ConfigError: The template is unknown.
-        DataError: It cannot hold the record, or none of it would be learned.
+        text: An `<image>` mark for each image; images that begin it stand before its first token.
     """
-    if sample.document:
-        return _document(tokenizer, sample.turns[0])
-    turns, system = sample.turns, sample.system
-    if sample.tool_use is not None:
-        turns, system = with_tools(find_template(template), sample)
-    learned = sample.learned
-    if loss_on == "last":
-        last = not learned or learned[-1]
-        if not last or not turns[-1].strip():
-            what = "is empty" if last else "has 'loss' false"
-            raise DataError(f"data.loss_on is 'last', and the last answer {what}; nothing to learn")
-        learned = (False,) * (len(turns) // 2 - 1) + (True,)
-    return encode_conversation(tokenizer, template, turns, system, learned)
-
-
-def _document(tokenizer: Tokenizer, text: str) -> tuple[Run, ...]:
-    """A text that is learned as a whole; images that begin it stand before its first token."""
     out = _Writer(tokenizer)
     text = text.strip()
     while text.startswith(IMAGE_MARK):

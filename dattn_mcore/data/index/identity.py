@@ -19,6 +19,7 @@ _SETTINGS = {
     "tokenizer": "data.tokenizer",
     "template": "data.template",
 }
+_ONCE = ("llava", "webdataset")  # forms of before there were others
 
 
 def identity_of(
@@ -35,8 +36,14 @@ def identity_of(
     split: dict[str, Any] = {}
     if validation is not None and validation.share:  # without one, as it was before there was any
         split = {"held_out": {"share": validation.share, "salt": validation.salt}}
-    if settings.loss_on != "all":  # likewise
+    # Likewise: once all records were of LLaVA's form and all answers learned.
+    if settings.loss_on != "all":
         split["loss_on"] = settings.loss_on
+    if any(source.form not in _ONCE for source in settings.sources):
+        split["forms"] = [
+            asdict(source.mapping) if source.form == "mapping" else source.form
+            for source in settings.sources
+        ]
     return {
         "content": index.content["content"],
         "usable": index.content["usable"],
@@ -116,5 +123,7 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
         parts.append("the order of samples (data.group_images)")
     if there.get("loss_on") != here.get("loss_on"):
         parts.append("which answers are learned (data.loss_on)")
+    if there.get("forms") != here.get("forms"):
+        parts.append("the form of records (data.sources[].format, data.sources[].mapping)")
     parts += [words for name, words in _SETTINGS.items() if there[name] != here[name]]
     return ", ".join(parts)

@@ -21,7 +21,8 @@ import numpy as np
 
 from dattn_mcore.config.schema import Config, LossOn
 from dattn_mcore.data.image_rules import rules_of
-from dattn_mcore.data.sources.source import Source, configured_sources
+from dattn_mcore.data.sources.configured import configured_sources
+from dattn_mcore.data.sources.source import Source
 from dattn_mcore.data.tiles import ANYRES_POLICIES
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.hf.image_rules_dattn import ImageRules

@@ -27,11 +27,12 @@ from dattn_mcore.data.index.layout import (
     IndexSettings,
     SampleRow,
 )
+from dattn_mcore.data.record_runs import runs_of
 from dattn_mcore.data.sources.open_files import OpenFiles
 from dattn_mcore.data.sources.place import ImagePlace, Place
 from dattn_mcore.data.sources.record import RecordError, Sample
 from dattn_mcore.data.sources.records.forms import other_form
-from dattn_mcore.data.templates import TextRun, runs_of
+from dattn_mcore.data.templates import TextRun
 from dattn_mcore.data.tiles import Tiling, tiling_of_image
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import DataError

@@ -108,8 +108,10 @@ class JsonFile:
 
     def image(self, place: Place, image: ImagePlace) -> bytes:
         """Decodes an image that lies in its record."""
-        inside = self.read(place)[0].images[image.offset - 1]
-        assert isinstance(inside, Inside)
+        images = self.read(place)[0].images
+        inside = images[image.offset - 1] if image.offset <= len(images) else None
+        if not isinstance(inside, Inside):
+            raise DataError(f"is no longer in '{self.path}'")
         return bytes_of(inside)
 
     def share(self, place: Place) -> float:
@@ -172,6 +174,12 @@ class JsonFile:
         """Refuses an object over several lines: each of them would be reported as a bad sample."""
         if data[start : start + 1] != b"{" or len(data) > _MOST_LOOKED_AT:
             return
+        line = data[start : data.find(b"\n", start) + 1 or len(data)]
+        try:
+            json.loads(line)
+            return  # every trainer comes here, and most files end here
+        except (ValueError, RecursionError):
+            pass
         text = data[start:].decode("utf-8", "replace")
         try:
             found, end = json.JSONDecoder().raw_decode(text)

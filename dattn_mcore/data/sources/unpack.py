@@ -6,6 +6,7 @@ again, and one that is cut or damaged is refused with its name. Memory stays at 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gzip
 import hashlib
@@ -55,7 +56,8 @@ def unpacked(path: Path, folder: str) -> Path:
             return copy
         copy.parent.mkdir(parents=True, exist_ok=True)
         with open(copy.with_name("lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # where the file system has locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if not copy.exists():
                 _unpack(path, copy, kind)
     except OSError as error:
@@ -68,8 +70,16 @@ def unpacked(path: Path, folder: str) -> Path:
 
 def _unpack(path: Path, copy: Path, kind: str) -> None:
     _LOG.info("'%s' is unpacked into '%s'", path, copy.parent)
-    temporary = copy.with_name(f"{copy.name}.part")
-    with open(temporary, "wb") as out, open(path, "rb") as packed:
+    temporary = copy.with_name(f"{copy.name}.{os.getpid()}")
+    try:
+        _write(path, temporary, kind)
+        os.replace(temporary, copy)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, out_path: Path, kind: str) -> None:
+    with open(out_path, "wb") as out, open(path, "rb") as packed:
         stream = gzip.GzipFile(fileobj=packed) if kind == "gzip" else _zstd(path, packed)
         try:
             while part := stream.read(_PART):
@@ -82,7 +92,6 @@ def _unpack(path: Path, copy: Path, kind: str) -> None:
             raise _damaged(path, kind, error) from None
         finally:
             stream.close()
-    os.replace(temporary, copy)
 
 
 def _zstd(path: Path, packed: BinaryIO) -> Any:

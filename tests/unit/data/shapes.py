@@ -15,8 +15,9 @@ from typing import Any
 from PIL import Image
 
 from dattn_mcore.config.schema import DataConfig, MappingConfig, SourceConfig
+from dattn_mcore.data.sources.configured import configured_sources
 from dattn_mcore.data.sources.record import Sample
-from dattn_mcore.data.sources.source import Source, configured_sources, open_source_file
+from dattn_mcore.data.sources.source import Source, open_source_file
 
 
 def png(value: int = 0) -> bytes:

@@ -302,6 +302,20 @@ SHAPES = (
         ),
     ),
     Shape(
+        "Energon, interleaved",
+        ENERGON,
+        "a.tar",
+        {
+            "000.0.jpg": png(),
+            "000.1.jpg": png(1),
+            "000.json": json.dumps(
+                {"images": ["0.jpg", None, "1.jpg"], "texts": [None, "A cat.", None]}
+            ).encode(),
+        },
+        "interleaved",
+        (sample("000", ("<image>\n\nA cat.\n\n<image>",), ("0.jpg", "1.jpg"), document=True),),
+    ),
+    Shape(
         "LLaVA-OneVision-1.5, tar",
         ONEVISION,
         "a.tar",

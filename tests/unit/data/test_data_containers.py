@@ -16,8 +16,8 @@ from dattn_mcore.config.schema import Config, MappingConfig, SourceConfig, Sourc
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.sources import unpack
+from dattn_mcore.data.sources.configured import CONTAINERS
 from dattn_mcore.data.sources.records.forms import FORMS
-from dattn_mcore.data.sources.source import CONTAINERS
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import ConfigError, DataError
 from tests.unit.data.shapes import URI, png, tar_bytes

@@ -124,6 +124,11 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "messages",
+        {"messages": [USER, {"role": "assistant", "content": None}]},
+        "message 1: 'content' must be a string, got null",
+    ),
+    (
+        "messages",
         {"messages": [USER, {**BOT, "reasoning_content": "hm"}]},
         "message 1: " + aside("reasoning_content"),
     ),

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from dattn_mcore.config.schema import Config
+from dattn_mcore.config.schema import Config, MappingConfig, SourceConfig
 from dattn_mcore.data.index.identity import difference, fingerprint_of, identity_of
 from dattn_mcore.data.index.store import open_index
 from dattn_mcore.data.pipeline import DataPipeline
+from dattn_mcore.data.record_runs import runs_of
 from dattn_mcore.data.sources.record import Sample
-from dattn_mcore.data.templates import encode_sample, runs_of
+from dattn_mcore.data.templates import encode_sample
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import DataError
 
@@ -147,3 +148,23 @@ def test_the_index_knows_what_is_learned(
     assert fingerprint_of(there) != fingerprint_of(here)
     assert "loss_on" not in there  # as before there was the setting
     assert "which answers are learned (data.loss_on)" in difference(there, here)
+
+
+def test_the_form_is_part_of_what_is_resumed(
+    make_config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    """The same file read in two ways is two data sets; LLaVA's form is as before there were others."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"q": "q", "a": "7", "b": "8"}]))
+    mappings = [MappingConfig(question="q", answer=name) for name in "ab"]
+    found = []
+    for mapping in mappings:
+        keys = tuple({"a", "b"} - {mapping.answer})
+        source = SourceConfig(annotations=str(path), mapping=mapping)
+        config = make_config(sources=(source,), metadata_keys=keys, index_dir=str(tmp_path))
+        found.append(identity_of(open_index(config, toy_tokenizer), config.data))
+    assert fingerprint_of(found[0]) != fingerprint_of(found[1])
+    assert "the form of records" in difference(found[0], found[1])
+    path.write_text(json.dumps([two_turns()]))
+    config = make_config(annotations=str(path))
+    assert "forms" not in identity_of(open_index(config, toy_tokenizer), config.data)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from dattn_mcore.data.record_runs import runs_of
 from dattn_mcore.data.sources.records.forms import FORMS, parse_record
-from dattn_mcore.data.templates import encode_sample, runs_of
+from dattn_mcore.data.templates import encode_sample
 from dattn_mcore.data.tokenizer import HuggingFaceTokenizer
 from dattn_mcore.errors import DataError
 from tests.unit.data.test_data_chat_families import make_byte_level

@@ -26,15 +26,13 @@ def content_of(value: Any, where: str, inline: list[str | Inside | None]) -> str
     """The text of a message's content, a mark for each image.
 
     Args:
-        value: A text, or a list of typed parts; null of a message that only calls tools.
+        value: A text, or a list of typed parts.
         where: How messages call the message.
         inline: Gets the image of each typed part; None where the record's next one is meant.
 
     Raises:
         DataError: It is none of these, or holds more than text and images.
     """
-    if value is None:
-        return ""
     if not isinstance(value, list):
         return text_of(value, f"{where}: 'content'")
     said = []

@@ -163,8 +163,10 @@ def _message(
     if len(found) > 2:
         used = _USED_OF_A_TOOL if role == "tool" else _USED
         turn_metadata(found, used, (where, "messages"), known, ignored)
-    text = content_of(found.get("content"), where, inline)
     calls = found.get("tool_calls")
+    content = found.get("content")
+    # Of a message that only calls tools.
+    text = "" if content is None and is_filled(calls) else content_of(content, where, inline)
     if not is_filled(calls):
         calls = []
     elif role != "answer" or not isinstance(calls, list):
