@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 _SAMPLED = 256  # numbers of each weight that are read, or up to twice as many
-_PARTS = ("_parameters", "_buffers", "_modules")
+_WEIGHTS = ("_parameters", "_buffers")
+_NO_SETTINGS = (*_WEIGHTS, "_modules")
+_PLAIN = {type(None), bool, int, float, str, torch.dtype, torch.device}
 
 
-def state_of(model: nn.Module, parts: Iterable[nn.Module]) -> bytes:
-    """A hash that changes with whatever the parts compute.
+def state_of(model: nn.Module, parts: Iterable[nn.Module]) -> tuple[Any, ...]:
+    """A value that is another one when the parts compute something else.
 
     Of each weight: where it lies, how often PyTorch counts it changed, and some of its numbers,
     evenly spread. The numbers show what is not counted: a merged adapter is added through `.data`.
@@ -32,8 +34,15 @@ def state_of(model: nn.Module, parts: Iterable[nn.Module]) -> bytes:
     weights: list[Tensor] = []
     for part in parts:
         for module in part.modules():
-            found.append((type(module).__qualname__, _settings(module)))
-            weights += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            own = vars(module)
+            found.append(type(module))
+            for name, value in own.items():
+                if type(value) in _PLAIN:
+                    found.append((name, value))
+                elif name not in _NO_SETTINGS and not (isinstance(value, dict) and not value):
+                    found.append((name, _plain(value)))
+            for name in _WEIGHTS:
+                weights += [weight for weight in own[name].values() if weight is not None]
     if any(weight.is_inference() for weight in weights):
         raise ValueError(
             "image_cache cannot see whether weights change that were made under "
@@ -44,31 +53,26 @@ def state_of(model: nn.Module, parts: Iterable[nn.Module]) -> bytes:
             found.append((kind, torch.get_autocast_dtype(kind)))
     samples: dict[Any, list[Tensor]] = {}
     for weight in weights:
-        found.append((weight.data_ptr(), weight._version, list(weight.shape), str(weight.dtype)))
+        found.append((weight.data_ptr(), weight._version, weight.shape, weight.dtype))
         if not weight.is_meta and weight.numel():
             flat = weight.detach().reshape(-1)
             spread = flat[:: max(1, len(flat) // _SAMPLED)]
             samples.setdefault((weight.device, weight.dtype), []).append(spread)
-    digest = hashlib.blake2b(repr(found).encode(), digest_size=20)
+    digest = hashlib.blake2b(digest_size=20)
     for spreads in samples.values():
         digest.update(torch.cat(spreads).view(torch.uint8).cpu().numpy().data)
-    return digest.digest()
-
-
-def _settings(module: nn.Module) -> list[Any]:
-    """Names and plain values of a module's own attributes."""
-    return [(name, _plain(value)) for name, value in vars(module).items() if name not in _PARTS]
+    return (*found, digest.digest())
 
 
 def _plain(value: Any) -> Any:
-    """A value whose text says what it is; of hooks and functions, which one."""
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+    """A value that says what another one is; of hooks and functions, which one."""
+    if type(value) in _PLAIN:
         return value
     if isinstance(value, Mapping):
-        return [(_plain(key), _plain(held)) for key, held in value.items()]
+        return tuple((_plain(key), _plain(held)) for key, held in value.items())
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(held) for held in value]
-    return id(value) if callable(value) else type(value).__qualname__
+        return tuple(_plain(held) for held in value)
+    return id(value) if callable(value) else type(value)
 
 
 __all__ = ["state_of"]

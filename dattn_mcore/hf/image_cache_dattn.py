@@ -72,7 +72,7 @@ class DattnImageCache:
         self.max_bytes = max_bytes
         self.hits = self.misses = self.nbytes = 0
         self.held: OrderedDict[Any, ImageRows] = OrderedDict()
-        self.state = b""
+        self.state: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         """Images held."""

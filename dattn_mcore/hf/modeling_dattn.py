@@ -144,8 +144,8 @@ class DattnModel(DattnPreTrainedModel):
         features = tower_features(self.vision_tower, pixel_values, class_row)
         return self.multi_modal_projector(features, image_grids.tolist())
 
-    def visual_state(self) -> bytes:
-        """A hash that changes with whatever an image's keys and values come from."""
+    def visual_state(self) -> tuple[Any, ...]:
+        """A value that changes with whatever an image's keys and values come from."""
         return state_of(
             self, [self.vision_tower, self.multi_modal_projector, self.language_model.layers]
         )

@@ -220,6 +220,24 @@ class Subject:
         out = self.generate(self.inputs(samples, 0), use_cache=False)
         self.same_answers("uncached", out, samples, 0)
 
+    def check_images_kept(self) -> None:
+        """With images computed, then found; a baseline, whose images are not kept, refuses."""
+        if not hasattr(self.model, "make_image_cache"):  # release 0's code
+            return
+        samples, kept = list(self.samples), self.model.make_image_cache()
+        config = self.model.config
+        if (config.v2v, config.t2v_position) != ("diagonal", "none"):
+            try:
+                self.generate(self.inputs(samples, 0), image_cache=kept)
+            except ValueError as error:
+                assert "leave image_cache out" in str(error), error
+                return
+            raise AssertionError("a baseline's images were kept")
+        for _ in range(2):
+            out = self.generate(self.inputs(samples, 0), image_cache=kept)
+            self.same_answers("images_kept", out, samples, 0)
+        assert kept.misses and kept.hits >= kept.misses
+
     def check_alone(self) -> None:
         """Each sample for itself; one of them has no image."""
         for sample in self.samples:

@@ -74,7 +74,11 @@ def main(folder: str, again: str) -> None:
     saved = AutoModelForImageTextToText.from_pretrained(again, **remote).eval()
     loaded = AutoProcessor.from_pretrained(again, **remote)
     inputs = loaded(text=texts, images=images, padding=True, return_tensors="pt")
+    held = model.make_image_cache()
+    kept = [answer(batch, image_cache=held) for _ in range(2)]
     result = {
+        "kept": kept,
+        "held": [held.misses, held.hits],
         "model_type": config.model_type,
         "class": type(model).__module__,
         "image_processor": type(processor.image_processor).__module__,

@@ -60,6 +60,8 @@ def test_export_stands_alone(tmp_path, family, policy):
     assert all(len(set(answer)) > 2 for answer in result["alone"]), result["alone"]
     assert len(set(map(tuple, result["alone"]))) == 3
     assert result["cached"] == result["uncached"] == result["alone"] == result["causal_lm"]
+    assert result["kept"] == [result["cached"]] * 2
+    assert result["held"] == [3, 3]
     assert result["in_parts"] == result["alone"][:1]
     assert result["again"] == result["cached"]
     code = set(REMOTE_CODE_FILES) - {"image_processing_dattn.py"}  # that comes where it is used
