@@ -115,7 +115,16 @@ def test_the_loop_over_tiles_is_found_in_the_machine_code(compiled, case):
 
 def test_the_tables_of_the_documentation():
     """Of one head size: a row a kernel, and predictions below the roofline."""
-    command = ["-W", "ignore", "-m", "benchmarks.kernel_resources", "--head-dims", "128", "--dtypes", "bf16"]
+    command = [
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.kernel_resources",
+        "--head-dims",
+        "128",
+        "--dtypes",
+        "bf16",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
