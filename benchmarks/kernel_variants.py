@@ -20,7 +20,6 @@ KERNELS = {"forward": forward_kernel, "query": query_kernel, "key": key_kernel}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HELPERS = ("rotate", "rotate back", "combine")
 PRODUCTS_OF_A_TILE = {"forward": 2, "query": 3, "key": 4}
-ARCHITECTURE = "sm_90a"
 SMALL = Blocks(16, 16)
 _INTEGERS = ("tiles", "intervals", "bounds")
 _FLOATS = ("tables", "lse_rows", "delta_rows", "d_visual", "d_text", "lse_lines", "lse_parts")
@@ -93,7 +92,8 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], blocks: B
     source = triton.compiler.ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     result = triton.compile(source, target=platform.hopper_target(), options=options)
-    usage = usage_of(result.asm["ptx"], ARCHITECTURE)
+    text = disassembly(result.asm["cubin"])
+    usage = usage_of(result.asm["cubin"], text)
     specialised = tuple(kernel.params[index].name for (index,) in divisible)
     integers = tuple(name for name, kind in signature.items() if kind == "i32")
     return Compiled(
@@ -102,7 +102,7 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], blocks: B
         stack=usage.stack,
         spill_stores=usage.spill_stores,
         spill_loads=usage.spill_loads,
-        code=tile_code(disassembly(result.asm["cubin"])),
+        code=tile_code(text),
         assembly=result.asm["ptx"],
         integers=integers,
         specialised=specialised,

@@ -1,6 +1,6 @@
 """What NVIDIA's tools say of a compiled kernel: registers and spills, and instructions of a loop.
 
-Both come with Triton: `ptxas -v` says what a thread uses, `nvdisasm -c` gives the machine code.
+Both come with Triton: `cuobjdump` says what a thread uses, `nvdisasm` gives the machine code.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import triton
 
-_USED = re.compile(r"Used (\d+) registers")
-_SPILLED = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"REG:(\d+) STACK:(\d+)")
+_LOCAL = re.compile(r"\b(STL|LDL)(?:\.LU)?(?:\.(64|128))?\b")
 _LABEL = re.compile(r"^\s*(\.L_\w+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _TARGET = re.compile(r"\((\.L_\w+)\)")
@@ -51,35 +50,31 @@ class Code:
         return sum(self.counts[name] for name in names)
 
 
-def parse_usage(text: str) -> Usage:
-    """Usage from what `ptxas -v` writes of one kernel.
+def parse_usage(resources: str, text: str) -> Usage:
+    """Usage from what `cuobjdump -res-usage` writes of one kernel, and from its machine code.
+
+    A Triton kernel has no variables in local memory: what is stored there and loaded is spills.
 
     Raises:
-        ValueError: the text names no registers or no spills.
+        ValueError: the first text names no registers or no stack.
     """
-    used, spilled = _USED.search(text), _SPILLED.search(text)
-    if not used or not spilled:
-        raise ValueError(f"ptxas -v names no registers or no spills: {text[-500:]!r}")
-    return Usage(int(used[1]), int(spilled[1]), int(spilled[2]), int(spilled[3]))
+    used = _USED.search(resources)
+    if not used:
+        raise ValueError(f"cuobjdump names no registers or no stack: {resources[-500:]!r}")
+    moved = {"STL": 0, "LDL": 0}
+    for name, bits in _LOCAL.findall(text):
+        moved[name] += int(bits or 32) // 8
+    return Usage(int(used[1]), int(used[2]), moved["STL"], moved["LDL"])
 
 
-def usage_of(ptx: str, architecture: str) -> Usage:
-    """Runs ptxas as Triton does; architecture as `sm_90a`."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx, encoding="utf-8")
-        target = f"--gpu-name={architecture}"
-        tool = [
-            triton.knobs.nvidia.ptxas.path,
-            "-lineinfo",
-            "-v",
-            target,
-            source,
-            "-o",
-            "/dev/null",
-        ]
+def usage_of(cubin: bytes, text: str) -> Usage:
+    """Of a kernel as Triton compiled it, and its `disassembly`."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(cubin)
+        file.flush()
+        tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         done = subprocess.run(tool, capture_output=True, text=True, check=True)
-    return parse_usage(done.stderr)
+    return parse_usage(done.stdout, text)
 
 
 def disassembly(cubin: bytes) -> str:

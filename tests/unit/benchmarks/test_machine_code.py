@@ -8,18 +8,20 @@ from benchmarks import occupancy
 from benchmarks.machine_code import Usage, parse_usage, tile_code
 from benchmarks.occupancy import TileCost, rates, resident_programs
 
-# As ptxas 12.8 writes it of one kernel that spills.
-SPILLS = """ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function 'query_kernel' for 'sm_90a'
-ptxas info    : Function properties for query_kernel
-    1920 bytes stack frame, 2272 bytes spill stores, 3648 bytes spill loads
-ptxas info    : Used 168 registers, used 1 barriers, 1920 bytes cumulative stack size
-ptxas info    : Compile time = 2152.044 ms
+# As CUDA 12.8's `cuobjdump -res-usage` writes it of a kernel that spills.
+RESOURCES = """
+Resource usage:
+ Common:
+  GLOBAL:11 CONSTANT[4]:8
+ Function query_kernel:
+  REG:255 STACK:224 SHARED:1024 LOCAL:0 CONSTANT[0]:720 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
-CLEAN = """ptxas info    : Compiling entry function 'forward_kernel' for 'sm_90a'
-ptxas info    : Function properties for forward_kernel
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 254 registers, used 1 barriers
+SPILLS = """
+        /*0100*/                   STL [R1+0x8], R3 ;
+        /*0110*/                   STL.64 [R1+0x10], R4 ;
+        /*0120*/                   LDL.LU R3, [R1+0x8] ;
+        /*0130*/              @!P0 LDL.LU.64 R4, [R1+0x10] ;
+        /*0140*/                   LDL.128 R8, [R1+0x20] ;
 """
 # As `nvdisasm -c` writes it: a loop over whole tiles, then a longer one with masks.
 LOOPS = """
@@ -42,14 +44,14 @@ LOOPS = """
 """
 
 
-def test_registers_and_spills_are_those_that_ptxas_names():
-    assert parse_usage(SPILLS) == Usage(168, 1920, 2272, 3648)
-    assert parse_usage(CLEAN) == Usage(254, 0, 0, 0)
+def test_registers_and_spills_are_those_that_the_tools_name():
+    assert parse_usage(RESOURCES, SPILLS) == Usage(255, 224, 4 + 8, 4 + 8 + 16)
+    assert parse_usage(RESOURCES.replace("STACK:224", "STACK:0"), LOOPS).spill_stores == 0
 
 
 def test_a_text_without_them_is_refused():
-    with pytest.raises(ValueError, match="ptxas -v names no registers"):
-        parse_usage("ptxas fatal   : Unresolved extern function")
+    with pytest.raises(ValueError, match="cuobjdump names no registers"):
+        parse_usage("cuobjdump fatal   : no kernels in the file", "")
 
 
 def test_the_loop_over_whole_tiles_is_counted():

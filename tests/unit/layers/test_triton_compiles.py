@@ -111,3 +111,36 @@ def test_the_loop_over_tiles_is_found_in_the_machine_code(compiled, case):
         elif name != "helper":
             # Eight warps take 128 lines at once; a tile of 64 keys is multiplied twice.
             assert made["products"] == (1.5 if (name, head_dim) == ("key", 256) else 1.0)
+
+
+def test_the_tables_of_the_documentation():
+    """Of one head size: a row a kernel, and predictions below the roofline."""
+    command = [
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.kernel_resources",
+        "--head-dims",
+        "128",
+        "--dtypes",
+        "bf16",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "|" in line]
+    resources = {row[2]: row for row in rows if row[:2] == ["128", "bf16"]}
+    assert list(resources) == ["forward", "query", "key", "rotate", "rotate back", "combine"]
+    assert all(0 < int(row[4]) <= 255 and row[6] == "0, 0" for row in resources.values())
+    limits = [row for row in rows if row[0] == "mistral"]
+    assert len(limits) == 6
+    for _, visual, kernel, _, warps, gflop, _, roofline, predicted in limits:
+        # 32 heads of 128, 512 text rows: two products forward, three and four backward.
+        products = {"forward": 2, "query": 3, "key": 4}[kernel]
+        exact = products * 2 * 512 * int(visual) * 32 * 128 / 1e9
+        assert float(gflop) == pytest.approx(exact, abs=0.05)
+        low, high = map(int, predicted.split(" to "))
+        assert 0 < low <= high <= int(roofline) <= 989
+        assert int(warps) == 8
