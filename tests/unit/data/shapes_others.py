@@ -7,7 +7,7 @@ import json
 from dattn_mcore.config.schema import MappingConfig
 from dattn_mcore.data.sources.record import Inside
 from tests.unit.data.shapes import Shape, png, sample
-from tests.unit.data.shapes_llava import ASK, LLAVA, QA, SAID, TALK
+from tests.unit.data.shapes_llava import ASK, LLAVA, QA, SAID, TALK, TWO
 
 PAIR = {"user": "What?", "assistant": "A cat.", "source": "aokvqa"}
 OBELICS = "OBELICS's data set card"
@@ -263,6 +263,18 @@ SHAPES = (
         },
         "messages",
         (sample("000", ("<image><image>Which?", "One."), ("000.0.jpg", "000.1.jpg")),),
+    ),
+    Shape(
+        "WebDataset of records that name their images",
+        "WebDataset, `README.md`",
+        "a.tar",
+        {
+            "000.b.jpg": png(0),
+            "000.a.jpg": png(1),
+            "000.json": json.dumps({"images": ["a.jpg", "b.jpg"], "conversations": TWO}).encode(),
+        },
+        "llava",
+        (sample("000", (TWO[0]["value"], "One."), ("a.jpg", "b.jpg")),),
     ),
     Shape(
         "Energon, VQA in parts",

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
 
+from dattn_mcore.config.load import from_dict
 from dattn_mcore.data.sources.record import Inside
+from dattn_mcore.data.sources.records.forms import FORMS, matching, parse_record
+from dattn_mcore.data.sources.records.mapping import mapped_form
 from dattn_mcore.errors import DataError
 from tests.unit.data import shapes_llava, shapes_messages, shapes_others
 from tests.unit.data.shapes import Shape, png, read_all, source_of, write
 
 SHAPES = (*shapes_llava.SHAPES, *shapes_messages.SHAPES, *shapes_others.SHAPES)
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "data.md"
+JSON_TEXT = re.compile(r"`(\{.*?\})`")
 HEAD = "| file | documented in | kind | outcome |\n|---|---|---|---|\n"
 
 
@@ -60,6 +68,22 @@ def table() -> str:
 def test_the_page_lists_them() -> None:
     run = "run python -m tests.unit.data.test_real_shapes"
     assert f"\n\n{table()}\n" in PAGE.read_text("utf-8"), run
+
+
+def test_the_examples_of_the_page_are_read() -> None:
+    """A line of each form, as a user would copy it, and the settings below."""
+    page = PAGE.read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| .* \|$", page, re.MULTILINE)
+    examples = [(name, json.loads(one)) for name, cell in rows for one in JSON_TEXT.findall(cell)]
+    assert {name for name, _ in examples} == {*FORMS} - {"webdataset"}
+    for name, record in examples:
+        assert matching(record) == [name]
+        assert parse_record(record, "a", form=FORMS[name]).id in ("1", "a")
+    blocks = re.findall(r"(?:^    .*\n)+", page.partition("## Forms of records")[2], re.MULTILINE)
+    for line in blocks[0].splitlines():
+        from_dict(yaml.safe_load(textwrap.dedent(line)))
+    mapped = from_dict(yaml.safe_load(textwrap.dedent(blocks[1]))).data.sources
+    assert [mapped_form(source.mapping).name for source in mapped] == ["mapping", "mapping"]
 
 
 if __name__ == "__main__":  # writes the table into the page

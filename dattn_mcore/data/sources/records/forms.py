@@ -36,6 +36,7 @@ FORMS = {
         WEBDATASET,
     )
 }
+_IMAGE_KEYS = ("image", "images", "image_url", "image_info", "name")
 LOOKED_AT = 64  # first records from which a form is found
 _WAY_OUT = "set format: or mapping: of the source in data.sources (docs/data.md)"
 # A file of the second form holds records of the first, which the second reads alike.
@@ -66,7 +67,7 @@ def parse_record(
     if not isinstance(record, dict):
         raise RecordError(f"a record must be an object, got {kind(record)}", key)
     name: Any = key
-    if beside and not is_filled(record.get(form.image_key)):
+    if beside and not any(is_filled(record.get(key)) for key in (form.image_key, *_IMAGE_KEYS)):
         record = {**record, form.image_key: list(beside)}
     try:
         if is_filled(found := form.id_of(record)):
