@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +16,10 @@ from transformers.utils import logging as transformers_logging
 import dattn_mcore.hf
 from dattn_mcore.errors import CheckpointError, ConfigError, DataError
 from dattn_mcore.evaluation.adapter import with_adapter
+from dattn_mcore.evaluation.batch_inputs import batch_inputs
 from dattn_mcore.evaluation.by_image import key_of, order_by_image
 from dattn_mcore.evaluation.files import read_object
-from dattn_mcore.evaluation.images import Picture, rules_of_processor
+from dattn_mcore.evaluation.images import Picture
 from dattn_mcore.evaluation.self_check import (
     BOUND,
     NEW_TOKENS,
@@ -29,7 +30,6 @@ from dattn_mcore.evaluation.self_check import (
 )
 from dattn_mcore.hf import NO_FOREIGN_CODE, DattnImageCache
 from dattn_mcore.hf.image_cache_dattn import mode_problem
-from dattn_mcore.hf.samples_dattn import tiles_of
 from dattn_mcore.parallel.gpus import gpu_problem
 
 logger = logging.getLogger(__name__)
@@ -188,27 +188,8 @@ class Generator:
                 yield dict(zip(batch, self._answers(inputs, settings), strict=True))
 
     def _inputs(self, requests: Sequence[Request], prompts: list[str], batch: list[int]) -> Any:
-        """What the processor gives for a batch; an image that it shows twice is prepared once."""
-        rules = rules_of_processor(self.processor.image_processor)
-        opened: list[Any] = []
-        place: dict[Hashable, int] = {}
-        shown = []
-        for number in batch:
-            for picture in requests[number].pictures:
-                if picture.key not in place:
-                    place[picture.key] = len(opened)
-                    opened.append(picture.open(requests[number].who, rules))
-                shown.append(place[picture.key])
-        inputs = self.processor.tokenizer(
-            [prompts[i] for i in batch],
-            padding=True,
-            return_tensors="pt",
-            **self.processor.text_defaults,
-        )
-        if opened:
-            images = self.processor.image_processor(images=opened, return_tensors="pt")
-            inputs.update(repeated(images, shown))
-        return inputs
+        shown = [(requests[i].who, p) for i in batch for p in requests[i].pictures]
+        return batch_inputs(self.processor, [prompts[i] for i in batch], shown)
 
     def self_check(self, request: Request, batch_size: int) -> str:
         """Checks on one prompt that the model says the same with and without its cache, and alone.
@@ -275,24 +256,6 @@ class Generator:
             tokens = self.model.generate(**inputs, **settings)
         new = tokens[:, inputs["input_ids"].shape[1] :].cpu()
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
-
-
-def repeated(images: Any, shown: Sequence[int]) -> dict[str, torch.Tensor]:
-    """What an image processor gives, for images that are shown several times.
-
-    Args:
-        images: of each image once: pixel_values [tiles, 3, height, width] and, where an image has
-            several tiles, image_grids [images, 2].
-        shown: number of the image at each place.
-    """
-    if "image_grids" not in images:
-        return {"pixel_values": images["pixel_values"][shown]}
-    grids = images["image_grids"]
-    tiles = images["pixel_values"].split(tiles_of(grids).tolist())
-    return {
-        "pixel_values": torch.cat([tiles[number] for number in shown]),
-        "image_grids": grids[shown],
-    }
 
 
 def check_model_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from dattn_mcore.evaluation.__main__ import main
+from dattn_mcore.evaluation.batch_inputs import repeated
 from dattn_mcore.evaluation.benchmarks.gqa import Gqa
 from dattn_mcore.evaluation.benchmarks.pope import Pope
 from dattn_mcore.evaluation.generation import Generator, Request
@@ -137,6 +138,14 @@ def test_a_batch_is_what_the_processor_gives(tiny_model, data):
     expected = model.processor(text=text, images=images, padding=True, return_tensors="pt")
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_images_of_several_tiles_are_repeated_whole():
+    tiles = torch.arange(5.0).view(5, 1, 1, 1)  # the first image has three tiles, the others one
+    grids = torch.tensor([[2, 1], [0, 0], [0, 0]])
+    found = repeated({"pixel_values": tiles, "image_grids": grids}, [1, 0, 1, 2])
+    assert found["pixel_values"].flatten().tolist() == [3, 0, 1, 2, 3, 4]
+    assert found["image_grids"].tolist() == [[0, 0], [2, 1], [0, 0], [0, 0]]
 
 
 def test_memory_that_runs_out_costs_the_cache_only(tiny_model, data, monkeypatch, caplog):
