@@ -143,7 +143,7 @@ RUNS = {
         {
             "parallel": {"pp": 2},
             "train": {"recompute": "full"},
-            "data": {"image_policy": "anyres_stretch", "visual_budget": 600},
+            "data": {"image_policy": "anyres_stretch", "visual_budget": 1200},
         },
     ),
     "dp2-frozen-tower-sum-canvas": (
@@ -151,7 +151,7 @@ RUNS = {
         {
             "train": {"trains": ["projector", "llm"]},
             "attention": {"merge": "sum"},
-            "data": {"image_policy": "anyres_letterbox", "visual_budget": 600},
+            "data": {"image_policy": "anyres_letterbox", "visual_budget": 1200},
         },
     ),
     "fixed-rows": (1, {"data": {"fixed_rows": True}}),
@@ -177,7 +177,7 @@ def test_runs_have_the_losses_of_own_images(pool, questions, tmp_path, name):
         assert row["loss"] == pytest.approx(own["loss"], rel=1e-6)
         assert row["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-5)
         # Rows and operations are those that are computed.
-        for name, most in (("visual_tokens_per_second", 0.8), ("tflops_per_process", 0.95)):
+        for name, most in (("visual_tokens_per_second", 0.9), ("tflops_per_process", 0.97)):
             computed, of_own = (one[name] * one["seconds_per_step"] for one in (row, own))
             assert computed < most * of_own, name
 

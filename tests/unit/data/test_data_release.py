@@ -12,7 +12,7 @@ from dattn_mcore.config.load import load_config
 from dattn_mcore.data.__main__ import main
 from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
-from dattn_mcore.types import IGNORED_LABEL
+from dattn_mcore.types import IGNORED_LABEL, visual_units
 from tests.unit.data.golden import picture
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -91,9 +91,8 @@ def test_a_stage_reads_its_file_and_folders(
         assert not batch.failures and not batch.skipped
         seen |= set(batch.sample_ids)
         for micro in batch.microbatches:
-            visual = sum(
-                rows for layout in micro.layouts for is_visual, rows in layout if is_visual
-            )
+            # A step over the end of an epoch may have a sample twice, which shares its images.
+            visual = sum(visual_units(micro.layouts, micro.images_of))
             assert visual == 729 * micro.num_tiles
             assert (micro.labels != IGNORED_LABEL).any()
             if micro.num_tiles:

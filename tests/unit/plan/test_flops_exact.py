@@ -115,7 +115,7 @@ def test_decoder_as_counted(groups, name):
 def test_shared_rows_as_counted(groups, name):
     """Exact; of samples that show the same images, visual rows are computed once."""
     sample = ((True, 64), (False, 32))
-    layouts, units = (sample, sample, ((False, 32),), sample, sample), (0, 1, NO_IMAGES, 0, 0)
+    layouts, units = (sample, sample, ((False, 32),), sample, sample), (0, 1, NO_IMAGES, 1, 0)
     config = config_of(SETTINGS[name])
     (model,) = build_from_config(config, groups, torch.device("cpu"))
     counted = counted_decoder_step(model, config, layouts, "cpu", images_of=units)
