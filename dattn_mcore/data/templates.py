@@ -153,9 +153,10 @@ def encode_conversation(
         out.write(chat.system, system)
     last_user = (len(turns) - 1) // 2 * 2
     for position, said in enumerate(turns):
-        is_answer = position % 2 == 1
-        counts = not is_answer or not learned or learned[position // 2]
-        out.write(chat.answer if is_answer else chat.user, said.strip(), counts)
+        if position % 2:
+            out.write(chat.answer, said.strip(), not learned or learned[position // 2])
+        else:
+            out.write(chat.user, said.strip())
         if position == last_user:
             out.write(chat.before_last_answer)
     return out.runs()

@@ -78,6 +78,38 @@ def test_a_document_is_learned_as_a_whole(toy_tokenizer: SentencePieceTokenizer)
     )
 
 
+def test_documents_are_packed(
+    make_config: MakeConfig,
+    toy_tokenizer: SentencePieceTokenizer,
+    toy_data: Path,
+    tmp_path: Path,
+) -> None:
+    """As the index says: images where they stand, a label on every row but the last."""
+    path = tmp_path / "a.jsonl"
+    records = [
+        {"images": ["00.png", None, "01.png"], "texts": [None, "7 8", None]},
+        {"images": [None, "02.png", None], "texts": ["9", None, "7"]},
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = SourceConfig(annotations=str(path), image_folder=str(toy_data / "images"))
+    config = make_config(
+        global_batch_size=2, sources=(source,), index_dir=str(tmp_path / "index"), visual_budget=999
+    )
+    where = {"dp_rank": 0, "dp_size": 1, "microbatch_multiple": 1, "needs_pixels": True}
+    pipeline = DataPipeline(config, toy_tokenizer, **where)
+    batch = pipeline.global_batch(0)
+    pipeline.close()
+    (pack,) = batch.microbatches
+    assert not batch.failures and pack.tiles is not None
+    found = dict(zip(pack.sample_ids, pack.layouts, strict=True))
+    first = [is_visual for is_visual, _ in found["a.jsonl:1"]]
+    assert first == [True, False, True, False]
+    assert [is_visual for is_visual, _ in found["a.jsonl:2"]] == [False, True, False]
+    assert int((pack.labels == -100).sum()) == 2
+    firsts = sorted(int(tile[0, 0, 0]) for tile in pack.tiles)
+    assert firsts == [0, 1, 2]
+
+
 def two_turns(weight: Any = None, **more: Any) -> dict[str, Any]:
     turns = [
         {"from": ("human", "gpt")[number % 2], "value": value}

@@ -11,6 +11,7 @@ from dattn_mcore.data.sources.records.images import below
 from dattn_mcore.errors import DataError
 from dattn_mcore.types import IMAGE_MARK
 
+_PAIR = ["user", "answer"]
 _FOREIGN = re.compile(r"<img>[^<>]{1,4096}</img>")  # as Qwen-VL's files name images in texts
 
 
@@ -117,6 +118,19 @@ def _turns(
     draft: Draft, messages: list[Message]
 ) -> tuple[tuple[str, ...], tuple[bool, ...], ToolUse | None]:
     """Questions and answers in turn; neighbouring messages from tools are one turn."""
+    roles = [message.role for message in messages]
+    answered = messages[1::2]
+    plain = roles == _PAIR * (len(roles) // 2) and bool(roles) and not draft.tools
+    if plain and not any(message.calls for message in answered):  # nearly all: the quick way
+        texts = tuple([message.text for message in messages])
+        return texts, tuple([message.learned for message in answered]), None
+    return _checked_turns(draft, messages)
+
+
+def _checked_turns(
+    draft: Draft, messages: list[Message]
+) -> tuple[tuple[str, ...], tuple[bool, ...], ToolUse | None]:
+    """Likewise, turn by turn."""
     words, first = draft.words, len(draft.messages) - len(messages)
     texts: list[str] = []
     learned: list[bool] = []
