@@ -18,6 +18,7 @@ from dattn_mcore.training.dry_run import describe
 
 ROOT = Path(__file__).resolve().parents[3]
 LLAMA = ROOT / "configs/planner/llama3_8b_8xh100.yaml"
+ROPE = "attention.t2v_position=rope"
 GEMMA = ROOT / "configs/gemma_pt.yaml"
 MISTRAL = ROOT / "configs/mistral_pt.yaml"
 # Stages of the real models.
@@ -203,6 +204,12 @@ def test_what_the_dry_run_advises_fills_the_packs():
     assert "warning: " not in describe(config, 128)
 
 
+def test_the_dry_run_says_whether_samples_share_images():
+    shared, apart = (describe(load_config(GEMMA, more), 128) for more in ([], [ROPE]))
+    assert "samples of a micro-batch that show the same images share their visual rows" in shared
+    assert "every sample has visual rows of its own: attention.t2v_position=rope" in apart
+
+
 def test_samples_of_an_image_share_its_rows():
     """Of a micro-batch's rows those of an image count once; its budgets stay those of all."""
     config = load_config(GEMMA, ["train.global_batch_size=256", "data.step_packs_multiple=null"])
@@ -225,9 +232,9 @@ def test_command_plans_samples_that_share_an_image(capsys):
     assert plans[1]["sample"]["per_image"] == 8 and "computed once" in " ".join(plans[1]["notes"])
     seconds = [result["plans"][0]["seconds_per_step"] for result in plans]
     assert seconds[1] < 0.7 * seconds[0]
-    assert main([*command, "8", "attention.t2v_position=rope"]) == 2
+    assert main([*command, "8", ROPE]) == 2
     said = capsys.readouterr().err
-    assert "--samples-per-image 8 must be 1" in said and "attention.t2v_position=rope" in said
+    assert "--samples-per-image 8 must be 1" in said and ROPE in said
 
 
 def test_command_prints_tables_warnings_and_what_it_cannot_know(capsys):
