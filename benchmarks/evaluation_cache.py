@@ -41,7 +41,7 @@ from benchmarks.results import (
 from benchmarks.steps import SIZES, llava_model, sized_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.hf import DattnConfig, DattnForConditionalGeneration, DattnImageCache
-from dattn_mcore.parallel import platform
+from dattn_mcore.parallel import on_cpu, platform
 from dattn_mcore.parallel.groups import single_process
 from tools.checkpoint_convert.configs import features_of
 
@@ -166,9 +166,9 @@ def measure_on(args: argparse.Namespace, device: torch.device) -> list[dict[str,
             return list(answers(llava, asked))
 
         runs = {
-            "cached": platform.natively(held),
-            "plain": platform.natively(plain),
-            "llava": platform.natively(peer),
+            "cached": on_cpu.natively(held),
+            "plain": on_cpu.natively(plain),
+            "llava": on_cpu.natively(peer),
         }
         same = torch.equal(torch.cat(runs["cached"]()), torch.cat(runs["plain"]()))
         times: dict[str, float | None] = dict.fromkeys(runs)  # None: too little memory

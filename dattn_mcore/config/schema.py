@@ -139,9 +139,7 @@ class DataConfig:
     max_skipped_share: float = 0.1  # of usable samples that may be skipped as over budget
     pad_multiple: int = 8  # rows are padded to a multiple of this (and of what tp and FP8 need)
     share_images: bool = True  # samples that show the same images compute their rows once
-    hash_images: bool = (
-        False  # images are the same where their bytes are; the index reads each once
-    )
+    hash_images: bool = False  # images of the same bytes are the same; the index reads each whole
     group_images: bool = False  # samples of the same images in one step, so that they share rows
     image_backend: Literal["auto", "dali", "pillow"] = "auto"  # auto: DALI where it is installed
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel, in 0..1

@@ -337,7 +337,7 @@ def test_no_megatron():
         "dattn_mcore.data.image_signatures",
         "dattn_mcore.checkpoint.base_sums",
         "dattn_mcore.parallel.packages",
-        "dattn_mcore.parallel.platform",
+        "dattn_mcore.parallel.gpus",
     )
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
