@@ -36,22 +36,24 @@ CASES = {
 }
 SCRIPT = """
 import json, sys, torch
-from dataclasses import asdict
 from benchmarks.kernel_variants import DTYPES, HELPERS, KERNELS, compile_helper, compile_main
 from benchmarks.kernel_variants import needed_flops
 from dattn_mcore.layers.attention.triton_tuning import candidates
 
+def plain(one):
+    return {**vars(one), "code": {"counts": one.code.counts}}
+
 made = {}
 for case, (head_dim, dtype, softcap, split, several, index) in json.loads(sys.argv[1]).items():
     helpers = [compile_helper(helper, head_dim, dtype)[0] for helper in HELPERS]
-    made[case] = [("helper", asdict(one)) for one in helpers]
+    made[case] = [("helper", plain(one)) for one in helpers]
     for kernel in KERNELS:
         blocks = candidates(kernel, head_dim, DTYPES[dtype], torch.device("meta"))[index]
         options = dict(softcap=softcap, split=split, several=several)
         one = compile_main(kernel, head_dim, dtype, blocks, **options)
         issued = one.code.wgmma_flops * blocks.warps / 4
         ratio = issued / needed_flops(kernel, blocks, head_dim)
-        made[case].append((kernel, {**asdict(one), "products": ratio}))
+        made[case].append((kernel, {**plain(one), "products": ratio}))
 json.dump(made, sys.stdout)
 """
 
