@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dattn_mcore.config.checks import check_config
@@ -106,7 +106,8 @@ def _index(chosen: argparse.Namespace) -> int:
     from dattn_mcore.data.index.store import open_index
 
     config, tokenizer = _configured(chosen)
-    for settings, which in _indexed(config):
+
+    def make(settings: Config, which: str) -> int:
         index = open_index(settings, tokenizer, chosen.workers, chosen.again)
         say(
             f"{len(index):,} {which}samples, {index.num_usable:,} usable, "
@@ -118,33 +119,45 @@ def _index(chosen: argparse.Namespace) -> int:
                 f"{int(held_out.validated.sum()):,} of them held out, "
                 f"{int(held_out.withheld.sum()):,} withheld (validation.share)"
             )
-    return 0
+        return 0
+
+    return _indexed(config, make)
 
 
-def _indexed(config: Config) -> Iterator[tuple[Config, str]]:
-    """The configuration of each index of a run, and what its samples are called."""
+def _indexed(config: Config, do: Callable[[Config, str], int]) -> int:
+    """Does something with the configuration of each index of a run.
+
+    Args:
+        config: Of the run.
+        do: Gets a configuration and what its samples are called; returns an exit status.
+
+    Returns:
+        The highest status.
+    """
     # Imported here: reading a command line should not wait for NumPy.
-    from dattn_mcore.data.held_out import validation_config
+    from dattn_mcore.data.held_out import named_as_validation, validation_config
 
-    yield config, ""
+    status = do(config, "")
     if config.validation.sources:
-        yield validation_config(config), "held-out "
+        with named_as_validation():
+            status = max(status, do(validation_config(config), "held-out "))
+    return status
 
 
 def _check(chosen: argparse.Namespace) -> int:
     from dattn_mcore.data.check import check
 
     config, tokenizer = _configured(chosen)
-    status = 0
-    for settings, which in _indexed(config):
+
+    def look(settings: Config, which: str) -> int:
         report = chosen.report
         if which and report is not None:
             report = report.with_name(f"held_out_{report.name}")
         if which:
             say("validation.sources:")
-        found = check(settings, tokenizer, chosen.workers, chosen.decode, report)
-        status = max(status, found)
-    return status
+        return check(settings, tokenizer, chosen.workers, chosen.decode, report)
+
+    return _indexed(config, look)
 
 
 def _stats(chosen: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +96,15 @@ def validation_config(config: Config) -> Config:
         data=dataclasses.replace(config.data, sources=config.validation.sources),
         validation=ValidationConfig(),
     )
+
+
+@contextlib.contextmanager
+def named_as_validation() -> Iterator[None]:
+    """Has errors inside call sources by the setting that holds them; an index knows one only."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).replace("data.sources[", "validation.sources[")) from None
 
 
 def training_shares(index: Index, config: Config) -> list[Share]:

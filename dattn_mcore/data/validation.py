@@ -10,7 +10,7 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import GlobalBatch
 from dattn_mcore.data.batches import BatchBuilder
 from dattn_mcore.data.failures import check_share
-from dattn_mcore.data.held_out import check_apart, validation_config
+from dattn_mcore.data.held_out import check_apart, named_as_validation, validation_config
 from dattn_mcore.data.index.layout import digest
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.order import epoch_permutation
@@ -98,7 +98,8 @@ class ValidationData:
 
 def _own_index(config: Config, tokenizer: Tokenizer) -> Index:
     """The index of `validation.sources`."""
-    index = open_index(validation_config(config), tokenizer)
+    with named_as_validation():
+        index = open_index(validation_config(config), tokenizer)
     try:
         check_share(index, config.data.max_bad_share)
     except DataError as error:

@@ -9,8 +9,14 @@ import pytest
 
 from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import from_dict
-from dattn_mcore.config.schema import ValidationConfig
-from dattn_mcore.data.held_out import check_apart, held_out_samples, training_shares
+from dattn_mcore.config.schema import SourceConfig, ValidationConfig
+from dattn_mcore.data.held_out import (
+    check_apart,
+    held_out_samples,
+    named_as_validation,
+    training_shares,
+    validation_config,
+)
 from dattn_mcore.data.index.identity import difference, fingerprint_of, identity_of
 from dattn_mcore.data.index.store import open_index
 from dattn_mcore.errors import ConfigError, DataError
@@ -183,3 +189,15 @@ def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ConfigError) as raised:
         check_config(from_dict({"validation": settings}))
     assert message in str(raised.value)
+
+
+def test_a_missing_file_is_called_by_the_setting_that_names_it(
+    make_config, toy_tokenizer, tmp_path
+):
+    sources = (SourceConfig(annotations=str(tmp_path / "none.json")),)
+    config = dataclasses.replace(make_config(), validation=ValidationConfig(sources=sources))
+    with (
+        pytest.raises(DataError, match=r"^validation\.sources\[0\]\.annotations: file '.*none"),
+        named_as_validation(),
+    ):
+        open_index(validation_config(config), toy_tokenizer)
