@@ -16,6 +16,7 @@ from PIL import Image
 
 from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import from_dict
+from dattn_mcore.config.saved import saved_config
 from dattn_mcore.config.schema import AttentionConfig, Config, LoraConfig
 from dattn_mcore.config.sharing import why_apart
 from dattn_mcore.data.balance import pack_rows, split_over_ranks
@@ -282,9 +283,18 @@ def test_rows_of_a_pack() -> None:
     assert pack_rows((0, 1, 2, 4), lengths) == (18, 48)
 
 
-def test_a_former_run_did_not_share() -> None:
-    from dattn_mcore.config.saved import saved_config
+def test_a_run_goes_on_with_and_without(
+    config: MakeConfig, toy_tokenizer: SentencePieceTokenizer
+) -> None:
+    """Sharing is no part of what tells data sets apart, and a step takes the same samples."""
+    index = open_index(config(), toy_tokenizer)
+    shared, apart = (config(share_images=shares) for shares in (True, False))
+    assert identity_of(index, shared.data) == identity_of(index, apart.data)
+    samples = [batch_of(settings, toy_tokenizer).samples for settings in (shared, apart)]
+    assert samples[0] == samples[1]
 
+
+def test_a_former_run_did_not_share() -> None:
     assert from_dict({}).data.share_images is True
     assert saved_config({"data": {"text_budget": 64}}).data.share_images is False
     assert saved_config({"data": {"share_images": True}}).data.share_images is True
