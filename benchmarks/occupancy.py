@@ -1,6 +1,6 @@
 """How many warps of a kernel share a Hopper processor, and what its code can reach at most.
 
-Sources: NVIDIA's CUDA C++ Programming Guide (technical specifications of compute capability 9.0)
+Sources: NVIDIA's Programming Guide for C++ (technical specifications of compute capability 9.0)
 and Hopper Tuning Guide (occupancy); the H100 SXM data sheet (989 TFLOP/s in 16 bits without
 sparsity, 67 in fp32, 3.35 TB/s, 132 processors).
 """
@@ -16,7 +16,7 @@ PARTITIONS = 4  # of a processor: each has a quarter of the registers, and one s
 REGISTER_UNIT = 256  # registers of a warp are allocated in such steps
 SHARED = 228 * KIB
 SHARED_PER_PROGRAM = 227 * KIB
-SHARED_RESERVED = 1 * KIB  # of each program, by CUDA
+SHARED_RESERVED = 1 * KIB  # of each program, by the runtime
 SHARED_UNIT = 128
 WARPS, PROGRAMS = 64, 32  # resident, at most
 WARP = 32

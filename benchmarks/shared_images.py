@@ -14,6 +14,7 @@ times is below 0.75 of that of operations.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -130,6 +131,7 @@ def ratio(of_both: dict[str, float]) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures and hands over; see the file's docstring."""
+    given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_arguments(parser)
     parser.add_argument("--size", choices=SIZES, default="small")
@@ -141,7 +143,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--write-docs", action="store_true", help="write docs/performance.md's table"
     )
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(given)
+    page = ROOT / "docs" / "performance.md"
+    if args.write_docs:
+        args.out = page.parent / "performance"
     rows = measure(args)
 
     def cells(row: dict[str, Any]) -> list[str]:
@@ -177,8 +182,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     hand_over(f"shared-images-{args.size}", args, table, rows, draw)
     if args.write_docs:
-        page = ROOT / "docs" / "performance.md"
-        write_section(page, "shared-images", f"{table}\n{provenance(args.device)}\n")
+        command = shlex.join(["python", "-m", "benchmarks.shared_images", *given])
+        picture = f"![shared images](performance/shared-images-{args.size}-{args.device}.png)"
+        text = f"{table}\n{provenance(args.device)}; `{command}`\n\n{picture}\n"
+        write_section(page, f"shared-images-{args.device}", text)
     missed = any(
         ratio(row["seconds"]) < OF_OPERATIONS * ratio(row["counted"])
         or (row["text"] <= FEW_TEXT and ratio(row["seconds"]) < AT_LEAST)

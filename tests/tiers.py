@@ -77,7 +77,7 @@ BY_PLACE = {
     "tests/unit/evaluation/test_evaluation_lmms_eval.py": "processes",
     "tests/unit/evaluation/test_evaluation_processes.py": "processes",
     "tests/unit/evaluation/test_evaluation_report.py::test_in_a_browser": "browser",
-    "tests/unit/layers/test_shared_images.py::test_triton_equals_an_image_of_its_own": "interpreter",
+    "tests/unit/layers/test_shared_image_rows.py::test_triton_equals_an_image_of_its_own": "interpreter",
     "tests/unit/layers/test_shared_visual_rows.py::test_drawn_blocks_on_triton_equal_a_dense_softmax": "interpreter",
     "tests/unit/layers/test_shared_visual_rows.py::test_triton_equals_a_dense_softmax": "interpreter",
     "tests/unit/layers/test_triton_attention.py": "interpreter",

@@ -1,4 +1,4 @@
-"""Whether samples that show the same images can share their visual rows (`data.shared_images`)."""
+"""Whether samples that show the same images can share their visual rows (`data.share_images`)."""
 
 from __future__ import annotations
 

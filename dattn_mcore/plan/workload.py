@@ -135,8 +135,8 @@ def samples_per_pack(config: Config, sample: Sample) -> int:
             "raise them or plan with smaller samples"
         )
     fits = [data.text_budget // max(sample.text, 1)]
-    if visual:
-        fits.append(data.visual_budget // visual)
+    if visual:  # those of an image count once
+        fits.append(data.visual_budget // visual * sample.per_image)
     return max(1, int(min(fits)))
 
 

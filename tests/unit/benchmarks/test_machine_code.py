@@ -8,7 +8,7 @@ from benchmarks import occupancy
 from benchmarks.machine_code import Usage, parse_usage, tile_code
 from benchmarks.occupancy import TileCost, rates, resident_programs
 
-# As CUDA 12.8's `cuobjdump -res-usage` writes it of a kernel that spills.
+# As `cuobjdump -res-usage` (release 12.8) writes it of a kernel that spills.
 RESOURCES = """
 Resource usage:
  Common:
@@ -69,7 +69,7 @@ def test_a_kernel_without_products_is_counted_whole():
 @pytest.mark.parametrize(
     ("registers", "warps", "programs"),
     [
-        # NVIDIA's CUDA C++ Best Practices Guide, "Calculating Occupancy": blocks of 128 threads with 37
+        # NVIDIA's Best Practices Guide for C++, "Calculating Occupancy": blocks of 128 threads with 37
         # registers are 12 on a processor of 64 Ki registers and 64 warps (75 %), of 320 threads 4 (63 %).
         (37, 4, 12),
         (37, 10, 4),
@@ -89,7 +89,7 @@ def test_registers_bound_the_programs_of_a_processor(registers, warps, programs)
 
 @pytest.mark.parametrize(
     ("shared_kib", "programs"),
-    # Hopper Tuning Guide: 228 KB a processor, 227 KB a program, of which CUDA keeps 1 KB each.
+    # Hopper Tuning Guide: 228 KB a processor, 227 KB a program, of which 1 KB each is reserved.
     [(227, 1), (227.5, 0), (113, 2), (113.5, 1), (75, 3), (56, 4)],
 )
 def test_shared_memory_bounds_them(shared_kib, programs):

@@ -134,6 +134,10 @@ def test_samples_stay_whole():
     config = load_config(GEMMA, ["data.step_packs_multiple=null"])
     steps = [step_of(config, Sample(512, 1), dp) for dp in (256, 512)]
     assert [(step.pack.text, step.pack.visual) for step in steps] == [(512, 729)] * 2
+    short, many = (step_of(config, Sample(128, 1, 1.0, each), dp=4) for each in (1, 4))
+    assert (short.per_pack, short.packs) == (8, 32)  # eight images fill the visual budget
+    assert (many.per_pack, many.packs) == (32, 8)  # as do those of 32 samples
+    assert many.pack.visual == short.pack.visual
     uneven = step_of(config, Sample(512, 1), dp=24)  # 256 samples over 48 packs: 16 have six
     assert (uneven.packs, uneven.pack.text) == (48, 6 * 512)
     assert uneven.rows.text == 256 * 512
@@ -211,7 +215,7 @@ def test_the_dry_run_says_whether_samples_share_images():
 
 
 def test_samples_of_an_image_share_its_rows():
-    """Of a micro-batch's rows those of an image count once; its budgets stay those of all."""
+    """A micro-batch computes the rows of an image once, and its budgets count them once."""
     config = load_config(GEMMA, ["train.global_batch_size=256", "data.step_packs_multiple=null"])
     own, shared = (step_of(config, Sample(512, 1, 1.0, many), dp=4) for many in (1, 4))
     assert own.per_pack == shared.per_pack == 8 and own.packs == shared.packs == 32
