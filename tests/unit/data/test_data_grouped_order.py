@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import groupby
 
 import numpy as np
@@ -34,18 +35,18 @@ def test_an_epoch_shows_each_sample_once_and_divides_no_group_without_need(
         room = step - epoch * len(sets) % step
         steps = [0 if i < room else 1 + (i - room) // step for i in range(len(sets))]
         sizes = {one: sets.count(one) for one in sets}
-        for one, size in sizes.items():
-            where = {steps[i] for i, number in enumerate(numbers) if sets[number] == one}
-            if size > step:
-                assert len(where) <= -(-size // step) + 1
-        divided = {
-            one
-            for one in sizes
-            if len({steps[i] for i, n in enumerate(numbers) if sets[n] == one}) > 1
-        }
-        # Where all groups fit a step side by side, nothing is divided but at the epoch's end.
-        if all(size == 1 for size in sizes.values()):
-            assert not divided
+        places: dict[int, list[int]] = {}
+        for position, number in enumerate(numbers):
+            places.setdefault(sets[number], []).append(position)
+        for one, of_group in places.items():
+            shown = Counter(steps[position] for position in of_group)
+            if len(shown) == 1 or max(sizes.values()) > step:
+                assert len(shown) <= -(-sizes[one] // step) + 1
+                continue
+            # Divided: of the groups that come after the end of its first step, none fitted there.
+            first = min(shown)
+            later = [size for two, size in sizes.items() if steps[places[two][0]] > first]
+            assert all(size > shown[first] for size in later)
 
 
 def test_groups_of_one_size_that_divides_the_step_are_never_divided() -> None:
