@@ -12,8 +12,18 @@ ROOT = Path(__file__).resolve().parents[3]
 FOLDERS = ("dattn_mcore", "tools")
 # Of transformers' modules and people's words, beside `name` and `model_type` of the records.
 OTHERS = {"llama", "gemma", "qwen", "clip_vision_model", "siglip2"}
-# The optimizer's clipping, columns of image sets, a kind of rotary positions, a scale of queries.
-OTHER_MEANINGS = ("clip_grad", "clip_b32_", "clip_l14_", "llama3", "llama_4_scaling_beta")
+# The optimizer's clipping, columns of image sets, a kind of rotary positions, a scale of queries,
+# forms of records by who writes them.
+OTHER_MEANINGS = (
+    "clip_grad",
+    "clip_b32_",
+    "clip_l14_",
+    "llama3",
+    "llama_4_scaling_beta",
+    "llama_factory",
+    "LLAMA_FACTORY",
+    "as Qwen-VL does",
+)
 
 
 def names():

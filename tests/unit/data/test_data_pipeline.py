@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.prefetch import Prefetcher
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.types import NO_IMAGES, visual_units
 
 ROWS = 16  # visual rows of one image: (56 // 14) ** 2
 MakeConfig = Callable[..., Config]
@@ -44,13 +46,20 @@ def opened(
 
 
 def by_sample(batch: GlobalBatch) -> dict[str, tuple[Any, ...]]:
-    """Takes packs apart again: what each sample looks like to the model."""
+    """Takes packs apart again: what each sample looks like to the model.
+
+    A sample that comes twice, where two epochs meet, shares its tiles.
+    """
     samples = {}
     for micro in batch.microbatches:
-        row = tile = 0
-        for name, layout in zip(micro.sample_ids, micro.layouts, strict=True):
+        units = visual_units(micro.layouts, micro.images_of)
+        starts = [0, *itertools.accumulate(units)]
+        row = 0
+        numbers = micro.images_of or range(len(micro.layouts))
+        for name, layout, unit in zip(micro.sample_ids, micro.layouts, numbers, strict=True):
             text = sum(rows for is_visual, rows in layout if not is_visual)
             tiles = sum(rows for is_visual, rows in layout if is_visual) // ROWS
+            tile = 0 if unit == NO_IMAGES else starts[unit] // ROWS
             pixels = None if micro.tiles is None else micro.tiles[tile : tile + tiles].tolist()
             samples[name] = (
                 layout,
@@ -58,8 +67,8 @@ def by_sample(batch: GlobalBatch) -> dict[str, tuple[Any, ...]]:
                 micro.labels[row : row + text].tolist(),
                 pixels if tiles else None,
             )
-            row, tile = row + text, tile + tiles
-        assert (row, tile) == (len(micro.text_ids), micro.num_tiles)
+            row += text
+        assert (row, sum(units)) == (len(micro.text_ids), micro.num_tiles * ROWS)
     return samples
 
 
@@ -69,7 +78,7 @@ def check_form(micro: MicroBatch, config: Config) -> None:
     assert micro.text_ids.shape == micro.labels.shape
     assert len(micro.layouts) == len(micro.sample_ids) == micro.num_samples
     text = sum(rows for layout in micro.layouts for is_visual, rows in layout if not is_visual)
-    visual = sum(rows for layout in micro.layouts for is_visual, rows in layout if is_visual)
+    visual = sum(visual_units(micro.layouts, micro.images_of))
     assert text == len(micro.text_ids) <= config.data.text_budget
     assert visual == micro.num_tiles * ROWS <= config.data.visual_budget
     assert all(rows > 0 for layout in micro.layouts for _, rows in layout)
