@@ -39,7 +39,7 @@ def image_sets(index: Index) -> np.ndarray:
 def without_copies(sets: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """The sets of drawn samples, where the second time that a sample is drawn is a set apart.
 
-    An epoch that shows a sample twice is to show it in two steps.
+    An epoch that shows a sample twice shows it in two groups.
 
     Args:
         sets: From `image_sets`.

@@ -28,7 +28,7 @@ from dattn_mcore.errors import ConfigError, DataError
 _WINDOWS = 8  # parts of the first epoch that are packed to see how full packs can get
 _SLACK = 0.01  # of the budgets, below the fill that all of these reached
 MOST_OFF = 0.25  # of train.global_batch_size, by which full packs may change a step
-_MOST_LEFT = 0.25  # of a step's samples, that are left to the next one to keep a group together
+_MOST_LEFT = 0.25  # of a step's rows, that are left to the next one to keep a group together
 
 
 class Steps(Protocol):
@@ -126,22 +126,31 @@ class FullSteps:
                 for sums, limit in zip(self._sums, before + room, strict=True)
             )
             if fits < size:
-                position = epoch * size + self._between_groups(start - epoch * size, fits)
+                position = epoch * size + self._between_groups(
+                    start - epoch * size, fits, before - self._room + room
+                )
                 break
             position = epoch * size + fits
             room = room - (self._sums[:, size] - before)
         return min(max(position, start + 1), last)
 
-    def _between_groups(self, start: int, end: int) -> int:
+    def _between_groups(self, start: int, end: int, before: np.ndarray) -> int:
         """Where the group begins that `end` would divide, if not too much is left; else `end`.
 
         Args:
             start: First position of the step, from the epoch's first; below 0 in the one before.
             end: Behind the last position that fits.
+            before: Rows before the step, as the epoch's sums count them.
         """
-        least = max(end - int(_MOST_LEFT * (end - start)), start + 1, 0)
-        begins = np.flatnonzero(self._begins[least : end + 1])
-        return least + int(begins[-1]) if len(begins) else end
+        first = max(start + 1, 0)
+        begins = first + np.flatnonzero(self._begins[first : end + 1])
+        if not len(begins):
+            return end
+        filled = [
+            float(((self._sums[:, position] - before) / self._room).max())
+            for position in (int(begins[-1]), end)
+        ]
+        return int(begins[-1]) if filled[0] >= (1 - _MOST_LEFT) * filled[1] else end
 
 
 def _begins(order: SampleOrder, numbers: np.ndarray) -> np.ndarray:

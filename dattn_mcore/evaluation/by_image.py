@@ -8,6 +8,8 @@ from typing import Protocol
 
 from PIL import Image
 
+from dattn_mcore.hf.image_rules_dattn import ORIENTATION
+
 
 class Shows(Protocol):
     """A picture, as far as grouping needs it."""
@@ -26,9 +28,19 @@ def key_of(pictures: Sequence[Shows]) -> Key:
 
 
 def content_key(image: Image.Image) -> Hashable:
-    """The key of an image that is decoded already and has no name."""
-    digest = hashlib.blake2b(image.tobytes(), digest_size=20).digest()
-    return image.mode, image.size, digest
+    """The key of an image that is decoded already and has no name.
+
+    Of what its colours and its transparency depend on: pixels can be numbers in a palette.
+    """
+    digest = hashlib.blake2b(image.tobytes(), digest_size=20)
+    palette = image.palette
+    more = (
+        None if palette is None else (palette.mode, bytes(palette.palette)),
+        image.info.get("transparency"),
+        image.getexif().get(ORIENTATION),
+    )
+    digest.update(repr(more).encode())
+    return image.mode, image.size, digest.digest()
 
 
 def order_by_image(keys: Sequence[Key], lengths: Sequence[int]) -> list[int]:

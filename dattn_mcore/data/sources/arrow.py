@@ -20,6 +20,9 @@ from dattn_mcore.data.sources.table import TableFile
 from dattn_mcore.errors import ConfigError, DataError
 from dattn_mcore.parallel.packages import import_problem
 
+# A continuation mark and the length 0. Source: Arrow's columnar format, IPC streaming format.
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
 
 class ArrowFile(TableFile):
     """An Arrow file, as `SourceFile` describes it."""
@@ -115,4 +118,8 @@ def _batches(arrow: Any, ipc: Any, mapped: Any) -> tuple[list[Any], Any]:
         mapped.seek(0)
         file = ipc.open_file(mapped)
         return [file.get_batch(number) for number in range(file.num_record_batches)], file.schema
-    return list(stream), stream.schema
+    batches = list(stream)
+    mapped.seek(max(mapped.size() - len(_END_OF_STREAM), 0))
+    if mapped.read() != _END_OF_STREAM:
+        raise ValueError(f"its end mark is missing behind {len(batches)} record batches")
+    return batches, stream.schema

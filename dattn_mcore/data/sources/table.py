@@ -28,6 +28,7 @@ from dattn_mcore.errors import DataError
 _IN_FILE = "row {row} image {number}"
 _IMAGES = ("image", "images")
 _MAY_BE_JSON = ("conversations", "messages", "texts")
+_TOOLS = ("tools", "tool_calls", "function_call")
 _ANY_FORM = frozenset(key for form in FORMS.values() for key in form.used)
 
 
@@ -183,7 +184,7 @@ class TableFile(ABC):
 
     def _row(self, place: Place, images: bool) -> dict[str, Any]:
         table = self.group_table(place.offset, images)
-        return dict(table.slice(place.length, 1).to_pylist()[0])
+        return dict(_without_added(table.slice(place.length, 1).to_pylist()[0]))
 
     def image_columns(self) -> list[str]:
         """The column of images, if there is one."""
@@ -197,6 +198,23 @@ class TableFile(ABC):
             for row in _filled(column):
                 faults.setdefault(row, unknown(f"key '{name}'"))
         return faults
+
+
+def _without_added(value: Any, tools: bool = False) -> Any:
+    """A row without the nulls that its table has added to tools and calls of tools.
+
+    All rows of a table have the same keys, so arguments of every call get those of all others.
+    Elsewhere a null is what was written, or counts as absent.
+    """
+    if isinstance(value, list):
+        return [_without_added(item, tools) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _without_added(item, tools or key in _TOOLS)
+        for key, item in value.items()
+        if item is not None or not tools
+    }
 
 
 def _filled(column: Any) -> list[int]:

@@ -209,3 +209,24 @@ def test_groups_fill_packs_that_samples_apart_would_not_fit() -> None:
     assert full_steps(order, lengths, BUDGETS, 16, 2).packs == 2
     plain = SampleOrder([Share(np.arange(160))], 3)
     assert full_steps(plain, lengths, BUDGETS, 16, 2).packs == 16
+
+
+def test_a_quarter_of_a_step_is_a_quarter_of_its_rows() -> None:
+    """Few large groups among many small ones: rows, not samples, say how much is left empty."""
+    rng = random.Random(5)
+    lengths: list[tuple[int, int]] = []
+    sets: list[int] = []
+    for one in range(60):
+        text, count = rng.choice([(3, 12), (30, 2)])
+        lengths += [(text, 4)] * count
+        sets += [one] * count
+    steps, order = grouped(lengths, sets, packs=3), grouped(lengths, sets, packs=3)._order
+    room = 3 * BUDGETS[0]
+    filled = []
+    for step in range(12):
+        start, end = steps.bounds(step)
+        if end >= len(lengths):
+            break
+        rows = sum(lengths[number][0] for number in order.numbers(start, end))
+        filled.append(rows / room)
+    assert len(filled) > 5 and min(filled) >= 0.75 - 30 / room

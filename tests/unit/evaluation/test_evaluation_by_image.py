@@ -3,8 +3,9 @@
 import random
 
 import pytest
+from PIL import Image
 
-from dattn_mcore.evaluation.by_image import order_by_image, share_of_rank
+from dattn_mcore.evaluation.by_image import content_key, order_by_image, share_of_rank
 
 
 def test_questions_of_an_image_stand_together_the_largest_first():
@@ -35,3 +36,16 @@ def test_questions_without_images_are_shared_out_too():
 def test_more_processes_than_images():
     shares = [share_of_rank([("a",)] * 4 + [("b",)] * 4, rank, 8) for rank in range(8)]
     assert sorted(map(len, shares)) == [0] * 6 + [4, 4]
+
+
+def test_an_image_is_known_by_its_colours():
+    """Numbers in a palette are no colours, and transparency is laid over white."""
+    red, blue = (Image.new("P", (4, 4)) for _ in range(2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    clear = red.copy()
+    clear.info["transparency"] = 0
+    turned = red.copy()
+    turned.getexif()[0x0112] = 6
+    keys = [content_key(image) for image in (red, red.copy(), blue, clear, turned)]
+    assert keys[0] == keys[1] and len(set(keys)) == 4
