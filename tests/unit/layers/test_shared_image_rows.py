@@ -100,18 +100,22 @@ def attended(backend, inputs, params, options):
     return backend.attend(of_pack, options)[0]
 
 
-def compare(backend, options, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr("tests.unit.layers.test_attention.DIM", DIM)
-    params, apart = shared(), build_seq_params(LAYOUTS, t2v_position="none", multiple=MULTIPLE)
-    exact = make_inputs(params, dim=DIM)
-    # Rows of each sample's own copy among the shared ones; padding has none.
+def rows_of_copies(params, apart):
+    """Of each row of the samples' own copies the shared row; that of padding has none."""
     starts = {0: 0, 1: 9}
     rows = [
         starts[unit] + row
         for layout, unit in zip(LAYOUTS, UNITS, strict=True)
         for row in range(sum(n for is_visual, n in layout if is_visual))
     ]
-    own = torch.tensor([*rows, *[params.num_visual - 1] * (apart.num_visual - len(rows))])
+    return torch.tensor([*rows, *[params.num_visual - 1] * (apart.num_visual - len(rows))])
+
+
+def compare(backend, options, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr("tests.unit.layers.test_attention.DIM", DIM)
+    params, apart = shared(), build_seq_params(LAYOUTS, t2v_position="none", multiple=MULTIPLE)
+    exact = make_inputs(params, dim=DIM)
+    own = rows_of_copies(params, apart)
     copies = [*exact[:3], *(rows[own] for rows in exact[3:])]
     want, _ = oracle(copies, LAYOUTS, apart, options)
     inputs = [x.detach().to(dtype).requires_grad_() for x in exact[:5]]
@@ -166,3 +170,44 @@ def test_triton_equals_an_image_of_its_own(name, monkeypatch):
     blocks = Blocks(16, 8)  # of few rows, so that a tile of keys has several intervals of text
     backend = TritonBackend(Tuning(blocks, blocks, blocks, visual_splits=2, key_splits=2))
     compare(backend, OPTIONS[name], torch.float32, 1e-6, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_in_half_precision_it_is_off_by_rounding_alone(backend, dtype, monkeypatch):
+    """Outputs and gradients are as far from the exact ones as without sharing, within a factor 2.
+
+    All start from inputs rounded alike; of copies the exact sum of their rounded gradients counts.
+    """
+    monkeypatch.setattr("tests.unit.layers.test_attention.DIM", DIM)
+    params, apart = shared(), build_seq_params(LAYOUTS, t2v_position="none", multiple=MULTIPLE)
+    own = rows_of_copies(params, apart)
+    rounded = [x.detach().to(dtype) for x in make_inputs(params, dim=DIM)[:5]]
+    weight = torch.randn(rounded[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight[sum(params.text_lengths) :] = 0
+    found = {}
+    for name, kind, rows in (
+        ("exact", torch.float64, params),
+        ("shared", dtype, params),
+        ("apart", dtype, apart),
+    ):
+        inputs = [x.to(kind) for x in rounded]
+        if rows is apart:
+            inputs[3:] = [x[own] for x in inputs[3:]]
+        inputs = [x.requires_grad_() for x in inputs]
+        out = attended(BACKENDS[backend], inputs, rows, OPTIONS["alpha"])
+        grads = torch.autograd.grad((out * weight.to(kind)).sum(), inputs)
+        if rows is apart:
+            summed = [torch.zeros_like(x, dtype=torch.float64) for x in rounded[3:]]
+            grads = [
+                *grads[:3],
+                *(
+                    total.index_add(0, own, grad.double())
+                    for total, grad in zip(summed, grads[3:], strict=True)
+                ),
+            ]
+        found[name] = [out.detach().double(), *(grad.double() for grad in grads)]
+    for exact, with_sharing, without in zip(*found.values(), strict=True):
+        error, usual = (with_sharing - exact).norm(), (without - exact).norm()
+        assert 0 < error <= 2 * usual
+        assert error < 4 * torch.finfo(dtype).eps * exact.norm()
