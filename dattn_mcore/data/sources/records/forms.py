@@ -40,6 +40,12 @@ LOOKED_AT = 64  # first records from which a form is found
 _WAY_OUT = "set format: or mapping: of the source in data.sources (docs/data.md)"
 # A file of the second form holds records of the first, which the second reads alike.
 _WIDER = {("llava", "sharegpt"), ("messages", "swift"), ("llava", "webdataset")}
+# What a source is read by whose form was found, and not given: a record of the second form may
+# stand behind those that were looked at. `used` holds the keys of both.
+WIDENED = {
+    "llava": replace(SHAREGPT, name="llava", image_key=LLAVA.image_key),
+    "messages": replace(SWIFT, name="messages"),
+}
 
 
 def parse_record(
@@ -123,9 +129,12 @@ def detect(records: Sequence[tuple[str, Any]]) -> str | None:
 
 
 def other_form(record: Any, form: str) -> str | None:
-    """The form of a record that could not be read as one of `form`, if it looks like another."""
+    """The form of a record that could not be read as one of `form`, if it looks like another.
+
+    A form of which one is the wider is no other one: such a record is a bad sample, which says so.
+    """
     names = matching(record)
-    if form in names or len(names) != 1 or (names[0], form) in _WIDER:
+    if form in names or len(names) != 1 or {(names[0], form), (form, names[0])} & _WIDER:
         return None
     return names[0]
 

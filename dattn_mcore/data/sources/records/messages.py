@@ -158,8 +158,10 @@ def _message(
     if swift and speaker in _SWIFT_ROLES:
         role = "answer" if speaker == "tool_call" else "tool"
     if role is None:
+        more = "; turns of ms-swift's tools belong to format: swift"
         raise DataError(
             f"{where}: 'role' is {speaker!r}; it must be 'user', 'assistant', 'system' or 'tool'"
+            f"{more if speaker in _SWIFT_ROLES else ''}"
         )
     if len(found) > 2:
         used = _USED_OF_A_TOOL if role == "tool" else _USED
