@@ -31,7 +31,7 @@ from dattn_mcore.data.record_runs import runs_of
 from dattn_mcore.data.sources.open_files import OpenFiles
 from dattn_mcore.data.sources.place import ImagePlace, Place
 from dattn_mcore.data.sources.record import RecordError, Sample
-from dattn_mcore.data.sources.records.forms import other_form
+from dattn_mcore.data.sources.records.forms import WEBDATASET, other_form
 from dattn_mcore.data.templates import TextRun
 from dattn_mcore.data.tiles import Tiling, tiling_of_image
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
@@ -185,9 +185,12 @@ class RowMaker:
         except DataError:
             return
         if other is not None:
+            # Captions are read beside records of any form.
+            captions = source.form == WEBDATASET.name
+            way_out = f"set format: {other} of it" if captions else "make a source of each form"
             raise DataError(
                 f"'{source.files[number]}' {opened.line(place.offset)} is a record of {other}, and "
-                f"the source is read as {source.form}; make a source of each form"
+                f"the source is read as {source.form}; {way_out}"
             )
 
     def _encode(self, sample: Sample) -> _Encoded:

@@ -75,11 +75,18 @@ def _source(source: SourceConfig, setting: str, data: DataConfig) -> Source:
         mapping=source.mapping,
         unpack_folder=data.index_dir or str(Path(files[0]).parent / ".index"),
     )
-    return replace(found, form=_form(found, source, setting))
+    form = _given_form(source, setting)
+    if form is not None:
+        return replace(found, form=form)
+    opened = open_as(found, 0, None)
+    try:
+        return replace(found, form=_detected(opened, found.files[0], setting), detected=True)
+    finally:
+        opened.close()
 
 
-def _form(found: Source, source: SourceConfig, setting: str) -> str:
-    """The form of a source's records: as configured, else from the first ones."""
+def _given_form(source: SourceConfig, setting: str) -> str | None:
+    """The form of a source's records as configured; None: it is found from the first ones."""
     if source.mapping != MappingConfig():
         if source.format in FORMS:
             raise DataError(
@@ -91,13 +98,7 @@ def _form(found: Source, source: SourceConfig, setting: str) -> str:
         except DataError as error:
             raise DataError(f"{setting.rpartition('.')[0]}: {error}") from None
         return "mapping"
-    if source.format in FORMS:
-        return source.format
-    opened = open_as(found, 0, None)
-    try:
-        return _detected(opened, found.files[0], setting)
-    finally:
-        opened.close()
+    return source.format if source.format in FORMS else None
 
 
 def _detected(opened: SourceFile, path: Path, setting: str) -> str:

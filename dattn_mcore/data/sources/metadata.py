@@ -70,6 +70,13 @@ _IMAGE = (
 )
 METADATA = frozenset((*_ORIGIN, *_IMAGE))
 _WAY_OUT = "name it in data.metadata_keys if training may leave it aside"
+_UNREAD = {
+    **dict.fromkeys(("video", "video_url", "video_path", "mp4", "webm", "mkv", "mov"), "a video"),
+    **dict.fromkeys(("videos", "video_urls", "video_paths"), "videos"),
+    **dict.fromkeys(("audio", "audio_url", "audio_path", "input_audio"), "a sound"),
+    **dict.fromkeys(("wav", "mp3", "flac", "ogg", "m4a"), "a sound"),
+    **dict.fromkeys(("audios", "audio_urls", "audio_paths"), "sounds"),
+}
 
 
 def known_metadata(more: Iterable[str]) -> frozenset[str]:
@@ -94,7 +101,7 @@ def left_aside(
     names = [key for key, value in found.items() if key not in used and is_filled(value)]
     for name in names:
         if name.casefold() not in known:
-            raise DataError(unknown(f"key '{name}'{where}"))
+            raise DataError(unused(f"key '{name}'{where}", name))
     return names
 
 
@@ -103,6 +110,15 @@ def is_filled(value: Any) -> bool:
     return value is not None and not (isinstance(value, str | list | dict) and not value)
 
 
-def unknown(what: str) -> str:
-    """The reason a sample is bad that holds more than is used."""
-    return f"{what} is neither used nor known metadata; {_WAY_OUT}"
+def unused(what: str, name: str) -> str:
+    """The reason a sample is bad that holds more than is used.
+
+    Args:
+        what: How messages call what is not used.
+        name: Its key, or the ending of its file.
+    """
+    medium = _UNREAD.get(name.casefold())
+    if medium is None:
+        return f"{what} is neither used nor known metadata; {_WAY_OUT}"
+    verb = "are" if medium.endswith("s") else "is"
+    return f"{what} holds {medium}, which {verb} not read yet; only text and images are"

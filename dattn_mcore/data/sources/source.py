@@ -22,6 +22,7 @@ from dattn_mcore.data.sources.records.draft import Form
 from dattn_mcore.data.sources.records.forms import (
     FORMS,
     WEBDATASET,
+    WIDENED,
 )
 from dattn_mcore.data.sources.records.mapping import mapped_form
 from dattn_mcore.data.sources.tar import TarFile
@@ -94,6 +95,7 @@ class Source:
         form: Of its records: a name of `records.forms`, or `mapping`.
         mapping: Where the fields of a record stand; used where the form is `mapping`.
         unpack_folder: Where compressed files are unpacked.
+        detected: Whether the form was found from the first records, and not given.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Source:
     form: str = "llava"
     mapping: MappingConfig = MappingConfig()
     unpack_folder: str = ""
+    detected: bool = False
 
     def folder(self, number: int) -> str:
         """The folder that image paths of one of its files start in."""
@@ -119,7 +122,7 @@ def form_of(source: Source) -> Form:
     """The form of a source's records."""
     if source.form == "mapping":
         return mapped_form(source.mapping)
-    return FORMS[source.form]
+    return WIDENED.get(source.form, FORMS[source.form]) if source.detected else FORMS[source.form]
 
 
 def open_source_file(source: Source, number: int, in_order: bool = False) -> SourceFile:

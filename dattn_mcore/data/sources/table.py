@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dattn_mcore.data.sources.metadata import METADATA, is_filled, unknown
+from dattn_mcore.data.sources.metadata import METADATA, is_filled, unused
 from dattn_mcore.data.sources.place import ImagePlace, Place
 from dattn_mcore.data.sources.record import Inside, RecordError, Sample, decode_json
 from dattn_mcore.data.sources.records.draft import Form
 from dattn_mcore.data.sources.records.forms import FORMS, parse_record
-from dattn_mcore.data.sources.records.images import Cell, bytes_of
+from dattn_mcore.data.sources.records.images import Cell, bytes_of, check_image_object
 from dattn_mcore.data.sources.records.llava import LLAVA
 from dattn_mcore.errors import DataError
 
@@ -59,7 +59,7 @@ class TableFile(ABC):
         self.image_folder: str | None = image_folder
         self._form, self._known = form or LLAVA, known
         used = _ANY_FORM if form is None else form.used
-        if form is LLAVA and "conversations" not in names:
+        if form is not None and form.name == LLAVA.name and "conversations" not in names:
             raise DataError(f"'{path}' has no column 'conversations', only {', '.join(names)}")
         self._image_column = next((name for name in _IMAGES if name in names), None)
         self._text_columns = [name for name in names if name in used and name not in _IMAGES]
@@ -196,7 +196,7 @@ class TableFile(ABC):
         for name in self._unknown:
             column = self.read_group(group, [name]).column(0)
             for row in _filled(column):
-                faults.setdefault(row, unknown(f"key '{name}'"))
+                faults.setdefault(row, unused(f"key '{name}'", name))
         return faults
 
 
@@ -234,7 +234,13 @@ def _filled(column: Any) -> list[int]:
 
 
 def _shown(cell: Any, row: int, number: int) -> Any:
-    """What stands for an image in a record: a place inside the table, a path, or nothing."""
+    """What stands for an image in a record: a place inside the table, a path, or nothing.
+
+    Raises:
+        DataError: The cell holds more than an image.
+    """
+    if isinstance(cell, dict):
+        check_image_object(cell, f"image {number}")
     path = cell.get("path") if isinstance(cell, dict) else cell
     path = path if isinstance(path, str) else None
     if _bytes_of(cell) is not None:

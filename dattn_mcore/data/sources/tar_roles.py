@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from dattn_mcore.data.sources.metadata import left_aside, unknown
+from dattn_mcore.data.sources.metadata import left_aside, unused
 from dattn_mcore.data.sources.record import decode_json
 from dattn_mcore.data.sources.records.forms import matching
 from dattn_mcore.errors import DataError
@@ -122,7 +122,7 @@ def roles(
         elif kind in known or ending in known:
             ignored.append(f".{ending}")
         else:
-            raise DataError(unknown(f"member '{member.name}'"))
+            raise DataError(unused(f"member '{member.name}'", kind))
     if in_parts:
         if texts := records + captions:
             raise DataError(f"member '{texts[0].name}' is a text beside those of a question")

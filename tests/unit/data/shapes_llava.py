@@ -136,7 +136,7 @@ SHAPES = (
         QWEN,
         "a.json",
         [{"video": "videos/005.mp4", "conversations": TALK}],
-        refused=unknown("video"),
+        refused="key 'video' holds a video, which is not read yet; only text and images are",
     ),
     Shape(
         "Qwen-VL, images named in the text",
@@ -199,7 +199,7 @@ SHAPES = (
         INTERNVL,
         "a.jsonl",
         [{"id": 2, "video": "p/v.mp4", "conversations": TALK}],
-        refused=unknown("video"),
+        refused="key 'video' holds a video, which is not read yet; only text and images are",
     ),
     _llava(
         "An answer without loss, a sample's weight",

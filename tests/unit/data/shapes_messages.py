@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dattn_mcore.data.sources.record import Inside, ToolUse
 from tests.unit.data.shapes import URI, Shape, png, sample
-from tests.unit.data.shapes_llava import FACTORY, unknown
+from tests.unit.data.shapes_llava import FACTORY
 
 OPENAI = "OpenAI, fine-tuning guide"
 TRL = "TRL, `dataset_formats.md`"
@@ -319,7 +319,21 @@ SHAPES = (
         SWIFT,
         "a.jsonl",
         [{"messages": [{"role": "user", "content": "<video>What?"}, BOT], "videos": ["1.mp4"]}],
-        refused=unknown("videos"),
+        refused="key 'videos' holds videos, which are not read yet; only text and images are",
+    ),
+    Shape(
+        "ms-swift, sound",
+        SWIFT,
+        "a.jsonl",
+        [{"messages": [{"role": "user", "content": "<audio>What?"}, BOT], "audios": ["1.mp3"]}],
+        refused="key 'audios' holds sounds, which are not read yet; only text and images are",
+    ),
+    Shape(
+        "LLaMA-Factory, `mllm_video_demo.json` without its `videos`",
+        FACTORY,
+        "a.json",
+        [{"messages": [{"role": "user", "content": "<video>Who?"}, BOT]}],
+        refused="a text holds the mark <video>, and video is not read yet; only text and images are",
     ),
     Shape(
         "LLaMA-Factory, alpaca",

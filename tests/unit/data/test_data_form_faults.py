@@ -179,7 +179,7 @@ FAULTS: list[tuple[str, dict[str, Any], str]] = [
     (
         "cauldron",
         {"texts": [{"user": "a", "assistant": "b", "video": "1"}]},
-        "text 0: " + aside("video"),
+        "text 0: key 'video' holds a video, which is not read yet; only text and images are",
     ),
     (
         "interleaved",
@@ -296,7 +296,9 @@ def test_a_mapping_reads_turns_and_what_is_beside() -> None:
         "s": ["no", "S"],
     }
     found = parse_record(record, "a", form=mapped_form(mapping))
-    expected = Sample("x7", ("1", "2", "3"), ("<image>" * 3 + "q", "a"), "S", weight=2.0)
+    turns = ("<image>" * 3 + "q", "a")
+    aside = ("other entries of s",)
+    expected = Sample("x7", ("1", "2", "3"), turns, "S", aside, weight=2.0)
     assert found == expected
 
 

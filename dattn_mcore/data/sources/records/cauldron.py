@@ -48,6 +48,7 @@ CAULDRON = Form(
     name="cauldron",
     used=frozenset(("id", "images", "texts", "weight")),
     image_key="images",
+    image_keys=("images",),
     matches=lambda record: is_list_of(record.get("texts"), "user", "assistant"),
     read=_read,
     # FineVision's ratings of each pair.

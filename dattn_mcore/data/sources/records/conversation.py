@@ -12,6 +12,7 @@ from dattn_mcore.errors import DataError
 from dattn_mcore.types import IMAGE_MARK
 
 _PAIR = ["user", "answer"]
+_UNREAD = {"<video>": "video", "<audio>": "sound"}  # as Qwen2.5-VL, InternVL, ms-swift write them
 _FOREIGN = re.compile(r"<img>[^<>]{1,4096}</img>")  # as Qwen-VL's files name images in texts
 
 
@@ -34,6 +35,7 @@ def to_sample(draft: Draft, name: str, folder: str) -> Sample:
     texts = turns
     if tool_use is not None:
         texts = (*turns, *(text for turn in tool_use.responses for text in turn))
+    _check_media((system, *texts))
     _check_marks(draft, system, texts, turns[1::2])
     _check_answers(turns[1::2], learned, tool_use)
     return Sample(
@@ -69,6 +71,7 @@ def _images(draft: Draft, folder: str) -> tuple[Any, ...]:
 
 def _document(draft: Draft, name: str, folder: str, weight: float) -> Sample:
     text = draft.document or ""
+    _check_media((text,))
     marks = text.count(IMAGE_MARK)
     if marks != len(draft.images):
         raise DataError(
@@ -187,6 +190,17 @@ def _check_ends(words: Words, texts: list[str]) -> None:
         raise DataError(
             f"the last of {len(texts)} {words.turn}s is from {words.user!r}; an answer must follow"
         )
+
+
+def _check_media(texts: tuple[str, ...]) -> None:
+    """Refuses the mark of a video or a sound: it would be learned as if it were words."""
+    whole = "\n".join(texts)
+    for mark, medium in _UNREAD.items():
+        if mark in whole:
+            raise DataError(
+                f"a text holds the mark {mark}, and {medium} is not read yet; only text and "
+                "images are"
+            )
 
 
 def _check_marks(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dattn_mcore.data.sources.metadata import left_aside
+from dattn_mcore.data.sources.metadata import is_filled, left_aside
 from dattn_mcore.data.sources.record import Inside, check_text, kind
 from dattn_mcore.errors import DataError
 from dattn_mcore.types import IMAGE_MARK
@@ -88,7 +88,10 @@ class Form:
         used: Keys of a record that it reads.
         image_key: Under which a container puts images that lie beside the record (tar, parquet).
         matches: Whether a record looks like one of this form.
-        read: Reads a record; the second argument is the known metadata.
+        read: Reads a record; the second argument is the known metadata. Raises DataError: what
+            is wrong with the record, without saying where it stands.
+        image_keys: Keys of a record that can name its images.
+        ways: Groups of keys that write a sample in different ways; a record has keys of one.
         metadata: Keys of this form's records that training leaves aside.
         id_of: Finds a record's id.
     """
@@ -98,6 +101,8 @@ class Form:
     image_key: str
     matches: Callable[[Mapping[str, Any]], bool]
     read: Callable[[Mapping[str, Any], Collection[str]], Draft]
+    image_keys: tuple[str, ...]
+    ways: tuple[tuple[str, ...], ...] = ()
     metadata: frozenset[str] = frozenset()
     id_of: Callable[[Mapping[str, Any]], Any] = lambda record: record.get("id")
 
@@ -119,33 +124,79 @@ def text_of(value: Any, where: str) -> str:
 
 
 def optional_text(record: Mapping[str, Any], key: str) -> str:
-    """Text of a key that may be absent or null."""
+    """Text of a key that may be absent or null.
+
+    Raises:
+        DataError: It holds something else than a text.
+    """
     value = record.get(key)
     return "" if value is None else text_of(value, f"'{key}'")
 
 
 def list_of(value: Any, where: str) -> list[Any]:
-    """A list of a record that must hold something."""
+    """A list of a record that must hold something.
+
+    Args:
+        value: What stands there.
+        where: How messages call the place.
+
+    Raises:
+        DataError: It is no list, or an empty one.
+    """
     if not isinstance(value, list) or not value:
         raise DataError(f"{where} must be a non-empty list, got {kind(value)}")
     return value
 
 
 def object_of(value: Any, where: str) -> dict[str, Any]:
-    """An object of a record."""
+    """An object of a record.
+
+    Args:
+        value: What stands there.
+        where: How messages call the place.
+
+    Raises:
+        DataError: It is no object.
+    """
     if not isinstance(value, dict):
         raise DataError(f"{where} must be an object, got {kind(value)}")
     return value
 
 
 def learned_of(turn: Mapping[str, Any], where: str) -> bool:
-    """Whether an answer has loss: its `loss`, true where it has none."""
+    """Whether an answer has loss: its `loss`, true where it has none.
+
+    Args:
+        turn: The answer's turn.
+        where: How messages call it.
+
+    Raises:
+        DataError: `loss` is neither true nor false.
+    """
     value = turn.get("loss")
     if value is None:
         return True
     if value in (0, 1):  # booleans too
         return bool(value)
     raise DataError(f"{where}: 'loss' must be true or false, got {kind(value)}")
+
+
+def check_one_way(record: Mapping[str, Any], ways: tuple[tuple[str, ...], ...]) -> None:
+    """Refuses a record that is written in two ways: one of them would be dropped.
+
+    Args:
+        record: The record.
+        ways: From `Form.ways`.
+
+    Raises:
+        DataError: Names a key of each way.
+    """
+    held = [[key for key in way if is_filled(record.get(key))] for way in ways]
+    first = [keys[0] for keys in held if keys]
+    if len(first) > 1:
+        raise DataError(
+            f"'{first[0]}' and '{first[1]}' are two ways to write a sample; give one of them"
+        )
 
 
 def turn_metadata(

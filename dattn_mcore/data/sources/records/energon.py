@@ -26,9 +26,14 @@ from dattn_mcore.errors import DataError
 
 
 def _read(record: Mapping[str, Any], known: Collection[str]) -> Draft:
-    if is_filled(record.get("texts")):
-        return _onevision(record, known)
+    media = record.get("media")
+    if media not in (None, "image", "text"):
+        raise DataError(f"'media' is {media!r}; only text and images are read")
     images, field = images_of(record, "images", "name")
+    if is_filled(record.get("texts")):
+        return MESSAGES.read(
+            {"messages": record["texts"], "images": record.get(field.strip("'"))}, known
+        )
     asked = text_of(record.get("context"), "'context'")
     messages = [Message("user", "context", asked), Message("answer", "answers", _answer(record))]
     place_images(messages, images)
@@ -49,18 +54,12 @@ def _answer(record: Mapping[str, Any]) -> str:
     return text_of(value, "'answers'")
 
 
-def _onevision(record: Mapping[str, Any], known: Collection[str]) -> Draft:
-    media = record.get("media")
-    if media not in (None, "image", "text"):
-        raise DataError(f"'media' is {media!r}; only text and images are read")
-    turns = {"messages": record["texts"], "images": record.get("name") or record.get("images")}
-    return MESSAGES.read(turns, known)
-
-
 ENERGON = Form(
     name="energon",
     used=frozenset(("id", "context", "answers", "texts", "media", "name", "images", "weight")),
     image_key="images",
+    image_keys=("images", "name"),
+    ways=(("texts",), ("context", "answers")),
     matches=lambda record: (
         is_list_of(record.get("texts"), "role", "content")
         or (is_filled(record.get("context")) and is_filled(record.get("answers")))

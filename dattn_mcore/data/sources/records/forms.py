@@ -10,7 +10,7 @@ from dattn_mcore.data.sources.metadata import METADATA, is_filled, left_aside
 from dattn_mcore.data.sources.record import RecordError, Sample, check_text, kind
 from dattn_mcore.data.sources.records.cauldron import CAULDRON
 from dattn_mcore.data.sources.records.conversation import to_sample
-from dattn_mcore.data.sources.records.draft import Form
+from dattn_mcore.data.sources.records.draft import Form, check_one_way
 from dattn_mcore.data.sources.records.energon import ENERGON
 from dattn_mcore.data.sources.records.interleaved import INTERLEAVED
 from dattn_mcore.data.sources.records.llama_factory import LLAMA_FACTORY
@@ -36,11 +36,16 @@ FORMS = {
         WEBDATASET,
     )
 }
-_IMAGE_KEYS = ("image", "images", "image_url", "image_info", "name")
 LOOKED_AT = 64  # first records from which a form is found
 _WAY_OUT = "set format: or mapping: of the source in data.sources (docs/data.md)"
 # A file of the second form holds records of the first, which the second reads alike.
 _WIDER = {("llava", "sharegpt"), ("messages", "swift"), ("llava", "webdataset")}
+# What a source is read by whose form was found, and not given: a record of the second form may
+# stand behind those that were looked at. `used` holds the keys of both.
+WIDENED = {
+    "llava": replace(SHAREGPT, name="llava", image_key=LLAVA.image_key),
+    "messages": replace(SWIFT, name="messages"),
+}
 
 
 def parse_record(
@@ -67,8 +72,6 @@ def parse_record(
     if not isinstance(record, dict):
         raise RecordError(f"a record must be an object, got {kind(record)}", key)
     name: Any = key
-    if beside and not any(is_filled(record.get(key)) for key in (form.image_key, *_IMAGE_KEYS)):
-        record = {**record, form.image_key: list(beside)}
     try:
         if is_filled(found := form.id_of(record)):
             name = found
@@ -76,6 +79,10 @@ def parse_record(
             raise DataError(f"'id' must be a string, got {kind(name)}")
         check_text("'id'", str(name))
         ignored = left_aside(record, form.used, known)
+        if form.ways:
+            check_one_way(record, form.ways)
+        if beside and not any(is_filled(record.get(key)) for key in form.image_keys):
+            record = {**record, form.image_key: list(beside)}
         draft = form.read(record, known)
         draft.ignored = ignored + draft.ignored
         if "weight" in form.used:
@@ -122,9 +129,12 @@ def detect(records: Sequence[tuple[str, Any]]) -> str | None:
 
 
 def other_form(record: Any, form: str) -> str | None:
-    """The form of a record that could not be read as one of `form`, if it looks like another."""
+    """The form of a record that could not be read as one of `form`, if it looks like another.
+
+    A form of which one is the wider is no other one: such a record is a bad sample, which says so.
+    """
     names = matching(record)
-    if form in names or len(names) != 1 or (names[0], form) in _WIDER:
+    if form in names or len(names) != 1 or {(names[0], form), (form, names[0])} & _WIDER:
         return None
     return names[0]
 

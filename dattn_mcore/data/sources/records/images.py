@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dattn_mcore.data.sources.metadata import is_filled
+from dattn_mcore.data.sources.metadata import METADATA, is_filled
 from dattn_mcore.data.sources.record import Inside, check_text, kind
 from dattn_mcore.errors import DataError
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _DATA = re.compile(r"data:image[^,]{0,200},")  # Qwen's examples lack the kind: data:image;base64,
+# What an image's object may hold: the image, OpenAI's `detail`, and properties.
+_OF_AN_IMAGE = frozenset(("bytes", "path", "url", "detail", "format", "mode", "size", "id", "name"))
 _REFERENCES = ("image", "path", "url", "image_url", "base64", "bytes")
 
 
@@ -67,7 +69,7 @@ def image_of(value: Any, field: str) -> str | Inside:
         field: How messages call the place.
 
     Raises:
-        DataError: It is none of these, or a URL.
+        DataError: It is none of these, a URL, or an object that holds more than an image.
     """
     if isinstance(value, str):
         return _path(value, field)
@@ -77,14 +79,31 @@ def image_of(value: Any, field: str) -> str | Inside:
         return Inside(f"an image in {field}", value)
     if isinstance(value, dict):
         if isinstance(value.get("bytes"), bytes):
+            check_image_object(value, field)
             path = value.get("path")
             return Inside(
                 path if isinstance(path, str) and path else f"an image in {field}", value["bytes"]
             )
         for key in ("path", "url"):
             if is_filled(value.get(key)):
+                check_image_object(value, field)
                 return image_of(value[key], field)
     raise DataError(f"{field} must be a path or a list of paths, got {kind(value)}")
+
+
+def check_image_object(value: Mapping[str, Any], field: str) -> None:
+    """Refuses an image's object that holds what would be dropped: a text, a video.
+
+    Args:
+        value: The object.
+        field: How messages call the place.
+
+    Raises:
+        DataError: Names the key.
+    """
+    for key, one in value.items():
+        if key not in _OF_AN_IMAGE and key.casefold() not in METADATA and is_filled(one):
+            raise DataError(f"{field}: the object of an image holds '{key}', which is not read")
 
 
 def image_of_part(part: Mapping[str, Any], where: str) -> str | Inside | None:

@@ -56,6 +56,7 @@ LLAMA_FACTORY = Form(
         + ("images", "image")
     ),
     image_key="images",
+    image_keys=("images", "image"),
     matches=lambda record: (
         isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str)
     ),

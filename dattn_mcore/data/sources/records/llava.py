@@ -125,6 +125,7 @@ LLAVA = Form(
     name="llava",
     used=_KEYS,
     image_key="image",
+    image_keys=("image", "images"),
     matches=lambda record: _is_conversation(record) and not _uses_tools(record),
     read=_read,
 )
@@ -132,6 +133,7 @@ SHAREGPT = Form(
     name="sharegpt",
     used=_KEYS | {"tools"},
     image_key="images",
+    image_keys=("image", "images"),
     matches=lambda record: _is_conversation(record) and _uses_tools(record),
     read=_read_sharegpt,
 )

@@ -5,7 +5,8 @@ A path is keys with dots between, `[]` behind one that holds a list, and `[2]` f
     mapping: {images: "media.files[].path", question: "qa.q", answer: "qa.a"}
     mapping: {images: pictures, turns: "dialog[]", role: who, text: says, user: me, assistant: bot}
 
-Every key of a record that no path begins with must be known metadata, as in any form.
+Every key of a record that no path reads, at any depth, must be known metadata, as in any form. Of a
+list of which a path names one entry, the others are left aside, and counted.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dattn_mcore.data.sources.records.draft import (
     text_of,
 )
 from dattn_mcore.data.sources.records.images import image_of
+from dattn_mcore.data.sources.records.unmapped import left_over, tree_of
 from dattn_mcore.errors import DataError
 
 _STEP = re.compile(r"([^.\[\]]+)((?:\[\d*\])*)(?:\.|$)")
@@ -44,14 +46,19 @@ def mapped_form(mapping: MappingConfig) -> Form:
     check_mapping(mapping)
     paths = (mapping.id, mapping.images, mapping.turns, mapping.question, mapping.answer)
     tops = {_steps(path)[0] for path in (*paths, mapping.system, mapping.weight) if path}
+    image_key = str(_steps(mapping.images)[0]) if mapping.images else "images"
+    tree = tree_of(_read_paths(mapping))
 
     def read(record: Mapping[str, Any], known: Collection[str]) -> Draft:
-        return _read(record, mapping)
+        draft = _read(record, mapping)
+        draft.ignored = left_over(record, tree, known)
+        return draft
 
     return Form(
         name="mapping",
         used=frozenset({"id", *map(str, tops)}),
-        image_key=str(_steps(mapping.images)[0]) if mapping.images else "images",
+        image_key=image_key,
+        image_keys=(image_key,),
         matches=lambda record: False,  # never detected: it is given
         read=read,
         id_of=lambda record: field_of(record, mapping.id or "id"),
@@ -121,6 +128,18 @@ def _steps(path: str) -> list[str | int | None]:
         steps += [int(index) if index else None for index in _INDEX.findall(match[2])]
         place = match.end()
     return steps
+
+
+def _read_paths(mapping: MappingConfig) -> list[list[str | int | None]]:
+    """All that is read of a record, the keys of its turns included."""
+    whole = (mapping.id, mapping.images, mapping.question, mapping.answer, mapping.system)
+    paths = [_steps(path) for path in (*whole, mapping.weight) if path]
+    if mapping.turns:
+        turn = _steps(mapping.turns)
+        if None not in turn:
+            turn = [*turn, None]  # the path of the list, not of its entries
+        paths += [turn + _steps(path) for path in (mapping.role, mapping.text, "loss")]
+    return paths
 
 
 def _read(record: Mapping[str, Any], mapping: MappingConfig) -> Draft:

@@ -53,9 +53,9 @@ _KEYS = frozenset(
     ("id", "messages", "conversations", "images", "image", "system", "tools", "weight")
 )
 _PAIR = frozenset(("prompt", "completion"))
+_WAYS = (("messages",), ("conversations",), ("prompt", "completion"))
 _SWIFT_KEYS = frozenset(("query", "response", "history"))
 _REJECTED = frozenset(("rejected_response", "rejected_messages"))
-_UNREAD = {"objects": "boxes of ms-swift's grounding", "videos": "videos", "audios": "sounds"}
 
 
 def _read(record: Mapping[str, Any], known: Collection[str]) -> Draft:
@@ -63,9 +63,11 @@ def _read(record: Mapping[str, Any], known: Collection[str]) -> Draft:
 
 
 def _read_swift(record: Mapping[str, Any], known: Collection[str]) -> Draft:
-    for key, what in _UNREAD.items():
-        if is_filled(record.get(key)):
-            raise DataError(f"'{key}' holds {what}, which are not read; only text and images are")
+    if is_filled(record.get("objects")):
+        raise DataError(
+            "'objects' holds boxes of ms-swift's grounding, which are not read; only text and "
+            "images are"
+        )
     return _draft(record, known, swift=True)
 
 
@@ -98,16 +100,15 @@ def _draft(record: Mapping[str, Any], known: Collection[str], swift: bool) -> Dr
 
 def _turns_of(record: Mapping[str, Any], swift: bool) -> tuple[str, list[Any]]:
     """The quoted key of the turns, and the turns."""
-    if swift and not is_filled(record.get("messages")):
-        return "'query' and 'response'", _pairs(record)
-    if is_filled(record.get("prompt")):
-        prompt = list_of(record["prompt"], "'prompt'")
+    for key in ("messages", "conversations"):
+        if is_filled(record.get(key)):
+            return f"'{key}'", list_of(record[key], f"'{key}'")
+    if any(is_filled(record.get(key)) for key in _PAIR):
+        prompt = list_of(record.get("prompt"), "'prompt'")
         return "'prompt'", [*prompt, *list_of(record.get("completion"), "'completion'")]
-    both = [key for key in ("messages", "conversations") if is_filled(record.get(key))]
-    if len(both) > 1:
-        raise DataError("'messages' and 'conversations' both hold turns; give one of them")
-    key = (both or ["messages"])[0]
-    return f"'{key}'", list_of(record.get(key), f"'{key}'")
+    if swift:
+        return "'query' and 'response'", _pairs(record)
+    return "'messages'", list_of(record.get("messages"), "'messages'")
 
 
 def _pairs(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -157,8 +158,10 @@ def _message(
     if swift and speaker in _SWIFT_ROLES:
         role = "answer" if speaker == "tool_call" else "tool"
     if role is None:
+        more = "; turns of ms-swift's tools belong to format: swift"
         raise DataError(
             f"{where}: 'role' is {speaker!r}; it must be 'user', 'assistant', 'system' or 'tool'"
+            f"{more if speaker in _SWIFT_ROLES else ''}"
         )
     if len(found) > 2:
         used = _USED_OF_A_TOOL if role == "tool" else _USED
@@ -173,6 +176,8 @@ def _message(
         raise DataError(f"{where}: 'tool_calls' must be a list, and stand in an assistant message")
     said = tuple(call_of(call, where) for call in calls)
     if speaker == "tool_call":
+        if said:
+            raise DataError(f"{where}: 'tool_calls' stands beside the call that 'content' holds")
         text, said = "", calls_of_text(text, where)
     return Message(role, speaker, text, _learned(found, where), said)
 
@@ -209,13 +214,17 @@ MESSAGES = Form(
     name="messages",
     used=_KEYS | _PAIR,
     image_key="images",
+    image_keys=("images", "image"),
+    ways=_WAYS,
     matches=lambda record: _is_messages(record) and not _is_swift(record),
     read=_read,
 )
 SWIFT = Form(
     name="swift",
-    used=_KEYS | _SWIFT_KEYS | frozenset(_UNREAD),
+    used=_KEYS | _PAIR | _SWIFT_KEYS | {"objects"},
     image_key="images",
+    image_keys=("images", "image"),
+    ways=(*_WAYS, ("query", "response", "history")),
     matches=_is_swift,
     read=_read_swift,
     metadata=_REJECTED,

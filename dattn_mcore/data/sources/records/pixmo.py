@@ -28,8 +28,9 @@ _OTHERS = ("conversations", "messages", "texts", "instruction", "query", "prompt
 def _read(record: Mapping[str, Any], known: Collection[str]) -> Draft:
     images, field = images_of(record, "image", "images", "image_url")
     caption, question = record.get("caption"), record.get("question")
-    if is_filled(caption) and is_filled(question):
-        raise DataError("'caption' and 'question' are both there; make a sample of each")
+    for other in ("question", "answer"):
+        if is_filled(caption) and is_filled(record.get(other)):
+            raise DataError(f"'caption' and '{other}' are both there; make a sample of each")
     key = "answer" if is_filled(question) else "caption"
     asked = text_of(question, "'question'") if is_filled(question) else ""
     messages = [
@@ -58,6 +59,7 @@ PIXMO = Form(
         ("id", "image", "images", "image_url", "caption", "question", "answer", "weight")
     ),
     image_key="image",
+    image_keys=("image", "images", "image_url"),
     matches=_matches,
     read=_read,
     metadata=frozenset(("transcripts", "image_sha256")),

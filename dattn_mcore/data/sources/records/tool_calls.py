@@ -12,6 +12,8 @@ from dattn_mcore.data.sources.metadata import is_filled
 from dattn_mcore.data.sources.record import check_text, decode_json, kind
 from dattn_mcore.errors import DataError
 
+_ABOUT_A_CALL = ("id", "type", "index")  # OpenAI's, which no template writes
+
 
 def tools_of(value: Any) -> tuple[str, ...]:
     """The tools of a record: a list of objects, or its JSON as a string.
@@ -34,7 +36,15 @@ def tools_of(value: Any) -> tuple[str, ...]:
 
 
 def calls_of_text(text: str, where: str) -> tuple[str, ...]:
-    """Calls that a turn holds as JSON: an object, or a list of objects."""
+    """Calls that a turn holds as JSON: an object, or a list of objects.
+
+    Args:
+        text: The JSON.
+        where: How messages call the turn.
+
+    Raises:
+        DataError: It is no JSON, or holds no call or one that is none.
+    """
     found = _decoded(text, where)
     calls = found if isinstance(found, list) else [found]
     if not calls:
@@ -46,12 +56,14 @@ def call_of(value: Any, where: str) -> str:
     """One call: `{name, arguments}`, or OpenAI's `{type: function, function: {...}}`.
 
     Raises:
-        DataError: It has no name, or its arguments are no object.
+        DataError: It has no name, its arguments are no object, or it holds something else.
     """
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        _check_keys(value, ("function", *_ABOUT_A_CALL), where)
         value = value["function"]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise DataError(f"{where}: the call of a tool must be an object with a 'name'")
+    _check_keys(value, ("name", "arguments", *_ABOUT_A_CALL), where)
     arguments = value.get("arguments")
     if isinstance(arguments, str):
         arguments = _decoded(arguments or "{}", f"{where}: 'arguments'")
@@ -60,6 +72,12 @@ def call_of(value: Any, where: str) -> str:
     if not isinstance(arguments, dict):
         raise DataError(f"{where}: 'arguments' must be an object, got {kind(arguments)}")
     return _written({"name": value["name"], "arguments": arguments})
+
+
+def _check_keys(call: dict[str, Any], used: tuple[str, ...], where: str) -> None:
+    for key, value in call.items():
+        if key not in used and is_filled(value):
+            raise DataError(f"{where}: the call of a tool holds '{key}', which is not read")
 
 
 def _decoded(text: str, where: str) -> Any:
