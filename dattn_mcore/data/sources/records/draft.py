@@ -91,6 +91,7 @@ class Form:
         read: Reads a record; the second argument is the known metadata.
         metadata: Keys of this form's records that training leaves aside.
         id_of: Finds a record's id.
+        branch_turns: The key of turns that `branches` may stand for; "": it may not.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Form:
     read: Callable[[Mapping[str, Any], Collection[str]], Draft]
     metadata: frozenset[str] = frozenset()
     id_of: Callable[[Mapping[str, Any]], Any] = lambda record: record.get("id")
+    branch_turns: str = ""
 
 
 def text_of(value: Any, where: str) -> str:
