@@ -17,7 +17,10 @@ class MicroBatch:
     """One packed micro-batch of one data-parallel rank. Nothing in it is padded.
 
     Attributes:
-        layouts: One layout per sample. Visual rows of the pack stand in the order of samples,
+        layouts: One layout per sample; of a sample with branches one per branch, next to each
+            other, and so in all that runs along `layouts`: the branches share the sample's images
+            by `images_of`, have its id, number, group and weight, and do not see each other.
+            Visual rows of the pack stand in the order of samples,
             then of images in the sample; those of samples that share images once.
         text_ids: int64 [T], text rows of all samples, concatenated, without image placeholders.
         labels: int64 [T], already shifted inside each sample: the id that row i must predict,
@@ -28,7 +31,8 @@ class MicroBatch:
             base view first, then the tiles of its canvas, row by row. None on ranks that need no
             pixels, and where num_tiles is 0.
         sample_ids: Annotation id of each sample.
-        num_samples: Number of samples; 0 for the empty packs that fill up a global batch.
+        num_samples: Number of samples, whatever branches they have; 0 for the empty packs that
+            fill up a global batch.
         image_grids: (columns, rows) of the canvas of each image in `tiles`, on every rank; (0, 0)
             for an image of one tile. An image's visual rows are those of its base view, then
             those of its canvas, both row-major. Empty: every tile is an image of its own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from dattn_mcore.data.shared_packing import make_shared_packs
 from dattn_mcore.data.templates import EncodedSample
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,8 @@ class BatchBuilder:
             f"{text} text and {visual} visual rows; data.text_budget is {data.text_budget}, "
             f"data.visual_budget is {data.visual_budget}"
         )
+        if data.over_budget == "truncate" and row["num_branches"]:
+            reason += "; a sample with branches is not cut"
         if data.over_budget == "error":
             raise DataError(
                 f"annotation {name!r} has {reason}; raise them or set data.over_budget=skip"
@@ -219,8 +224,11 @@ class BatchBuilder:
         self, pack: PackMembers, tiles: Iterator[Tensor], failures: list[SampleFailure]
     ) -> MicroBatch:
         """Concatenates the samples of a pack."""
-        members = pack.samples
-        encoded = [self._encode(item, failures) for item in members]
+        texts = [self._encode(item, failures) for item in pack.samples]
+        # A branch is a sample to the model: it shares the images of its sample's other branches.
+        encoded = [one for of_sample in texts for one in of_sample]
+        times = [len(of_sample) for of_sample in texts]
+        members = _repeated(pack.samples, times)
         pixels = next(tiles) if self._images is not None else None
         weights = tuple(item.weight for item in encoded)
         return MicroBatch(
@@ -231,13 +239,13 @@ class BatchBuilder:
             tiles=pixels if pack.num_tiles else None,
             samples=tuple(item.indexed.number for item in members),
             sample_ids=tuple(item.indexed.id for item in members),
-            num_samples=len(members),
+            num_samples=len(pack.samples),
             image_grids=tuple(
-                image.grid for first in pack.firsts for image in members[first].images
+                image.grid for first in pack.firsts for image in pack.samples[first].images
             ),
             groups=tuple(self._group(item) for item in members) if self._by_group else (),
             num_groups=len(self.groups) if self._by_group else 0,
-            images_of=images_of(pack.units),
+            images_of=images_of(_repeated(pack.units, times)),
             weights=weights if any(weight != 1 for weight in weights) else (),
         )
 
@@ -246,7 +254,9 @@ class BatchBuilder:
         source = int(np.searchsorted(self._source_ends, fitted.indexed.number, side="right"))
         return 2 * source + (not fitted.images)
 
-    def _encode(self, fitted: FittedSample, failures: list[SampleFailure]) -> EncodedSample:
+    def _encode(
+        self, fitted: FittedSample, failures: list[SampleFailure]
+    ) -> tuple[EncodedSample, ...]:
         """Reads a sample's text; one that cannot be read any more is blank and a failure."""
         try:
             return self._reader.encode(fitted)
@@ -258,6 +268,11 @@ class BatchBuilder:
                 )
             )
             return self._reader.blank(fitted)
+
+
+def _repeated(values: Sequence[T], times: Sequence[int]) -> list[T]:
+    """Each value as often as its number says."""
+    return [value for value, number in zip(values, times, strict=True) for _ in range(number)]
 
 
 def groups_of(index: Index) -> tuple[tuple[str, str], ...]:

@@ -19,8 +19,8 @@ def skipped_samples(index: Index, config: Config) -> np.ndarray:
     """Whether each sample of an index is left out for its length, bool [samples].
 
     With `data.over_budget=truncate` text is cut at the end, and images behind the cut go with it.
-    A sample that still fits no pack, or has nothing left to predict, is left out even then. With
-    `error` the run ends at the first of them.
+    A sample that still fits no pack, has nothing left to predict, or has branches is left out even
+    then. With `error` the run ends at the first of them.
     """
     data = config.data
     text, visual = index.samples["text_rows"], _visual_rows(index, config)
@@ -29,6 +29,8 @@ def skipped_samples(index: Index, config: Config) -> np.ndarray:
     if data.over_budget != "truncate":
         return over
     left_out = over & (index.samples["first_label"] >= data.text_budget - 1)
+    if index.content["num_branched"]:
+        left_out |= over & (index.samples["num_branches"] > 0)
     most_tiles = data.visual_budget // config.model.vision.rows_per_tile
     for number in np.flatnonzero(over & ~left_out & (visual > data.visual_budget)):
         row = index.samples[number]

@@ -153,7 +153,10 @@ def _key(index: Index, sample: IndexedSample, files: OpenFiles) -> str:
 
 def record_key(record: Sample) -> str:
     """What tells a record without an image from others: its texts."""
-    return "\0".join(["record", record.system, *record.turns])
+    texts = ["record", record.system, *record.turns]
+    for branch in record.branches:
+        texts += ["branch", branch.system, *branch.turns]
+    return "\0".join(texts)
 
 
 def _place(key: str, salt: str) -> float:

@@ -10,10 +10,28 @@ from dattn_mcore.data.tool_turns import with_tools
 from dattn_mcore.errors import DataError
 
 
+def texts_of(
+    tokenizer: Tokenizer, template: str, sample: Sample, loss_on: LossOn = "all"
+) -> tuple[tuple[Run, ...], ...]:
+    """Builds the runs of each text of a record: of its branches, or of its only one.
+
+    The arguments and errors are those of `runs_of`; an error names the branch.
+    """
+    if not sample.branches:
+        return (runs_of(tokenizer, template, sample, loss_on),)
+    texts = []
+    for number, branch in enumerate(sample.branches):
+        try:
+            texts.append(runs_of(tokenizer, template, branch, loss_on))
+        except DataError as error:
+            raise DataError(f"branch {number}: {error}") from None
+    return tuple(texts)
+
+
 def runs_of(
     tokenizer: Tokenizer, template: str, sample: Sample, loss_on: LossOn = "all"
 ) -> tuple[Run, ...]:
-    """Builds the runs of a record, whatever it holds.
+    """Builds the runs of a record without branches, whatever it holds.
 
     Args:
         tokenizer: Gives the ids.

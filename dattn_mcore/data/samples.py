@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dattn_mcore.data.image_files import check_folder, read_bytes
 from dattn_mcore.data.images import ImageRequest
-from dattn_mcore.data.index.store import Index, IndexedImage, IndexedSample
-from dattn_mcore.data.record_runs import runs_of
+from dattn_mcore.data.index.store import Index, IndexedBranch, IndexedImage, IndexedSample
+from dattn_mcore.data.record_runs import texts_of
 from dattn_mcore.data.sources.open_files import OpenFiles
 from dattn_mcore.data.sources.place import ImagePlace
 from dattn_mcore.data.sources.record import Sample
@@ -45,16 +45,21 @@ class FittedSample:
         """Tiles of the images that take part."""
         return sum(image.num_tiles for image in self.images)
 
-    def layout(self, rows_per_tile: int) -> Layout:
-        """Its runs in reading order, without reading it."""
+    def layouts(self, rows_per_tile: int) -> tuple[Layout, ...]:
+        """Runs in reading order, without reading it: of each branch, or of its only text."""
+        before = tuple(image.text_before for image in self.images)
+        texts = self.indexed.branches or (IndexedBranch(self.text_rows, before),)
+        return tuple(self._layout(text, rows_per_tile) for text in texts)
+
+    def _layout(self, branch: IndexedBranch, rows_per_tile: int) -> Layout:
         runs, text = [], 0
-        for image in self.images:
-            if image.text_before > text:
-                runs.append((False, image.text_before - text))
-                text = image.text_before
+        for image, before in zip(self.images, branch.text_before, strict=True):
+            if before > text:
+                runs.append((False, before - text))
+                text = before
             runs.append((True, image.num_tiles * rows_per_tile))
-        if self.text_rows > text:
-            runs.append((False, self.text_rows - text))
+        if branch.text_rows > text:
+            runs.append((False, branch.text_rows - text))
         return merge_runs(runs)
 
 
@@ -107,8 +112,11 @@ class SampleReader:
         """
         return self._files.get(sample.file).read(sample.place)[0]
 
-    def encode(self, fitted: FittedSample) -> EncodedSample:
+    def encode(self, fitted: FittedSample) -> tuple[EncodedSample, ...]:
         """Reads a sample's text and turns it into ids, labels and a layout.
+
+        Returns:
+            Each of its branches, or its only text.
 
         Raises:
             DataError: The record cannot be read, or is no longer what was indexed.
@@ -116,20 +124,26 @@ class SampleReader:
         record = self.record(fitted.indexed)
         rows = [image.num_tiles * self._rows_per_tile for image in fitted.indexed.images]
         settings = self._index.settings
-        runs = runs_of(self._tokenizer, settings.template, record, settings.loss_on)
+        texts = texts_of(self._tokenizer, settings.template, record, settings.loss_on)
         if len(record.images) == len(rows):
-            encoded = truncate(encode_sample(runs, rows), fitted.text_rows)
-            if encoded.layout == fitted.layout(self._rows_per_tile):
-                return replace(encoded, weight=record.weight)
+            # Branches are never cut.
+            encoded = [truncate(encode_sample(runs, rows), fitted.text_rows) for runs in texts]
+            if tuple(one.layout for one in encoded) == fitted.layouts(self._rows_per_tile):
+                return tuple(replace(one, weight=record.weight) for one in encoded)
         raise DataError("the record is no longer the one that was indexed")
 
-    def blank(self, fitted: FittedSample) -> EncodedSample:
+    def blank(self, fitted: FittedSample) -> tuple[EncodedSample, ...]:
         """What stands in for a sample whose text cannot be read: the same shapes, no loss."""
-        return EncodedSample(
-            text_ids=(self._tokenizer.bos_id,) * fitted.text_rows,
-            labels=(IGNORED_LABEL,) * fitted.text_rows,
-            layout=fitted.layout(self._rows_per_tile),
-            image_rows=tuple(image.num_tiles * self._rows_per_tile for image in fitted.images),
+        layouts = fitted.layouts(self._rows_per_tile)
+        text_rows = [sum(rows for is_visual, rows in one if not is_visual) for one in layouts]
+        return tuple(
+            EncodedSample(
+                text_ids=(self._tokenizer.bos_id,) * rows,
+                labels=(IGNORED_LABEL,) * rows,
+                layout=layout,
+                image_rows=tuple(image.num_tiles * self._rows_per_tile for image in fitted.images),
+            )
+            for rows, layout in zip(text_rows, layouts, strict=True)
         )
 
     def make_room(self) -> None:

@@ -35,7 +35,8 @@ def explain(error: NotFiniteError, step: int, batch: GlobalBatch) -> DattnError:
     mine = [name for pack in error.packs for name in batch.microbatches[pack].sample_ids]
     everyone: list[list[str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    culprits = [name for names in everyone for name in names or []]
+    # Each once: a sample is there as often as it has branches, and on every rank of its replica.
+    culprits = list(dict.fromkeys(name for names in everyone for name in names or []))
     whose = "micro-batch" if culprits else "step"
     skipped = {sample.id for sample in batch.skipped}
     names = culprits or [name for name in batch.sample_ids if name not in skipped]

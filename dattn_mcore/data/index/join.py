@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dattn_mcore.data.index.layout import IMAGE, SAMPLE, IndexSettings, digest
+from dattn_mcore.data.index.layout import BRANCH, IMAGE, SAMPLE, IndexSettings, digest
 from dattn_mcore.data.sources.source import open_source_file
 
 
@@ -21,27 +21,32 @@ def join_parts(
     counts = []
     for path in parts:
         with np.load(path) as part:
-            counts.append([len(part[name]) for name in ("samples", "images", "names")])
+            counts.append([len(part[name]) for name in ("samples", "images", "names", "branches")])
     totals = [int(total) for total in np.sum(counts, axis=0)]
     samples = np.lib.format.open_memmap(begun / "samples.npy", "w+", SAMPLE, (totals[0],))
     images = np.lib.format.open_memmap(begun / "images.npy", "w+", IMAGE, (max(totals[1], 1),))
+    branches = np.lib.format.open_memmap(begun / "branches.npy", "w+", BRANCH, (max(totals[3], 1),))
+    num_branched = 0
     usable = np.lib.format.open_memmap(begun / "usable.npy", "w+", np.uint8, (totals[0],))
     places = _Places(settings)
     num_bad, per_file = 0, np.zeros((len(settings.files), 2), np.int64)
-    done = np.zeros(3, np.int64)
+    done = np.zeros(4, np.int64)
     ignored: list[Counter[str]] = [Counter() for _ in settings.sources]
     source_of = [n for n, source in enumerate(settings.sources) for _ in source.files]
     with open(begun / "names.bin", "wb") as names, open(begun / "bad.jsonl", "w") as bad:
         for path, count in zip(parts, counts, strict=True):
-            sample_at, image_at, name_at = (int(number) for number in done)
+            sample_at, image_at, name_at, branch_at = (int(number) for number in done)
             with np.load(path) as part:
                 rows, pictures = part["samples"], part["images"]
                 rows["name_start"] += np.uint64(name_at)
                 rows["first_image"] += np.uint64(image_at)
+                rows["first_branch"] += np.uint64(branch_at)
+                num_branched += int((rows["num_branches"] > 0).sum())
                 pictures["name_start"] += np.uint64(name_at)
                 samples[sample_at : sample_at + len(rows)] = rows
                 usable[sample_at : sample_at + len(rows)] = part["usable"]
                 images[image_at : image_at + len(pictures)] = pictures
+                branches[branch_at : branch_at + len(part["branches"])] = part["branches"]
                 names.write(part["names"].tobytes())
                 np.add.at(
                     per_file, rows["file"], np.stack([part["usable"] * 0 + 1, part["usable"]], 1)
@@ -55,12 +60,13 @@ def join_parts(
                 own = ignored[source_of[int(rows["file"][0])]]
                 own.update(json.loads(part["ignored"].tobytes()))
             done += count
-    for table in (samples, images, usable):
+    for table in (samples, images, branches, usable):
         table.flush()
     content = {
         **made_from,
         "num_samples": totals[0],
         "num_images": totals[1],
+        "num_branched": num_branched,
         "num_usable": totals[0] - num_bad,
         "ignored": _by_count(sum(ignored, Counter())),
         "ignored_by_source": [_by_count(own) for own in ignored],

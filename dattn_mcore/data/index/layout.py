@@ -1,9 +1,10 @@
-"""What an index holds: two tables of fixed width, names, and a list of what is unusable.
+"""What an index holds: tables, names, and a list of what is unusable.
 
     index.json     what it was made from, and the metadata left aside; written last
     samples.npy    SAMPLE rows, one per record of the sources, in order
     images.npy     IMAGE rows, those of a sample next to each other
     usable.npy     one byte per sample
+    branches.npy   BRANCH numbers, those of a sample next to each other; most samples have none
     names.bin      ids and image names, UTF-8
     bad.jsonl      one line per unusable sample: number, id, file, where, path, stage, reason
 
@@ -44,6 +45,8 @@ SAMPLE = np.dtype(
         ("num_images", "<u2"),
         ("num_tiles", "<u4"),
         ("kind", "u1"),  # see sources.place
+        ("first_branch", "<u8"),  # number of branches.npy
+        ("num_branches", "<u4"),  # 0: it is one text
     ]
 )
 IMAGE = np.dtype(
@@ -53,7 +56,7 @@ IMAGE = np.dtype(
         ("length", "<u4"),
         ("width", "<u4"),  # after its orientation is applied
         ("height", "<u4"),
-        ("text_before", "<u4"),  # text rows of the sample that stand before the image
+        ("text_before", "<u4"),  # text rows of the sample (its first branch) before the image
         ("num_tiles", "<u2"),
         ("name_length", "<u2"),
         ("columns", "u1"),  # of the AnyRes grid; 0 where the image is one square
@@ -63,6 +66,8 @@ IMAGE = np.dtype(
         ("content", "<u8", (2,)),  # of its bytes (data.hash_images); 0, 0 where they are not hashed
     ]
 )
+# Of each branch 1 + num_images numbers: its text rows, and those that stand before each image.
+BRANCH = np.dtype("<u4")
 
 
 class SampleRow(NamedTuple):
@@ -80,6 +85,8 @@ class SampleRow(NamedTuple):
     num_images: int
     num_tiles: int
     kind: int
+    first_branch: int
+    num_branches: int
 
 
 class ImageRow(NamedTuple):

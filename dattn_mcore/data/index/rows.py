@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dattn_mcore.data.image_files import (
 )
 from dattn_mcore.data.index.image_identity import NOT_HASHED, content_of, identity_of_image
 from dattn_mcore.data.index.layout import (
+    BRANCH,
     FORMATS,
     IMAGE,
     NEVER,
@@ -27,12 +29,12 @@ from dattn_mcore.data.index.layout import (
     IndexSettings,
     SampleRow,
 )
-from dattn_mcore.data.record_runs import runs_of
+from dattn_mcore.data.record_runs import texts_of
 from dattn_mcore.data.sources.open_files import OpenFiles
 from dattn_mcore.data.sources.place import ImagePlace, Place
 from dattn_mcore.data.sources.record import RecordError, Sample
 from dattn_mcore.data.sources.records.forms import WEBDATASET, other_form
-from dattn_mcore.data.templates import TextRun
+from dattn_mcore.data.templates import Run, TextRun
 from dattn_mcore.data.tiles import Tiling, tiling_of_image
 from dattn_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from dattn_mcore.errors import DataError
@@ -48,6 +50,7 @@ class IndexPart:
     Attributes:
         samples: SAMPLE rows; names and images counted from the part's start.
         images: IMAGE rows.
+        branches: BRANCH numbers; counted from the part's start.
         usable: Whether each sample can be used.
         names: Bytes of names.bin.
         bad: What is unusable; `sample` counted from the part's start.
@@ -56,6 +59,7 @@ class IndexPart:
 
     samples: list[SampleRow] = field(default_factory=list)
     images: list[ImageRow] = field(default_factory=list)
+    branches: list[int] = field(default_factory=list)
     usable: list[bool] = field(default_factory=list)
     names: bytearray = field(default_factory=bytearray)
     bad: list[dict[str, Any]] = field(default_factory=list)
@@ -75,6 +79,7 @@ class IndexPart:
         return {
             "samples": np.array(self.samples, SAMPLE),
             "images": np.array(self.images, IMAGE),
+            "branches": np.array(self.branches, BRANCH),
             "usable": np.array(self.usable, np.uint8),
             "names": np.frombuffer(bytes(self.names), np.uint8),
         }
@@ -87,7 +92,8 @@ class _Encoded:
     text_rows: int
     first_label: int
     supervised: int
-    text_before: tuple[int, ...]  # text rows before each image
+    text_before: tuple[int, ...]  # text rows before each image, in the first branch if it has some
+    branches: tuple[tuple[int, ...], ...] = ()  # text rows of each, and those before each image
 
 
 class RowMaker:
@@ -150,9 +156,12 @@ class RowMaker:
                     num_images=len(rows),
                     num_tiles=sum(row.num_tiles for row in rows),
                     kind=place.kind,
+                    first_branch=len(made.branches),
+                    num_branches=len(encoded.branches),
                 )
             )
             made.images += rows
+            made.branches += [number for branch in encoded.branches for number in branch]
             made.usable.append(reason is None)
             if reason is None:
                 made.ignored.update(sample.ignored)
@@ -195,20 +204,17 @@ class RowMaker:
 
     def _encode(self, sample: Sample) -> _Encoded:
         settings = self._settings
-        runs = runs_of(self._tokenizer, settings.template, sample, settings.loss_on)
-        rows, first, supervised = 0, NEVER, 0
-        before = []
-        for run in runs:
-            if not isinstance(run, TextRun):
-                before.append(rows)
-                continue
-            count = sum(run.supervised) - (rows == 0 and run.supervised[0])
-            if count and first == NEVER:
-                # Row i predicts row i + 1, so the label stands one row before what it predicts.
-                first = rows + run.supervised.index(True, int(rows == 0)) - 1
-            supervised += count
-            rows += len(run.ids)
-        return _Encoded(rows, first, supervised, tuple(before))
+        texts = texts_of(self._tokenizer, settings.template, sample, settings.loss_on)
+        found = [_counted(runs) for runs in texts]
+        if len(found) == 1:
+            return found[0]
+        return _Encoded(
+            text_rows=sum(one.text_rows for one in found),
+            first_label=found[0].first_label,
+            supervised=sum(one.supervised for one in found),
+            text_before=found[0].text_before,
+            branches=tuple((one.text_rows, *one.text_before) for one in found),
+        )
 
     def _image_row(
         self, made: IndexPart, file: int, place: Place, image: ImagePlace, before: int
@@ -271,3 +277,20 @@ class RowMaker:
         return probe_image_file(
             self._folders[folder], path, settings.max_pixels, hint, settings.rules
         )
+
+
+def _counted(runs: Sequence[Run]) -> _Encoded:
+    """What the index keeps of one text."""
+    rows, first, supervised = 0, NEVER, 0
+    before = []
+    for run in runs:
+        if not isinstance(run, TextRun):
+            before.append(rows)
+            continue
+        count = sum(run.supervised) - (rows == 0 and run.supervised[0])
+        if count and first == NEVER:
+            # Row i predicts row i + 1, so the label stands one row before what it predicts.
+            first = rows + run.supervised.index(True, int(rows == 0)) - 1
+        supervised += count
+        rows += len(run.ids)
+    return _Encoded(rows, first, supervised, tuple(before))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.config.sharing import why_apart
 from dattn_mcore.data.index.build import build_index, describe_file, locked
 from dattn_mcore.data.index.image_identity import ImageIdentity, identity_of_image
 from dattn_mcore.data.index.layout import IndexSettings, settings_of
@@ -49,6 +50,19 @@ class IndexedImage:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexedBranch:
+    """A branch of a sample, as the index knows it.
+
+    Attributes:
+        text_rows: Its text rows under the index's template.
+        text_before: How many of them stand before each image of the sample.
+    """
+
+    text_rows: int
+    text_before: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class IndexedSample:
     """A sample, as the index knows it.
 
@@ -57,8 +71,9 @@ class IndexedSample:
         id: Annotation id.
         file: Number of its file.
         place: Where its record stands.
-        text_rows: Text rows under the index's template.
+        text_rows: Text rows under the index's template, those of all branches.
         images: Its images.
+        branches: At least two, or none.
     """
 
     number: int
@@ -67,6 +82,7 @@ class IndexedSample:
     place: Place
     text_rows: int
     images: tuple[IndexedImage, ...]
+    branches: tuple[IndexedBranch, ...] = ()
 
 
 class Index:
@@ -77,6 +93,7 @@ class Index:
         content: What index.json says.
         samples: SAMPLE rows.
         images: IMAGE rows.
+        branches: BRANCH numbers.
         usable: uint8, one per sample.
     """
 
@@ -92,6 +109,7 @@ class Index:
             self.content: dict[str, Any] = json.loads((folder / "index.json").read_text("utf-8"))
             self.samples = np.load(folder / "samples.npy", mmap_mode="r")
             self.images = np.load(folder / "images.npy", mmap_mode="r")
+            self.branches = np.load(folder / "branches.npy", mmap_mode="r")
             self.usable = np.load(folder / "usable.npy", mmap_mode="r")
             if (folder / "names.bin").stat().st_size:
                 self._names: np.ndarray = np.memmap(folder / "names.bin", np.uint8, "r")
@@ -147,6 +165,7 @@ class Index:
             place=place,
             text_rows=int(row["text_rows"]),
             images=images,
+            branches=self._branches(row),
         )
 
     def bad(self) -> Iterator[dict[str, Any]]:
@@ -163,6 +182,14 @@ class Index:
             ranges.append((start, start + count))
             start, file = start + count, file + len(source.files)
         return ranges
+
+    def _branches(self, row: Any) -> tuple[IndexedBranch, ...]:
+        if not row["num_branches"]:
+            return ()
+        first, width = int(row["first_branch"]), 1 + int(row["num_images"])
+        numbers = self.branches[first : first + int(row["num_branches"]) * width]
+        found = numbers.reshape(-1, width).tolist()
+        return tuple(IndexedBranch(one[0], tuple(one[1:])) for one in found)
 
     def _place(self, row: Any) -> ImagePlace:
         return ImagePlace(self.name(row), int(row["offset"]), int(row["length"]))
@@ -204,14 +231,15 @@ def open_index(
 
     Raises:
         DataError: A source is missing or malformed, the tokenizer lacks a token of the template,
-            or the index is absent or stale and `data.build_index` is false.
+            the index is absent or stale and `data.build_index` is false, or samples have branches
+            and this run cannot share visual rows.
     """
     check_symbols(tokenizer, config.data.template)
     settings = settings_of(config, tokenizer)
     folder = index_folder(config, settings)
     why = "it was asked for" if again else why_stale(folder, settings, tokenizer)
     if why is None:
-        return Index(folder, settings)
+        return _with_branches(Index(folder, settings), config)
     if not config.data.build_index:
         raise DataError(
             f"index '{folder}' cannot be used: {why}; data.build_index is false, so make it first: "
@@ -222,7 +250,22 @@ def open_index(
             if (folder / "index.json").exists():
                 _LOG.info("index '%s' is made again: %s", folder, why)
             build_index(folder, settings, tokenizer, workers)
-    return Index(folder, settings)
+    return _with_branches(Index(folder, settings), config)
+
+
+def _with_branches(index: Index, config: Config) -> Index:
+    """Refuses samples with branches where no visual rows can be shared; looked for if there are."""
+    if not index.content["num_branched"] or (reason := why_apart(config)) is None:
+        return index
+    rows = index.samples
+    numbers = np.flatnonzero((rows["num_branches"] > 0) & (rows["num_images"] > 0))
+    if not len(numbers):
+        return index
+    more = f" (and {len(numbers) - 1:,} more)" if len(numbers) > 1 else ""
+    raise DataError(
+        f"annotation {index.ids(numbers[:1])[0]!r}{more} has branches, which share visual rows, "
+        f"and this run shares none ({reason}); change that, or make each branch a record of its own"
+    )
 
 
 def why_stale(folder: Path, settings: IndexSettings, tokenizer: Tokenizer) -> str | None:

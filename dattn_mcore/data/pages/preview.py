@@ -100,13 +100,15 @@ def _sample(
     rules: ImageRules,
 ) -> Iterator[str]:
     indexed = fitted.indexed
-    encoded = reader.encode(fitted)
+    texts = reader.encode(fitted)
+    branches = f" in {len(texts)} branches" if len(texts) > 1 else ""
+    predicted = sum(label != IGNORED_LABEL for one in texts for label in one.labels)
     requests = [reader.request(indexed, image) for image in fitted.images]
     tiles, failures = loader.load(requests)
     yield (
         f'<section class="sample"><h2>{escape(indexed.id)}</h2><p class="note">sample '
-        f"{indexed.number:,}: {fitted.text_rows} text rows, {encoded.visual_rows} visual rows, "
-        f"{sum(label != IGNORED_LABEL for label in encoded.labels)} predicted</p>"
+        f"{indexed.number:,}: {fitted.text_rows} text rows{branches}, "
+        f"{texts[0].visual_rows} visual rows, {predicted} predicted</p>"
     )
     for failure in failures:
         yield f'<p class="bad">{escape(failure.reason)}</p>'
@@ -123,7 +125,11 @@ def _sample(
         first += image.num_tiles
         cut = "".join(_tile(tile) for tile in mine)
         yield f'<p>{shown}</p><p class="tiles">{cut}</p>'
-    yield f'<p class="text">{_text(tokenizer, encoded)}</p></section>'
+    for number, encoded in enumerate(texts):
+        if branches:
+            yield f'<p class="note">branch {number}</p>'
+        yield f'<p class="text">{_text(tokenizer, encoded)}</p>'
+    yield "</section>"
 
 
 def _original(data: bytes, name: str, rules: ImageRules) -> str:

@@ -57,6 +57,9 @@ class Sample:
         weight: What the loss of its tokens counts, above 0.
         tool_use: Its tools, calls and responses; None: it has none.
         document: Whether it is one text without turns (interleaved), learned as a whole.
+        branches: Conversations about its images that do not see each other, at least two; each
+            with turns and what belongs to them, the images and `ignored` stand here alone. Empty:
+            it is one text.
     """
 
     id: str
@@ -68,6 +71,7 @@ class Sample:
     weight: float = 1.0
     tool_use: ToolUse | None = None
     document: bool = False
+    branches: tuple[Sample, ...] = ()
 
 
 class RecordError(DataError):

@@ -27,7 +27,7 @@ from dattn_mcore.errors import DataError
 
 _IN_FILE = "row {row} image {number}"
 _IMAGES = ("image", "images")
-_MAY_BE_JSON = ("conversations", "messages", "texts")
+_MAY_BE_JSON = ("conversations", "messages", "branches", "texts")
 _TOOLS = ("tools", "tool_calls", "function_call")
 _ANY_FORM = frozenset(key for form in FORMS.values() for key in form.used)
 
@@ -59,7 +59,8 @@ class TableFile(ABC):
         self.image_folder: str | None = image_folder
         self._form, self._known = form or LLAVA, known
         used = _ANY_FORM if form is None else form.used
-        if form is not None and form.name == LLAVA.name and "conversations" not in names:
+        turns = {"conversations", "branches"} & set(names)
+        if form is not None and form.name == LLAVA.name and not turns:
             raise DataError(f"'{path}' has no column 'conversations', only {', '.join(names)}")
         self._image_column = next((name for name in _IMAGES if name in names), None)
         self._text_columns = [name for name in names if name in used and name not in _IMAGES]

@@ -64,7 +64,7 @@ def contents(index: Index, tokenizer: SentencePieceTokenizer) -> list[Any]:
     seen = []
     for number in np.flatnonzero(index.usable):
         fitted = reader.fit(int(number))
-        encoded = reader.encode(fitted)
+        (encoded,) = reader.encode(fitted)
         pixels = []
         for image in fitted.images:
             with Image.open(io.BytesIO(reader.request(fitted.indexed, image).read())) as opened:
@@ -224,14 +224,14 @@ def test_the_index_knows_what_encoding_gives(
         reader = SampleReader(index, toy_tokenizer, 16, 10**8)
         for number in range(len(index)):
             fitted = reader.fit(number)
-            encoded = reader.encode(fitted)  # raises where the fitted layout differs
+            (encoded,) = reader.encode(fitted)  # raises where the fitted layout differs
             row = index.samples[number]
             labels = [i for i, label in enumerate(encoded.labels) if label != IGNORED_LABEL]
             assert int(row["text_rows"]) == len(encoded.text_ids)
             assert (int(row["first_label"]), int(row["supervised"])) == (labels[0], len(labels))
             for budget in (3, 9, len(encoded.text_ids) - 1):
                 cut = reader.fit(number, budget)
-                assert reader.encode(cut).layout == cut.layout(16)
+                assert [one.layout for one in reader.encode(cut)] == [*cut.layouts(16)]
         reader.close()
 
 
@@ -261,7 +261,8 @@ def test_parts_in_parallel_and_after_a_kill_give_the_same_index(
     # Only the part that was being made when the build was killed is made again.
     assert 0 <= first.calls + second.calls - every.calls < first.calls / 2
     for other in (two, three):
-        for name in ("samples.npy", "images.npy", "usable.npy", "names.bin", "bad.jsonl"):
+        names = ("samples.npy", "images.npy", "branches.npy", "usable.npy", "names.bin")
+        for name in (*names, "bad.jsonl"):
             assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes(), name
         assert fingerprint(other) == fingerprint(one)
     assert not list(tmp_path.glob("*/*.partial"))

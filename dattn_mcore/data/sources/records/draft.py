@@ -94,6 +94,7 @@ class Form:
         ways: Groups of keys that write a sample in different ways; a record has keys of one.
         metadata: Keys of this form's records that training leaves aside.
         id_of: Finds a record's id.
+        branch_turns: The key of turns that `branches` may stand for; "": it may not.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Form:
     ways: tuple[tuple[str, ...], ...] = ()
     metadata: frozenset[str] = frozenset()
     id_of: Callable[[Mapping[str, Any]], Any] = lambda record: record.get("id")
+    branch_turns: str = ""
 
 
 def text_of(value: Any, where: str) -> str:

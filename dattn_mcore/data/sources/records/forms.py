@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dattn_mcore.data.sources.metadata import METADATA, is_filled, left_aside
 from dattn_mcore.data.sources.record import RecordError, Sample, check_text, kind
+from dattn_mcore.data.sources.records.branches import has_branches, read_branches
 from dattn_mcore.data.sources.records.cauldron import CAULDRON
 from dattn_mcore.data.sources.records.conversation import to_sample
 from dattn_mcore.data.sources.records.draft import Form, check_one_way
@@ -36,6 +38,7 @@ FORMS = {
         WEBDATASET,
     )
 }
+TURNS = ("conversations", "messages", "prompt", "completion")  # where branches stand, these do not
 LOOKED_AT = 64  # first records from which a form is found
 _WAY_OUT = "set format: or mapping: of the source in data.sources (docs/data.md)"
 # A file of the second form holds records of the first, which the second reads alike.
@@ -78,18 +81,35 @@ def parse_record(
         if isinstance(name, bool) or not isinstance(name, str | int):
             raise DataError(f"'id' must be a string, got {kind(name)}")
         check_text("'id'", str(name))
-        ignored = left_aside(record, form.used, known)
-        if form.ways:
-            check_one_way(record, form.ways)
-        if beside and not any(is_filled(record.get(key)) for key in form.image_keys):
-            record = {**record, form.image_key: list(beside)}
-        draft = form.read(record, known)
-        draft.ignored = ignored + draft.ignored
-        if "weight" in form.used:
-            draft.weight = record.get("weight")
-        return to_sample(draft, str(name), folder)
+        read = partial(
+            _sample, form=form, known=known, name=str(name), folder=folder, beside=beside
+        )
+        if has_branches(record, form.branch_turns):
+            return read_branches(record, form.branch_turns, TURNS, read)
+        return read(record)
     except DataError as error:
         raise RecordError(str(error), name) from None
+
+
+def _sample(
+    record: Mapping[str, Any],
+    form: Form,
+    known: Collection[str],
+    name: str,
+    folder: str,
+    beside: Sequence[Any],
+) -> Sample:
+    """Reads a record of one text."""
+    ignored = left_aside(record, form.used, known)
+    if form.ways:
+        check_one_way(record, form.ways)
+    if beside and not any(is_filled(record.get(key)) for key in form.image_keys):
+        record = {**record, form.image_key: list(beside)}
+    draft = form.read(record, known)
+    draft.ignored = ignored + draft.ignored
+    if "weight" in form.used:
+        draft.weight = record.get("weight")
+    return to_sample(draft, name, folder)
 
 
 def matching(record: Any) -> list[str]:

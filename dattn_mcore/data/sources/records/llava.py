@@ -5,6 +5,8 @@ alternate, human (or user) first, gpt (or assistant) last; a gpt turn before the
 aside. A system turn may come first, or stand as the record's `system`. The same form is that of
 LLaVA-NeXT-Interleave, InternVL, and Qwen2.5-VL's fine-tuning.
 
+Instead of `conversations` there may be `branches`, a list of such lists (see `branches`).
+
 `sharegpt` is LLaMA-Factory's: it adds `tools` and turns from `function_call` and `observation`.
 Sources: LLaVA's `docs/Finetune_Custom_Data.md`, LLaMA-Factory's `data/README.md`.
 """
@@ -16,6 +18,7 @@ from typing import Any
 
 from dattn_mcore.data.sources.metadata import is_filled
 from dattn_mcore.data.sources.record import check_text, kind
+from dattn_mcore.data.sources.records.branches import turns_of_branches
 from dattn_mcore.data.sources.records.draft import (
     Draft,
     Form,
@@ -110,17 +113,25 @@ def _message(
 
 
 def _uses_tools(record: Mapping[str, Any]) -> bool:
-    turns = record["conversations"]
     return is_filled(record.get("tools")) or any(
-        isinstance(turn, dict) and turn.get("from") in _TOOL_ROLES for turn in turns
+        isinstance(turn, dict) and turn.get("from") in _TOOL_ROLES
+        for turns in _all_turns(record)
+        for turn in turns
     )
 
 
 def _is_conversation(record: Mapping[str, Any]) -> bool:
-    return is_list_of(record.get("conversations"), "from", "value")
+    return any(is_list_of(turns, "from", "value") for turns in _all_turns(record))
 
 
-_KEYS = frozenset(("id", "image", "images", "system", "conversations", "weight"))
+def _all_turns(record: Mapping[str, Any]) -> list[list[Any]]:
+    """Lists of turns: the conversation, or its branches."""
+    if isinstance(record.get("conversations"), list):
+        return [record["conversations"]]
+    return [turns for turns in turns_of_branches(record) if isinstance(turns, list)]
+
+
+_KEYS = frozenset(("id", "image", "images", "system", "conversations", "branches", "weight"))
 LLAVA = Form(
     name="llava",
     used=_KEYS,
@@ -128,6 +139,7 @@ LLAVA = Form(
     image_keys=("image", "images"),
     matches=lambda record: _is_conversation(record) and not _uses_tools(record),
     read=_read,
+    branch_turns="conversations",
 )
 SHAREGPT = Form(
     name="sharegpt",
@@ -136,4 +148,5 @@ SHAREGPT = Form(
     image_keys=("image", "images"),
     matches=lambda record: _is_conversation(record) and _uses_tools(record),
     read=_read_sharegpt,
+    branch_turns="conversations",
 )

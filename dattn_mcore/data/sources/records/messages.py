@@ -5,6 +5,7 @@
 `base64`) and OpenAI's `{type: image_url, image_url: {url}}`. Qwen-VL's parts without a type are
 read likewise. Where no text has a mark, the images stand in front of the first question, as TRL and
 ms-swift put them. TRL's `prompt` and `completion` are read too: only the completion has loss.
+Instead of `messages` there may be `branches`, a list of such lists (see `branches`).
 
 `swift` is ms-swift's: it adds `query`, `response`, `history`, and turns from `tool_call`.
 Sources: OpenAI's chat format, TRL's `docs/source/dataset_formats.md`, ms-swift's
@@ -18,6 +19,7 @@ from typing import Any
 
 from dattn_mcore.data.sources.metadata import is_filled
 from dattn_mcore.data.sources.record import Inside, kind
+from dattn_mcore.data.sources.records.branches import KEY, turns_of_branches
 from dattn_mcore.data.sources.records.content import content_of
 from dattn_mcore.data.sources.records.draft import (
     Draft,
@@ -195,7 +197,8 @@ def _learned(turn: Mapping[str, Any], where: str) -> bool:
 def _is_messages(record: Mapping[str, Any]) -> bool:
     if is_list_of(record.get("prompt"), "role") and is_list_of(record.get("completion"), "role"):
         return True
-    return any(is_list_of(record.get(key), "role") for key in ("messages", "conversations"))
+    given = [record.get(key) for key in ("messages", "conversations")]
+    return any(is_list_of(turns, "role") for turns in (*given, *turns_of_branches(record)))
 
 
 def _is_swift(record: Mapping[str, Any]) -> bool:
@@ -212,12 +215,13 @@ def _is_swift(record: Mapping[str, Any]) -> bool:
 
 MESSAGES = Form(
     name="messages",
-    used=_KEYS | _PAIR,
+    used=_KEYS | _PAIR | {KEY},
     image_key="images",
     image_keys=("images", "image"),
     ways=_WAYS,
     matches=lambda record: _is_messages(record) and not _is_swift(record),
     read=_read,
+    branch_turns="messages",
 )
 SWIFT = Form(
     name="swift",
