@@ -47,7 +47,12 @@ _WIDER = {("llava", "sharegpt"), ("messages", "swift"), ("llava", "webdataset")}
 # stand behind those that were looked at. `used` holds the keys of both.
 WIDENED = {
     "llava": replace(SHAREGPT, name="llava", image_key=LLAVA.image_key),
-    "messages": replace(SWIFT, name="messages"),
+    "messages": replace(
+        SWIFT,
+        name="messages",
+        used=SWIFT.used | MESSAGES.used,
+        branch_turns=MESSAGES.branch_turns,
+    ),
 }
 
 
