@@ -29,6 +29,7 @@ CONTAINERS = {
     "parquet": (".parquet", ".pq"),
     "arrow": (".arrow",),
 }
+_WAY_OUT = "give a JSON, tar, parquet or Arrow file of samples (docs/data.md)"
 
 
 def configured_sources(data: DataConfig) -> list[Source]:
@@ -136,9 +137,9 @@ def _detected(opened: SourceFile, path: Path, setting: str) -> str:
 
 def _check_file(path: Path, setting: str) -> None:
     if not path.exists():
-        raise DataError(f"{setting}: file '{path}' does not exist; give the path of a LLaVA JSON")
+        raise DataError(f"{setting}: file '{path}' does not exist; {_WAY_OUT}")
     if not path.is_file():
-        raise DataError(f"{setting}: '{path}' is not a regular file; give a LLaVA JSON file")
+        raise DataError(f"{setting}: '{path}' is not a regular file; {_WAY_OUT}")
     try:
         with open(path, "rb"):
             pass
