@@ -120,7 +120,7 @@ class SourceConfig:
 class DataConfig:
     """What is read, and how samples become packed micro-batches."""
 
-    annotations: str = "data/digits/pretrain.json"  # LLaVA JSON
+    annotations: str = "data/digits/pretrain.json"  # file or pattern: JSON, tar, parquet, Arrow
     image_folder: str = "data/digits/images"  # folder that image paths start in
     sources: tuple[SourceConfig, ...] = ()  # several, mixed, instead of the two settings above
     index_dir: str | None = None  # where indexes are kept; null: .index beside the annotations

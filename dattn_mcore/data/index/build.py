@@ -162,7 +162,7 @@ def _make_parts(
     if not paths:
         raise DataError(
             f"data: '{settings.sources[0].files[0]}' holds no records; "
-            "a LLaVA JSON is a non-empty list"
+            "name a file that holds samples"
         )
     progress.close()
     return paths

@@ -62,6 +62,7 @@ class ArrowFile(TableFile):
         except Exception as error:  # noqa: BLE001  (pyarrow raises classes of its own)
             reason = " ".join(str(error).split())[:120]
             raise DataError(f"'{path}' is no whole Arrow file ({reason})") from None
+        self._checked: set[tuple[int, str]] = set()
         super().__init__(path, image_folder, schema.names, known, form)
 
     def group_rows(self) -> list[int]:
@@ -73,8 +74,23 @@ class ArrowFile(TableFile):
         return [f"{batch.num_rows} {batch.nbytes}" for batch in self._batches]
 
     def read_group(self, group: int, columns: Sequence[str]) -> Any:
-        """Some columns of a record batch."""
-        return self._arrow.Table.from_batches([self._batches[group]]).select(list(columns))
+        """Some columns of a record batch; each is checked before it is read first.
+
+        Raises:
+            DataError: Its offsets lead out of its data (pyarrow would read there, or crash).
+        """
+        batch = self._batches[group]
+        for name in columns:
+            if (group, name) in self._checked:
+                continue
+            try:
+                batch.column(name).validate(full=True)
+            except self._arrow.ArrowInvalid as error:
+                reason = " ".join(str(error).split())[:120]
+                where = f"'{self.path}': column '{name}' of record batch {group}"
+                raise DataError(f"{where} is damaged ({reason}); copy or make it again") from None
+            self._checked.add((group, name))
+        return self._arrow.Table.from_batches([batch]).select(list(columns))
 
     def group_table(self, group: int, images: bool) -> Any:
         """A batch's text or its images; nothing is copied."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from dattn_mcore.config.schema import DataConfig, MappingConfig, SourceConfig
 from dattn_mcore.data.sources.arrow import saved_files
 from dattn_mcore.data.sources.place import CAPTION
+from dattn_mcore.data.sources.record import RecordError
 from dattn_mcore.data.sources.records.forms import (
     FORMS,
     LOOKED_AT,
@@ -19,6 +20,7 @@ from dattn_mcore.data.sources.records.forms import (
 )
 from dattn_mcore.data.sources.records.mapping import check_mapping
 from dattn_mcore.data.sources.source import Source, SourceFile, open_as
+from dattn_mcore.data.sources.table import TableFile
 from dattn_mcore.data.sources.tar import TarFile
 from dattn_mcore.data.sources.unpack import inner_name
 from dattn_mcore.errors import DataError
@@ -29,6 +31,7 @@ CONTAINERS = {
     "parquet": (".parquet", ".pq"),
     "arrow": (".arrow",),
 }
+_WAY_OUT = "give a JSON, tar, parquet or Arrow file of samples (docs/data.md)"
 
 
 def configured_sources(data: DataConfig) -> list[Source]:
@@ -114,7 +117,9 @@ def _detected(opened: SourceFile, path: Path, setting: str) -> str:
         captions = captions or place.kind == CAPTION
         try:
             raw = opened.raw(place)
-        except DataError:
+        except DataError as error:
+            if isinstance(opened, TableFile) and not isinstance(error, RecordError):
+                raise  # the file's own damage, not that of a record
             broken += 1
             continue  # one bad sample, reported as such
         if place.kind != CAPTION:
@@ -136,9 +141,9 @@ def _detected(opened: SourceFile, path: Path, setting: str) -> str:
 
 def _check_file(path: Path, setting: str) -> None:
     if not path.exists():
-        raise DataError(f"{setting}: file '{path}' does not exist; give the path of a LLaVA JSON")
+        raise DataError(f"{setting}: file '{path}' does not exist; {_WAY_OUT}")
     if not path.is_file():
-        raise DataError(f"{setting}: '{path}' is not a regular file; give a LLaVA JSON file")
+        raise DataError(f"{setting}: '{path}' is not a regular file; {_WAY_OUT}")
     try:
         with open(path, "rb"):
             pass

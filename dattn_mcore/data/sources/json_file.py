@@ -69,7 +69,10 @@ class JsonFile:
         """Yields the place of every record; raises DataError with line and column."""
         size = os.fstat(self._handle).st_size
         if size == 0:
-            raise DataError(f"'{self.path}' is empty; a LLaVA JSON is a non-empty list")
+            raise DataError(
+                f"'{self.path}' is empty; it must be a non-empty list of samples, or one object "
+                "per line"
+            )
         with mmap.mmap(self._handle, size, access=mmap.ACCESS_READ) as data:
             start = 3 if data[:3] == _BOM else 0
             start = _skip_space(data, start)

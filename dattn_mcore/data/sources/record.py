@@ -106,7 +106,7 @@ def decode_json(raw: bytes) -> Any:
     except ValueError:  # what Python says names a setting of its own
         raise DataError("malformed JSON (a number of thousands of digits)") from None
     except RecursionError:
-        raise DataError("nested too deeply for a LLaVA record") from None
+        raise DataError("nested too deeply for a record") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

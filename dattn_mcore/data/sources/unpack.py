@@ -1,7 +1,8 @@
 """Compressed files: unpacked once into the index's folder, since samples are read at random.
 
 gzip needs nothing; zstd needs pyarrow (the extra `parquet`). A file that has changed is unpacked
-again, and one that is cut or damaged is refused with its name. Memory stays at some megabytes.
+again, and one that is cut or damaged is refused with its name. Memory stays at some megabytes, and
+5 % of what is free on the disk stay free: a few kilobytes of gzip can hold gigabytes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import importlib
 import logging
 import os
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +26,7 @@ from dattn_mcore.parallel.packages import import_problem
 _LOG = logging.getLogger(__name__)
 _ENDINGS = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _PART = 1 << 20
+_KEPT = 0.05  # share of the free bytes that unpacking leaves
 
 
 def inner_name(path: Path) -> str:
@@ -41,7 +44,7 @@ def unpacked(path: Path, folder: str) -> Path:
         folder: Where copies are kept.
 
     Raises:
-        DataError: It is cut or damaged, or the copy cannot be written.
+        DataError: It is cut or damaged, or the copy cannot be written or has no room.
         ConfigError: It is zstd, and pyarrow is not installed.
     """
     kind = _ENDINGS.get(path.suffix.lower())
@@ -59,7 +62,7 @@ def unpacked(path: Path, folder: str) -> Path:
             with contextlib.suppress(OSError):  # where the file system has locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if not copy.exists():
-                _unpack(path, copy, kind)
+                _unpack(path, copy, kind, folder)
     except OSError as error:
         raise DataError(
             f"'{path}' cannot be unpacked into '{folder}' ({error.strerror or error}); set "
@@ -68,21 +71,31 @@ def unpacked(path: Path, folder: str) -> Path:
     return copy
 
 
-def _unpack(path: Path, copy: Path, kind: str) -> None:
+def _unpack(path: Path, copy: Path, kind: str, folder: str) -> None:
     _LOG.info("'%s' is unpacked into '%s'", path, copy.parent)
     temporary = copy.with_name(f"{copy.name}.{os.getpid()}")
     try:
-        _write(path, temporary, kind)
+        _write(path, temporary, kind, folder)
         os.replace(temporary, copy)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _write(path: Path, out_path: Path, kind: str) -> None:
+def _write(path: Path, out_path: Path, kind: str, folder: str) -> None:
+    free = _free(out_path.parent)
+    kept = int(free * _KEPT)
+    written = path.stat().st_size  # before anything is: at least so much will be needed
+    if written > free - kept:
+        raise _no_room(path, folder, written, free)
+    written = 0
     with open(out_path, "wb") as out, open(path, "rb") as packed:
         stream = gzip.GzipFile(fileobj=packed) if kind == "gzip" else _zstd(path, packed)
         try:
             while part := stream.read(_PART):
+                written += len(part)
+                # Also what others write: the disk is theirs, too.
+                if written > free - kept or _free(out_path.parent) - len(part) < kept:
+                    raise _no_room(path, folder, written, free)
                 out.write(part)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise _damaged(path, kind, error) from None
@@ -92,6 +105,18 @@ def _write(path: Path, out_path: Path, kind: str) -> None:
             raise _damaged(path, kind, error) from None
         finally:
             stream.close()
+
+
+def _free(folder: Path) -> int:
+    """Bytes that this user may write to a folder's disk."""
+    return shutil.disk_usage(folder).free
+
+
+def _no_room(path: Path, folder: str, needed: int, free: int) -> DataError:
+    return DataError(
+        f"'{path}' takes {needed:,} bytes or more unpacked, and '{folder}' had {free:,} free, of "
+        "which 5 % stay free; set data.index_dir to a folder with more room"
+    )
 
 
 def _zstd(path: Path, packed: BinaryIO) -> Any:

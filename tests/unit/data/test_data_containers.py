@@ -57,9 +57,8 @@ def test_a_compressed_file_is_unpacked_once(
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(lines({"conversations": TALK}) * 3))
     index = index_of(path.name)
-    assert [index.sample(number).id for number in range(3)] == [
-        *("a.jsonl:1", "a.jsonl:2", "a.jsonl:3")
-    ]
+    found = [index.sample(number).id for number in range(3)]
+    assert found == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
     (copy,) = (tmp_path / "index" / "unpacked").glob("*/a.jsonl")
     assert copy.read_bytes() == gzip.decompress(path.read_bytes())
     monkeypatch.setattr(unpack, "_unpack", lambda *arguments: pytest.fail("unpacked again"))
@@ -118,6 +117,31 @@ def test_zstd_without_its_package_names_the_extra(
         f"'{tmp_path / 'a.jsonl.zst'}' is compressed with zstd, and pyarrow is not installed; "
         "install the extra 'parquet'"
     )
+
+
+WAY_OUT = "give a JSON, tar, parquet or Arrow file of samples (docs/data.md)"
+
+
+def test_a_file_that_is_none_names_what_may_be_given(index_of: IndexOf, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.json").write_bytes(b"")
+    (tmp_path / "spaces.json").write_bytes(b" \n")
+    setting = "data.sources[0].annotations"
+    reasons = {
+        "gone.json": f"{setting}: file '{tmp_path}/gone.json' does not exist; {WAY_OUT}",
+        "folder": f"{setting}: '{tmp_path}/folder' is not a regular file; {WAY_OUT}",
+        "empty.json": (
+            f"'{tmp_path}/empty.json' is empty; it must be a non-empty list of samples, or one "
+            "object per line"
+        ),
+        "spaces.json": (
+            f"data: '{tmp_path}/spaces.json' holds no records; name a file that holds samples"
+        ),
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(DataError) as raised:
+            index_of(name)
+        assert str(raised.value) == reason
 
 
 def test_an_archive_of_another_kind_is_refused(index_of: IndexOf, tmp_path: Path) -> None:
@@ -238,6 +262,31 @@ def test_several_splits_need_a_name(index_of: IndexOf, tmp_path: Path) -> None:
     (tmp_path / "cut.arrow").write_bytes(raw[: len(raw) // 2])
     with pytest.raises(DataError, match=r"cut.arrow' is no whole Arrow file|cannot be read"):
         index_of("cut.arrow")
+
+
+@pytest.mark.parametrize("offset", [2**30, -5])
+def test_offsets_of_an_arrow_file_stay_in_it(
+    index_of: IndexOf, tmp_path: Path, offset: int
+) -> None:
+    """pyarrow reads where they lead: into other memory, or the process ends."""
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra 'parquet' is not installed")
+    texts = [json.dumps([{**MESSAGES[0], "content": "?" * size}, MESSAGES[1]]) for size in range(8)]
+    table = pyarrow.table({"messages": texts})
+    path = tmp_path / "a.arrow"
+    with pyarrow.ipc.new_stream(path, table.schema) as out:
+        out.write_table(table)
+    assert index_of("a.arrow").num_usable == 8
+    raw = bytearray(path.read_bytes())
+    offsets = table.column(0).chunk(0).buffers()[1].to_pybytes()
+    place = raw.index(offsets[:36]) + 12
+    raw[place : place + 4] = offset.to_bytes(4, "little", signed=True)
+    path.write_bytes(raw)
+    for form in ("auto", "messages"):
+        with pytest.raises(DataError) as raised:
+            index_of("a.arrow", format=form)
+        said = f"'{path}': column 'messages' of record batch 0 is damaged ("
+        assert str(raised.value).startswith(said)
+        assert str(raised.value).endswith("); copy or make it again")
 
 
 def test_the_check_says_what_each_source_is(

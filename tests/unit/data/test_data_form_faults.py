@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dattn_mcore.config.schema import MappingConfig
+from dattn_mcore.config.schema import DataConfig, MappingConfig, SourceConfig
+from dattn_mcore.data.sources.configured import configured_sources
 from dattn_mcore.data.sources.metadata import known_metadata
 from dattn_mcore.data.sources.record import Sample
 from dattn_mcore.data.sources.records.forms import FORMS, parse_record
 from dattn_mcore.data.sources.records.mapping import mapped_form
+from dattn_mcore.data.sources.source import open_source_file
 from dattn_mcore.errors import DataError
+from tests.unit.data.shapes import png, tar_bytes
 
+PNG = png()
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
 CALLED = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
@@ -269,6 +274,54 @@ def read(form: str, record: dict[str, Any]) -> Sample:
     found = own.get(form) or FORMS[form]
     known = known_metadata(()) | found.metadata
     return parse_record(record, "a", known, found)
+
+
+CAPTIONS: dict[str, tuple[dict[str, bytes], str]] = {
+    "empty": (
+        {"0.png": PNG, "0.txt": b""},
+        "this sample of the shard has no .json or .txt member, or an empty one",
+    ),
+    "of spaces": (
+        {"0.png": PNG, "0.txt": b" \n"},
+        "every answer is empty; there is nothing to learn from it",
+    ),
+    "two": (
+        {"0.png": PNG, "0.txt": b"a", "0.caption": b"b"},
+        "members '0.txt' and '0.caption' are both texts of one sample; members of a sample share "
+        "their name up to its first dot, and one is its text",
+    ),
+    "not UTF-8": (
+        {"0.png": PNG, "0.txt": b"caf\xe9"},
+        "not UTF-8 (unexpected end of data at byte 3)",
+    ),
+    "without an image": (
+        {"0.txt": b"a"},
+        "caption '0.txt' has no image beside it; members of a sample must stand next to each "
+        "other in the shard",
+    ),
+    "with a mark": (
+        {"0.png": PNG, "0.txt": b"an <image>"},
+        "2 <image> mark(s) in the conversation but 1 image(s) in 'image'; there must be one mark "
+        "for each image",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CAPTIONS))
+def test_a_broken_caption(name: str, tmp_path: Path) -> None:
+    members, reason = CAPTIONS[name]
+    whole = {"9.png": PNG, "9.txt": b"a cat"}
+    (tmp_path / "a.tar").write_bytes(tar_bytes({**members, **whole}))
+    data = DataConfig(sources=(SourceConfig(annotations=str(tmp_path / "a.tar")),))
+    (source,) = configured_sources(data)
+    assert source.form == "webdataset"
+    file = open_source_file(source, 0)
+    broken, other = file.scan()
+    with pytest.raises(DataError) as raised:
+        file.read(broken)
+    assert str(raised.value) == reason
+    assert file.read(other)[0].turns == ("<image>", "a cat")
+    file.close()
 
 
 def test_every_form_has_three() -> None:

@@ -72,10 +72,8 @@ def test_a_document_is_learned_as_a_whole(toy_tokenizer: SentencePieceTokenizer)
     ids = (toy_tokenizer.bos_id, *middle, *behind, toy_tokenizer.eos_id)
     assert encoded.text_ids == ids
     assert encoded.labels == (*ids[1:], -100)
-    assert encoded.layout == (
-        *((True, 8), (False, 1 + len(middle))),
-        *((True, 4), (False, len(behind) + 1)),
-    )
+    first, second = (False, 1 + len(middle)), (False, len(behind) + 1)
+    assert encoded.layout == ((True, 8), first, (True, 4), second)
 
 
 def test_documents_are_packed(
