@@ -33,7 +33,6 @@ RECORDS = [
             said(QUESTION, "2", f"<image>\n{QUESTION}", "The digit is 3."),  # text before the image
             said("<image>\n1?", "The digit is 4."),
         ],
-        "weight": 1,
     },
     {
         "id": "b",

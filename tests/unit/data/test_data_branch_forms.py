@@ -243,6 +243,7 @@ def test_any_container_holds_them(
     if container.startswith("parquet"):
         pyarrow = pytest.importorskip("pyarrow", reason="the extra 'parquet' is not installed")
         parquet = pytest.importorskip("pyarrow.parquet")
+        records = [{"conversations": None, **records[0]}, {"branches": [], **plain}]
         if container == "parquet-texts":  # turns as JSON texts, in rows that all have branches
             records = [{"image": "1.png", "branches": json.dumps(records[0]["branches"])}] * 2
         parquet.write_table(pyarrow.Table.from_pylist(records), files["parquet"])
@@ -258,3 +259,11 @@ def test_any_container_holds_them(
     )
     first, second = found[0]
     assert second.text_rows > first.text_rows and first.text_before == second.text_before
+
+
+def test_the_example_of_the_docs() -> None:
+    page = Path(__file__).parents[3] / "docs" / "data.md"
+    lines = page.read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith('    {"image"') and '"branches"' in line)
+    record = json.loads(line)
+    assert matching(record) == ["llava"] and len(read("llava", record).branches) == 2
