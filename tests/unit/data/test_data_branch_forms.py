@@ -264,6 +264,6 @@ def test_any_container_holds_them(
 def test_the_example_of_the_docs() -> None:
     page = Path(__file__).parents[3] / "docs" / "data.md"
     lines = page.read_text(encoding="utf-8").splitlines()
-    (line,) = (line for line in lines if line.startswith('    {"image"') and '"branches"' in line)
-    record = json.loads(line)
+    (line,) = (line for line in lines if line.startswith('`{"image"') and '"branches"' in line)
+    record = json.loads(line.strip("`"))
     assert matching(record) == ["llava"] and len(read("llava", record).branches) == 2
