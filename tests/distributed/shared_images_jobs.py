@@ -36,7 +36,7 @@ def losses_and_gradients(
     config, groups = start(tree)
     (model,) = build_from_config(config, groups, torch.device("cpu"))
     randomize_norms(model)
-    _to_float64(model)
+    to_float64(model)
     inputs = _inputs(config, layouts, units, grids, shared)
     losses = model(inputs)
     losses.mean().backward()
@@ -46,7 +46,7 @@ def losses_and_gradients(
     return losses.detach().double(), gradients
 
 
-def _to_float64(model: DattnModel) -> None:
+def to_float64(model: DattnModel) -> None:
     """All but the position networks of the projector, which compute in float32 by themselves."""
     model.double()
     for part in (model.projector.row_position, model.projector.column_position):
