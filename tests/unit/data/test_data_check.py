@@ -69,7 +69,7 @@ def test_faults_are_grouped_by_kind(
         "33 x image",
         "1 x annotation",
     ]
-    assert "first 'v0'" in lines[0] and "key 'video' is neither" in lines[0]
+    assert "first 'v0'" in lines[0] and "key 'video' holds a video" in lines[0]
     assert "first 'm0'" in lines[1] and "image 'd0/gone-0.jpg' does not exist" in lines[1]
     assert "first 'x'" in lines[2] and "key 'clip' is neither" in lines[2]
     assert lines[3] == f"all are in {tmp_path / 'all.jsonl'}"
