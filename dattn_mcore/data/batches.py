@@ -172,7 +172,8 @@ class BatchBuilder:
             f"{text} text and {visual} visual rows; data.text_budget is {data.text_budget}, "
             f"data.visual_budget is {data.visual_budget}"
         )
-        if data.over_budget == "truncate" and row["num_branches"]:
+        branched = self._index.content["num_branched"] and row["num_branches"]
+        if data.over_budget == "truncate" and branched:
             reason += "; a sample with branches is not cut"
         if data.over_budget == "error":
             raise DataError(

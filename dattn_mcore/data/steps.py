@@ -104,10 +104,13 @@ class FullSteps:
         """Rows before each position of an epoch, int64 [2, positions + 1]."""
         sums = np.zeros((2, self._order.epoch_size + 1), np.int64)
         numbers = self._order.epoch(epoch)
-        self._begins = _begins(self._order, numbers)
-        self._shown = self._rows[numbers, 1]
+        visual = self._rows[numbers, 1]
+        self._begins: np.ndarray | None = None
+        if isinstance(self._order, GroupedOrder):
+            self._begins, self._shown = self._order.begins(numbers), visual
+            visual = np.where(self._begins, visual, 0)
         np.cumsum(self._rows[numbers, 0], out=sums[0, 1:])
-        np.cumsum(np.where(self._begins, self._shown, 0), out=sums[1, 1:])
+        np.cumsum(visual, out=sums[1, 1:])
         return sums
 
     def _end(self, start: int) -> int:
@@ -119,7 +122,9 @@ class FullSteps:
             if epoch != self._epoch:
                 self._epoch, self._sums = epoch, self._sums_of(epoch)
             before = self._sums[:, offset].copy()
-            if not self._begins[offset]:  # the rest of a group, whose images come again
+            if (
+                self._begins is not None and not self._begins[offset]
+            ):  # the rest of a group, whose images come again
                 before[1] -= self._shown[offset]
             fits = min(
                 int(np.searchsorted(sums, limit, side="right")) - 1
@@ -142,6 +147,8 @@ class FullSteps:
             end: Behind the last position that fits.
             before: Rows before the step, as the epoch's sums count them.
         """
+        if self._begins is None:
+            return end
         first = max(start + 1, 0)
         begins = first + np.flatnonzero(self._begins[first : end + 1])
         if not len(begins):

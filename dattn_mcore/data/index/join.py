@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from dattn_mcore.data.index.layout import BRANCH, IMAGE, SAMPLE, IndexSettings, digest
+from dattn_mcore.data.index.layout import (
+    BRANCH,
+    IMAGE,
+    OF_BRANCHES,
+    OF_BYTES,
+    SAMPLE,
+    IndexSettings,
+    digest,
+    without_columns,
+)
 from dattn_mcore.data.sources.source import open_source_file
 
 
@@ -23,8 +32,10 @@ def join_parts(
         with np.load(path) as part:
             counts.append([len(part[name]) for name in ("samples", "images", "names", "branches")])
     totals = [int(total) for total in np.sum(counts, axis=0)]
-    samples = np.lib.format.open_memmap(begun / "samples.npy", "w+", SAMPLE, (totals[0],))
-    images = np.lib.format.open_memmap(begun / "images.npy", "w+", IMAGE, (max(totals[1], 1),))
+    of_samples = without_columns(SAMPLE, () if totals[3] else OF_BRANCHES)
+    of_images = without_columns(IMAGE, () if settings.hash_images else OF_BYTES)
+    samples = np.lib.format.open_memmap(begun / "samples.npy", "w+", of_samples, (totals[0],))
+    images = np.lib.format.open_memmap(begun / "images.npy", "w+", of_images, (max(totals[1], 1),))
     branches = np.lib.format.open_memmap(begun / "branches.npy", "w+", BRANCH, (max(totals[3], 1),))
     num_branched = 0
     usable = np.lib.format.open_memmap(begun / "usable.npy", "w+", np.uint8, (totals[0],))
@@ -43,9 +54,9 @@ def join_parts(
                 rows["first_branch"] += np.uint64(branch_at)
                 num_branched += int((rows["num_branches"] > 0).sum())
                 pictures["name_start"] += np.uint64(name_at)
-                samples[sample_at : sample_at + len(rows)] = rows
+                samples[sample_at : sample_at + len(rows)] = rows[list(of_samples.names or ())]
                 usable[sample_at : sample_at + len(rows)] = part["usable"]
-                images[image_at : image_at + len(pictures)] = pictures
+                images[image_at : image_at + len(pictures)] = pictures[list(of_images.names or ())]
                 branches[branch_at : branch_at + len(part["branches"])] = part["branches"]
                 names.write(part["names"].tobytes())
                 np.add.at(

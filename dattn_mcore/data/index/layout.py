@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -68,6 +69,15 @@ IMAGE = np.dtype(
 )
 # Of each branch 1 + num_images numbers: its text rows, and those that stand before each image.
 BRANCH = np.dtype("<u4")
+
+
+# Columns that are written only where they say something: every touched page of a table is memory.
+OF_BRANCHES, OF_BYTES = ("first_branch", "num_branches"), ("content",)
+
+
+def without_columns(table: np.dtype, names: Collection[str]) -> np.dtype:
+    """A table without some of its columns."""
+    return np.dtype([field for field in table.descr if field[0] not in names])
 
 
 class SampleRow(NamedTuple):

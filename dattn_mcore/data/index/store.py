@@ -14,7 +14,7 @@ import numpy as np
 from dattn_mcore.config.schema import Config
 from dattn_mcore.config.sharing import why_apart
 from dattn_mcore.data.index.build import build_index, describe_file, locked
-from dattn_mcore.data.index.image_identity import ImageIdentity, identity_of_image
+from dattn_mcore.data.index.image_identity import NOT_HASHED, ImageIdentity, identity_of_image
 from dattn_mcore.data.index.layout import IndexSettings, settings_of
 from dattn_mcore.data.index.rows import RowMaker
 from dattn_mcore.data.sources.place import ImagePlace, Place
@@ -184,7 +184,7 @@ class Index:
         return ranges
 
     def _branches(self, row: Any) -> tuple[IndexedBranch, ...]:
-        if not row["num_branches"]:
+        if not self.content["num_branched"] or not row["num_branches"]:
             return ()
         first, width = int(row["first_branch"]), 1 + int(row["num_images"])
         numbers = self.branches[first : first + int(row["num_branches"]) * width]
@@ -207,6 +207,8 @@ class Index:
 
 
 def _content(row: Any) -> tuple[int, int]:
+    if "content" not in row.dtype.names:
+        return NOT_HASHED
     high, low = row["content"].tolist()
     return high, low
 
