@@ -129,16 +129,11 @@ def compile_main(
         BLOCK_M=blocks.queries,
         BLOCK_N=blocks.keys,
         SPLIT=split,
-        SEVERAL=several,
         HAS_CAP=softcap,
         PRECISION="ieee",
     )
     if kernel != "key":
-        constants |= dict(HAS_VISUAL=True, HAS_TEXT=True)
-        constants["DEBIASED"] = True
-    # Of other commits too, so that before and after come from one script.
-    names = KERNELS[kernel].arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
+        constants |= dict(HAS_VISUAL=True, HAS_TEXT=True, SEVERAL=several)
     return compile_kernel(KERNELS[kernel], dtype, constants, blocks)
 
 

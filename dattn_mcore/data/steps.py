@@ -122,10 +122,8 @@ class FullSteps:
             if epoch != self._epoch:
                 self._epoch, self._sums = epoch, self._sums_of(epoch)
             before = self._sums[:, offset].copy()
-            if (
-                self._begins is not None and not self._begins[offset]
-            ):  # the rest of a group, whose images come again
-                before[1] -= self._shown[offset]
+            if self._begins is not None and not self._begins[offset]:
+                before[1] -= self._shown[offset]  # the rest of a group, whose images come again
             fits = min(
                 int(np.searchsorted(sums, limit, side="right")) - 1
                 for sums, limit in zip(self._sums, before + room, strict=True)
