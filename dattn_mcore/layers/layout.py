@@ -18,7 +18,28 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from dattn_mcore.layers.context import ContextRows, most_text_rows
 from dattn_mcore.types import NO_IMAGES, Layout, T2VPosition, visual_units
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How many ranks divide the rows of a pack.
+
+    Attributes:
+        context: ranks of the context parallel group, which divide visual rows and text rows
+            (`layers.context`).
+        tensor: ranks of the tensor parallel group that divide those of a context parallel rank
+            (sequence parallelism); 1 without it.
+    """
+
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.context * self.tensor
 
 
 @dataclass(frozen=True)
@@ -56,9 +77,11 @@ class VisualChunk(PackedSeqParams):
 
 @dataclass
 class DecomposedSeqParams(PackedSeqParams):
-    """One packed micro-batch, as the attention sees it. All ranks of a replica hold the same.
+    """One packed micro-batch, as the attention sees it.
 
-    Row indices are those of the whole pack (before sequence parallel sharding). Padding rows
+    All ranks of a replica hold the same, and where its rows are divided by context parallelism all
+    those of one rank there (`layers.context.share_of`). Row indices are those of the whole pack, or
+    of that rank's rows (before sequence parallel sharding). Padding rows
     stand at the end of the visual and of the text rows; they belong to no sample, see nothing
     and are seen by nobody.
 
@@ -77,6 +100,8 @@ class DecomposedSeqParams(PackedSeqParams):
             this was built, zero on padding.
         cache: what a backend derives once per pack.
         visual: set where the hidden state holds text rows only.
+        context: what these rows need of the rows that other context parallel ranks hold; None: the
+            pack is whole.
     """
 
     num_visual: int = 0
@@ -89,6 +114,7 @@ class DecomposedSeqParams(PackedSeqParams):
     visual_positions: torch.Tensor = field(default=None)  # type: ignore[assignment]
     cache: dict = field(default_factory=dict)
     visual: VisualKeysValues | None = None
+    context: ContextRows | None = None
 
 
 def check_blocks(blocks: Sequence[Block]) -> None:
@@ -114,7 +140,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def padded_rows(
-    layouts: Sequence[Layout], multiple: int, images_of: Sequence[int] = ()
+    layouts: Sequence[Layout], multiple: int, images_of: Sequence[int] = (), context: int = 1
 ) -> tuple[int, int]:
     """Visual and text rows of a pack, each padded up to a multiple.
 
@@ -125,9 +151,11 @@ def padded_rows(
         layouts: runs of each sample, in reading order.
         multiple: rows are padded up to this.
         images_of: see `types.visual_units`.
+        context: ranks that divide the rows; each has as many text rows as the one with most.
     """
     visual = sum(visual_units(layouts, images_of))
-    text = sum(rows for layout in layouts for is_visual, rows in layout if not is_visual)
+    lengths = [sum(rows for is_visual, rows in layout if not is_visual) for layout in layouts]
+    text = context * most_text_rows(lengths, context) if context > 1 else sum(lengths)
     return round_up(visual, multiple), max(round_up(text, multiple), multiple)
 
 
@@ -164,6 +192,7 @@ def build_seq_params(
     at_least: tuple[int, int] = (0, 0),
     device: torch.device | str = "cpu",
     images_of: Sequence[int] = (),
+    context: int = 1,
 ) -> DecomposedSeqParams:
     """Works out rows, visibility and positions of a pack.
 
@@ -179,6 +208,7 @@ def build_seq_params(
         images_of: for each sample the number of its visual unit (`types.visual_units`): the visual
             rows of a unit stand once, and each of its samples sees them where its own layout has
             them. Empty: no sample shares any.
+        context: ranks that `layers.context.share_of` will divide the rows over.
 
     Returns:
         The metadata that travels in Megatron-Core's `packed_seq_params`.
@@ -191,7 +221,7 @@ def build_seq_params(
         raise ValueError("visual rows with positions on the text's axis cannot be shared")
     units = visual_units(layouts, images_of)
     firsts = [0, *itertools.accumulate(units)]
-    num_visual, num_text = map(max, padded_rows(layouts, multiple, images_of), at_least)
+    num_visual, num_text = map(max, padded_rows(layouts, multiple, images_of, context), at_least)
     reading = np.zeros(num_visual + num_text, dtype=np.int64)
     own_kind = np.zeros(num_visual + num_text, dtype=np.int64)
     order: list[np.ndarray] = []
