@@ -48,7 +48,6 @@ def check(
         t2v_position=options.t2v_position,
         multiple=multiple,
         images_of=images_of,
-        context=ranks,
     )
     inputs = make_inputs(params)
     expected, _ = oracle(inputs, layouts, params, options, stretched)
