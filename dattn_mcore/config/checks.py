@@ -1,8 +1,8 @@
 """Checks of a whole configuration, each rule a small function that gives one line per breach.
 
 The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules`,
-`optim_groups`, `schedule`, `lora`, `validation_rules`, `checkpoint_rules` and `export_rules`; what
-depends on the number of processes stands here.
+`context_rules`, `optim_groups`, `schedule`, `lora`, `validation_rules`, `checkpoint_rules` and
+`export_rules`; what depends on the number of processes stands here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 
 from dattn_mcore.config import (
     checkpoint_rules,
+    context_rules,
     export_rules,
     lora,
     model_rules,
@@ -35,6 +36,8 @@ _ACROSS = (
     model_rules.layers,
     model_rules.parallel_sizes,
     model_rules.vision,
+    context_rules.local_rows,
+    context_rules.tiles,
     export_rules.export,
     training_rules.visual_chunk,
     optim_groups.mistakes,
@@ -109,11 +112,10 @@ def check_rehearsed(config: Config, world_size: int, rank: int | None) -> None:
     """
     replica = processes_per_replica(config)
     if world_size < 1 or world_size % replica:
-        parallel = config.parallel
         raise ConfigError(
             f"--rehearse {world_size}: the processes of the job must be a multiple of {replica}, "
-            f"which one model takes (tp {parallel.tp} x pp {parallel.pp}); choose another number, "
-            "--tp or --pp"
+            f"which one model takes ({sizes_of_replica(config)}); choose another number, --tp or "
+            "--pp"
         )
     if rank is not None and not 0 <= rank < world_size:
         raise ConfigError(
@@ -125,6 +127,13 @@ def check_rehearsed(config: Config, world_size: int, rank: int | None) -> None:
 def processes_per_replica(config: Config) -> int:
     """Processes that hold one copy of the model."""
     return config.parallel.tp * config.parallel.pp * config.parallel.cp
+
+
+def sizes_of_replica(config: Config) -> str:
+    """Tp 2 x pp 4, and cp where it is used: what a message says of `processes_per_replica`."""
+    parallel = config.parallel
+    context = f" x cp {parallel.cp}" if parallel.cp > 1 else ""
+    return f"tp {parallel.tp} x pp {parallel.pp}{context}"
 
 
 def row_multiple(config: Config) -> int:
