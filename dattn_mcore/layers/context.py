@@ -9,7 +9,6 @@ two attentions sees no difference to a pack of these rows alone.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -81,7 +80,9 @@ def text_spans(lengths: Sequence[int], ranks: int) -> list[list[Span]]:
     spans: list[list[Span]] = [[] for _ in range(ranks)]
     first = 0
     for sample, length in enumerate(lengths):
-        counts = [len(range(first + (r - first) % ranks, first + length, ranks)) for r in range(ranks)]
+        counts = [
+            len(range(first + (r - first) % ranks, first + length, ranks)) for r in range(ranks)
+        ]
         # An odd row is at the front in one sample, and at the back in the next.
         front = [(count + (sample + r) % 2) // 2 for r, count in enumerate(counts)]
         pieces = [*enumerate(front)]

@@ -262,7 +262,9 @@ class DattnModel(LanguageModule):
         if tiles:
             return self._visual_rows(inputs.tiles, dtype, inputs.image_grids, tiles)
         # Every rank of the exchange must take part in its backward pass, if any of them learns.
-        nothing = torch.zeros(0, 1, self.config.hidden_size, dtype=dtype, device=inputs.tiles.device)
+        nothing = torch.zeros(
+            0, 1, self.config.hidden_size, dtype=dtype, device=inputs.tiles.device
+        )
         return nothing + self._no_gradient_of_images().to(dtype)
 
     def _visual_rows(

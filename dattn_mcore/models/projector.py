@@ -117,7 +117,9 @@ class Projector(MegatronModule):
         stitched = any(columns for columns, _ in image_grids)
         if stitched:
             every = places_of(0, image_grids)
-            x = x + self._positions_of(every if tiles is None else every[tiles.start : tiles.stop], x.dtype)
+            x = x + self._positions_of(
+                every if tiles is None else every[tiles.start : tiles.stop], x.dtype
+            )
         else:
             x = x + self._positions(self.grid, self.grid, x.dtype)
         x = x.flatten(0, 1)

@@ -23,6 +23,7 @@ from megatron.core.utils import get_pg_rank
 from dattn_mcore.config.checks import data_parallel_size
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
+from dattn_mcore.layers.layout import to_device
 from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.parallel import groups
 from dattn_mcore.parallel.collectives import Collective, group_names

@@ -159,8 +159,8 @@ def run_schedule(
             data_iterator=iterators[0] if single else iterators,
             model=model[0] if single else model,
             num_microbatches=len(micro_batches),
-            # Of the tensor between stages; the micro-batches of a step have one shape. Megatron-Core
-            # divides it by the context parallel ranks, and these are rows of one of them.
+            # Of the tensor between stages; the micro-batches of a step have one shape. These are
+            # rows of one context parallel rank, by whose number Megatron-Core divides.
             seq_length=(params.num_visual + params.num_text) * pg_collection.cp.size(),
             micro_batch_size=1,
             forward_only=forward_only,
