@@ -106,6 +106,9 @@ def _sample(
 ) -> Sample:
     """Reads a record of one text."""
     ignored = left_aside(record, form.used, known)
+    if copies := form.copied(record):
+        ignored += copies
+        record = {key: value for key, value in record.items() if key not in copies}
     if form.ways:
         check_one_way(record, form.ways)
     if beside and not any(is_filled(record.get(key)) for key in form.image_keys):

@@ -26,10 +26,10 @@ from dattn_mcore.data.sources.records.draft import (
     Words,
     learned_of,
     object_of,
-    place_images,
     text_of,
 )
 from dattn_mcore.data.sources.records.images import image_of
+from dattn_mcore.data.sources.records.marks import place_images
 from dattn_mcore.data.sources.records.unmapped import left_over, tree_of
 from dattn_mcore.errors import DataError
 
