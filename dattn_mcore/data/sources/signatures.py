@@ -35,6 +35,9 @@ def check_signature(path: Path, called: Path, wanted: str) -> None:
             head = file.read(_LOOKED_AT)
     except OSError:
         return  # said where it is opened
+    found = next((kind for magic, kind in _CONTAINERS.items() if head.startswith(magic)), None)
+    if head[_TAR : _TAR + 5] == b"ustar":  # it begins with a member's name, whatever that is
+        found, head = "tar", b""
     verb = "is" if path == called else "holds"
     for magic, (kind, ending) in _PACKED.items():
         if head.startswith(magic):
@@ -43,9 +46,6 @@ def check_signature(path: Path, called: Path, wanted: str) -> None:
     for magic, kind in _FOREIGN.items():
         if head.startswith(magic):
             raise DataError(f"'{called}' {verb} a {kind} file; unpack it, or use gzip or zstd")
-    found = next((kind for magic, kind in _CONTAINERS.items() if head.startswith(magic)), None)
-    if head[_TAR : _TAR + 5] == b"ustar":
-        found = "tar"
     if found is not None and found != wanted:
         outer = "" if path == called else called.suffix
         name = f"{path.stem}.{found}{outer}"

@@ -162,6 +162,15 @@ def test_a_file_of_another_kind_is_called_by_it(
         assert index_of(right).num_usable == 1
 
 
+@pytest.mark.parametrize("name", ["BZh", "PAR1", "PK\x03\x04", "7z"])
+def test_a_shard_is_one_whatever_its_first_member_is_called(
+    index_of: IndexOf, tmp_path: Path, name: str
+) -> None:
+    packed = tar_bytes({f"{name}.png": png(), f"{name}.txt": b"a cat"})
+    (tmp_path / "a.tar").write_bytes(packed)
+    assert index_of("a.tar").num_usable == 1
+
+
 def test_records_that_are_all_damaged_have_no_form(index_of: IndexOf, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"conversations": \n' * 64 + LINE)
