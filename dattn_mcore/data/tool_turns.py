@@ -24,7 +24,8 @@ def with_tools(chat: ChatTemplate, sample: Sample) -> tuple[tuple[str, ...], str
         able = ", ".join(name for name, one in chat_templates().items() if one.tools)
         raise DataError(
             f"the record uses tools, and data.template '{chat.name}' has no place for them; use a "
-            f"template that has ({able})"
+            f"template that has ({able}), or write tools, calls and responses into the texts of "
+            "user and assistant turns as the model's own template does"
         )
     turns = list(sample.turns)
     for number, calls in enumerate(used.calls):

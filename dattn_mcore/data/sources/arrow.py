@@ -6,7 +6,6 @@ Source: `datasets` writes Arrow's streaming format; the file format is read too.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Collection, Sequence
@@ -16,9 +15,8 @@ from typing import Any
 from dattn_mcore.data.sources.metadata import METADATA
 from dattn_mcore.data.sources.records.draft import Form
 from dattn_mcore.data.sources.records.llava import LLAVA
-from dattn_mcore.data.sources.table import TableFile
-from dattn_mcore.errors import ConfigError, DataError
-from dattn_mcore.parallel.packages import import_problem
+from dattn_mcore.data.sources.table import TableFile, arrow_module
+from dattn_mcore.errors import DataError
 
 # A continuation mark and the length 0. Source: Arrow's columnar format, IPC streaming format.
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
@@ -33,6 +31,7 @@ class ArrowFile(TableFile):
         image_folder: str,
         known: Collection[str] = METADATA,
         form: Form | None = LLAVA,
+        called: Path | None = None,
     ) -> None:
         """Maps the file.
 
@@ -41,29 +40,26 @@ class ArrowFile(TableFile):
             image_folder: Folder of the images that lie beside it.
             known: Names of metadata.
             form: Of its rows; None: not known yet.
+            called: The file as the user named it, where `path` is the unpacked copy of it.
 
         Raises:
             DataError: It is no Arrow file or lacks a column.
             ConfigError: pyarrow is not installed.
         """
-        if problem := import_problem("pyarrow"):
-            raise ConfigError(
-                f"'{path}' is an Arrow file, and pyarrow {problem}; install the extra 'parquet'"
-            )
-        self._arrow: Any = importlib.import_module("pyarrow")
-        ipc: Any = importlib.import_module("pyarrow.ipc")
+        self._arrow = arrow_module("pyarrow", f"'{called or path}' is an Arrow file")
+        ipc = arrow_module("pyarrow.ipc", f"'{called or path}' is an Arrow file")
         try:
             self._map = self._arrow.memory_map(str(path))
             self._batches, schema = _batches(self._arrow, ipc, self._map)
         except OSError as error:
             number = error.errno
             reason = os.strerror(number) if number else " ".join(str(error).split())[:120]
-            raise DataError(f"'{path}' cannot be read ({reason})") from None
+            raise DataError(f"'{called or path}' cannot be read ({reason})") from None
         except Exception as error:  # noqa: BLE001  (pyarrow raises classes of its own)
             reason = " ".join(str(error).split())[:120]
-            raise DataError(f"'{path}' is no whole Arrow file ({reason})") from None
+            raise DataError(f"'{called or path}' is no whole Arrow file ({reason})") from None
         self._checked: set[tuple[int, str]] = set()
-        super().__init__(path, image_folder, schema.names, known, form)
+        super().__init__(path, image_folder, schema.names, known, form, called)
 
     def group_rows(self) -> list[int]:
         """Rows of each record batch."""

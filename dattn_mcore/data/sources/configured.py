@@ -6,6 +6,7 @@ import glob
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dattn_mcore.config.schema import DataConfig, MappingConfig, SourceConfig
 from dattn_mcore.data.sources.arrow import saved_files
@@ -31,6 +32,7 @@ CONTAINERS = {
     "parquet": (".parquet", ".pq"),
     "arrow": (".arrow",),
 }
+TABLES = ("parquet", "arrow")
 _WAY_OUT = "give a JSON, tar, parquet or Arrow file of samples (docs/data.md)"
 
 
@@ -81,11 +83,16 @@ def _source(source: SourceConfig, setting: str, data: DataConfig) -> Source:
     form = _given_form(source, setting)
     if form is not None:
         return replace(found, form=form)
-    opened = open_as(found, 0, None)
-    try:
-        return replace(found, form=_detected(opened, found.files[0], setting), detected=True)
-    finally:
-        opened.close()
+    for number, path in enumerate(found.files):
+        opened = open_as(found, number, None)
+        try:
+            if (name := _detected(opened, path, setting)) is not None:
+                return replace(found, form=name, detected=True)
+        finally:
+            opened.close()
+    if found.format in TABLES:
+        raise DataError(f"{setting}: '{pattern}' has no rows; name a file that holds samples")
+    return replace(found, form="llava", detected=True)  # no records: said where they are counted
 
 
 def _given_form(source: SourceConfig, setting: str) -> str | None:
@@ -104,15 +111,17 @@ def _given_form(source: SourceConfig, setting: str) -> str | None:
     return source.format if source.format in FORMS else None
 
 
-def _detected(opened: SourceFile, path: Path, setting: str) -> str:
-    """The form of a file's first records."""
-    records, broken = [], 0
+def _detected(opened: SourceFile, path: Path, setting: str) -> str | None:
+    """The form of a file's first records; None where it has no records."""
+    records: list[tuple[str, Any]] = []
+    broken: list[str] = []
     captions = False
     for number, place in enumerate(opened.scan()):
         if number == LOOKED_AT:
             break
+        where = f"'{path}' {opened.line(place.offset)} (index {number})"
         if isinstance(opened, TarFile) and (place.fault or not place.length):
-            broken += 1
+            broken.append(f"{where}: {place.fault or 'it has no text'}")
             continue
         captions = captions or place.kind == CAPTION
         try:
@@ -120,10 +129,9 @@ def _detected(opened: SourceFile, path: Path, setting: str) -> str:
         except DataError as error:
             if isinstance(opened, TableFile) and not isinstance(error, RecordError):
                 raise  # the file's own damage, not that of a record
-            broken += 1
+            broken.append(f"{where}: {error}")
             continue  # one bad sample, reported as such
         if place.kind != CAPTION:
-            where = f"'{path}' {opened.line(place.offset)} (index {number})"
             records.append((where, raw))
     try:
         form = detect(records)
@@ -133,10 +141,18 @@ def _detected(opened: SourceFile, path: Path, setting: str) -> str:
         return form
     if captions:
         return WEBDATASET.name
+    if not records and not broken:
+        return None
+    if not records:
+        raise DataError(
+            f"{setting}: the form of the records cannot be found, as none of the first "
+            f"{len(broken)} can be read: {broken[0]}; correct the file, or set format: of the "
+            "source in data.sources"
+        )
     hopeful = [raw for _, raw in records if isinstance(raw, dict) and "conversations" not in raw]
-    if records and len(hopeful) == len(records) and not broken:
+    if len(hopeful) == len(records):
         raise DataError(f"{setting}: {unknown_form(*records[0])}")
-    return "llava"  # nothing but damage, or turns that are none: each record says what is wrong
+    return "llava"  # turns that are none: each record says what is wrong
 
 
 def _check_file(path: Path, setting: str) -> None:

@@ -24,6 +24,7 @@ from dattn_mcore.data.sources.records.draft import Form
 from dattn_mcore.data.sources.records.forms import parse_record
 from dattn_mcore.data.sources.records.images import bytes_of
 from dattn_mcore.data.sources.records.llava import LLAVA
+from dattn_mcore.data.sources.unpack import hold
 from dattn_mcore.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
@@ -43,6 +44,7 @@ class JsonFile:
         image_folder: str,
         known: Collection[str] = METADATA,
         form: Form = LLAVA,
+        called: Path | None = None,
     ) -> None:
         """Opens the file.
 
@@ -51,18 +53,21 @@ class JsonFile:
             image_folder: See SourceFile.
             known: Names of metadata.
             form: Of its records.
+            called: The file as the user named it, where `path` is the unpacked copy of it.
 
         Raises:
             DataError: It cannot be opened.
         """
-        self.path = path
+        self.path = called or path
         self.image_folder: str | None = image_folder
         self._known, self._form = known, form
         self._name = path.name.encode("utf-8", "replace").decode()  # every message can show it
         try:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise DataError(f"'{path}' cannot be read ({error.strerror})") from None
+            raise DataError(f"'{self.path}' cannot be read ({error.strerror})") from None
+        if called is not None:
+            hold(self._handle)
         self._lines_to = (0, 1)  # an offset, and the line it is on
 
     def scan(self) -> Iterator[Place]:
@@ -85,9 +90,10 @@ class JsonFile:
     def digest(self) -> str:
         """Returns the SHA-256 of the file."""
         digest = hashlib.sha256()
-        with open(self.path, "rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
+        place = 0
+        while part := os.pread(self._handle, 1 << 20, place):
+            digest.update(part)
+            place += len(part)
         return digest.hexdigest()
 
     def read(self, place: Place) -> tuple[Sample, tuple[ImagePlace, ...]]:

@@ -34,6 +34,7 @@ _ORIGIN = (
     "metadata",
     "meta",
     "question_id",
+    "prompt_id",
     "sample_id",
     "image_id",
     "timestamp",

@@ -6,7 +6,6 @@ access best; the groups used last are kept, up to 256 MiB of images.
 
 from __future__ import annotations
 
-import importlib
 import os
 import threading
 from collections.abc import Collection, Sequence
@@ -17,9 +16,8 @@ from dattn_mcore.data.sources.metadata import METADATA
 from dattn_mcore.data.sources.records.draft import Form
 from dattn_mcore.data.sources.records.llava import LLAVA
 from dattn_mcore.data.sources.row_groups import RowGroups
-from dattn_mcore.data.sources.table import TableFile
-from dattn_mcore.errors import ConfigError, DataError
-from dattn_mcore.parallel.packages import import_problem
+from dattn_mcore.data.sources.table import TableFile, arrow_module
+from dattn_mcore.errors import DataError
 
 # Of a process, whatever it opens. Apart, or a large group of images would throw out its text.
 _TEXTS, _IMAGES = RowGroups(64 << 20), RowGroups(256 << 20)
@@ -35,6 +33,7 @@ class ParquetFile(TableFile):
         in_order: bool = False,
         known: Collection[str] = METADATA,
         form: Form | None = LLAVA,
+        called: Path | None = None,
     ) -> None:
         """Opens the file and reads its footer.
 
@@ -44,25 +43,24 @@ class ParquetFile(TableFile):
             in_order: Rows are read in order, so only the newest row group is kept.
             known: Names of metadata.
             form: Of its rows; None: not known yet.
+            called: The file as the user named it, where `path` is the unpacked copy of it.
 
         Raises:
             DataError: It is no parquet file or lacks a column.
             ConfigError: pyarrow is not installed.
         """
-        if problem := import_problem("pyarrow.parquet"):
-            raise ConfigError(
-                f"'{path}' is parquet, and pyarrow {problem}; install the extra 'parquet'"
-            )
-        parquet: Any = importlib.import_module("pyarrow.parquet")
+        parquet = arrow_module("pyarrow.parquet", f"'{called or path}' is parquet")
         try:
             self._file = parquet.ParquetFile(path)
         except Exception as error:  # noqa: BLE001  (pyarrow raises classes of its own)
             number = getattr(error, "errno", None)
             if number is not None:  # the system's: too many open files, a failing disk
-                raise DataError(f"'{path}' cannot be read ({os.strerror(number)})") from None
+                raise DataError(
+                    f"'{called or path}' cannot be read ({os.strerror(number)})"
+                ) from None
             reason = " ".join(str(error).split())[:120]
-            raise DataError(f"'{path}' is no whole parquet file ({reason})") from None
-        super().__init__(path, image_folder, self._file.schema_arrow.names, known, form)
+            raise DataError(f"'{called or path}' is no whole parquet file ({reason})") from None
+        super().__init__(path, image_folder, self._file.schema_arrow.names, known, form, called)
         self._in_order = in_order
         self._lock = threading.Lock()  # of the file: readers are threads
 

@@ -25,6 +25,7 @@ from dattn_mcore.data.sources.records.forms import (
     WIDENED,
 )
 from dattn_mcore.data.sources.records.mapping import mapped_form
+from dattn_mcore.data.sources.signatures import check_signature
 from dattn_mcore.data.sources.tar import TarFile
 from dattn_mcore.data.sources.unpack import unpacked
 
@@ -33,7 +34,7 @@ class SourceFile(Protocol):
     """One file of records.
 
     Attributes:
-        path: The file.
+        path: The file as the user named it.
         image_folder: Folder that image paths start in, or None where images lie in the file.
     """
 
@@ -148,13 +149,16 @@ def open_as(source: Source, number: int, form: Form | None, in_order: bool = Fal
         form: Of its records; None: it is not known yet, and `raw` alone may be called.
         in_order: Its records will be read in order.
     """
-    path = unpacked(source.files[number], source.unpack_folder)
+    named = source.files[number]
+    path = unpacked(named, source.unpack_folder)
+    check_signature(path, named, source.format)
+    called = None if path == named else named
     known = known_metadata(source.metadata_keys) | (form.metadata if form else frozenset())
     folder = source.folder(number)
     if source.format == "parquet":
-        return ParquetFile(path, folder, in_order, known, form)
+        return ParquetFile(path, folder, in_order, known, form, called)
     if source.format == "arrow":
-        return ArrowFile(path, folder, known, form)
+        return ArrowFile(path, folder, known, form, called)
     if source.format == "tar":
-        return TarFile(path, known, form or WEBDATASET)
-    return JsonFile(path, folder, known, form or WEBDATASET)
+        return TarFile(path, known, form or WEBDATASET, called)
+    return JsonFile(path, folder, known, form or WEBDATASET, called)

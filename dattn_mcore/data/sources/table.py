@@ -23,13 +23,29 @@ from dattn_mcore.data.sources.records.draft import Form
 from dattn_mcore.data.sources.records.forms import FORMS, parse_record
 from dattn_mcore.data.sources.records.images import Cell, bytes_of, check_image_object
 from dattn_mcore.data.sources.records.llava import LLAVA
-from dattn_mcore.errors import DataError
+from dattn_mcore.errors import ConfigError, DataError
+from dattn_mcore.parallel.packages import import_problem
 
 _IN_FILE = "row {row} image {number}"
 _IMAGES = ("image", "images")
 _MAY_BE_JSON = ("conversations", "messages", "branches", "texts")
 _TOOLS = ("tools", "tool_calls", "function_call")
 _ANY_FORM = frozenset(key for form in FORMS.values() for key in form.used)
+
+
+def arrow_module(name: str, what: str) -> Any:
+    """A module of pyarrow, which is an optional package.
+
+    Args:
+        name: Dotted name.
+        what: Says what needs it, for the message.
+
+    Raises:
+        ConfigError: It cannot be imported.
+    """
+    if problem := import_problem(name):
+        raise ConfigError(f"{what}, and pyarrow {problem}; install the extra 'parquet'")
+    return importlib.import_module(name)
 
 
 class TableFile(ABC):
@@ -42,6 +58,7 @@ class TableFile(ABC):
         names: Sequence[str],
         known: Collection[str] = METADATA,
         form: Form | None = LLAVA,
+        called: Path | None = None,
     ) -> None:
         """Chooses the columns.
 
@@ -51,17 +68,19 @@ class TableFile(ABC):
             names: Of its columns.
             known: Names of metadata.
             form: Of its rows; None: not known yet, and `raw` alone may be called.
+            called: The file as the user named it, where `path` is the unpacked copy of it.
 
         Raises:
             DataError: It lacks a column.
         """
-        self.path = path
+        self.path, self._stem = called or path, path.stem
         self.image_folder: str | None = image_folder
         self._form, self._known = form or LLAVA, known
         used = _ANY_FORM if form is None else form.used
         turns = {"conversations", "branches"} & set(names)
-        if form is not None and form.name == LLAVA.name and not turns:
-            raise DataError(f"'{path}' has no column 'conversations', only {', '.join(names)}")
+        # One without rows may lack columns, too: an empty shard of many.
+        if form is not None and form.name == LLAVA.name and not turns and any(self.group_rows()):
+            raise DataError(f"'{self.path}' has no column 'conversations', only {', '.join(names)}")
         self._image_column = next((name for name in _IMAGES if name in names), None)
         self._text_columns = [name for name in names if name in used and name not in _IMAGES]
         others = [name for name in names if name not in (*self._text_columns, self._image_column)]
@@ -95,7 +114,7 @@ class TableFile(ABC):
         for group, rows in enumerate(self.group_rows()):
             faults = self._faults(group)
             for within in range(rows):
-                key = f"{self.path.stem}-{row}"
+                key = f"{self._stem}-{row}"
                 yield Place(group, within, key=key, fault=faults.get(within, ""))
                 row += 1
 

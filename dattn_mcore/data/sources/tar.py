@@ -30,6 +30,7 @@ from dattn_mcore.data.sources.records.forms import parse_record
 from dattn_mcore.data.sources.records.llava import LLAVA
 from dattn_mcore.data.sources.tar_members import members_at, tar_members
 from dattn_mcore.data.sources.tar_roles import TEXT, part_of, roles, suffix
+from dattn_mcore.data.sources.unpack import hold
 from dattn_mcore.errors import DataError
 from dattn_mcore.types import IMAGE_MARK
 
@@ -39,28 +40,37 @@ class TarFile:
 
     image_folder: str | None = None
 
-    def __init__(self, path: Path, known: Collection[str] = METADATA, form: Form = LLAVA) -> None:
+    def __init__(
+        self,
+        path: Path,
+        known: Collection[str] = METADATA,
+        form: Form = LLAVA,
+        called: Path | None = None,
+    ) -> None:
         """Opens the shard.
 
         Args:
             path: The shard.
             known: Names of metadata.
             form: Of its records.
+            called: The file as the user named it, where `path` is the unpacked copy of it.
 
         Raises:
             DataError: It cannot be opened.
         """
-        self.path, self._known, self._form = path, known, form
+        self.path, self._known, self._form = called or path, known, form
         try:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise DataError(f"'{path}' cannot be read ({error.strerror})") from None
+            raise DataError(f"'{self.path}' cannot be read ({error.strerror})") from None
+        if called is not None:
+            hold(self._handle)
 
     def scan(self) -> Iterator[Place]:
         """Yields the place of every sample's text, with its images; reads no image."""
         key = ""
         members: list[tarfile.TarInfo] = []
-        for member in _named(self.path):
+        for member in _named(self.path, self._handle):
             name = PurePosixPath(member.name)
             found = str(name.parent / name.name.partition(".")[0])
             if found != key and members:
@@ -74,7 +84,7 @@ class TarFile:
     def digest(self) -> str:
         """Returns a SHA-256 of the members' names and sizes and of all text."""
         digest = hashlib.sha256()
-        for member in _named(self.path):
+        for member in _named(self.path, self._handle):
             digest.update(f"{member.name}\0{member.size}\0".encode("utf-8", "surrogateescape"))
             if member.isreg() and suffix(member) in TEXT:
                 digest.update(self._read(member))
@@ -138,7 +148,7 @@ class TarFile:
     def _parts(self, place: Place) -> dict[str, Any]:
         """A record of a sample whose texts are members of their own, by their names."""
         record: dict[str, Any] = {}
-        for member in members_at(self.path, place.offset, place.length):
+        for member in members_at(self.path, self._handle, place.offset, place.length):
             name = part_of(member)
             if name and not PurePosixPath(member.name).name.startswith("."):
                 raw = self._read(member)
@@ -164,9 +174,9 @@ class TarFile:
         return Place(text.offset_data, text.size, key, images, kind, ignored=found.ignored)
 
 
-def _named(path: Path) -> Iterator[tarfile.TarInfo]:
+def _named(path: Path, handle: int) -> Iterator[tarfile.TarInfo]:
     """Members but hidden ones: macOS adds `._name` to each, and WebDataset skips them, too."""
-    for member in tar_members(path):
+    for member in tar_members(path, handle):
         if not PurePosixPath(member.name).name.startswith("."):
             yield member
 

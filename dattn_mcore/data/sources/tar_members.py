@@ -9,10 +9,12 @@ writer was killed.
 
 from __future__ import annotations
 
+import io
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from dattn_mcore.errors import DataError
 
@@ -20,14 +22,46 @@ _BLOCK = 512
 _AGAIN = "copy or make the shard again"
 
 
-def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
+class _OpenFile(io.RawIOBase):
+    """An open file from its beginning: it may have no name any more, and others may read it."""
+
+    def __init__(self, handle: int) -> None:
+        super().__init__()
+        self._handle, self._place = handle, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = os.pread(self._handle, len(buffer), self._place)
+        buffer[: len(found)] = found
+        self._place += len(found)
+        return len(found)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place}.get(whence)
+        self._place = (os.fstat(self._handle).st_size if start is None else start) + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+
+def tar_members(path: Path, handle: int) -> Iterator[tarfile.TarInfo]:
     """Yields the members but folders, one at a time; a link is a member. Reads headers only.
+
+    Args:
+        path: How messages call the file.
+        handle: Of the open file; its own position is not used.
 
     Raises:
         DataError: The file cannot be read, is no tar file, or is cut or damaged (at which byte).
     """
     try:
-        with open(path, "rb") as file:
+        with io.BufferedReader(_OpenFile(handle)) as file:
             yield from _walk(path, file)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise DataError(f"'{path}' is no whole tar file ({error})") from None
@@ -35,14 +69,20 @@ def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
         raise DataError(f"'{path}' cannot be read ({error.strerror})") from None
 
 
-def members_at(path: Path, offset: int, length: int) -> Iterator[tarfile.TarInfo]:
+def members_at(path: Path, handle: int, offset: int, length: int) -> Iterator[tarfile.TarInfo]:
     """Yields the members of a stretch of a shard, which begins at a member's header.
+
+    Args:
+        path: How messages call the file.
+        handle: Of the open file; its own position is not used.
+        offset: First byte of the stretch.
+        length: Bytes of it.
 
     Raises:
         DataError: The file cannot be read, or no header stands there any more.
     """
     try:
-        with open(path, "rb") as file:
+        with io.BufferedReader(_OpenFile(handle)) as file:
             file.seek(offset)
             with tarfile.open(fileobj=file, mode="r:") as shard:
                 while shard.offset < offset + length and (member := shard.next()) is not None:

@@ -1,8 +1,9 @@
 """Compressed files: unpacked once into the index's folder, since samples are read at random.
 
 gzip needs nothing; zstd needs pyarrow (the extra `parquet`). A file that has changed is unpacked
-again, and one that is cut or damaged is refused with its name. Memory stays at some megabytes, and
-5 % of what is free on the disk stay free: a few kilobytes of gzip can hold gigabytes.
+again, and its former copy removed unless another run reads it (`hold`). One that is cut or damaged
+is refused with its name. Memory stays at some megabytes, and 5 % of what is free on the disk stay
+free: a few kilobytes of gzip can hold gigabytes.
 """
 
 from __future__ import annotations
@@ -51,18 +52,19 @@ def unpacked(path: Path, folder: str) -> Path:
     if kind is None:
         return path
     try:
-        status = path.stat()
-        what = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
-        name = hashlib.sha256(what.encode()).hexdigest()[:12]
-        copy = Path(folder) / "unpacked" / name / inner_name(path)  # ids of samples have its name
+        copies = Path(folder) / "unpacked" / _hashed(os.path.abspath(path))
+        copy = copies / _stamp(path) / inner_name(path)  # ids of samples have its name
         if copy.exists():
             return copy
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with open(copy.with_name("lock"), "w") as lock:
+        copies.mkdir(parents=True, exist_ok=True)
+        with open(copies / "lock", "w") as lock:
             with contextlib.suppress(OSError):  # where the file system has locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            copy = copies / _stamp(path) / inner_name(path)  # it may have changed while we waited
             if not copy.exists():
+                copy.parent.mkdir(exist_ok=True)
                 _unpack(path, copy, kind, folder)
+                _remove_others(copies, copy.parent)
     except OSError as error:
         raise DataError(
             f"'{path}' cannot be unpacked into '{folder}' ({error.strerror or error}); set "
@@ -71,11 +73,56 @@ def unpacked(path: Path, folder: str) -> Path:
     return copy
 
 
+def hold(handle: int) -> None:
+    """Keeps an unpacked copy from being removed as long as it is open.
+
+    Args:
+        handle: Of the open copy.
+    """
+    with contextlib.suppress(OSError):  # where the file system has locks
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+
+
+def _stamp(path: Path) -> str:
+    """Of a file's content, as far as its size and time say."""
+    status = path.stat()
+    return _hashed(f"{status.st_size}\0{status.st_mtime_ns}")
+
+
+def _remove_others(copies: Path, present: Path) -> None:
+    """Removes former copies of a file; one that another run reads stays until the next change.
+
+    A reader goes on with a copy that is open, but where the folder is another machine's.
+    """
+    for former in copies.iterdir():
+        if former != present and former.is_dir() and not any(map(_is_read, former.iterdir())):
+            _LOG.info("'%s', a former copy, is removed", former)
+            shutil.rmtree(former, ignore_errors=True)
+
+
+def _is_read(file: Path) -> bool:
+    """Whether anybody may read a copy: also where the file system has no locks to say so."""
+    try:
+        with open(file, "rb") as copy:
+            fcntl.flock(copy, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+
+
 def _unpack(path: Path, copy: Path, kind: str, folder: str) -> None:
     _LOG.info("'%s' is unpacked into '%s'", path, copy.parent)
     temporary = copy.with_name(f"{copy.name}.{os.getpid()}")
     try:
         _write(path, temporary, kind, folder)
+        if _stamp(path) != copy.parent.name:
+            raise DataError(
+                f"'{path}' has changed while it was unpacked; start again when it is whole"
+            )
         os.replace(temporary, copy)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dattn_mcore.data.sources.record import Inside, ToolUse
 from tests.unit.data.shapes import URI, Shape, png, sample
 from tests.unit.data.shapes_llava import FACTORY
@@ -18,6 +20,51 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 TOOL_TEXT = '{"type": "function", "function": {"name": "weather", "parameters": {}}}'
 URI_DATA = URI.partition(",")[2]
 USED = ToolUse(tools=(TOOL_TEXT,), calls=((CALL,), ()), responses=((), ("blue",)))
+AGENT = "ms-swift, `Agent-support.md`"
+AQI = '{"name": "realtime_aqi", "arguments": {"city": "%s"}}'
+AIR = '{"city": "%s", "aqi": "%s", "unit": "%s"}'
+CITY = '{"type": "string", "description": "City name, e.g., Shanghai"}'
+AQI_TOOL = (
+    '{"type": "function", "function": {"name": "realtime_aqi", "description": "Weather forecast. '
+    'Get real-time air quality, including current air quality, PM2.5, and PM10 information.", '
+    f'"parameters": {{"type": "object", "properties": {{"city": {CITY}}}, "required": ["city"]}}}}}}'
+)
+PARALLEL: dict[str, Any] = {
+    "tools": f"[{AQI_TOOL}]",
+    "messages": [
+        {"role": "user", "content": "What is the weather like in Beijing and Shanghai today?"},
+        {"role": "tool_call", "content": AQI % "Beijing"},
+        {"role": "tool_call", "content": AQI % "Shanghai"},
+        {"role": "tool_response", "content": AIR % ("Beijing", 10, "celsius")},
+        {"role": "tool_response", "content": AIR % ("Shanghai", 72, "fahrenheit")},
+        {
+            "role": "assistant",
+            "content": "According to the weather forecast tool, the air quality index (AQI) in "
+            "Beijing is 10, which indicates good air quality; whereas in Shanghai, the AQI is 72, "
+            "indicating mild pollution.",
+        },
+    ],
+}
+OPENED = "Successfully opened the calendar app. The current time is 11 o'clock in the morning."
+CLICKS: dict[str, Any] = {
+    "tools": '[{"type": "function", "function": {"name": "click", "description": "Click on a '
+    'position on the screen", "parameters": {"type": "object", "properties": {"x": {"type": '
+    '"integer", "description": "X-coordinate representing the horizontal position on the screen"}, '
+    '"y": {"type": "integer", "description": "Y-coordinate representing the vertical position on '
+    'the screen"}}, "required": ["x", "y"]}}}]',
+    "messages": [
+        {"role": "user", "content": "<image>What time is it now?"},
+        {
+            "role": "assistant",
+            "content": "<think>\nI can check the current time by opening the calendar app.\n"
+            "</think>\n",
+        },
+        {"role": "tool_call", "content": '{"name": "click", "arguments": {"x": 105, "y": 132}}'},
+        {"role": "tool_response", "content": '{"images": "<image>", "status": "success"}'},
+        {"role": "assistant", "content": OPENED},
+    ],
+    "images": ["desktop.png", "calendar.png"],
+}
 
 
 def parts(*content: dict[str, object]) -> list[dict[str, object]]:
@@ -185,6 +232,36 @@ SHAPES = (
         ),
     ),
     Shape(
+        "UltraChat 200k, `prompt` beside the messages, parquet",
+        "ultrachat_200k's data set card",
+        "a.parquet",
+        [{"prompt": "Hello", "prompt_id": "f0e3", "messages": [USER, BOT]}],
+        "messages",
+        (sample("a-0", ("Hello", "Hi!"), ignored=("prompt", "prompt_id")),),
+    ),
+    Shape(
+        "No Robots, `prompt` is the system turn",
+        "no_robots's data set card",
+        "a.jsonl",
+        [
+            {
+                "prompt": "Stutter.",
+                "prompt_id": "2dc7",
+                "messages": [{"content": "Stutter.", "role": "system"}, USER, BOT],
+                "category": "Chat",
+            }
+        ],
+        "messages",
+        (
+            sample(
+                "a.jsonl:1",
+                ("Hello", "Hi!"),
+                system="Stutter.",
+                ignored=("prompt_id", "category", "prompt"),
+            ),
+        ),
+    ),
+    Shape(
         "Qwen's messages, parts without a type",
         "Qwen2.5-VL, `qwen-vl-utils`",
         "a.json",
@@ -232,8 +309,18 @@ SHAPES = (
         "MiniCPM-V, images by name",
         "MiniCPM-V, `finetune/readme.md`",
         "a.json",
-        [{"id": "0", "image": {"<image_00>": "p/1.jpg"}, "conversations": [SHOWN, BOT]}],
-        refused="'image' must be a path or a list of paths, got an object",
+        [
+            {
+                "id": "0",
+                "image": {"<image_00>": "p/1.jpg", "<image_01>": "p/2.jpg"},
+                "conversations": [
+                    {"role": "user", "content": "Which?\n<image_01>\n<image_00>"},
+                    BOT,
+                ],
+            }
+        ],
+        "messages",
+        (sample("0", ("Which?\n<image>\n<image>", "Hi!"), ("p/2.jpg", "p/1.jpg")),),
     ),
     Shape(
         "ms-swift, a mark for each image",
@@ -297,6 +384,43 @@ SHAPES = (
         ],
         "swift",
         (sample("a.jsonl:1", ("Hello", "", "", "Hi!"), tool_use=USED),),
+    ),
+    Shape(
+        "ms-swift, parallel calls of tools",
+        AGENT,
+        "a.jsonl",
+        [PARALLEL],
+        "swift",
+        (
+            sample(
+                "a.jsonl:1",
+                (PARALLEL["messages"][0]["content"], "", "", PARALLEL["messages"][5]["content"]),
+                tool_use=ToolUse(
+                    (PARALLEL["tools"][1:-1],),
+                    ((AQI % "Beijing", AQI % "Shanghai"), ()),
+                    ((), (AIR % ("Beijing", 10, "celsius"), AIR % ("Shanghai", 72, "fahrenheit"))),
+                ),
+            ),
+        ),
+    ),
+    Shape(
+        "ms-swift, text before a call, an image in a response",
+        AGENT,
+        "a.jsonl",
+        [CLICKS],
+        "swift",
+        (
+            sample(
+                "a.jsonl:1",
+                tuple(CLICKS["messages"][n]["content"] for n in (0, 1)) + ("", OPENED),
+                ("desktop.png", "calendar.png"),
+                tool_use=ToolUse(
+                    (CLICKS["tools"][1:-1],),
+                    ((CLICKS["messages"][2]["content"],), ()),
+                    ((), (CLICKS["messages"][3]["content"],)),
+                ),
+            ),
+        ),
     ),
     Shape(
         "ms-swift, grounding",

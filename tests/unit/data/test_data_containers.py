@@ -59,7 +59,7 @@ def test_a_compressed_file_is_unpacked_once(
     index = index_of(path.name)
     found = [index.sample(number).id for number in range(3)]
     assert found == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
-    (copy,) = (tmp_path / "index" / "unpacked").glob("*/a.jsonl")
+    (copy,) = (tmp_path / "index" / "unpacked").glob("*/*/a.jsonl")
     assert copy.read_bytes() == gzip.decompress(path.read_bytes())
     monkeypatch.setattr(unpack, "_unpack", lambda *arguments: pytest.fail("unpacked again"))
     again = index_of(path.name)

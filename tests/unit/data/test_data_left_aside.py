@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dattn_mcore.config.schema import Config, SourceConfig
+from dattn_mcore.config.schema import Config, SourceConfig, SourceFormat
 from dattn_mcore.data.__main__ import main
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
@@ -40,9 +40,10 @@ def index_of(
 ) -> IndexOf:
     """The index of one file below `tmp_path`."""
 
-    def make(name: str, **data: Any) -> Index:
+    def make(name: str, form: SourceFormat = "auto", **data: Any) -> Index:
         (tmp_path / "1.png").write_bytes(png())
-        source = SourceConfig(annotations=str(tmp_path / name), image_folder=str(tmp_path))
+        path = str(tmp_path / name)
+        source = SourceConfig(annotations=path, image_folder=str(tmp_path), format=form)
         where = {"sources": (source,), "index_dir": str(tmp_path / "index")}
         return open_index(make_config(**where, **data), toy_tokenizer)
 
@@ -114,7 +115,7 @@ TARS: dict[str, tuple[dict[str, bytes | None], str]] = {
 def test_a_tar_member_that_would_be_dropped(index_of: IndexOf, tmp_path: Path, name: str) -> None:
     members, reason = TARS[name]
     write_tar(tmp_path / "a.tar", members)
-    assert reason in only_reason(index_of("a.tar"))
+    assert reason in only_reason(index_of("a.tar", "webdataset"))
 
 
 def test_a_link_in_a_tar_is_no_missing_image(index_of: IndexOf, tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_a_key_that_stands_twice(index_of: IndexOf, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(
         "[" + text.replace('"image"', '"image": "0.png", "image"') + "]"
     )
-    assert only_reason(index_of("a.json")) == "key 'image' stands twice in one object"
+    assert only_reason(index_of("a.json", "llava")) == "key 'image' stands twice in one object"
 
 
 def test_keys_that_hold_nothing_are_no_keys(index_of: IndexOf, tmp_path: Path) -> None:

@@ -153,7 +153,8 @@ def test_a_template_without_tools_names_those_that_have_them(tmp_path: Path, tem
         runs_of(tokenizer, template, sample)
     assert str(raised.value) == (
         f"the record uses tools, and data.template '{template}' has no place for them; use a "
-        "template that has (chatml, qwen3)"
+        "template that has (chatml, qwen3), or write tools, calls and responses into the texts of "
+        "user and assistant turns as the model's own template does"
     )
 
 

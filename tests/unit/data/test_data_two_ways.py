@@ -113,7 +113,7 @@ FAULTS: list[tuple[str | MappingConfig, dict[str, Any], str]] = [
         aside("media.files[].box"),
     ),
     (PAIR, {"qa": {"q": "a", "a": "b", "a2": "c"}}, aside("qa.a2")),
-    (CHAT, {"t": [{**one, "i": "1", "image": "2"} for one in SAID]}, aside("t[].image")),
+    (CHAT, {"t": [{**SAID[0], "i": "1", "image": "2"}, SAID[1]]}, aside("t[].image")),
     (
         MappingConfig(question="q", answer="a[0].b"),
         {"q": "a", "a": [{"b": "b", "c": "d"}]},
@@ -151,7 +151,7 @@ READ: list[tuple[str | MappingConfig, dict[str, Any], Sample]] = [
     ),
     (
         CHAT,
-        {"t": [{**SAID[0], "i": "1", "Model": "m"}, {**SAID[1], "loss": True, "i": "2"}]},
+        {"t": [{**SAID[0], "i": ["1", "2"], "Model": "m"}, {**SAID[1], "loss": True, "i": ""}]},
         Sample("a", ("1", "2"), ("<image><image>a", "b"), ignored=("t[].Model",)),
     ),
     (

@@ -18,11 +18,11 @@ from dattn_mcore.data.sources.records.draft import (
     learned_of,
     list_of,
     object_of,
-    place_images,
     text_of,
     turn_metadata,
 )
 from dattn_mcore.data.sources.records.images import images_of
+from dattn_mcore.data.sources.records.marks import place_images
 
 _USED = frozenset(("user", "assistant", "loss"))
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from dattn_mcore.data.sources.metadata import is_filled, left_aside
 from dattn_mcore.data.sources.record import Inside, check_text, kind
 from dattn_mcore.errors import DataError
-from dattn_mcore.types import IMAGE_MARK
 
 Role = Literal["system", "user", "answer", "tool"]
 
@@ -44,6 +43,7 @@ class Words:
         answer: Who answers.
         images: The key of the images, quoted.
         greets: Whether a first answer, before any question, is left aside, as LLaVA does.
+        joins: Whether neighbouring answers are one, as ms-swift's turns of tools are.
     """
 
     turn: str = "turn"
@@ -52,6 +52,7 @@ class Words:
     answer: str = "gpt"
     images: str = "'image'"
     greets: bool = False
+    joins: bool = False
 
 
 @dataclass(slots=True)
@@ -94,6 +95,8 @@ class Form:
         ways: Groups of keys that write a sample in different ways; a record has keys of one.
         metadata: Keys of this form's records that training leaves aside.
         id_of: Finds a record's id.
+        copied: Finds keys that hold a copy of what is read; they are left aside. Raises DataError
+            where such a key holds something else.
         branch_turns: The key of turns that `branches` may stand for; "": it may not.
     """
 
@@ -106,6 +109,7 @@ class Form:
     ways: tuple[tuple[str, ...], ...] = ()
     metadata: frozenset[str] = frozenset()
     id_of: Callable[[Mapping[str, Any]], Any] = lambda record: record.get("id")
+    copied: Callable[[Mapping[str, Any]], list[str]] = lambda record: []
     branch_turns: str = ""
 
 
@@ -228,16 +232,6 @@ def turn_metadata(
         full = f"{where[1]}[].{name}"
         if full not in ignored:
             ignored.append(full)
-
-
-def place_images(messages: list[Message], images: Collection[object]) -> None:
-    """Puts the marks of images in front of the first question where no text has any."""
-    if not images or any(IMAGE_MARK in message.text for message in messages):
-        return
-    for message in messages:
-        if message.role == "user":
-            message.text = IMAGE_MARK * len(images) + message.text
-            return
 
 
 def is_list_of(value: Any, *keys: str) -> bool:

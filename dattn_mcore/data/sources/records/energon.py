@@ -17,10 +17,10 @@ from dattn_mcore.data.sources.records.draft import (
     Message,
     Words,
     is_list_of,
-    place_images,
     text_of,
 )
 from dattn_mcore.data.sources.records.images import images_of
+from dattn_mcore.data.sources.records.marks import place_images
 from dattn_mcore.data.sources.records.messages import MESSAGES
 from dattn_mcore.errors import DataError
 

@@ -106,6 +106,9 @@ def _sample(
 ) -> Sample:
     """Reads a record of one text."""
     ignored = left_aside(record, form.used, known)
+    if copies := form.copied(record):
+        ignored += copies
+        record = {key: value for key, value in record.items() if key not in copies}
     if form.ways:
         check_one_way(record, form.ways)
     if beside and not any(is_filled(record.get(key)) for key in form.image_keys):
@@ -166,8 +169,13 @@ def other_form(record: Any, form: str) -> str | None:
 
 def unknown_form(place: str, record: Any) -> DataError:
     """The error for a file whose first records are of no form."""
-    what = f"has the keys {_keys(record)}" if isinstance(record, Mapping) else f"is {kind(record)}"
-    return DataError(f"{place} {what}, which is no form that is known; {_WAY_OUT}")
+    if not isinstance(record, Mapping):
+        what = f"is {kind(record)}, which is no form that is known"
+    elif keys := _keys(record):
+        what = f"has the keys {keys}, which is no form that is known"
+    else:  # a table's other columns are not read before its form is known
+        what = "has no key that a form reads"
+    return DataError(f"{place} {what}; {_WAY_OUT}")
 
 
 def _keys(record: Mapping[str, Any]) -> str:

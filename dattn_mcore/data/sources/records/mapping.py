@@ -5,19 +5,21 @@ A path is keys with dots between, `[]` behind one that holds a list, and `[2]` f
     mapping: {images: "media.files[].path", question: "qa.q", answer: "qa.a"}
     mapping: {images: pictures, turns: "dialog[]", role: who, text: says, user: me, assistant: bot}
 
+An image path that runs over the turns (`images: "dialog[].pic"`) gives each turn its own images.
+
 Every key of a record that no path reads, at any depth, must be known metadata, as in any form. Of a
 list of which a path names one entry, the others are left aside, and counted.
 """
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from dattn_mcore.config.schema import MappingConfig
 from dattn_mcore.data.sources.metadata import is_filled
-from dattn_mcore.data.sources.record import kind
+from dattn_mcore.data.sources.record import Inside, kind
 from dattn_mcore.data.sources.records.draft import (
     Draft,
     Form,
@@ -26,15 +28,14 @@ from dattn_mcore.data.sources.records.draft import (
     Words,
     learned_of,
     object_of,
-    place_images,
     text_of,
 )
 from dattn_mcore.data.sources.records.images import image_of
+from dattn_mcore.data.sources.records.marks import place_images
+from dattn_mcore.data.sources.records.paths import Steps, field_of, steps_of, walk
 from dattn_mcore.data.sources.records.unmapped import left_over, tree_of
 from dattn_mcore.errors import DataError
-
-_STEP = re.compile(r"([^.\[\]]+)((?:\[\d*\])*)(?:\.|$)")
-_INDEX = re.compile(r"\[(\d*)\]")
+from dattn_mcore.types import IMAGE_MARK
 
 
 def mapped_form(mapping: MappingConfig) -> Form:
@@ -45,8 +46,8 @@ def mapped_form(mapping: MappingConfig) -> Form:
     """
     check_mapping(mapping)
     paths = (mapping.id, mapping.images, mapping.turns, mapping.question, mapping.answer)
-    tops = {_steps(path)[0] for path in (*paths, mapping.system, mapping.weight) if path}
-    image_key = str(_steps(mapping.images)[0]) if mapping.images else "images"
+    tops = {steps_of(path)[0] for path in (*paths, mapping.system, mapping.weight) if path}
+    top = str(steps_of(mapping.images)[0]) if mapping.images else "images"
     tree = tree_of(_read_paths(mapping))
 
     def read(record: Mapping[str, Any], known: Collection[str]) -> Draft:
@@ -57,8 +58,9 @@ def mapped_form(mapping: MappingConfig) -> Form:
     return Form(
         name="mapping",
         used=frozenset({"id", *map(str, tops)}),
-        image_key=image_key,
-        image_keys=(image_key,),
+        # What lies beside a record must not take the place of its turns.
+        image_key=top if _path_in_a_turn(mapping) is None else "images",
+        image_keys=(top,),
         matches=lambda record: False,  # never detected: it is given
         read=read,
         id_of=lambda record: field_of(record, mapping.id or "id"),
@@ -79,85 +81,40 @@ def check_mapping(mapping: MappingConfig) -> None:
         )
     for name in ("id", "images", "turns", "role", "text", "question", "answer", "system", "weight"):
         path = getattr(mapping, name)
-        if path and not _steps(path):
+        if path and not steps_of(path):
             raise DataError(
                 f"mapping: {name}: '{path}' is no path; write keys with dots between, and [] "
                 "behind a list"
             )
 
 
-def field_of(record: Any, path: str) -> Any:
-    """What stands at a path; None where a key of it is absent. A path with [] gives a list.
-
-    Raises:
-        DataError: The path asks for a list, or an entry of one, where there is none.
-    """
-    return _walk(record, _steps(path), path)
-
-
-def _walk(value: Any, steps: list[str | int | None], path: str) -> Any:
-    for number, step in enumerate(steps):
-        if value is None:
-            return None
-        if isinstance(step, str):
-            if not isinstance(value, dict):
-                raise DataError(f"'{path}': '{step}' is looked for in {kind(value)}, no object")
-            value = value.get(step)
-        elif not isinstance(value, list):
-            raise DataError(f"'{path}': a list is due, got {kind(value)}")
-        elif step is None:
-            found = [_walk(one, steps[number + 1 :], path) for one in value]
-            nested = None in steps[number + 1 :]
-            return [one for part in found for one in part or []] if nested else found
-        elif step >= len(value):
-            raise DataError(f"'{path}': the list has {len(value)} entries and no [{step}]")
-        else:
-            value = value[step]
-    return value
-
-
-def _steps(path: str) -> list[str | int | None]:
-    """Keys, entries, and None for every entry of a list; empty where a path is malformed."""
-    steps: list[str | int | None] = []
-    place = 0
-    while place < len(path):
-        match = _STEP.match(path, place)
-        if match is None or (match[0].endswith(".") and match.end() == len(path)):
-            return []
-        steps.append(match[1])
-        steps += [int(index) if index else None for index in _INDEX.findall(match[2])]
-        place = match.end()
-    return steps
-
-
-def _read_paths(mapping: MappingConfig) -> list[list[str | int | None]]:
+def _read_paths(mapping: MappingConfig) -> list[Steps]:
     """All that is read of a record, the keys of its turns included."""
     whole = (mapping.id, mapping.images, mapping.question, mapping.answer, mapping.system)
-    paths = [_steps(path) for path in (*whole, mapping.weight) if path]
+    paths = [steps_of(path) for path in (*whole, mapping.weight) if path]
     if mapping.turns:
-        turn = _steps(mapping.turns)
-        if None not in turn:
-            turn = [*turn, None]  # the path of the list, not of its entries
-        paths += [turn + _steps(path) for path in (mapping.role, mapping.text, "loss")]
+        turn = _steps_of_turns(mapping)
+        paths += [turn + steps_of(path) for path in (mapping.role, mapping.text, "loss")]
     return paths
 
 
 def _read(record: Mapping[str, Any], mapping: MappingConfig) -> Draft:
     words = Words("turn", f"'{mapping.turns or mapping.question}'", images=f"'{mapping.images}'")
     images = []
-    if mapping.images and is_filled(found := field_of(record, mapping.images)):
-        values = found if isinstance(found, list) else [found]
-        images = [image_of(one, words.images) for one in values]
+    own = _path_in_a_turn(mapping)
+    if mapping.images and own is None:
+        images = _images(field_of(record, mapping.images), words.images)
     if mapping.turns:
         words = Words("turn", words.turns, mapping.user, mapping.assistant, words.images)
-        messages = _messages(record, mapping)
+        messages = _messages(record, mapping, own, images)
     else:
         words = Words("text", words.turns, mapping.question, mapping.answer, words.images)
         messages = [
             Message("user", mapping.question, _text(record, mapping.question)),
             Message("answer", mapping.answer, _text(record, mapping.answer)),
         ]
-    place_images(messages, images)
+    if own is None:
+        _place(messages, images, mapping)
     system = field_of(record, mapping.system) if mapping.system else None
     draft = Draft(messages=messages, images=images, words=words)
     if mapping.weight:
@@ -170,7 +127,71 @@ def _text(record: Mapping[str, Any], path: str) -> str:
     return text_of(field_of(record, path), f"'{path}'")
 
 
-def _messages(record: Mapping[str, Any], mapping: MappingConfig) -> list[Message]:
+def _images(found: Any, where: str) -> list[str | Inside]:
+    if not is_filled(found):
+        return []
+    return [image_of(one, where) for one in (found if isinstance(found, list) else [found])]
+
+
+def _steps_of_turns(mapping: MappingConfig) -> Steps:
+    """Steps to every turn; the path may be that of their list."""
+    steps = steps_of(mapping.turns)
+    return steps if None in steps else [*steps, None]
+
+
+def _path_in_a_turn(mapping: MappingConfig) -> Steps | None:
+    """Steps from a turn to its images; None: they do not lie in turns."""
+    if not mapping.images or not mapping.turns:
+        return None
+    turns, images = _steps_of_turns(mapping), steps_of(mapping.images)
+    own = images[len(turns) :]
+    return own if own and images[: len(turns)] == turns else None
+
+
+def _place(messages: list[Message], images: list[str | Inside], mapping: MappingConfig) -> None:
+    """Puts images that lie beside the turns in front of the first question, unless marks say where.
+
+    Raises:
+        DataError: They lie in the lists that the turns are in, each of which has its images.
+    """
+    if images and mapping.turns and not any(IMAGE_MARK in message.text for message in messages):
+        turns, paths = _steps_of_turns(mapping), steps_of(mapping.images)
+        pairs = itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(turns, paths, strict=False)
+        )
+        if None in [step for step, _ in pairs]:
+            raise DataError(
+                f"'{mapping.images}' and '{mapping.turns}' run over the same list, so the turns of "
+                f"the images are not known; put {IMAGE_MARK} into the texts, or images into turns"
+            )
+    place_images(messages, images)
+
+
+def _place_own(
+    message: Message, own: list[str | Inside], mapping: MappingConfig, where: str
+) -> None:
+    """Puts the images of a turn in front of its text, unless marks say where."""
+    marks = message.text.count(IMAGE_MARK)
+    if own and message.role != "user":
+        raise DataError(
+            f"{where}: '{mapping.images}' gives an image to a turn from {message.speaker!r}; only "
+            f"{mapping.user} turns may show images"
+        )
+    if marks and marks != len(own):
+        raise DataError(
+            f"{where}: {marks} {IMAGE_MARK} mark(s) in the text but {len(own)} image(s) in "
+            f"'{mapping.images}'; a turn needs one mark for each of its images, or none"
+        )
+    place_images([message], own)
+
+
+def _messages(
+    record: Mapping[str, Any],
+    mapping: MappingConfig,
+    own: Steps | None,
+    images: list[str | Inside],
+) -> list[Message]:
+    """The turns; with `own`, steps from a turn to its images, these go to `images`."""
     given = field_of(record, mapping.turns)
     if not isinstance(given, list) or not given:
         raise DataError(f"'{mapping.turns}' must be a non-empty list, got {kind(given)}")
@@ -189,4 +210,8 @@ def _messages(record: Mapping[str, Any], mapping: MappingConfig) -> list[Message
             raise DataError(f"{where}: '{mapping.role}' is {speaker!r}; it must be {names}")
         text = text_of(field_of(found, mapping.text), f"{where}: '{mapping.text}'")
         messages.append(Message(roles[speaker], speaker, text, learned_of(found, where)))
+        if own is not None:
+            shown = _images(walk(found, own, mapping.images), f"{where}: '{mapping.images}'")
+            _place_own(messages[-1], shown, mapping, where)
+            images += shown
     return messages

@@ -4,12 +4,15 @@
 `{type: text, text}`, `{type: image}` (the next of `images`, or its own `image`, `path`, `url` or
 `base64`) and OpenAI's `{type: image_url, image_url: {url}}`. Qwen-VL's parts without a type are
 read likewise. Where no text has a mark, the images stand in front of the first question, as TRL and
-ms-swift put them. TRL's `prompt` and `completion` are read too: only the completion has loss.
+ms-swift put them. TRL's `prompt` and `completion` are read too: only the completion has loss; a
+text `prompt` beside `messages` is a copy (see `copies`). MiniCPM-V names images by their marks.
 Instead of `messages` there may be `branches`, a list of such lists (see `branches`).
 
-`swift` is ms-swift's: it adds `query`, `response`, `history`, and turns from `tool_call`.
+`swift` is ms-swift's: it adds `query`, `response`, `history`, and turns from `tool_call`, which are
+one answer with the assistant's turns and calls next to them.
 Sources: OpenAI's chat format, TRL's `docs/source/dataset_formats.md`, ms-swift's
-`docs/source_en/Customization/Custom-dataset.md`, Qwen's `messages` of `qwen_vl_utils`.
+`docs/source_en/Customization/Custom-dataset.md` and `docs/source_en/Instruction/Agent-support.md`,
+Qwen's `messages` of `qwen_vl_utils`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from dattn_mcore.data.sources.metadata import is_filled
 from dattn_mcore.data.sources.record import Inside, kind
 from dattn_mcore.data.sources.records.branches import KEY, turns_of_branches
 from dattn_mcore.data.sources.records.content import content_of
+from dattn_mcore.data.sources.records.copies import copied_prompt
 from dattn_mcore.data.sources.records.draft import (
     Draft,
     Form,
@@ -32,11 +36,11 @@ from dattn_mcore.data.sources.records.draft import (
     list_of,
     object_of,
     optional_text,
-    place_images,
     text_of,
     turn_metadata,
 )
-from dattn_mcore.data.sources.records.images import images_of
+from dattn_mcore.data.sources.records.images import image_of, images_of
+from dattn_mcore.data.sources.records.marks import are_named, place_images, place_named
 from dattn_mcore.data.sources.records.tool_calls import call_of, calls_of_text, tools_of
 from dattn_mcore.errors import DataError
 
@@ -74,19 +78,35 @@ def _read_swift(record: Mapping[str, Any], known: Collection[str]) -> Draft:
 
 
 def _draft(record: Mapping[str, Any], known: Collection[str], swift: bool) -> Draft:
-    images, field = images_of(record, "images", "image")
+    named = record["image"] if are_named(record.get("image")) else {}
+    rest = {**record, "image": None} if named else record
+    images, field = images_of(rest, "images", "image")
+    if named and images:
+        raise DataError("'images' and 'image' both hold images; give one of them")
     inline: list[str | Inside | None] = []
     ignored: list[str] = []
     key, given = _turns_of(record, swift)
-    words = Words(turn="message", turns=key, user="user", answer="assistant", images=field)
     messages = [
         _message(position, turn, known, ignored, inline, swift)
         for position, turn in enumerate(given)
     ]
+    words = Words(
+        turn="message",
+        turns=key,
+        user="user",
+        answer="assistant",
+        images=field,
+        joins=any(message.speaker == "tool_call" for message in messages),
+    )
     if is_filled(record.get("prompt")):
         for message in messages[: len(record["prompt"])]:
             message.learned = False
-    if inline:
+    if named:
+        if inline:
+            raise DataError("'image' names images by their marks and a part is one; use one way")
+        marked = {mark: image_of(one, f"'image'{[mark]}") for mark, one in named.items()}
+        images = place_named(messages, marked, "'image'")
+    elif inline:
         images = _filled_in(inline, images, field)
     else:
         place_images(messages, images)
@@ -221,6 +241,7 @@ MESSAGES = Form(
     ways=_WAYS,
     matches=lambda record: _is_messages(record) and not _is_swift(record),
     read=_read,
+    copied=copied_prompt,
     branch_turns="messages",
 )
 SWIFT = Form(
@@ -231,5 +252,6 @@ SWIFT = Form(
     ways=(*_WAYS, ("query", "response", "history")),
     matches=_is_swift,
     read=_read_swift,
+    copied=copied_prompt,
     metadata=_REJECTED,
 )

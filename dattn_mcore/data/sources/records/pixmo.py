@@ -16,10 +16,10 @@ from dattn_mcore.data.sources.records.draft import (
     Form,
     Message,
     Words,
-    place_images,
     text_of,
 )
 from dattn_mcore.data.sources.records.images import images_of
+from dattn_mcore.data.sources.records.marks import place_images
 from dattn_mcore.errors import DataError
 
 _OTHERS = ("conversations", "messages", "texts", "instruction", "query", "prompt")
