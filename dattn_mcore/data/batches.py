@@ -204,14 +204,11 @@ class BatchBuilder:
         for failure in bad:
             pack, unit, place = shown[failure.index]
             failures += [
-                SampleFailure(
-                    sample=item.indexed.number,
-                    id=item.indexed.id,
-                    path=item.images[place].place.name,
-                    stage=failure.stage,
-                    reason=failure.reason.replace(
-                        requests[failure.index].who, self._who(item, place)
-                    ),
+                self._reader.failure(
+                    item.indexed,
+                    failure.stage,
+                    failure.reason.replace(requests[failure.index].who, self._who(item, place)),
+                    item.images[place],
                 )
                 for item in pack.sharing(unit)
             ]
@@ -263,11 +260,8 @@ class BatchBuilder:
             return self._reader.encode(fitted)
         except (DataError, OSError) as error:
             indexed = fitted.indexed
-            failures.append(
-                SampleFailure(
-                    indexed.number, indexed.id, None, "read", f"annotation {indexed.id!r}: {error}"
-                )
-            )
+            reason = f"annotation {indexed.id!r}: {error}"
+            failures.append(self._reader.failure(indexed, "read", reason))
             return self._reader.blank(fitted)
 
 

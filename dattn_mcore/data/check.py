@@ -125,13 +125,7 @@ def _decoded(index: Index, config: Config, tokenizer: Tokenizer) -> Iterator[Sam
             _, failures = loader.load([reader.request(*pair) for pair in shown])
             for failure in failures:
                 sample, image = shown[failure.index]
-                yield SampleFailure(
-                    sample=sample.number,
-                    id=sample.id,
-                    path=image.place.name,
-                    stage=failure.stage,
-                    reason=failure.reason,
-                )
+                yield reader.failure(sample, failure.stage, failure.reason, image)
             now, done = time.monotonic(), start + len(samples)
             if now - said >= _SECONDS_BETWEEN_LINES:
                 said, per_second = now, done / (now - started)

@@ -6,10 +6,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from dattn_mcore.data.image_files import check_folder, read_bytes
 from dattn_mcore.data.images import ImageRequest
 from dattn_mcore.data.index.store import Index, IndexedBranch, IndexedImage, IndexedSample
+from dattn_mcore.data.record_places import MOST_COUNTED, RecordPlaces
 from dattn_mcore.data.record_runs import texts_of
+from dattn_mcore.data.sample_failure import SampleFailure
 from dattn_mcore.data.sources.open_files import OpenFiles
 from dattn_mcore.data.sources.place import ImagePlace
 from dattn_mcore.data.sources.record import Sample
@@ -81,6 +85,8 @@ class SampleReader:
         self._sources = index.settings.files
         self._files = OpenFiles(self._sources, _MOST_OPEN)
         self._folders: dict[str, Path] = {}
+        self._places = RecordPlaces(self._sources, self._files.get, MOST_COUNTED)
+        self._first = np.cumsum([0, *index.content["records"]])  # sample of each file
 
     def check_folders(self) -> None:
         """Fails early where an image folder is missing.
@@ -131,6 +137,41 @@ class SampleReader:
             if tuple(one.layout for one in encoded) == fitted.layouts(self._rows_per_tile):
                 return tuple(replace(one, weight=record.weight) for one in encoded)
         raise DataError("the record is no longer the one that was indexed")
+
+    def failure(
+        self,
+        sample: IndexedSample,
+        stage: str,
+        reason: str,
+        image: IndexedImage | None = None,
+        *,
+        counted: bool = True,
+    ) -> SampleFailure:
+        """What is wrong with a sample, with the place of its record.
+
+        Args:
+            sample: The sample.
+            stage: See `SampleFailure`.
+            reason: One line, without the place.
+            image: The image that is bad; None where it is the record.
+            counted: Whether its file may be read to find the record's line.
+        """
+        path = None if image is None else image.place.name
+        where = self._places.where(
+            file=sample.file,
+            offset=sample.place.offset,
+            record=sample.number - int(self._first[sample.file]),
+            field="" if path is None else self._places.field(sample.file, sample.place, path),
+            counted=counted,
+        )
+        return SampleFailure(
+            sample=sample.number,
+            id=sample.id,
+            path=path,
+            stage=stage,
+            reason=f"{where}: {reason}",
+            where=where,
+        )
 
     def blank(self, fitted: FittedSample) -> tuple[EncodedSample, ...]:
         """What stands in for a sample whose text cannot be read: the same shapes, no loss."""

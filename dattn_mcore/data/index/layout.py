@@ -29,7 +29,7 @@ from dattn_mcore.data.tiles import ANYRES_POLICIES
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.hf.image_rules_dattn import ImageRules
 
-VERSION = 7  # raise it when the same sources would give another index
+VERSION = 8  # raise it when the same sources would give another index
 NEVER = 2**32 - 1  # first_label of a sample without supervised text
 
 SAMPLE = np.dtype(

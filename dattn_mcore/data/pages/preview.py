@@ -100,7 +100,11 @@ def _sample(
     rules: ImageRules,
 ) -> Iterator[str]:
     indexed = fitted.indexed
-    texts = reader.encode(fitted)
+    try:
+        texts = reader.encode(fitted)
+    except (DataError, OSError) as error:
+        said = f"annotation {indexed.id!r}: {error}"
+        raise DataError(reader.failure(indexed, "read", said).reason) from None
     branches = f" in {len(texts)} branches" if len(texts) > 1 else ""
     predicted = sum(label != IGNORED_LABEL for one in texts for label in one.labels)
     requests = [reader.request(indexed, image) for image in fitted.images]
@@ -111,7 +115,9 @@ def _sample(
         f"{texts[0].visual_rows} visual rows, {predicted} predicted</p>"
     )
     for failure in failures:
-        yield f'<p class="bad">{escape(failure.reason)}</p>'
+        image = fitted.images[failure.index]
+        said = reader.failure(indexed, failure.stage, failure.reason, image).reason
+        yield f'<p class="bad">{escape(said)}</p>'
     failed = {failure.index for failure in failures}
     first = 0
     for number, (image, request) in enumerate(zip(fitted.images, requests, strict=True)):

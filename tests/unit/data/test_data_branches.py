@@ -246,7 +246,8 @@ def test_a_record_that_has_gone_is_blank_in_the_same_shapes(
     finally:
         pipeline.close()
     (failure,) = batch.failures
-    assert failure.reason == "annotation 'a': the record is no longer the one that was indexed"
+    said = "annotation 'a': the record is no longer the one that was indexed"
+    assert failure.reason == f"'{file}' line 1 (index 0, form llava): {said}"
     found = by_text(batch)["a"]
     assert [text[0] for text in found] == [text[0] for text in whole["a"]]
     assert all(set(text[2]) == {IGNORED_LABEL} for text in found)
