@@ -15,11 +15,12 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.config.sharing import why_apart
 from dattn_mcore.data.balance import pack_rows, row_work, split_over_ranks
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
-from dattn_mcore.data.budgets import skipped_samples
+from dattn_mcore.data.budgets import Fates
+from dattn_mcore.data.fitted_sample import FittedSample
 from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index
 from dattn_mcore.data.sample_failure import SampleFailure
-from dattn_mcore.data.samples import FittedSample, SampleReader
+from dattn_mcore.data.samples import SampleReader
 from dattn_mcore.data.share import RankShare
 from dattn_mcore.data.shared_images import first_of_units, images_of, units_of
 from dattn_mcore.data.shared_packing import make_shared_packs
@@ -69,7 +70,7 @@ class BatchBuilder:
         by_group: Whether losses are counted by groups, too.
 
     Attributes:
-        skipped: Whether each sample of the index fits no micro-batch, bool [samples].
+        fates: Which samples are cut, and which fit no micro-batch.
         groups: Names of the groups that losses are counted by: of each source the samples with
             images, then those of text alone.
     """
@@ -87,7 +88,7 @@ class BatchBuilder:
         self._config, self._index, self._share = config, index, share
         self._rows_per_tile = vision.rows_per_tile
         self._shares_images = why_apart(config) is None
-        self.skipped = skipped_samples(index, config)
+        self.fates = Fates(index, config)
         self.groups, self._by_group = groups_of(index), by_group
         self._source_ends = np.array([end for _, end in index.source_ranges()])
         self._reader = SampleReader(index, tokenizer, self._rows_per_tile, data.max_image_pixels)
@@ -160,26 +161,17 @@ class BatchBuilder:
         )
 
     def _fit(self, number: int) -> FittedSample | SampleFailure:
-        """Applies `data.over_budget` to a sample that fits no pack (see `skipped_samples`)."""
-        data = self._config.data
-        if not self.skipped[number]:
-            cuts = data.over_budget == "truncate"
-            return self._reader.fit(number, data.text_budget if cuts else None)
-        row = self._index.samples[number]
-        name = self._index.name(row)
-        text, visual = int(row["text_rows"]), int(row["num_tiles"]) * self._rows_per_tile
-        reason = (
-            f"{text} text and {visual} visual rows; data.text_budget is {data.text_budget}, "
-            f"data.visual_budget is {data.visual_budget}"
-        )
-        branched = self._index.content["num_branched"] and row["num_branches"]
-        if data.over_budget == "truncate" and branched:
-            reason += "; a sample with branches is not cut"
-        if data.over_budget == "error":
-            raise DataError(
-                f"annotation {name!r} has {reason}; raise them or set data.over_budget=skip"
-            )
-        return SampleFailure(sample=number, id=name, path=None, stage="budget", reason=reason)
+        """Applies `data.over_budget` to a sample that fits no pack."""
+        fitted = self.fates.fit(number)
+        if fitted is not None:
+            return fitted
+        sample, reason = self._index.sample(number), self.fates.why(number)
+        if self._config.data.over_budget == "error":
+            said = f"annotation {sample.id!r} has {reason}"
+            failure = self._reader.failure(sample, "budget", said)
+            raise DataError(f"{failure.reason}; raise them or set data.over_budget=skip")
+        # Every rank comes here with every sample that is left out; it is no reason to read files.
+        return self._reader.failure(sample, "budget", reason, counted=False)
 
     def _tiles(
         self, packs: Sequence[PackMembers], failures: list[SampleFailure]
@@ -204,14 +196,11 @@ class BatchBuilder:
         for failure in bad:
             pack, unit, place = shown[failure.index]
             failures += [
-                SampleFailure(
-                    sample=item.indexed.number,
-                    id=item.indexed.id,
-                    path=item.images[place].place.name,
-                    stage=failure.stage,
-                    reason=failure.reason.replace(
-                        requests[failure.index].who, self._who(item, place)
-                    ),
+                self._reader.failure(
+                    item.indexed,
+                    failure.stage,
+                    failure.reason.replace(requests[failure.index].who, self._who(item, place)),
+                    item.images[place],
                 )
                 for item in pack.sharing(unit)
             ]
@@ -263,11 +252,8 @@ class BatchBuilder:
             return self._reader.encode(fitted)
         except (DataError, OSError) as error:
             indexed = fitted.indexed
-            failures.append(
-                SampleFailure(
-                    indexed.number, indexed.id, None, "read", f"annotation {indexed.id!r}: {error}"
-                )
-            )
+            reason = f"annotation {indexed.id!r}: {error}"
+            failures.append(self._reader.failure(indexed, "read", reason))
             return self._reader.blank(fitted)
 
 

@@ -8,11 +8,12 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.budgets import Fates
 from dattn_mcore.data.failures import Kinds, unusable
 from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index, open_index
@@ -45,9 +46,11 @@ def check(
         Exit status: 0 where all is well, 1 where something was found.
     """
     index = open_index(config, tokenizer, workers)
-    kinds = Kinds()
-    with _report(report) as lines:
-        for failure in _everything(index, config, tokenizer, decode):
+    kinds, fates = Kinds(), Fates(index, config)
+    per_tile = config.model.vision.rows_per_tile
+    reader = SampleReader(index, tokenizer, per_tile, config.data.max_image_pixels)
+    with _report(report) as lines, contextlib.closing(reader):
+        for failure in _everything(index, config, fates, reader, decode):
             kinds.add(failure)
             if lines is not None:
                 lines.write(json.dumps(failure.line(0)) + "\n")
@@ -66,6 +69,12 @@ def check(
         f"{allowed:,}",
         "" if decode else "; images' headers were read, --decode decodes them",
     )
+    if num_cut := int(fates.cut.sum()):
+        _LOG.info(
+            "%s samples are cut to data.text_budget=%d (data.over_budget=truncate)",
+            f"{num_cut:,}",
+            config.data.text_budget,
+        )
     for line in source_table(index):
         _LOG.info("%s", line)
     return 1 if found else 0
@@ -86,34 +95,24 @@ def _report(path: Path | None) -> Iterator[TextIO | None]:
 
 
 def _everything(
-    index: Index, config: Config, tokenizer: Tokenizer, decode: bool
+    index: Index, config: Config, fates: Fates, reader: SampleReader, decode: bool
 ) -> Iterator[SampleFailure]:
     yield from unusable(index)
-    yield from _over_budget(index, config)
+    yield from _over_budget(index, config, fates, reader)
     if decode:
-        yield from _decoded(index, config, tokenizer)
+        yield from _decoded(index, config, reader)
 
 
-def _over_budget(index: Index, config: Config) -> Iterator[SampleFailure]:
-    data, rows_per_tile = config.data, config.model.vision.rows_per_tile
-    visual = index.samples["num_tiles"].astype(np.int64) * rows_per_tile
-    over = (index.samples["text_rows"] > data.text_budget) | (visual > data.visual_budget)
-    for number in np.flatnonzero(over & (np.asarray(index.usable) == 1)):
-        row: Any = index.samples[number]
-        yield SampleFailure(
-            sample=int(number),
-            id=index.name(row),
-            path=None,
-            stage="budget",
-            reason=f"{int(row['text_rows'])} text and {int(visual[number])} visual rows; "
-            f"data.text_budget is {data.text_budget}, data.visual_budget is {data.visual_budget} "
-            f"(data.over_budget={data.over_budget})",
-        )
+def _over_budget(
+    index: Index, config: Config, fates: Fates, reader: SampleReader
+) -> Iterator[SampleFailure]:
+    for number in np.flatnonzero(fates.left_out).tolist():
+        reader.make_room()
+        why = f"{fates.why(number)} (data.over_budget={config.data.over_budget})"
+        yield reader.failure(index.sample(number), "budget", why)
 
 
-def _decoded(index: Index, config: Config, tokenizer: Tokenizer) -> Iterator[SampleFailure]:
-    data, vision = config.data, config.model.vision
-    reader = SampleReader(index, tokenizer, vision.rows_per_tile, data.max_image_pixels)
+def _decoded(index: Index, config: Config, reader: SampleReader) -> Iterator[SampleFailure]:
     loader = ImageLoader.of(config)
     numbers = np.flatnonzero(np.asarray(index.usable))
     started = said = time.monotonic()
@@ -125,13 +124,7 @@ def _decoded(index: Index, config: Config, tokenizer: Tokenizer) -> Iterator[Sam
             _, failures = loader.load([reader.request(*pair) for pair in shown])
             for failure in failures:
                 sample, image = shown[failure.index]
-                yield SampleFailure(
-                    sample=sample.number,
-                    id=sample.id,
-                    path=image.place.name,
-                    stage=failure.stage,
-                    reason=failure.reason,
-                )
+                yield reader.failure(sample, failure.stage, failure.reason, image)
             now, done = time.monotonic(), start + len(samples)
             if now - said >= _SECONDS_BETWEEN_LINES:
                 said, per_second = now, done / (now - started)
@@ -139,4 +132,3 @@ def _decoded(index: Index, config: Config, tokenizer: Tokenizer) -> Iterator[Sam
                 _LOG.info("decoded %s samples, %s/s, ETA %s", f"{done:,}", rate(per_second), left)
     finally:
         loader.close()
-        reader.close()

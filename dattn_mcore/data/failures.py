@@ -55,8 +55,8 @@ def unusable(index: Index) -> Iterable[SampleFailure]:
             id=entry["id"],
             path=entry["path"],
             stage=entry["stage"],
-            reason=entry["reason"] if entry["path"] else f"{entry['where']}: {entry['reason']}",
-            where="" if entry["path"] else entry["where"],
+            reason=f"{entry['where']}: {entry['reason']}",
+            where=entry["where"],
         )
 
 

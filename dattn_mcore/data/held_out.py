@@ -23,6 +23,7 @@ from dattn_mcore.config.schema import Config, ValidationConfig
 from dattn_mcore.data.index.layout import digest
 from dattn_mcore.data.index.store import Index, IndexedSample
 from dattn_mcore.data.order import Share
+from dattn_mcore.data.record_places import RecordPlaces
 from dattn_mcore.data.sources.open_files import OpenFiles
 from dattn_mcore.data.sources.record import Sample
 from dattn_mcore.data.steps import shares_of
@@ -141,7 +142,13 @@ def _divide(index: Index, validation: ValidationConfig) -> np.ndarray:
 def _key(index: Index, sample: IndexedSample, files: OpenFiles) -> str:
     """What a sample is chosen by."""
     if not sample.images:
-        return record_key(files.get(sample.file).read(sample.place)[0])
+        try:
+            return record_key(files.get(sample.file).read(sample.place)[0])
+        except DataError as error:
+            places = RecordPlaces(index.settings.files, files.get)
+            first = sum(index.content["records"][: sample.file])
+            where = places.where(sample.file, sample.place.offset, sample.number - first)
+            raise DataError(f"{where}: annotation {sample.id!r}: {error}") from None
     image, (within, source) = sample.images[0].place, index.settings.files[sample.file]
     shard = source.files[within].name
     if source.format == "tar":

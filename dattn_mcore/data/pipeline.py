@@ -20,13 +20,13 @@ from dattn_mcore.data.batch import GlobalBatch
 from dattn_mcore.data.batches import BatchBuilder
 from dattn_mcore.data.budgets import check_trainable
 from dattn_mcore.data.failures import check_share
+from dattn_mcore.data.fitted_sample import FittedSample
 from dattn_mcore.data.held_out import held_out_samples
 from dattn_mcore.data.index.identity import identity_of
 from dattn_mcore.data.index.store import open_index
 from dattn_mcore.data.prefetch import Prefetcher
 from dattn_mcore.data.run_order import order_of_run
 from dattn_mcore.data.sample_failure import SampleFailure
-from dattn_mcore.data.samples import FittedSample
 from dattn_mcore.data.share import RankShare
 from dattn_mcore.data.steps import FullSteps, shares_of, steps_of
 from dattn_mcore.data.templates import check_symbols
@@ -113,19 +113,24 @@ class DataPipeline:
         )
         if self.index.content["num_images"] and (reason := why_apart(config)) is not None:
             _LOG.info("every sample has visual rows of its own: %s", reason)
-        skipped = self._batches.skipped
+        fates = self._batches.fates
         drawn = np.concatenate([share.numbers for share in shares if share.per_epoch])
-        check_trainable(self.index, config, drawn, skipped)
-        self.num_trainable = int((~skipped[drawn]).sum())
+        check_trainable(self.index, config, drawn, fates.left_out)
+        self.num_trainable = int((~fates.left_out[drawn]).sum())
         self.drawn = np.zeros(len(self.index), bool)
         self.drawn[drawn] = True
         self.order = order_of_run(config, self.index, shares)
-        self.steps = steps_of(config, self.index, self.order)
+        self.steps = steps_of(config, self.order, fates)
         if isinstance(self.steps, FullSteps):
             self._describe_steps(self.steps)
         self.num_samples = self.order.epoch_size
         self.groups = self._batches.groups
-        self.identity = identity_of(self.index, data, config.validation)
+        self.identity = identity_of(
+            self.index,
+            data,
+            config.validation,
+            cut_rows=fates.counted_otherwise(self.drawn),
+        )
         self.tokenizer_fingerprint = tokenizer.fingerprint
         self._prefetcher = Prefetcher(self._build, data.prefetch)
 

@@ -21,7 +21,7 @@ class SampleFailure:
         stage: `annotation` or `image` (found when the index was made), `read`, `decode` or
             `resize` (found at its step), `budget` (fits no micro-batch).
         reason: One line.
-        where: Place of its record, which the reason starts with; "" if it does not.
+        where: Place of its record, and field of the image, with which the reason starts.
     """
 
     sample: int

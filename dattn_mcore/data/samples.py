@@ -2,65 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+from dattn_mcore.data.fitted_sample import FittedSample
 from dattn_mcore.data.image_files import check_folder, read_bytes
 from dattn_mcore.data.images import ImageRequest
-from dattn_mcore.data.index.store import Index, IndexedBranch, IndexedImage, IndexedSample
+from dattn_mcore.data.index.store import Index, IndexedImage, IndexedSample
+from dattn_mcore.data.record_places import MOST_COUNTED, RecordPlaces
 from dattn_mcore.data.record_runs import texts_of
+from dattn_mcore.data.sample_failure import SampleFailure
 from dattn_mcore.data.sources.open_files import OpenFiles
 from dattn_mcore.data.sources.place import ImagePlace
 from dattn_mcore.data.sources.record import Sample
 from dattn_mcore.data.templates import (
     EncodedSample,
     encode_sample,
-    merge_runs,
     truncate,
 )
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError
-from dattn_mcore.types import IGNORED_LABEL, Layout
+from dattn_mcore.types import IGNORED_LABEL
 
 _MOST_OPEN = 256  # files of sources
-
-
-@dataclass(frozen=True)
-class FittedSample:
-    """A sample of a step, cut to the budget: shapes are known, nothing is read yet.
-
-    Attributes:
-        indexed: What the index says.
-        text_rows: Text rows that take part; fewer than the sample has where it is cut.
-        images: Its images that take part.
-    """
-
-    indexed: IndexedSample
-    text_rows: int
-    images: tuple[IndexedImage, ...]
-
-    @property
-    def num_tiles(self) -> int:
-        """Tiles of the images that take part."""
-        return sum(image.num_tiles for image in self.images)
-
-    def layouts(self, rows_per_tile: int) -> tuple[Layout, ...]:
-        """Runs in reading order, without reading it: of each branch, or of its only text."""
-        before = tuple(image.text_before for image in self.images)
-        texts = self.indexed.branches or (IndexedBranch(self.text_rows, before),)
-        return tuple(self._layout(text, rows_per_tile) for text in texts)
-
-    def _layout(self, branch: IndexedBranch, rows_per_tile: int) -> Layout:
-        runs, text = [], 0
-        for image, before in zip(self.images, branch.text_before, strict=True):
-            if before > text:
-                runs.append((False, before - text))
-                text = before
-            runs.append((True, image.num_tiles * rows_per_tile))
-        if branch.text_rows > text:
-            runs.append((False, branch.text_rows - text))
-        return merge_runs(runs)
 
 
 class SampleReader:
@@ -81,6 +48,8 @@ class SampleReader:
         self._sources = index.settings.files
         self._files = OpenFiles(self._sources, _MOST_OPEN)
         self._folders: dict[str, Path] = {}
+        self._places = RecordPlaces(self._sources, self._files.get, MOST_COUNTED)
+        self._first = np.cumsum([0, *index.content["records"]])  # sample of each file
 
     def check_folders(self) -> None:
         """Fails early where an image folder is missing.
@@ -92,17 +61,6 @@ class SampleReader:
             if source.format == "json":
                 for folder in source.folders():
                     self._folder(folder)
-
-    def fit(self, number: int, text_budget: int | None = None) -> FittedSample:
-        """A sample of a step, cut after `text_budget` text rows if that is given.
-
-        Images that stand behind the cut go as well: no row that is left can see them.
-        """
-        indexed = self._index.sample(number)
-        if text_budget is None or indexed.text_rows <= text_budget:
-            return FittedSample(indexed, indexed.text_rows, indexed.images)
-        images = tuple(image for image in indexed.images if image.text_before < text_budget)
-        return FittedSample(indexed, text_budget, images)
 
     def record(self, sample: IndexedSample) -> Sample:
         """Reads and checks a sample's record.
@@ -131,6 +89,41 @@ class SampleReader:
             if tuple(one.layout for one in encoded) == fitted.layouts(self._rows_per_tile):
                 return tuple(replace(one, weight=record.weight) for one in encoded)
         raise DataError("the record is no longer the one that was indexed")
+
+    def failure(
+        self,
+        sample: IndexedSample,
+        stage: str,
+        reason: str,
+        image: IndexedImage | None = None,
+        *,
+        counted: bool = True,
+    ) -> SampleFailure:
+        """What is wrong with a sample, with the place of its record.
+
+        Args:
+            sample: The sample.
+            stage: See `SampleFailure`.
+            reason: One line, without the place.
+            image: The image that is bad; None where it is the record.
+            counted: Whether its file may be read to find the record's line.
+        """
+        path = None if image is None else image.place.name
+        where = self._places.where(
+            file=sample.file,
+            offset=sample.place.offset,
+            record=sample.number - int(self._first[sample.file]),
+            field="" if path is None else self._places.field(sample.file, sample.place, path),
+            counted=counted,
+        )
+        return SampleFailure(
+            sample=sample.number,
+            id=sample.id,
+            path=path,
+            stage=stage,
+            reason=f"{where}: {reason}",
+            where=where,
+        )
 
     def blank(self, fitted: FittedSample) -> tuple[EncodedSample, ...]:
         """What stands in for a sample whose text cannot be read: the same shapes, no loss."""

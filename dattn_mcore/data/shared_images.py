@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dattn_mcore.types import NO_IMAGES
 
 if TYPE_CHECKING:  # one imports torch, which takes seconds, and the planner needs none of it
-    from dattn_mcore.data.samples import FittedSample
+    from dattn_mcore.data.fitted_sample import FittedSample
 
 
 def units_of(samples: Sequence[FittedSample], *, shares: bool) -> list[int]:

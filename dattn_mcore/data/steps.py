@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.budgets import Fates
 from dattn_mcore.data.grouped_order import GroupedOrder
 from dattn_mcore.data.index.store import Index
 from dattn_mcore.data.order import SampleOrder, Share
@@ -196,8 +197,13 @@ def shares_of(index: Index, away: np.ndarray | None = None) -> list[Share]:
     )
 
 
-def steps_of(config: Config, index: Index, order: SampleOrder) -> Steps:
+def steps_of(config: Config, order: SampleOrder, fates: Fates) -> Steps:
     """The steps of a run.
+
+    Args:
+        config: The run.
+        order: Of its samples.
+        fates: What becomes of each of them.
 
     Raises:
         ConfigError: `data.step_packs_multiple` does not suit the global batch.
@@ -206,14 +212,7 @@ def steps_of(config: Config, index: Index, order: SampleOrder) -> Steps:
     if data.step_packs_multiple is None:
         return FixedSteps(size)
     budgets = (data.text_budget, data.visual_budget)
-    rows = np.empty((len(index), 2), np.int32)  # of all samples: kept small
-    rows[:, 0] = index.samples["text_rows"]
-    rows[:, 1] = index.samples["num_tiles"]
-    rows[:, 1] *= config.model.vision.rows_per_tile
-    over = (rows > budgets).any(1)
-    # A sample that is cut takes at most the budgets; one that is skipped takes nothing.
-    rows[over] = np.minimum(rows[over], budgets) if data.over_budget == "truncate" else 0
-    return full_steps(order, rows, budgets, size, data.step_packs_multiple)
+    return full_steps(order, fates.rows, budgets, size, data.step_packs_multiple)
 
 
 def full_steps(

@@ -50,7 +50,7 @@ class ValidationData:
             check_apart(training.index, training.drawn, index, chosen)
         self._batches = BatchBuilder(config, index, tokenizer, training.share, by_group=True)
         self.groups = self._batches.groups
-        fits = chosen & ~self._batches.skipped & (index.samples["supervised"] > 0)
+        fits = chosen & ~self._batches.fates.left_out & (index.samples["supervised"] > 0)
         numbers = np.flatnonzero(fits)
         if not len(numbers):
             raise DataError(

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.budgets import Fates
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.run_order import order_of_run
 from dattn_mcore.data.steps import steps_of
@@ -22,7 +23,7 @@ def data_size(config: Config) -> DataSize:
     if index is None:
         return DataSize(_count_records(config))
     order = order_of_run(config, index)
-    steps = steps_of(config, index, order)
+    steps = steps_of(config, order, Fates(index, config))
     return DataSize(
         order.epoch_size, max(1, steps.up_to(math.ceil(order.epoch_size * config.train.epochs)))
     )

@@ -49,6 +49,8 @@ def losses_and_gradients(
 def to_float64(model: DattnModel) -> None:
     """All but the position networks of the projector, which compute in float32 by themselves."""
     model.double()
+    if not hasattr(model, "projector"):  # a later stage of a pipeline
+        return
     for part in (model.projector.row_position, model.projector.column_position):
         if part is not None:
             part.float()

@@ -6,12 +6,9 @@ gradient norms of a run with `data.share_images=false`.
 """
 
 import functools
-import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dattn_mcore.config.load import merge
 from dattn_mcore.types import NO_IMAGES
@@ -93,36 +90,6 @@ def test_losses_and_gradients_are_those_of_own_images(pool, apart, name, model, 
         # float32 in places: norms, the loss, positions of rows.
         bound = float(1e-6 * scale)
         torch.testing.assert_close(gradient, of_own[key], atol=bound, rtol=0, msg=key)
-
-
-@pytest.fixture(scope="module")
-def questions(digits, tmp_path_factory):
-    """Samples about few images: questions, two images at once, text before an image, no image."""
-    folder = tmp_path_factory.mktemp("questions")
-    (folder / "images").mkdir()
-    (folder / "tokenizer.model").write_bytes((digits / "tokenizer.model").read_bytes())
-    rng = np.random.default_rng(0)
-    for number, (width, height) in enumerate([(60, 140), (56, 56), (200, 60)]):
-        noise = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        image = Image.fromarray(noise).resize((width, height))
-        image.save(folder / "images" / f"{number}.png")
-    question, records = "Which digit is in the top-left cell?", []
-    for number in range(24):
-        image = number % 3
-        images = [] if number % 8 == 7 else [image, 1] if number % 4 == 1 else [image]
-        turns = [
-            {"from": "human", "value": "<image>\n" * bool(images) + question},
-            {"from": "gpt", "value": f"The digit is {number % 10}."},
-            {"from": "human", "value": "<image>\n" * (len(images) == 2) + question},
-            {"from": "gpt", "value": f"{number % 7}"},
-        ]
-        if number % 6 == 4:  # text stands before the image
-            turns[0]["value"], turns[2]["value"] = question, "<image>\n" + question
-        names = [f"{one}.png" for one in images]
-        record = {"id": str(number), "conversations": turns}
-        records.append(record | ({"image": names} if names else {}))
-    (folder / "instruct.json").write_text(json.dumps(records))
-    return folder
 
 
 # Pairs of what changes ranks, rows and passes.

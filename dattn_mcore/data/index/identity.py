@@ -23,7 +23,11 @@ _ONCE = ("llava", "webdataset")  # forms of before there were others
 
 
 def identity_of(
-    index: Index, data: DataConfig, validation: ValidationConfig | None = None
+    index: Index,
+    data: DataConfig,
+    validation: ValidationConfig | None = None,
+    *,
+    cut_rows: bool = False,
 ) -> dict[str, Any]:
     """Plain values that tell one data set from another: digests, settings, counts.
 
@@ -31,6 +35,8 @@ def identity_of(
         index: Of the data set.
         data: How it is read.
         validation: What is split off from it.
+        cut_rows: Whether steps depend on how the rows of cut samples are counted
+            (`budgets.Fates.counted_otherwise`).
     """
     settings = index.settings
     split: dict[str, Any] = {}
@@ -55,6 +61,7 @@ def identity_of(
         "images": image_settings_of(data),
         **split,
         **({"group_images": True} if data.group_images else {}),
+        **({"cut_rows": "those that are left"} if cut_rows else {}),
     }
 
 
@@ -121,6 +128,11 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
         parts.append("what is held out (validation.share, validation.salt)")
     if there.get("group_images") != here.get("group_images"):
         parts.append("the order of samples (data.group_images)")
+    if there.get("cut_rows") != here.get("cut_rows"):
+        parts.append(
+            "which samples a step takes: with data.over_budget=truncate and "
+            "data.step_packs_multiple a sample now counts the rows that are left of it"
+        )
     if there.get("loss_on") != here.get("loss_on"):
         parts.append("which answers are learned (data.loss_on)")
     if there.get("forms") != here.get("forms"):

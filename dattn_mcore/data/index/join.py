@@ -20,7 +20,8 @@ from dattn_mcore.data.index.layout import (
     digest,
     without_columns,
 )
-from dattn_mcore.data.sources.source import open_source_file
+from dattn_mcore.data.record_places import RecordPlaces
+from dattn_mcore.data.sources.open_files import OpenFiles
 
 
 def join_parts(
@@ -39,7 +40,8 @@ def join_parts(
     branches = np.lib.format.open_memmap(begun / "branches.npy", "w+", BRANCH, (max(totals[3], 1),))
     num_branched = 0
     usable = np.lib.format.open_memmap(begun / "usable.npy", "w+", np.uint8, (totals[0],))
-    places = _Places(settings)
+    files = OpenFiles(settings.files, most=1)
+    places = RecordPlaces(settings.files, files.get)
     num_bad, per_file = 0, np.zeros((len(settings.files), 2), np.int64)
     done = np.zeros(4, np.int64)
     ignored: list[Counter[str]] = [Counter() for _ in settings.sources]
@@ -65,7 +67,13 @@ def join_parts(
                 for entry in json.loads(part["bad"].tobytes()):
                     entry["sample"] += sample_at
                     number = entry["sample"] - int(per_file[: entry["file"], 0].sum())
-                    entry["where"] = places.where(entry["file"], entry.pop("offset"), number)
+                    entry["where"] = places.where(
+                        file=entry["file"],
+                        offset=entry.pop("offset"),
+                        record=number,
+                        field=entry.pop("field"),
+                    )
+                    files.make_room()
                     bad.write(json.dumps(entry) + "\n")
                     num_bad += 1
                 own = ignored[source_of[int(rows["file"][0])]]
@@ -86,7 +94,7 @@ def join_parts(
         "content": digest([file["digest"] for file in made_from["files"]]),
     }
     (begun / "index.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    places.close()
+    files.close()
     for path in parts:
         path.unlink()
     (begun / "plan.json").unlink()
@@ -94,23 +102,3 @@ def join_parts(
 
 def _by_count(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-class _Places:
-    """Says where bad records stand; files are opened as they come."""
-
-    def __init__(self, settings: IndexSettings) -> None:
-        self._settings = settings
-        self._opened: tuple[int, Any] | None = None
-
-    def where(self, file: int, offset: int, record: int) -> str:
-        number, source = self._settings.files[file]
-        path = source.files[number]
-        if self._opened is None or self._opened[0] != file:
-            self.close()
-            self._opened = (file, open_source_file(source, number))
-        return f"'{path}' {self._opened[1].line(offset)} (index {record}, form {source.form})"
-
-    def close(self) -> None:
-        if self._opened is not None:
-            self._opened[1].close()

@@ -29,6 +29,7 @@ from dattn_mcore.data.index.layout import (
     IndexSettings,
     SampleRow,
 )
+from dattn_mcore.data.record_places import RecordPlaces
 from dattn_mcore.data.record_runs import texts_of
 from dattn_mcore.data.sources.open_files import OpenFiles
 from dattn_mcore.data.sources.place import ImagePlace, Place
@@ -109,6 +110,7 @@ class RowMaker:
         self._tokenizer = tokenizer or load_tokenizer(settings.tokenizer)
         self._sources = settings.files
         self._files = OpenFiles(self._sources, _MOST_OPEN, in_order=True)
+        self._record_places = RecordPlaces(self._sources, self._files.get)
         self._folders: dict[str, Path] = {}
         # Conversations about one image stand near each other in the usual data sets.
         self._probe = functools.lru_cache(maxsize=4096)(self._probe_file)
@@ -169,6 +171,7 @@ class RowMaker:
                 made.bad.append(
                     {
                         **{"sample": number, "id": name, "file": file, "offset": place.offset},
+                        "field": self._record_places.field(file, place, path) if path else "",
                         **{"path": path, "stage": stage, "reason": reason},
                     }
                 )

@@ -15,12 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.budgets import Fates
+from dattn_mcore.data.fitted_sample import FittedSample, fitted_sample
 from dattn_mcore.data.image_rules import rules_of
 from dattn_mcore.data.images import ImageLoader
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.pages.html import escape, page, picture, write_page
 from dattn_mcore.data.run_order import order_of_run
-from dattn_mcore.data.samples import FittedSample, SampleReader
+from dattn_mcore.data.samples import SampleReader
 from dattn_mcore.data.templates import EncodedSample
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError
@@ -59,7 +61,7 @@ def write_preview(
     """
     index = open_index(config, tokenizer, workers)
     data, vision = config.data, config.model.vision
-    numbers = _chosen(index, config, count, ids)
+    numbers, fates = _chosen(index, config, count, ids), Fates(index, config)
     reader = SampleReader(index, tokenizer, vision.rows_per_tile, data.max_image_pixels)
     loader = ImageLoader.of(config)
     body = [
@@ -69,7 +71,16 @@ def write_preview(
     ]
     try:
         for number in numbers:
-            body += _sample(reader, loader, tokenizer, reader.fit(number), rules_of(data))
+            fitted = fates.fit(number)
+            note = ""
+            if fitted is None:
+                note = f"left out (data.over_budget={data.over_budget}): {fates.why(number)}"
+                fitted = fitted_sample(index, number)
+            elif fates.cut[number]:
+                note = (
+                    f"cut: it has {fitted.indexed.text_rows} text rows (data.over_budget=truncate)"
+                )
+            body += _sample(reader, loader, tokenizer, fitted, rules_of(data), note)
     finally:
         loader.close()
         reader.close()
@@ -98,9 +109,14 @@ def _sample(
     tokenizer: Tokenizer,
     fitted: FittedSample,
     rules: ImageRules,
+    note: str,
 ) -> Iterator[str]:
     indexed = fitted.indexed
-    texts = reader.encode(fitted)
+    try:
+        texts = reader.encode(fitted)
+    except (DataError, OSError) as error:
+        said = f"annotation {indexed.id!r}: {error}"
+        raise DataError(reader.failure(indexed, "read", said).reason) from None
     branches = f" in {len(texts)} branches" if len(texts) > 1 else ""
     predicted = sum(label != IGNORED_LABEL for one in texts for label in one.labels)
     requests = [reader.request(indexed, image) for image in fitted.images]
@@ -110,8 +126,12 @@ def _sample(
         f"{indexed.number:,}: {fitted.text_rows} text rows{branches}, "
         f"{texts[0].visual_rows} visual rows, {predicted} predicted</p>"
     )
+    if note:
+        yield f'<p class="bad">{escape(note)}</p>'
     for failure in failures:
-        yield f'<p class="bad">{escape(failure.reason)}</p>'
+        image = fitted.images[failure.index]
+        said = reader.failure(indexed, failure.stage, failure.reason, image).reason
+        yield f'<p class="bad">{escape(said)}</p>'
     failed = {failure.index for failure in failures}
     first = 0
     for number, (image, request) in enumerate(zip(fitted.images, requests, strict=True)):

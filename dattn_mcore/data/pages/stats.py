@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,12 @@ import numpy as np
 from dattn_mcore.config.schema import Config
 from dattn_mcore.config.sharing import why_apart
 from dattn_mcore.data.balance import row_work
+from dattn_mcore.data.budgets import Fates
 from dattn_mcore.data.index.layout import FORMATS
 from dattn_mcore.data.index.store import Index, open_index
 from dattn_mcore.data.packing_figures import PackingFigures, StepSamples, measure_packing
 from dattn_mcore.data.pages.html import embedded, page, table, write_page
 from dattn_mcore.data.run_order import order_of_run
-from dattn_mcore.data.samples import FittedSample
 from dattn_mcore.data.shared_images import units_of
 from dattn_mcore.data.steps import steps_of
 from dattn_mcore.data.tokenizer import Tokenizer
@@ -81,7 +80,8 @@ class Packed:
 
     Attributes:
         figures: Of the steps.
-        over: Samples that fit no pack.
+        over: Samples that fit no pack and are left out.
+        cut: Samples that are cut to fit one (data.over_budget=truncate).
         same: Visual rows of samples whose images another sample of the step shows alike: what
             sharing would save if all of them were in one pack.
         overlapping: Visual rows of images that a step shows more than once, beyond these: samples
@@ -90,6 +90,7 @@ class Packed:
 
     figures: PackingFigures
     over: int
+    cut: int
     same: int
     overlapping: int
 
@@ -99,16 +100,15 @@ def packing_of(index: Index, config: Config, dp_size: int) -> Packed:
     data, per_tile = config.data, config.model.vision.rows_per_tile
     budgets = (data.text_budget, data.visual_budget)
     order = order_of_run(config, index)
-    cut = steps_of(config, index, order)
-    steps, over, same, overlapping = [], 0, 0, 0
+    fates = Fates(index, config)
+    cut = steps_of(config, order, fates)
+    steps, over, num_cut, same, overlapping = [], 0, 0, 0, 0
     for step in range(max(1, min(_STEPS, cut.up_to(order.epoch_size + 1) - 1))):
-        found = [index.sample(number) for number in order.numbers(*cut.bounds(step))]
-        samples = [FittedSample(one, one.text_rows, one.images) for one in found]
+        numbers = order.numbers(*cut.bounds(step))
+        samples = [one for one in map(fates.fit, numbers) if one is not None]
         lengths = [(one.text_rows, one.num_tiles * per_tile) for one in samples]
-        fits = [text <= budgets[0] and visual <= budgets[1] for text, visual in lengths]
-        samples = list(itertools.compress(samples, fits))
-        lengths = list(itertools.compress(lengths, fits))
-        over += len(fits) - len(samples)
+        over += len(numbers) - len(samples)
+        num_cut += int(fates.cut[numbers].sum())
         shown = sum(visual for _, visual in lengths)
         units = units_of(samples, shares=True)
         by_unit = sum(dict(zip(units, (visual for _, visual in lengths), strict=True)).values())
@@ -122,7 +122,7 @@ def packing_of(index: Index, config: Config, dp_size: int) -> Packed:
         shares = why_apart(config) is None
         steps.append(StepSamples(lengths, units_of(samples, shares=shares)))
     figures = measure_packing(steps, budgets, dp_size, row_work(config))
-    return Packed(figures, over, same, overlapping)
+    return Packed(figures, over, num_cut, same, overlapping)
 
 
 def _sharing(packed: Packed, config: Config) -> list[list[Any]]:
@@ -152,7 +152,8 @@ def _packing(packed: Packed) -> list[list[Any]]:
         ["text budget filled", f"{100 * text:.1f} %"],
         ["visual budget filled", f"{100 * visual:.1f} %"],
         ["heaviest rank above the mean", f"{100 * max(figures.heaviest):.1f} %"],
-        ["samples over budget", over],
+        ["samples over budget, left out", over],
+        ["samples over budget, cut", packed.cut],
     ]
 
 

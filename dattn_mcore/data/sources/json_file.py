@@ -32,6 +32,7 @@ _SPACE = re.compile(rb"[ \t\r\n]*")
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
 _SCALAR = re.compile(rb'(?:"[^"\\]*(?:\\.[^"\\]*)*"|[^,\[\]{}"])+', re.DOTALL)
 _MOST_LOOKED_AT = 64 << 20  # bytes that are searched for one object over many lines
+_PART = 1 << 20  # bytes that are counted at once
 _OPEN, _CLOSE = frozenset(b"{["), frozenset(b"}]")
 
 
@@ -69,6 +70,7 @@ class JsonFile:
         if called is not None:
             hold(self._handle)
         self._lines_to = (0, 1)  # an offset, and the line it is on
+        self._line_of_part = [1]  # line at the start of each part of the file that was counted
 
     def scan(self) -> Iterator[Place]:
         """Yields the place of every record; raises DataError with line and column."""
@@ -128,15 +130,16 @@ class JsonFile:
         return place.offset / max(os.fstat(self._handle).st_size, 1)
 
     def line(self, offset: int) -> str:
-        """Line of a byte; cheap for rising offsets."""
-        before, line = self._lines_to if self._lines_to[0] <= offset else (0, 1)
-        while before < offset:
-            part = os.pread(self._handle, min(1 << 20, offset - before), before)
-            if not part:
-                break
-            line += part.count(b"\n")
-            before += len(part)
-        self._lines_to = (before, line)
+        """Line of a byte; cheap for rising offsets, and what was counted is not read again."""
+        lines = self._line_of_part
+        while len(lines) <= offset // _PART:
+            part = os.pread(self._handle, _PART, (len(lines) - 1) * _PART)
+            lines.append(lines[-1] + part.count(b"\n"))
+        start = offset // _PART * _PART
+        known = start <= self._lines_to[0] <= offset
+        before, line = self._lines_to if known else (start, lines[offset // _PART])
+        line += os.pread(self._handle, offset - before, before).count(b"\n")
+        self._lines_to = (offset, line)
         return f"line {line}"
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from dattn_mcore.config.schema import AttentionConfig, Config, LoraConfig
 from dattn_mcore.data.batch import GlobalBatch, MicroBatch
 from dattn_mcore.data.check import check
 from dattn_mcore.data.failures import mask
+from dattn_mcore.data.fitted_sample import fitted_sample
 from dattn_mcore.data.held_out import record_key
 from dattn_mcore.data.index.store import open_index
 from dattn_mcore.data.pages.preview import write_preview
@@ -155,7 +156,7 @@ def test_the_index_knows_every_branch(
     assert index.content["num_branched"] == 3
     reader = SampleReader(index, toy_tokenizer, ROWS, 10**8)
     for number, record in enumerate(RECORDS):
-        fitted = reader.fit(number)
+        fitted = fitted_sample(index, number)
         texts = reader.encode(fitted)  # raises where the layouts differ
         assert tuple(one.layout for one in texts) == fitted.layouts(ROWS)
         assert len(texts) == TEXTS[record["id"]]
@@ -194,6 +195,7 @@ def test_a_sample_that_is_over_budget_is_left_out_and_never_cut(
     config: MakeConfig, toy_tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
     index = open_index(config(), toy_tokenizer)
+    (file,) = index.settings.sources[0].files
     rows = {name: int(index.samples[i]["text_rows"]) for i, name in enumerate("abcde")}
     assert rows["a"] > max(rows[name] for name in "bcde")
     for cut, words in (("skip", ""), ("truncate", "; a sample with branches is not cut")):
@@ -202,8 +204,8 @@ def test_a_sample_that_is_over_budget_is_left_out_and_never_cut(
         (skipped,) = batch.skipped
         assert (skipped.id, skipped.stage, batch.truncated) == ("a", "budget", ())
         assert skipped.reason == (
-            f"{rows['a']} text and 16 visual rows; data.text_budget is {rows['a'] - 1}, "
-            f"data.visual_budget is 128{words}"
+            f"'{file}' (index 0, form llava): {rows['a']} text and 16 visual rows; "
+            f"data.text_budget is {rows['a'] - 1}, data.visual_budget is 128{words}"
         )
         assert set(by_text(batch)) == set("bcde")
     fits = config(text_budget=rows["a"], visual_budget=2 * ROWS)
@@ -246,7 +248,8 @@ def test_a_record_that_has_gone_is_blank_in_the_same_shapes(
     finally:
         pipeline.close()
     (failure,) = batch.failures
-    assert failure.reason == "annotation 'a': the record is no longer the one that was indexed"
+    said = "annotation 'a': the record is no longer the one that was indexed"
+    assert failure.reason == f"'{file}' line 1 (index 0, form llava): {said}"
     found = by_text(batch)["a"]
     assert [text[0] for text in found] == [text[0] for text in whole["a"]]
     assert all(set(text[2]) == {IGNORED_LABEL} for text in found)

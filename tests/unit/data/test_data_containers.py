@@ -84,7 +84,8 @@ def test_more_than_one_member_is_one_stream(index_of: IndexOf, tmp_path: Path) -
 def test_a_damaged_stream_is_named(
     index_of: IndexOf, tmp_path: Path, kind: str, damage: str
 ) -> None:
-    raw = lines(*({"id": f"{number * 7919}", "conversations": TALK} for number in range(500)))
+    records = [{"id": f"{number * 7919}", "conversations": TALK} for number in range(500)]
+    raw = b"".join(lines(record) for record in records)
     if kind == "zst":
         pyarrow = pytest.importorskip("pyarrow", reason="the extra 'parquet' is not installed")
         packed = pyarrow.Codec("zstd").compress(raw, asbytes=True)

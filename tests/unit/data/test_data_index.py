@@ -19,6 +19,7 @@ from dattn_mcore.config.load import from_dict, to_dict
 from dattn_mcore.config.schema import Config, DataConfig, SourceConfig
 from dattn_mcore.data.__main__ import main
 from dattn_mcore.data.failures import check_share
+from dattn_mcore.data.fitted_sample import fitted_sample
 from dattn_mcore.data.images import ImageLoader, ImageRequest
 from dattn_mcore.data.index import build
 from dattn_mcore.data.index.identity import difference, fingerprint_of, identity_of
@@ -63,7 +64,7 @@ def contents(index: Index, tokenizer: SentencePieceTokenizer) -> list[Any]:
     reader = SampleReader(index, tokenizer, 16, 10**8)
     seen = []
     for number in np.flatnonzero(index.usable):
-        fitted = reader.fit(int(number))
+        fitted = fitted_sample(index, int(number))
         (encoded,) = reader.encode(fitted)
         pixels = []
         for image in fitted.images:
@@ -223,14 +224,14 @@ def test_the_index_knows_what_encoding_gives(
         index = open_index(make_config(template=template), toy_tokenizer)
         reader = SampleReader(index, toy_tokenizer, 16, 10**8)
         for number in range(len(index)):
-            fitted = reader.fit(number)
+            fitted = fitted_sample(index, number)
             (encoded,) = reader.encode(fitted)  # raises where the fitted layout differs
             row = index.samples[number]
             labels = [i for i, label in enumerate(encoded.labels) if label != IGNORED_LABEL]
             assert int(row["text_rows"]) == len(encoded.text_ids)
             assert (int(row["first_label"]), int(row["supervised"])) == (labels[0], len(labels))
             for budget in (3, 9, len(encoded.text_ids) - 1):
-                cut = reader.fit(number, budget)
+                cut = fitted_sample(index, number, budget)
                 assert [one.layout for one in reader.encode(cut)] == [*cut.layouts(16)]
         reader.close()
 

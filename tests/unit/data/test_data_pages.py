@@ -161,7 +161,7 @@ def test_stats_in_a_browser(command: Callable[..., int], tmp_path: Path) -> None
     assert cells["formats"] == [["PNG", "39"]] and cells["tiles"] == [["1", "39"]]
     assert cells["lengths"][1][-1] == str(39 * 16)
     packing = dict(cells["packing"])
-    assert packing["samples over budget"] == "1" and packing["steps planned"] == "3"
+    assert packing["samples over budget, left out"] == "1" and packing["steps planned"] == "3"
     assert float(packing["heaviest rank above the mean"].split()[0]) < 30
     assert has_colour(picture, "3b7dd8", 1000)  # the bars
     assert re.findall('<img[^>]* alt="([^"]*)"', document) == [
