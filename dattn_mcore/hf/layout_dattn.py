@@ -51,7 +51,7 @@ class Layout:
         t2t, t2v, v2v, v2t: bool [batch, 1, new rows, all rows], True where a key is visible.
             v2v and v2t are None where visual rows attend to themselves only (or to no text).
         images_before: int64 [batch, new text columns], images of its sample that a column stands
-            behind; 0 where it is no text.
+            behind.
         readers: who reads the images of which the batch has one copy; they are no visual rows here.
     """
 
@@ -160,7 +160,7 @@ def build_layout(
         t2v=t2v[:, None],
         v2v=v2v,
         v2t=v2t,
-        images_before=(images_before * text_live)[:, columns - new_text :],
+        images_before=images_before[:, columns - new_text :],
     )
 
 

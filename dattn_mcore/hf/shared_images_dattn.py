@@ -112,7 +112,7 @@ class SharedImages:
 
         Args:
             images_before: int64 [batch, new columns], images of its sample that a column stands
-                behind; 0 where it is no text.
+                behind.
         """
         device, columns = images_before.device, images_before.shape[1]
         before = images_before.cpu()
