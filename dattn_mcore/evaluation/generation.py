@@ -226,8 +226,10 @@ class Generator:
                 batched = ", alone and in a batch"
             if self.image_cache is not None and request.pictures:
                 held = {"image_cache": self.image_cache}
-                for _ in range(2):  # computed, then found
-                    found = compare_batched(self.model, first, agreement, held)
+                # Computed, then found; a batch reads one copy of what its prompts show.
+                for asked in (first, *prepared):
+                    batch = asked.to(self.device)
+                    found = compare_batched(self.model, batch, agreement, held)
                     largest = max(largest, found)
                 self.image_cache.clear()
                 batched += ", and with the images from their cache"

@@ -37,6 +37,8 @@ REMOTE_CODE_FILES = (
     "configuration_dattn.py",
     "layers_dattn.py",
     "layout_dattn.py",
+    "shared_images_dattn.py",
+    "shared_attention_dattn.py",
     "cache_dattn.py",
     "arguments_dattn.py",
     "samples_dattn.py",

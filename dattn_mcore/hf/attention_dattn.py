@@ -28,6 +28,7 @@ from .layers_dattn import (
     rotate_queries,
 )
 from .layout_dattn import Layout
+from .shared_attention_dattn import attend_shared
 
 
 @dataclass
@@ -220,6 +221,18 @@ class DattnAttention(nn.Module):
 
         implementation = self.config._attn_implementation or "eager"
         text_keys = KeySet(rotated, text_key, text_value, layout.t2t)
+        if dattn_cache is not None and dattn_cache.shared is not None:  # no visual row is new
+            attended = attend_shared(
+                query,
+                text=(rotated, text_key, text_value, layout.t2t),
+                shared=dattn_cache.shared,
+                readers=layout.readers,
+                layer=self.layer,
+                scale=self.scale,
+                softcap=self.softcap,
+                merge=self.config.merge,
+            )
+            return self.o_proj(attended), None
         key_sets = [
             KeySet(rotated if rope else query, visual_key, visual_value, layout.t2v),
             text_keys,

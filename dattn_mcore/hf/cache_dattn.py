@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from .layout_dattn import Rows
+from .shared_images_dattn import SharedImages
 
 
 class DattnCache(DynamicCache):
@@ -27,6 +28,8 @@ class DattnCache(DynamicCache):
         visual_keys: per layer [batch, kv heads, visual rows, head_dim]; rotated where
             t2v_position is rope, plain otherwise.
         visual_values: like `visual_keys`.
+        shared: images of which there is one copy for the samples that show them, in place of
+            visual rows of each sample; None: each sample has its own.
     """
 
     def __init__(self) -> None:
@@ -37,6 +40,7 @@ class DattnCache(DynamicCache):
         self.visual_image: Tensor | None = None
         self.visual_keys: dict[int, Tensor] = {}
         self.visual_values: dict[int, Tensor] = {}
+        self.shared: SharedImages | None = None
 
     def extend_rows(self, rows: Rows) -> Rows:
         """Appends (text_live, image_starts, visual_live, visual_image); returns all rows so far."""
@@ -57,6 +61,18 @@ class DattnCache(DynamicCache):
         self.visual_keys[layer], self.visual_values[layer] = keys, values
         return keys, values
 
+    def unshare(self) -> None:
+        """Gives each sample its own visual rows, where there is one copy of them so far."""
+        if self.shared is None:
+            return
+        assert self.text_live is not None  # a pass has gone before
+        live, image_of_row, layers = self.shared.copies()
+        self.visual_live = live.to(self.text_live.device)
+        self.visual_image = image_of_row.to(self.text_live.device)
+        for layer, (keys, values) in enumerate(layers):
+            self.visual_keys[layer], self.visual_values[layer] = keys, values
+        self.shared = None
+
     def map_samples(self, change: Callable[[Tensor], Tensor]) -> None:
         """Changes the first axis, that of samples, of everything beside the text's keys."""
         for name in ("text_live", "image_starts", "visual_live", "visual_image"):
@@ -65,6 +81,8 @@ class DattnCache(DynamicCache):
         for store in (self.visual_keys, self.visual_values):
             for layer, tensor in store.items():
                 store[layer] = change(tensor)
+        if self.shared is not None:
+            self.shared = self.shared.mapped(change)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the samples for beam search."""
@@ -79,7 +97,7 @@ class DattnCache(DynamicCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the samples `indices`."""
         super().batch_select_indices(indices)
-        self.map_samples(lambda x: x[indices, ...])
+        self.map_samples(lambda x: x[_there(indices, x), ...])
 
     def crop(self, *args: int) -> None:
         """Removes the last text columns; see transformers for how many.
@@ -100,6 +118,12 @@ class DattnCache(DynamicCache):
         super().reset()
         self.text_live = self.image_starts = self.visual_live = self.visual_image = None
         self.visual_keys, self.visual_values = {}, {}
+        self.shared = None
+
+
+def _there(indices: Any, tensor: Tensor) -> Any:
+    """Indices on the device of what they select from."""
+    return indices.to(tensor.device) if isinstance(indices, Tensor) else indices
 
 
 def is_cache(value: Any) -> bool:

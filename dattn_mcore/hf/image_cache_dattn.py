@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,31 +17,11 @@ from torch import Tensor
 
 from .cache_dattn import DattnCache
 from .samples_dattn import check_tiles, tiles_of
+from .shared_images_dattn import ImageRows, no_images
+from .visual_dattn import place_rows
 
 DEFAULT_BYTES = 4 * 2**30
 _SAMPLED = 1024  # numbers of an image that are looked at first, or up to twice as many
-
-
-@dataclass(frozen=True)
-class ImageRows:
-    """What text rows read of one image.
-
-    Attributes:
-        keys: per layer [rows, kv heads, head_dim], without positions.
-        values: per layer, of the same shape.
-    """
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-
-    def __len__(self) -> int:
-        """Visual rows."""
-        return len(self.keys[0])
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all layers."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
 
 class DattnImageCache:
@@ -186,32 +165,35 @@ def compute_image(model: Any, tiles: Tensor, grid: Tensor, like: Tensor) -> Imag
     )
 
 
-def hold_images(cache: DattnCache, images: Sequence[ImageRows], live: Tensor) -> None:
+def hold_images(
+    cache: DattnCache, images: Sequence[ImageRows], counts: Tensor, images_before: Tensor | int
+) -> tuple[Tensor, Tensor]:
     """Appends images' keys and values to a conversation's cache, in all layers.
+
+    Where the samples show few different lists of images, the cache gets one copy of each.
 
     Args:
         cache: extended in place.
-        images: in order of samples, one at least.
-        live: bool [batch, visual rows], which rows of the batch are real; padding repeats a row.
+        images: in order of samples, one at least; the same image is the same object.
+        counts: int64 [batch], images of each sample; they sum to the number of images.
+        images_before: int64 [batch], images that each sample's cache holds; or 0.
+
+    Returns:
+        The visual rows that each sample has got for itself, none where there is one copy: which
+        are real, bool [batch, rows], and the image of its sample that each belongs to, int64.
     """
-    distinct = list({id(image): image for image in images}.values())
-    first: dict[int, int] = {}
-    total = 0
-    for image in distinct:
-        first[id(image)] = total
-        total += len(image)
-    places = [torch.arange(first[id(i)], first[id(i)] + len(i)) for i in images]
-    index = torch.zeros(live.shape, dtype=torch.long, device=live.device)
-    index[live] = torch.cat(places).to(live.device)
-    for layer in range(len(distinct[0].keys)):
-        keys, values = (
-            torch.cat(held)[index.to(held[0].device)].transpose(1, 2)
-            for held in (
-                [image.keys[layer] for image in distinct],
-                [image.values[layer] for image in distinct],
-            )
-        )
+    if cache.visual_live is None or not cache.visual_live.shape[1]:
+        held = no_images(len(counts)) if cache.shared is None else cache.shared
+        shared = held.extended(images, counts.tolist())
+        if shared.worthwhile:
+            cache.shared = shared
+            return place_rows([], torch.zeros_like(counts), 0, counts.device)
+    cache.unshare()
+    own = no_images(len(counts)).extended(images, counts.tolist())
+    for layer, (keys, values) in enumerate(own.copies()[2]):
         cache.update_visual(keys, values, layer)
+    lengths = [len(image) for image in images]
+    return place_rows(lengths, counts, images_before, counts.device)
 
 
 def alike(tiles: Sequence[Tensor], grids: Tensor) -> list[int]:

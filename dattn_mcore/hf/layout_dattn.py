@@ -17,6 +17,28 @@ from torch import Tensor
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class Readers:
+    """New text rows that read one list of images, of which a batch has one copy.
+
+    Attributes:
+        number: of the list.
+        rows: int64 [rows], sample * new columns + column.
+        visible: bool [1, 1, rows, visual rows of the list]; None: each row sees all of them.
+    """
+
+    number: int
+    rows: Tensor
+    visible: Tensor | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Readers:
+        """A copy on another device."""
+        visible = self.visible
+        if visible is not None:
+            visible = visible.to(device, non_blocking=non_blocking)
+        return Readers(self.number, self.rows.to(device, non_blocking=non_blocking), visible)
+
+
 @dataclass
 class Layout:
     """Positions and visibility of one forward pass; `new` rows are queries, all rows are keys.
@@ -28,6 +50,9 @@ class Layout:
         new_visual: number of new visual rows, the last ones.
         t2t, t2v, v2v, v2t: bool [batch, 1, new rows, all rows], True where a key is visible.
             v2v and v2t are None where visual rows attend to themselves only (or to no text).
+        images_before: int64 [batch, new text columns], images of its sample that a column stands
+            behind.
+        readers: who reads the images of which the batch has one copy; they are no visual rows here.
     """
 
     text_position: Tensor
@@ -38,6 +63,8 @@ class Layout:
     t2v: Tensor
     v2v: Tensor | None
     v2t: Tensor | None
+    images_before: Tensor
+    readers: tuple[Readers, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
         """A copy on another device: how accelerate hands it to a layer that lies there."""
@@ -46,7 +73,8 @@ class Layout:
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        readers = tuple(reader.to(device, non_blocking) for reader in self.readers)
+        return replace(self, **moved, readers=readers)
 
     def windowed(self, window: int, shared_axis: bool) -> Layout:
         """Returns this layout with keys hidden that are `window` or more positions back.
@@ -60,11 +88,8 @@ class Layout:
         )
         new_text = self.text_position[:, None, -self.new_text :, None]
         new_visual = self.visual_position[:, None, visual.shape[-1] - self.new_visual :, None]
-        return Layout(
-            self.text_position,
-            self.visual_position,
-            self.new_text,
-            self.new_visual,
+        return replace(
+            self,
             t2t=self.t2t & (new_text - text < window),
             t2v=self.t2v & (new_text - visual < window) if shared_axis else self.t2v,
             v2v=None if self.v2v is None else self.v2v & (new_visual - visual < window),
@@ -135,7 +160,8 @@ def build_layout(
         t2v=t2v[:, None],
         v2v=v2v,
         v2t=v2t,
+        images_before=images_before[:, columns - new_text :],
     )
 
 
-__all__ = ["Layout", "Rows", "build_layout"]
+__all__ = ["Layout", "Readers", "Rows", "build_layout"]

@@ -29,6 +29,8 @@ from .image_cache_dattn import DEFAULT_BYTES, DattnImageCache, hold_images
 from .layers_dattn import DattnRMSNorm
 from .layout_dattn import Rows
 from .samples_dattn import check_pixels, check_tiles, one_after_another
+from .shared_attention_dattn import attend_shared  # noqa: F401
+from .shared_images_dattn import SharedImages  # noqa: F401
 from .text_dattn import DattnTextModel
 from .visual_dattn import (
     DattnProjector,
@@ -189,14 +191,16 @@ class DattnModel(DattnPreTrainedModel):
                 f"{self.config.image_token_id}), but pixel_values hold {len(images)} images; "
                 "pass one image per placeholder"
             )
-        lengths = [len(image) for image in images]
-        live, image_of_row = place_rows(lengths, counts, images_before, embedded.device)
         if image_cache is None or not images:
+            if cache is not None and images:
+                cache.unshare()
+            lengths = [len(image) for image in images]
+            live, image_of_row = place_rows(lengths, counts, images_before, embedded.device)
             visual = place_images(images, live, embedded)
         else:  # no row is new: their keys and values are there in every layer
-            visual = embedded.new_zeros(len(live), 0, embedded.shape[-1])
             cache = DattnCache() if cache is None else cache
-            hold_images(cache, images, live)
+            live, image_of_row = hold_images(cache, images, counts, images_before)
+            visual = embedded.new_zeros(len(live), 0, embedded.shape[-1])
         rows: Rows = (text_live, image_starts, live, image_of_row)
         return self.language_model(embedded, visual, rows, cache, position_ids, every_layer)
 

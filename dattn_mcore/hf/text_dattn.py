@@ -113,6 +113,8 @@ class DattnTextModel(nn.Module):
             causal_v2v=self.config.v2v == "causal",
             shared_axis=shared_axis,
         )
+        if cache is not None and cache.shared is not None:
+            layout.readers = cache.shared.readers(layout.images_before)
         check_positions(position_ids, layout.text_position[:, -columns:], rows[0])
         rotations = {
             kind: (

@@ -27,9 +27,16 @@ def test_it_runs_and_reaches_the_page(tmp_path, monkeypatch):
     arguments = ["--size=tiny", "--layers=2", "--visual", "576", "--images=1", "--repeats=1"]
     assert evaluation_cache.main([*arguments, "--write-docs"]) in (0, 1)
     (row,) = json.loads((page.parent / "performance/evaluation-cache-cpu.json").read_text())["rows"]
-    assert row["same"] and row["asked"] == 18
+    assert row["same"] and row["asked"] == 18 and row["asked_llava"] == 16
     assert all(row[name] > 0 for name in ("cached", "plain", "llava"))
     text = page.read_text()
+    ran = "1 images, 18 questions, batches of 16; LLaVA: the first 16 of these questions."
+    assert ran in text
+    cells = [cell.strip() for cell in text.split("\n| 576 |")[1].split("|")]
+    cached, _, llava, _, ratio = (float(cell) for cell in cells[:5])
+    assert cached == pytest.approx(18 / row["cached"], abs=0.06)
+    assert llava == pytest.approx(16 / row["llava"], abs=0.06)
+    assert ratio == pytest.approx(18 / row["cached"] / (16 / row["llava"]), abs=0.06)
     assert "old" not in text and text.count("\n| 576 |") == 1
     assert "performance/evaluation-cache-cpu.png" in text
     assert "python -m benchmarks.evaluation_cache --size=tiny" in text

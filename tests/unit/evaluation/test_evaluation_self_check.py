@@ -20,6 +20,7 @@ from dattn_mcore.evaluation.self_check import (
 )
 from dattn_mcore.hf import DattnForConditionalGeneration
 from dattn_mcore.hf.configuration_dattn import TESTED_TRANSFORMERS
+from dattn_mcore.hf.shared_images_dattn import SharedImages
 from tests.unit.hf.hf_models import IMAGE, ids, make_model, pixels
 
 
@@ -189,6 +190,16 @@ def test_a_lost_cache_is_found_in_bf16(tiny_model, monkeypatch):
     with pytest.raises(SelfCheckError, match="cannot be run"):
         generator.self_check(first(tiny_model), batch_size=1)
     assert generator.model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_lost_images_of_a_batch_are_found(tiny_model, monkeypatch):
+    """A batch reads one copy of the images that are kept; here nobody reads them."""
+    generator = Generator(tiny_model / "tiny", torch.device("cpu"), image_cache_gib=0.1)
+    whole = generator.self_check(first(tiny_model), batch_size=2)
+    assert "and with the images from their cache" in whole
+    monkeypatch.setattr(SharedImages, "readers", lambda *_: ())
+    with pytest.raises(SelfCheckError, match="in a batch and with image_cache goes wrong"):
+        generator.self_check(first(tiny_model), batch_size=2)
 
 
 def test_spread_difference():
