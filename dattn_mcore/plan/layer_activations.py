@@ -10,6 +10,7 @@ from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.adapter_activations import adapter_bytes
 from dattn_mcore.plan.backward import DECODER, FC1, FC2, FIRST, PROJ, decoder_gradients
+from dattn_mcore.plan.context import gathered_bytes
 from dattn_mcore.plan.flops import folds, visual_ends
 from dattn_mcore.plan.rows import Rows
 
@@ -93,6 +94,7 @@ def _attention_bytes(config: Config, pack: Rows) -> float:
     )
     if text_features(config.model).qk_norm:
         kept += e * rows * keys  # values are a part of what the linear gave, which stays whole
+    kept += gathered_bytes(config, pack)
     if config.attention.backend == "triton" or "core_attn" in _modules_again(config):
         return kept
     causal = config.attention.v2v == "causal"
