@@ -52,7 +52,6 @@ _ACROSS = (
     profile_rules.window,
     profile_rules.what_is_recorded,
     scores_rules.scores,
-    training_rules.unbuilt,
     lora.lora,
 )
 
@@ -140,11 +139,12 @@ def sizes_of_replica(config: Config) -> str:
 def row_multiple(config: Config) -> int:
     """What visual and text rows of a micro-batch are padded to a multiple of.
 
-    Every sequence parallel shard holds as many rows as the others, and in FP8 a multiple of 16;
-    Transformer Engine gathers what is quantised by blocks in whole blocks only.
+    Every context parallel rank and sequence parallel shard holds as many rows as the others, and
+    in FP8 a multiple of 16; Transformer Engine gathers what is quantised by blocks in whole blocks
+    only.
     """
     shards = config.parallel.tp if config.parallel.sp else 1
     per_shard = training_rules.FP8_ROWS if config.train.fp8 != "none" else 1
     if config.train.fp8 == "blockwise" and shards > 1:
         per_shard = training_rules.FP8_BLOCK
-    return math.lcm(config.data.pad_multiple, shards * per_shard)
+    return math.lcm(config.data.pad_multiple, config.parallel.cp * shards * per_shard)

@@ -34,6 +34,7 @@ from dattn_mcore.layers.attention import (
     Rotary,
     choose_backend,
 )
+from dattn_mcore.layers.attention.context import attend_in_context
 from dattn_mcore.layers.layout import (
     DecomposedSeqParams,
     VisualChunk,
@@ -82,7 +83,7 @@ class DecomposedSelfAttention(MegatronModule):
         text_only: return text rows only: the last layer, whose visual rows nobody reads.
         qk_norm: axes of queries and keys that are normed together (`layers.qk_norm`); empty: they
             are not normed.
-        pg_collection: process groups; `tp` is used.
+        pg_collection: process groups; `tp` and `cp` are used.
         cp_comm_type, pp_layer_offset, name: what Megatron-Core's layer passes to any attention
             (the last two from 0.17 on), without a meaning here.
     """
@@ -107,9 +108,14 @@ class DecomposedSelfAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if pg_collection is None:
-            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.layer_number = layer_number
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        if get_pg_size(self.cp_group) > 1 and options.v2v != "diagonal":
+            raise ValueError(
+                f"v2v={options.v2v!r} cannot go with context parallelism, which divides visual "
+                "rows that do not see each other"
+            )
         tp_size = get_pg_size(self.tp_group)
         self.head_dim = config.kv_channels
         self.heads = config.num_attention_heads // tp_size
@@ -188,6 +194,9 @@ class DecomposedSelfAttention(MegatronModule):
                 `hidden_states` are visual rows alone. One with `visual` set: they are text rows
                 alone, and the visual rows' keys and values are those.
             **unused: what Megatron-Core passes for inference.
+
+        Rows are those of a context parallel rank, where `packed_seq_params` says that it has some
+        of a pack; the attention alone asks the others.
 
         Returns:
             The projected output, shaped as the input (text rows only with `text_only`), and no
@@ -296,7 +305,9 @@ class DecomposedSelfAttention(MegatronModule):
                 rotary=Rotary(text=angles[n:], visual=angles[:n], rope=self.rope),
                 params=params,
             )
-            return backend.attend(inputs, self.options)
+            if params.context is None:
+                return backend.attend(inputs, self.options)
+            return attend_in_context(inputs, self.options, backend, self.cp_group), None
 
         if self.recompute_core and self.training:
             return tensor_parallel.checkpoint(core, False, q, k_t, v_t, k_v, v_v, q_visual, angles)

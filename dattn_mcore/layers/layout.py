@@ -11,14 +11,35 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from dattn_mcore.layers.context import ContextRows
 from dattn_mcore.types import NO_IMAGES, Layout, T2VPosition, visual_units
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How many ranks divide the rows of a pack.
+
+    Attributes:
+        context: ranks of the context parallel group, which divide visual rows and text rows
+            (`layers.context`).
+        tensor: ranks of the tensor parallel group that divide those of a context parallel rank
+            (sequence parallelism); 1 without it.
+    """
+
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.context * self.tensor
 
 
 @dataclass(frozen=True)
@@ -56,9 +77,11 @@ class VisualChunk(PackedSeqParams):
 
 @dataclass
 class DecomposedSeqParams(PackedSeqParams):
-    """One packed micro-batch, as the attention sees it. All ranks of a replica hold the same.
+    """One packed micro-batch, as the attention sees it.
 
-    Row indices are those of the whole pack (before sequence parallel sharding). Padding rows
+    All ranks of a replica hold the same, and where its rows are divided by context parallelism all
+    those of one rank there (`layers.context.share_of`). Row indices are those of the whole pack, or
+    of that rank's rows (before sequence parallel sharding). Padding rows
     stand at the end of the visual and of the text rows; they belong to no sample, see nothing
     and are seen by nobody.
 
@@ -77,6 +100,8 @@ class DecomposedSeqParams(PackedSeqParams):
             this was built, zero on padding.
         cache: what a backend derives once per pack.
         visual: set where the hidden state holds text rows only.
+        context: what these rows need of the rows that other context parallel ranks hold; None: the
+            pack is whole.
     """
 
     num_visual: int = 0
@@ -89,6 +114,7 @@ class DecomposedSeqParams(PackedSeqParams):
     visual_positions: torch.Tensor = field(default=None)  # type: ignore[assignment]
     cache: dict = field(default_factory=dict)
     visual: VisualKeysValues | None = None
+    context: ContextRows | None = None
 
 
 def check_blocks(blocks: Sequence[Block]) -> None:
@@ -234,4 +260,22 @@ def build_seq_params(
         reading_order=tensor(np.concatenate(order)),
         text_positions=tensor(positions[num_visual:]),
         visual_positions=tensor(positions[:num_visual]),
+    )
+
+
+def to_device(params: DecomposedSeqParams, device: torch.device) -> DecomposedSeqParams:
+    """The same, with its index tensors on a device."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    context = params.context
+    if context is not None:
+        context = replace(context, order=moved(context.order), place=moved(context.place))
+    return replace(
+        params,
+        reading_order=moved(params.reading_order),
+        text_positions=moved(params.text_positions),
+        visual_positions=moved(params.visual_positions),
+        context=context,
     )

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from dattn_mcore.layers.attention.inputs import AttentionInputs
+from dattn_mcore.layers.attention.modes import KeySet
 from dattn_mcore.layers.attention.options import AttentionOptions
+from dattn_mcore.layers.layout import DecomposedSeqParams
+
+
+class Part(Protocol):
+    """Attention of some rows over one of the sets of keys of their softmax.
+
+    Queries and keys are given as they meet, rotated where the set is.
+    """
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """From q [rows, heads, d], k and v [keys, groups, d].
+
+        Returns:
+            Output [rows, heads, d] in the queries' dtype; log-sum-exp [rows, heads] in float32 or
+            wider, minus infinity (and output zero) where nothing is seen; and what the backward
+            pass needs besides.
+        """
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        *,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        state: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of q, k, v for the output and log-sum-exp of the whole softmax."""
 
 
 class Backend(Protocol):
@@ -49,4 +82,20 @@ class Backend(Protocol):
         Returns:
             Output of the text rows [T, heads, head_dim]; that of the visual rows
             [V, heads, head_dim] with `v2v=causal`, else None. Padding rows are zero.
+        """
+
+    def part(
+        self,
+        key_set: KeySet,
+        params: DecomposedSeqParams,
+        options: AttentionOptions,
+        device: torch.device,
+    ) -> Part:
+        """Attention over one set of keys, of rows that are divided by context parallelism.
+
+        Args:
+            key_set: from `modes.divided_key_sets`.
+            params: of this rank's rows; what is derived once per pack is kept there.
+            options: what the layer computes.
+            device: where its index tensors go.
         """

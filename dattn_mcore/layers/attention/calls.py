@@ -8,6 +8,8 @@ memory is linear in the rows of a pack, however its images and text are interlea
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,9 +17,10 @@ from dattn_mcore.layers.attention.inputs import AttentionInputs, RowKind
 from dattn_mcore.layers.attention.merge import Merged, Passes, gradients
 from dattn_mcore.layers.attention.modes import KeySet, Softmax, attend
 from dattn_mcore.layers.attention.options import AttentionOptions
+from dattn_mcore.layers.layout import DecomposedSeqParams
 
-# Makes the calls of a pack over a set of keys; index tensors are kept in `inputs.params.cache`.
-MakePasses = Callable[[KeySet, AttentionInputs, AttentionOptions], Passes]
+# Makes the calls of a pack over a set of keys; index tensors are kept in `params.cache`.
+MakePasses = Callable[[KeySet, DecomposedSeqParams, AttentionOptions, torch.device], Passes]
 
 
 def attend_by_calls(
@@ -46,7 +49,10 @@ def attend_by_calls(
             tensors.append(queries(softmax.queries, key_set.rotated))
             tensors.append(keys(key_set.rows, key_set.rotated))
             tensors.append(inputs.values(key_set.rows))
-        passes = [make_passes(key_set, inputs, options) for key_set in softmax.key_sets]
+        passes = [
+            make_passes(key_set, inputs.params, options, inputs.q.device)
+            for key_set in softmax.key_sets
+        ]
         return _MergedSoftmax.apply(passes, *tensors)
 
     return attend(inputs, options, compute)
@@ -77,3 +83,36 @@ class _MergedSoftmax(torch.autograd.Function):
             q, k, v = tensors[3 * index : 3 * index + 3]
             found += gradients(passes, states, grad, q=q, k=k, v=v, out=out, lse=lse)
         return None, *found
+
+
+@dataclass(frozen=True)
+class PartByCalls:
+    """A `Part` from calls of a kernel.
+
+    Attributes:
+        passes: that together are what the rows see of the keys.
+    """
+
+    passes: Passes
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
+        """See `Part`."""
+        merged = Merged(q, len(self.passes))
+        states = merged.add(self.passes, q=q, k=k, v=v)
+        return *merged.result(), states
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        *,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        state: list[Any],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `Part`."""
+        return gradients(self.passes, state, grad, q=q, k=k, v=v, out=out, lse=lse)

@@ -20,13 +20,17 @@ from typing import Any
 
 import torch
 
-from dattn_mcore.layers.attention.calls import attend_by_calls
-from dattn_mcore.layers.attention.flash_sequences import Sequences, make_sequences
+from dattn_mcore.layers.attention.calls import PartByCalls, attend_by_calls
+from dattn_mcore.layers.attention.flash_sequences import (
+    Sequences,
+    make_sequences,
+    sequence_passes,
+)
 from dattn_mcore.layers.attention.inputs import AttentionInputs
 from dattn_mcore.layers.attention.merge import Passes
-from dattn_mcore.layers.attention.modes import Causal, KeySet
+from dattn_mcore.layers.attention.modes import InBlocks, KeySet
 from dattn_mcore.layers.attention.options import AttentionOptions
-from dattn_mcore.layers.attention.rows import passes_over_images, sample_rectangles
+from dattn_mcore.layers.layout import DecomposedSeqParams
 from dattn_mcore.parallel.packages import ABSENT, import_problem
 from dattn_mcore.parallel.platform import is_hopper
 
@@ -77,24 +81,32 @@ class FlashBackend:
         """See `Backend`."""
         return attend_by_calls(inputs, options, _passes)
 
+    def part(
+        self,
+        key_set: KeySet,
+        params: DecomposedSeqParams,
+        options: AttentionOptions,
+        device: torch.device,
+    ) -> PartByCalls:
+        """See `Backend`."""
+        return PartByCalls(_passes(key_set, params, options, device))
+
 
 BACKEND = FlashBackend()
 
 
-def _passes(key_set: KeySet, inputs: AttentionInputs, options: AttentionOptions) -> Passes:
+def _passes(
+    key_set: KeySet, params: DecomposedSeqParams, options: AttentionOptions, device: torch.device
+) -> Passes:
     """One varlen call for each pass; see `calls.MakePasses`."""
-    params, device, sees = inputs.params, inputs.q.device, key_set.sees
+    sees = key_set.sees
     key = ("flash", *key_set.key)
     if key not in params.cache:
-        if isinstance(sees, Causal):
-            samples = sample_rectangles(sees.lengths)
-            made = [make_sequences(samples, causal=True, device=device)] if samples else []
-        else:
-            made = [
-                make_sequences(rectangles, causal=False, device=device)
-                for rectangles in passes_over_images(sees.blocks)
-            ]
-        params.cache[key] = made
+        causal = not isinstance(sees, InBlocks)
+        params.cache[key] = [
+            make_sequences(rectangles, causal=causal, device=device)
+            for rectangles in sequence_passes(sees)
+        ]
     return [[_VarlenCall(sequences, options, sees.window)] for sequences in params.cache[key]]
 
 

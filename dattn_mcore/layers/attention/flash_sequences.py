@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dattn_mcore.layers.attention.rows import Rectangle, Rows, k_rows_of, q_rows_of
+from dattn_mcore.layers.attention.modes import Causal, InBlocks, InChunks
+from dattn_mcore.layers.attention.rows import (
+    Rectangle,
+    Rows,
+    k_rows_of,
+    passes_over_images,
+    q_rows_of,
+    sample_rectangles,
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,7 @@ class Sequences:
         q_rows, k_rows: rows of the pack, one sequence after the other.
         cu_q, cu_k: int32 [sequences + 1], starts of the sequences and the end of the last.
         max_q, max_k: rows of the longest.
-        causal: whether queries are the keys' own rows.
+        causal: the last query row sees all keys, each before one less; else all rows see all.
     """
 
     q_rows: Rows
@@ -50,3 +59,23 @@ def make_sequences(
         max_k=max(keys, default=0),
         causal=causal,
     )
+
+
+def sequence_passes(sees: Causal | InBlocks | InChunks) -> list[list[Rectangle]]:
+    """Passes of rows and keys; those of a pass have none in common."""
+    if isinstance(sees, InBlocks):
+        return passes_over_images(sees.blocks)
+    if isinstance(sees, Causal):
+        samples = sample_rectangles(sees.lengths)
+        return [samples] if samples else []
+    # The chunks of a sample all see its beginning.
+    passes: list[list[Rectangle]] = []
+    number: Counter[int] = Counter()
+    for chunk in sees.chunks:
+        if number[chunk.k_start] == len(passes):
+            passes.append([])
+        passes[number[chunk.k_start]].append(
+            Rectangle(((chunk.q_start, chunk.q_stop),), (chunk.k_start, chunk.k_stop))
+        )
+        number[chunk.k_start] += 1
+    return passes

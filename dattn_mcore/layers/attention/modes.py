@@ -22,6 +22,7 @@ import torch
 
 from dattn_mcore.layers.attention.inputs import AttentionInputs, RowKind
 from dattn_mcore.layers.attention.options import AttentionOptions
+from dattn_mcore.layers.context import CausalChunk, ContextRows
 from dattn_mcore.layers.layout import Block, DecomposedSeqParams
 
 
@@ -53,6 +54,32 @@ class InBlocks:
 
 
 @dataclass(frozen=True)
+class InChunks:
+    """Text rows of one context parallel rank, which see text rows of the whole pack causally.
+
+    Attributes:
+        chunks: see `CausalChunk`.
+        window: as in `Causal`; all rows of a sample count one position after the other.
+    """
+
+    chunks: tuple[CausalChunk, ...]
+    window: int | None
+
+    def blocks(self) -> tuple[Block, ...]:
+        """The same, as what each row sees; a block's "visual" rows are the keys."""
+        rows = [
+            (chunk.q_start + row, chunk.k_start, chunk.k_stop - chunk.rows + row + 1)
+            for chunk in self.chunks
+            for row in range(chunk.rows)
+        ]
+        reach = self.window
+        return tuple(
+            Block(row, row + 1, start if reach is None else max(start, stop - reach), stop)
+            for row, start, stop in rows
+        )
+
+
+@dataclass(frozen=True)
 class KeySet:
     """Keys and values of a softmax, and what is seen of them.
 
@@ -64,12 +91,13 @@ class KeySet:
 
     rows: RowKind
     rotated: bool
-    sees: Causal | InBlocks
+    sees: Causal | InBlocks | InChunks
 
     @property
     def key(self) -> tuple[str, ...]:
         """Names the set in a pack's cache, its window apart."""
-        return self.rows, "causal" if isinstance(self.sees, Causal) else "blocks"
+        kinds = {Causal: "causal", InBlocks: "blocks", InChunks: "chunks"}
+        return self.rows, kinds[type(self.sees)]
 
 
 @dataclass(frozen=True)
@@ -117,6 +145,23 @@ def _softmaxes(params: DecomposedSeqParams, options: AttentionOptions) -> list[S
     for key_sets in together if options.merge == "alpha" else apart:
         found.append(Softmax("text", params.text_lengths, key_sets, ("text",)))
     return found
+
+
+def divided_key_sets(context: ContextRows, options: AttentionOptions) -> tuple[KeySet, KeySet]:
+    """What text rows ask where a pack's rows are divided: visual keys, then text keys.
+
+    The whole pack's text rows ask a rank's visual keys; the rank's text rows ask the whole pack's
+    text keys.
+
+    Raises:
+        ValueError: the mode lets visual rows see each other, or bounds how far text sees them.
+    """
+    if options.v2v != "diagonal":
+        raise ValueError(f"with v2v={options.v2v} visual rows cannot be divided: they see others")
+    if options.window_skips_positions:
+        raise ValueError("a sliding window over text and visual positions cannot be divided")
+    over_visual = KeySet("visual", not options.debiased, InBlocks(context.blocks, None))
+    return over_visual, KeySet("text", True, InChunks(context.chunks, options.window))
 
 
 def _in_reading_order(

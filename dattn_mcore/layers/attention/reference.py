@@ -12,8 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from dattn_mcore.layers.attention.inputs import AttentionInputs
-from dattn_mcore.layers.attention.modes import Causal, InBlocks, KeySet, Softmax, attend
+from dattn_mcore.layers.attention.modes import (
+    Causal,
+    InBlocks,
+    InChunks,
+    KeySet,
+    Softmax,
+    attend,
+)
 from dattn_mcore.layers.attention.options import AttentionOptions
+from dattn_mcore.layers.layout import Block, DecomposedSeqParams
 
 OutputAndLse = tuple[torch.Tensor, torch.Tensor]
 
@@ -40,6 +48,80 @@ class ReferenceBackend:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Backend`."""
         return attend(inputs, options, lambda softmax: _compute(softmax, inputs, options))
+
+    def part(
+        self,
+        key_set: KeySet,
+        params: DecomposedSeqParams,
+        options: AttentionOptions,
+        device: torch.device,
+    ) -> ReferencePart:
+        """See `Backend`."""
+        sees = key_set.sees
+        assert not isinstance(sees, Causal)
+        return ReferencePart(sees.blocks() if isinstance(sees, InChunks) else sees.blocks, options)
+
+
+@dataclass(frozen=True)
+class ReferencePart:
+    """See `Part`: scores as a matrix, and the gradient of a softmax as in the text books.
+
+    Attributes:
+        blocks: what each row sees of the keys.
+        options: what the layer computes.
+    """
+
+    blocks: tuple[Block, ...]
+    options: AttentionOptions
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """See `Part`."""
+        out, lse = _softmax_part(q, k, v, self._visible(q, k), self.options)
+        return out.to(q.dtype), lse, None
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        *,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        state: None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `Part`."""
+        visible = self._visible(q, k)[:, None, :]
+        wide = lse.dtype
+        repeat = q.shape[1] // k.shape[1]
+        queries, grads = q.to(wide), grad.to(wide)
+        keys, values = (x.to(wide).repeat_interleave(repeat, dim=1) for x in (k, v))
+        logits = _logits(queries, keys, self.options)
+        weights = torch.exp((logits - lse[..., None]).masked_fill(~visible, -torch.inf))
+        delta = (grads * out.to(wide)).sum(-1, keepdim=True)
+        slope = weights * (torch.einsum("qhd,khd->qhk", grads, values) - delta)
+        if self.options.softcap is not None:
+            slope = slope * (1 - (logits / self.options.softcap) ** 2)
+        slope = slope * self.options.scale
+
+        def of_groups(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+            return rows.unflatten(1, (-1, repeat)).sum(2).to(like.dtype)
+
+        return (
+            torch.einsum("qhk,khd->qhd", slope, keys).to(q.dtype),
+            of_groups(torch.einsum("qhk,qhd->khd", slope, queries), k),
+            of_groups(torch.einsum("qhk,qhd->khd", weights, grads), v),
+        )
+
+    def _visible(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """Bool [rows, keys]."""
+        visible = torch.zeros(len(q), len(k), dtype=torch.bool, device=q.device)
+        for block in self.blocks:
+            rows = slice(block.text_start, block.text_stop)
+            visible[rows, block.visual_start : block.visual_stop] = True
+        return visible
 
 
 BACKEND = ReferenceBackend()
@@ -80,6 +162,7 @@ def _seen(
     """
     device = inputs.q.device
     row = torch.arange(rows.start, rows.stop, device=device)
+    assert not isinstance(key_set.sees, InChunks)
     if isinstance(key_set.sees, Causal):
         keys, visible = row, row[:, None] >= row[None, :]
     else:
@@ -126,9 +209,7 @@ def _softmax_part(
     compute = torch.promote_types(q.dtype, torch.float32)
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    logits = torch.einsum("qhd,khd->qhk", q.to(compute), k.to(compute)) * options.scale
-    if options.softcap is not None:
-        logits = options.softcap * torch.tanh(logits / options.softcap)
+    logits = _logits(q.to(compute), k.to(compute), options)
     if k.shape[0] == 0:
         return torch.zeros_like(q, dtype=compute), logits.new_full(q.shape[:2], -torch.inf)
     visible = visible[:, None, :].expand_as(logits)
@@ -141,6 +222,14 @@ def _softmax_part(
     output = torch.einsum("qhk,khd->qhd", weights, v.to(compute)) / safe_total[..., None]
     lse = (safe_total.log() + top[..., 0]).masked_fill(~sees, -torch.inf)
     return output, lse
+
+
+def _logits(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+    """[rows, heads, keys] of q [rows, heads, head_dim] and k [keys, heads, head_dim]."""
+    logits = torch.einsum("qhd,khd->qhk", q, k) * options.scale
+    if options.softcap is None:
+        return logits
+    return options.softcap * torch.tanh(logits / options.softcap)
 
 
 def _merge(visual: OutputAndLse, text: OutputAndLse) -> torch.Tensor:

@@ -14,12 +14,19 @@ from typing import Any
 
 import torch
 
-from dattn_mcore.layers.attention.calls import attend_by_calls
+from dattn_mcore.layers.attention.calls import PartByCalls, attend_by_calls
 from dattn_mcore.layers.attention.inputs import AttentionInputs
 from dattn_mcore.layers.attention.merge import Passes
-from dattn_mcore.layers.attention.modes import Causal, KeySet
+from dattn_mcore.layers.attention.modes import Causal, InBlocks, InChunks, KeySet
 from dattn_mcore.layers.attention.options import AttentionOptions
-from dattn_mcore.layers.attention.sdpa_batches import Batch, block_batches, causal_batches
+from dattn_mcore.layers.attention.rows import sample_rectangles
+from dattn_mcore.layers.attention.sdpa_batches import (
+    Batch,
+    block_batches,
+    causal_batches,
+    cut_chunks,
+)
+from dattn_mcore.layers.layout import Block, DecomposedSeqParams
 
 _NEVER = 1e30  # log-sum-exp of padding queries: exp(logit - _NEVER) is zero, without infinities
 _aten = torch.ops.aten
@@ -57,25 +64,49 @@ class SdpaBackend:
         """See `Backend`."""
         return attend_by_calls(inputs, options, _passes)
 
+    def part(
+        self,
+        key_set: KeySet,
+        params: DecomposedSeqParams,
+        options: AttentionOptions,
+        device: torch.device,
+    ) -> PartByCalls:
+        """See `Backend`."""
+        return PartByCalls(_passes(key_set, params, options, device))
+
 
 BACKEND = SdpaBackend()
 
 
-def _passes(key_set: KeySet, inputs: AttentionInputs, options: AttentionOptions) -> Passes:
+def _passes(
+    key_set: KeySet, params: DecomposedSeqParams, options: AttentionOptions, device: torch.device
+) -> Passes:
     """See `calls.MakePasses`."""
-    params, device, sees = inputs.params, inputs.q.device, key_set.sees
-    causal = isinstance(sees, Causal)
-    key = ("sdpa", *key_set.key)
+    sees = key_set.sees
+    window = None if isinstance(sees, InBlocks) else sees.window
+    key = ("sdpa", *key_set.key, window if isinstance(sees, InChunks) else None)
     if key not in params.cache:
-        if isinstance(sees, Causal):
-            batches = causal_batches(sees.lengths, device)
-            params.cache[key] = [batches] if batches else []
-        else:
-            params.cache[key] = block_batches(sees.blocks, device)
+        params.cache[key] = _batches(sees, device)
     return [
-        [_BatchCall(batch, causal, options.scale, sees.window) for batch in batches]
-        for batches in params.cache[key]
+        [_BatchCall(batch, causal, options.scale, window) for batch in batches]
+        for batches, causal in params.cache[key]
     ]
+
+
+def _batches(
+    sees: Causal | InBlocks | InChunks, device: torch.device
+) -> list[tuple[list[Batch], bool]]:
+    """Passes of batches, and whether each is causal."""
+    if isinstance(sees, InBlocks):
+        return [(batches, False) for batches in block_batches(sees.blocks, device)]
+    before: tuple[Block, ...] = ()
+    if isinstance(sees, Causal):
+        samples = sample_rectangles(sees.lengths)
+    else:
+        before, samples = cut_chunks(sees)
+    causal = causal_batches(samples, device)
+    passes = [(causal, True)] if causal else []
+    return passes + [(batches, False) for batches in block_batches(before, device)]
 
 
 def _flash_forward(

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dattn_mcore.layers.attention.modes import InChunks
 from dattn_mcore.layers.attention.rows import (
     Rectangle,
     Rows,
     k_rows_of,
     passes_over_images,
     q_rows_of,
-    sample_rectangles,
 )
 from dattn_mcore.layers.layout import Block
 
@@ -71,12 +71,36 @@ def _make_batch(rectangles: Sequence[Rectangle], device: torch.device) -> Batch:
     )
 
 
-def causal_batches(lengths: Sequence[int], device: torch.device) -> list[Batch]:
-    """Samples bucketed by length (powers of two from 16): few calls, and little padding."""
+def causal_batches(samples: Sequence[Rectangle], device: torch.device) -> list[Batch]:
+    """Samples bucketed by length (powers of two from 16): few calls, and little padding.
+
+    Args:
+        samples: of each the rows that ask, and as many that answer.
+        device: where index tensors live.
+    """
     buckets: dict[int, list[Rectangle]] = defaultdict(list)
-    for one in sample_rectangles(lengths):
+    for one in samples:
         buckets[max(16, 1 << (one.keys - 1).bit_length())].append(one)
     return [_make_batch(rectangles, device) for rectangles in buckets.values()]
+
+
+def cut_chunks(sees: InChunks) -> tuple[tuple[Block, ...], list[Rectangle]]:
+    """What chunks see, as blocks of keys before their own rows, and their own rows, causally.
+
+    A window that ends within the former gives each row a block of its own.
+    """
+    own, before = [], []
+    for chunk in sees.chunks:
+        first = chunk.k_stop - chunk.rows
+        own.append(Rectangle(((chunk.q_start, chunk.q_stop),), (first, chunk.k_stop)))
+        if sees.window is None or chunk.k_stop - chunk.k_start <= sees.window:
+            before.append(Block(chunk.q_start, chunk.q_stop, chunk.k_start, first))
+            continue
+        for row, block in enumerate(InChunks((chunk,), sees.window).blocks()):
+            start, stop = block.visual_start, min(block.visual_stop, first)
+            if start < stop:
+                before.append(Block(chunk.q_start + row, chunk.q_start + row + 1, start, stop))
+    return tuple(block for block in before if block.visual_start < block.visual_stop), own
 
 
 def block_batches(blocks: Sequence[Block], device: torch.device) -> list[list[Batch]]:

@@ -24,7 +24,14 @@ import torch
 
 from dattn_mcore.errors import first_line
 from dattn_mcore.layers.attention.inputs import AttentionInputs
-from dattn_mcore.layers.attention.modes import Causal, InBlocks, Softmax, attend
+from dattn_mcore.layers.attention.modes import (
+    Causal,
+    InBlocks,
+    InChunks,
+    KeySet,
+    Softmax,
+    attend,
+)
 from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.triton_schedule import Keys, Schedule, Setting
 from dattn_mcore.layers.attention.triton_tuning import Tuning
@@ -77,6 +84,28 @@ class TritonBackend:
         return attend(
             inputs, options, lambda softmax: _compute(softmax, inputs, options, self.tuning)
         )
+
+    def part(
+        self,
+        key_set: KeySet,
+        params: DecomposedSeqParams,
+        options: AttentionOptions,
+        device: torch.device,
+    ) -> TritonPart:
+        """See `Backend`."""
+        key = ("triton part", *key_set.key, getattr(key_set.sees, "window", None))
+        if key not in params.cache:
+            params.cache[key] = _part_schedule(key_set, params, device)
+        schedule = params.cache[key]
+        setting = Setting(
+            scale=options.scale,
+            softcap=options.softcap,
+            debiased=True,  # keys are given as the queries meet them
+            has_visual=bool(schedule.blocks),
+            has_text=False,
+            tuning=self.tuning,
+        )
+        return TritonPart(schedule, setting)
 
 
 BACKEND = TritonBackend()
@@ -134,6 +163,67 @@ def _compute(
     )[0]
 
 
+def _part_schedule(key_set: KeySet, params: DecomposedSeqParams, device: torch.device) -> Schedule:
+    """Who sees what in a part: all of it as visible ranges, of which a row may have any."""
+    sees = key_set.sees
+    if isinstance(sees, InChunks):
+        lengths = tuple(chunk.rows for chunk in sees.chunks)
+        return Schedule(Causal(lengths, None), sees.blocks(), device)
+    assert isinstance(sees, InBlocks) and params.context is not None
+    return Schedule(Causal(params.context.text_lengths, None), sees.blocks, device)
+
+
+@dataclass(frozen=True)
+class TritonPart:
+    """See `Part`: the joint kernel with its visual set of keys alone.
+
+    Attributes:
+        schedule: who sees what.
+        setting: what is computed.
+    """
+
+    schedule: Schedule
+    setting: Setting
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """See `Part`."""
+        from dattn_mcore.layers.attention.triton_launch import forward
+
+        if not self.setting.has_visual:
+            nothing = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+            return torch.zeros_like(q), nothing, None
+        out, lse = forward(q, Keys(k, v, k, v), _no_tables(q), self.schedule, self.setting)
+        return out, lse, None
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        *,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        state: None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `Part`."""
+        from dattn_mcore.layers.attention.triton_gradients import backward
+
+        if not self.setting.has_visual:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_q, _, _, d_k, d_v = backward(
+            grad, q, Keys(k, v, k, v), _no_tables(q), out, lse, self.schedule, self.setting
+        )
+        return d_q, d_k, d_v
+
+
+def _no_tables(q: torch.Tensor) -> torch.Tensor:
+    """Rotation tables where nothing is rotated."""
+    return q.new_empty((2, 0, q.shape[-1] // 2), dtype=torch.float32)
+
+
 def setting_of(softmax: Softmax, options: AttentionOptions, tuning: Tuning) -> Setting:
     """How the kernel computes a softmax."""
     seen = [key_set.sees for key_set in softmax.key_sets]
@@ -154,7 +244,7 @@ def schedule_of(softmax: Softmax, params: DecomposedSeqParams, device: torch.dev
     for key_set in softmax.key_sets:
         if isinstance(key_set.sees, Causal):
             causal = key_set.sees
-        else:
+        elif isinstance(key_set.sees, InBlocks):
             blocks = key_set.sees.blocks
     key = ("triton", *(key_set.key for key_set in softmax.key_sets), causal.window)
     if key not in params.cache:
