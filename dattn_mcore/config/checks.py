@@ -26,6 +26,7 @@ from dattn_mcore.config import (
 from dattn_mcore.config.schema import Config
 from dattn_mcore.config.words import unknown_words
 from dattn_mcore.errors import ConfigError
+from dattn_mcore.types import Shards
 
 _OF_VALUES = (unknown_words, value_rules.readable, value_rules.ranges)
 _ACROSS = (
@@ -136,6 +137,12 @@ def sizes_of_replica(config: Config) -> str:
     return f"tp {parallel.tp} x pp {parallel.pp}{context}"
 
 
+def shards_of(config: Config) -> Shards:
+    """How many ranks divide the rows of a micro-batch."""
+    parallel = config.parallel
+    return Shards(context=parallel.cp, tensor=parallel.tp if parallel.sp else 1)
+
+
 def row_multiple(config: Config) -> int:
     """What visual and text rows of a micro-batch are padded to a multiple of.
 
@@ -143,8 +150,8 @@ def row_multiple(config: Config) -> int:
     in FP8 a multiple of 16; Transformer Engine gathers what is quantised by blocks in whole blocks
     only.
     """
-    shards = config.parallel.tp if config.parallel.sp else 1
+    shards = shards_of(config)
     per_shard = training_rules.FP8_ROWS if config.train.fp8 != "none" else 1
-    if config.train.fp8 == "blockwise" and shards > 1:
+    if config.train.fp8 == "blockwise" and shards.tensor > 1:
         per_shard = training_rules.FP8_BLOCK
-    return math.lcm(config.data.pad_multiple, config.parallel.cp * shards * per_shard)
+    return math.lcm(config.data.pad_multiple, shards.ranks * per_shard)

@@ -50,6 +50,7 @@ class ContextRows:
         ranks: of the group.
         num_visual, num_text: rows of the whole pack, padding included.
         text_lengths: text rows of each sample of the whole pack.
+        text_positions: int64 [num_text], positions of the whole pack's text rows.
         order: int64 [num_text], the pack's row in the place of each gathered row: those of rank 0,
             of rank 1, and so on.
         place: int64 [num_text], its inverse.
@@ -61,6 +62,7 @@ class ContextRows:
     num_visual: int
     num_text: int
     text_lengths: tuple[int, ...]
+    text_positions: torch.Tensor
     order: torch.Tensor
     place: torch.Tensor
     blocks: tuple[Block, ...]
@@ -133,6 +135,7 @@ def share_of(params: DecomposedSeqParams, rank: int, ranks: int) -> DecomposedSe
         num_visual=params.num_visual,
         num_text=params.num_text,
         text_lengths=params.text_lengths,
+        text_positions=params.text_positions,
         order=torch.from_numpy(order).to(device),
         place=torch.from_numpy(place).to(device),
         blocks=_clipped(params.blocks, here.start, here.stop),

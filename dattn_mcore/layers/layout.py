@@ -23,26 +23,6 @@ from dattn_mcore.types import NO_IMAGES, Layout, T2VPosition, visual_units
 
 
 @dataclass(frozen=True)
-class Shards:
-    """How many ranks divide the rows of a pack.
-
-    Attributes:
-        context: ranks of the context parallel group, which divide visual rows and text rows
-            (`layers.context`).
-        tensor: ranks of the tensor parallel group that divide those of a context parallel rank
-            (sequence parallelism); 1 without it.
-    """
-
-    context: int = 1
-    tensor: int = 1
-
-    @property
-    def ranks(self) -> int:
-        """All of them."""
-        return self.context * self.tensor
-
-
-@dataclass(frozen=True)
 class Block:
     """Text rows [text_start, text_stop) that see visual rows [visual_start, visual_stop).
 
@@ -271,7 +251,12 @@ def to_device(params: DecomposedSeqParams, device: torch.device) -> DecomposedSe
 
     context = params.context
     if context is not None:
-        context = replace(context, order=moved(context.order), place=moved(context.place))
+        context = replace(
+            context,
+            text_positions=moved(context.text_positions),
+            order=moved(context.order),
+            place=moved(context.place),
+        )
     return replace(
         params,
         reading_order=moved(params.reading_order),

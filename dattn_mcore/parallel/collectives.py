@@ -27,6 +27,7 @@ _NAMES = {
     "_reduce_scatter_base_": "reduce_scatter",
     "reduce_scatter_": "reduce_scatter",
     "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
     "broadcast_": "broadcast",
     "recv_": "receive",
 }
@@ -46,6 +47,7 @@ class Collective:
         shape: of the tensor; of what is gathered or scattered, the whole one.
         dtype: name of it.
         nbytes: of that tensor.
+        kept: bytes of it that this rank sends to itself, where ranks get different shares.
     """
 
     operation: str
@@ -54,6 +56,7 @@ class Collective:
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+    kept: int | None = None
 
     @property
     def sent(self) -> float:
@@ -61,7 +64,9 @@ class Collective:
         share = (self.size - 1) / self.size
         if self.operation == "all_reduce":
             return 2 * share * self.nbytes
-        if self.operation in ("all_gather", "reduce_scatter", "broadcast"):
+        if self.kept is not None:
+            return float(self.nbytes - self.kept)
+        if self.operation in ("all_gather", "reduce_scatter", "broadcast", "all_to_all"):
             return share * self.nbytes
         return float(self.nbytes) if self.operation == "send" else 0.0
 
@@ -122,7 +127,12 @@ def records(func: Any, args: tuple[Any, ...], names: Mapping[str, str]) -> list[
         return []
     # The first is written, the second read; the larger one is the whole.
     whole = max(given, key=lambda tensors: sum(tensor.nbytes for tensor in tensors))
-    size = group.size()
+    size, kept = group.size(), None
+    if operation == "all_to_all":  # what is sent counts, and there may be less of it
+        (whole,) = given[1:2]
+        splits = args[4]
+        if splits:
+            kept = splits[group.rank()] * (whole[0].nbytes // max(1, len(whole[0])))
     return [
         Collective(
             operation=operation,
@@ -131,6 +141,7 @@ def records(func: Any, args: tuple[Any, ...], names: Mapping[str, str]) -> list[
             shape=tuple(tensor.shape),
             dtype=str(tensor.dtype).removeprefix("torch."),
             nbytes=tensor.nbytes,
+            kept=kept,
         )
         for tensor in whole
     ]

@@ -109,6 +109,10 @@ def test_windows_equal_the_oracle(pool, backend, window):
     check(pool, ranks=2, backend=backend, layouts=LONG, window=window, atol=atol)
 
 
+def test_windows_over_positions_of_all_rows_equal_the_oracle(pool):
+    check(pool, ranks=2, backend="reference", mode=ON_ONE_AXIS, layouts=LONG, window=6)
+
+
 def test_soft_caps_equal_the_oracle(pool):
     check(pool, ranks=2, backend="reference", softcap=0.8)
 
