@@ -188,9 +188,10 @@ def working_memory(
         buffers += 2 * 3 * config.model.vision.image_size**2 * pack.tiles
     if stage == config.parallel.pp - 1:
         at_once = min(pack.labelled, config.train.loss_chunk)
-        # Logits in both dtypes, while those of the chunk before are still there; with a soft-cap
-        # the gradient and the cap's slope beside them.
-        wide = 2 * (e + 4) if llm.final_softcap is None else e + 4 * 4
+        # Logits in both dtypes, while those of the chunk before, if there is one, are still there;
+        # with a soft-cap the gradient and the cap's slope beside them.
+        chunks = 1 if pack.labelled <= config.train.loss_chunk else 2
+        wide = chunks * (e + 4) if llm.final_softcap is None else e + 4 * 4
         logits = at_once * llm.padded_vocab_size / tp * wide
     linears = llm.hidden_size * (
         2 * llm.num_attention_heads * llm.head_dim

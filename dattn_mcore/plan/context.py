@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from dattn_mcore.config.checks import row_multiple
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.backward import decoder_gradients, learns_before_layers
 from dattn_mcore.plan.flops import recomputed_layers
@@ -66,7 +67,7 @@ def gathered_bytes(config: Config, own: Rows) -> float:
     if cp == 1 or rings(config):
         return 0.0
     query, keys_values, _ = _row_bytes(config)
-    return cp * own.text * (query * bool(own.visual) + keys_values)
+    return cp * own.text * (query * bool(own.tiles) + keys_values)
 
 
 def gathered_bytes_at_work(config: Config, own: Rows) -> float:
@@ -113,7 +114,7 @@ def attention_bytes_sent(config: Config, own: Rows) -> tuple[float, float]:
         rows = own.text + own.visual
         return (cp - 1) * rows * keys_values, (cp - 1) * rows * 2 * keys_values
     hops = (cp - 1) * own.text
-    if not own.visual:  # text keys and values alone, and their gradients
+    if not own.tiles:  # text keys and values alone, and their gradients
         return hops * keys_values, hops * keys_values
     lse = LSE_BYTES * config.model.llm.num_attention_heads / config.parallel.tp
     return hops * (2 * query + keys_values + lse), hops * (3 * query + keys_values + lse)
@@ -192,5 +193,8 @@ def dealt_bytes(config: Config, pack: Rows) -> float:
     if cp == 1:
         return 0.0
     back = learns_before_layers(config)
-    dealt = rows_dealt(math.ceil(pack.tiles), config.model.vision.rows_per_tile, cp)
+    per_tile, multiple = config.model.vision.rows_per_tile, row_multiple(config)
+    tiles = math.ceil(pack.tiles)
+    padded = -(-tiles * per_tile // multiple) * multiple
+    dealt = rows_dealt(tiles, per_tile, cp, padded)
     return max(sent + got * back for sent, got in dealt) * config.model.llm.hidden_size * w
