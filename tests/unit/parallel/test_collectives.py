@@ -23,6 +23,11 @@ def test_bytes_that_a_rank_sends(operation, sent):
     assert one.sent == sent
 
 
+def test_an_all_to_all_sends_what_is_for_others():
+    one = Collective("all_to_all", "cp", size=4, shape=(16,), dtype="float32", nbytes=64, kept=24)
+    assert one.sent == 40
+
+
 def test_calls_are_recorded_by_group_shape_and_bytes():
     with single_process() as groups, Tracer(group_names(groups)) as tracer:
         dist.all_reduce(torch.ones(3, 2), group=groups.tp)
