@@ -23,7 +23,7 @@ from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import from_dict, merge, read_yaml
 from dattn_mcore.config.schema import Config
 from dattn_mcore.layers.layout import build_seq_params
-from dattn_mcore.models.dattn import ModelInputs
+from dattn_mcore.models.dattn import DattnModel, ModelInputs
 from dattn_mcore.parallel import on_cpu
 from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
@@ -109,11 +109,22 @@ def _text(config: Config, text: int, device: torch.device) -> tuple[torch.Tensor
 
 
 def trained_by(
-    config: Config, groups: ProcessGroupCollection, device: torch.device
+    config: Config,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    watch: Callable[[DattnModel], None] = lambda model: None,
 ) -> Callable[[ModelInputs], Step]:
-    """What makes a training step of a micro-batch; all steps share one model and optimizer."""
+    """What makes a training step of a micro-batch; all steps share one model and optimizer.
+
+    Args:
+        config: of the run.
+        groups: process groups.
+        device: where the model is.
+        watch: gets the model before it is wrapped.
+    """
     runtime = decide_runtime(config)
     (model,) = build_from_config(config, groups, device, runtime=runtime)
+    watch(model)
     wrapped = wrap_ddp([model], config, groups)
     optimizer = build_optimizer(config, wrapped)
     scheduler = build_scheduler(config, optimizer, 10_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 # (is_visual, rows) of each run of a sample, in reading order.
@@ -35,6 +36,26 @@ def visual_units(layouts: Iterable[Layout], images_of: Sequence[int] = ()) -> tu
         elif unit != NO_IMAGES and units[unit] != rows:
             raise ValueError(f"unit {unit} has {units[unit]} visual rows, and {rows} in a sample")
     return tuple(units)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How many ranks divide the rows of a pack.
+
+    Attributes:
+        context: ranks of the context parallel group, which divide visual rows and text rows
+            (`layers.context`).
+        tensor: ranks of the tensor parallel group that divide those of a context parallel rank
+            (sequence parallelism); 1 without it.
+    """
+
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.context * self.tensor
 
 
 # The label of a text row that has no loss, as in PyTorch's cross entropy and transformers.

@@ -1,8 +1,8 @@
 """Checks of a whole configuration, each rule a small function that gives one line per breach.
 
 The rules stand in `words` and `value_rules` (single values), `model_rules`, `training_rules`,
-`optim_groups`, `schedule`, `lora`, `validation_rules`, `checkpoint_rules` and `export_rules`; what
-depends on the number of processes stands here.
+`context_rules`, `optim_groups`, `schedule`, `lora`, `validation_rules`, `checkpoint_rules` and
+`export_rules`; what depends on the number of processes stands here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 
 from dattn_mcore.config import (
     checkpoint_rules,
+    context_rules,
     export_rules,
     lora,
     model_rules,
@@ -25,6 +26,7 @@ from dattn_mcore.config import (
 from dattn_mcore.config.schema import Config
 from dattn_mcore.config.words import unknown_words
 from dattn_mcore.errors import ConfigError
+from dattn_mcore.types import Shards
 
 _OF_VALUES = (unknown_words, value_rules.readable, value_rules.ranges)
 _ACROSS = (
@@ -35,6 +37,8 @@ _ACROSS = (
     model_rules.layers,
     model_rules.parallel_sizes,
     model_rules.vision,
+    context_rules.local_rows,
+    context_rules.tiles,
     export_rules.export,
     training_rules.visual_chunk,
     optim_groups.mistakes,
@@ -49,7 +53,6 @@ _ACROSS = (
     profile_rules.window,
     profile_rules.what_is_recorded,
     scores_rules.scores,
-    training_rules.unbuilt,
     lora.lora,
 )
 
@@ -110,11 +113,10 @@ def check_rehearsed(config: Config, world_size: int, rank: int | None) -> None:
     """
     replica = processes_per_replica(config)
     if world_size < 1 or world_size % replica:
-        parallel = config.parallel
         raise ConfigError(
             f"--rehearse {world_size}: the processes of the job must be a multiple of {replica}, "
-            f"which one model takes (tp {parallel.tp} x pp {parallel.pp}); choose another number, "
-            "--tp or --pp"
+            f"which one model takes ({sizes_of_replica(config)}); choose another number, --tp or "
+            "--pp"
         )
     if rank is not None and not 0 <= rank < world_size:
         raise ConfigError(
@@ -128,14 +130,28 @@ def processes_per_replica(config: Config) -> int:
     return config.parallel.tp * config.parallel.pp * config.parallel.cp
 
 
+def sizes_of_replica(config: Config) -> str:
+    """Tp 2 x pp 4, and cp where it is used: what a message says of `processes_per_replica`."""
+    parallel = config.parallel
+    context = f" x cp {parallel.cp}" if parallel.cp > 1 else ""
+    return f"tp {parallel.tp} x pp {parallel.pp}{context}"
+
+
+def shards_of(config: Config) -> Shards:
+    """How many ranks divide the rows of a micro-batch."""
+    parallel = config.parallel
+    return Shards(context=parallel.cp, tensor=parallel.tp if parallel.sp else 1)
+
+
 def row_multiple(config: Config) -> int:
     """What visual and text rows of a micro-batch are padded to a multiple of.
 
-    Every sequence parallel shard holds as many rows as the others, and in FP8 a multiple of 16;
-    Transformer Engine gathers what is quantised by blocks in whole blocks only.
+    Every context parallel rank and sequence parallel shard holds as many rows as the others, and
+    in FP8 a multiple of 16; Transformer Engine gathers what is quantised by blocks in whole blocks
+    only.
     """
-    shards = config.parallel.tp if config.parallel.sp else 1
+    shards = shards_of(config)
     per_shard = training_rules.FP8_ROWS if config.train.fp8 != "none" else 1
-    if config.train.fp8 == "blockwise" and shards > 1:
+    if config.train.fp8 == "blockwise" and shards.tensor > 1:
         per_shard = training_rules.FP8_BLOCK
-    return math.lcm(config.data.pad_multiple, shards * per_shard)
+    return math.lcm(config.data.pad_multiple, shards.ranks * per_shard)

@@ -80,7 +80,7 @@ class ParallelConfig:
     pp: int = 1  # pipeline parallel
     vpp: int = 1  # model chunks per pipeline stage (interleaved schedule when > 1)
     first_stage_layers: int | None = None  # of the tower's stage; null: as many as others
-    cp: int = 1  # context parallel; only 1 is implemented
+    cp: int = 1  # context parallel: ranks that divide a pack's rows
     sp: bool = False  # sequence parallel norms and residuals, over the tp group
     overlap_grad_reduce: bool = False  # reduce gradients while backward goes on
     overlap_param_gather: bool = False  # gather updated weights while forward goes on

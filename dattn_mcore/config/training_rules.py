@@ -149,9 +149,3 @@ def fp8(config: Config) -> Iterator[str]:
                 f"{name} needs model.llm.{size} (of a tensor parallel rank: {value // ranks}) to "
                 f"be a multiple of {multiple}; use train.fp8=none"
             )
-
-
-def unbuilt(config: Config) -> Iterator[str]:
-    """What the schema names and nobody has built."""
-    if config.parallel.cp > 1:
-        yield f"parallel.cp={config.parallel.cp}: only cp 1 is implemented; use tp, pp and dp"

@@ -9,7 +9,6 @@ two attentions sees no difference to a pack of these rows alone.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -51,6 +50,7 @@ class ContextRows:
         ranks: of the group.
         num_visual, num_text: rows of the whole pack, padding included.
         text_lengths: text rows of each sample of the whole pack.
+        text_positions: int64 [num_text], positions of the whole pack's text rows.
         order: int64 [num_text], the pack's row in the place of each gathered row: those of rank 0,
             of rank 1, and so on.
         place: int64 [num_text], its inverse.
@@ -62,6 +62,7 @@ class ContextRows:
     num_visual: int
     num_text: int
     text_lengths: tuple[int, ...]
+    text_positions: torch.Tensor
     order: torch.Tensor
     place: torch.Tensor
     blocks: tuple[Block, ...]
@@ -71,6 +72,9 @@ class ContextRows:
 def text_spans(lengths: Sequence[int], ranks: int) -> list[list[Span]]:
     """Text rows of each rank, as spans of the pack's rows in their order, none across samples.
 
+    No rank has more than one row more than another: of any number of rows from the first on a rank
+    has as many as if they were dealt one by one.
+
     Args:
         lengths: text rows of each sample, one after the other.
         ranks: of the context parallel group.
@@ -78,35 +82,32 @@ def text_spans(lengths: Sequence[int], ranks: int) -> list[list[Span]]:
     spans: list[list[Span]] = [[] for _ in range(ranks)]
     first = 0
     for sample, length in enumerate(lengths):
-        cuts = [first + piece * length // (2 * ranks) for piece in range(2 * ranks + 1)]
+        counts = [
+            len(range(first + (r - first) % ranks, first + length, ranks)) for r in range(ranks)
+        ]
+        # An odd row is at the front in one sample, and at the back in the next.
+        front = [(count + (sample + r) % 2) // 2 for r, count in enumerate(counts)]
+        pieces = [*enumerate(front)]
+        pieces += [(r, counts[r] - front[r]) for r in reversed(range(ranks))]
+        stop = first
         own: list[list[Span]] = [[] for _ in range(ranks)]
-        for piece, (start, stop) in enumerate(itertools.pairwise(cuts)):
-            # The ranks that get a row more are others in each sample.
-            rank = (min(piece, 2 * ranks - 1 - piece) + sample) % ranks
-            if start == stop:
-                continue
+        for rank, rows in pieces:
+            start, stop = stop, stop + rows
             if own[rank] and own[rank][-1][1] == start:
                 own[rank][-1] = own[rank][-1][0], stop
-            else:
+            elif rows:
                 own[rank].append((start, stop))
-        for rank in range(ranks):
-            spans[rank] += own[rank]
+        for found, new in zip(spans, own, strict=True):
+            found += new
         first += length
     return spans
-
-
-def most_text_rows(lengths: Sequence[int], ranks: int) -> int:
-    """Text rows of the rank that has most, without padding."""
-    spans = text_spans(lengths, ranks)
-    return max(sum(stop - start for start, stop in own) for own in spans)
 
 
 def share_of(params: DecomposedSeqParams, rank: int, ranks: int) -> DecomposedSeqParams:
     """A rank's rows of a pack.
 
     Args:
-        params: of the whole pack, both its row counts multiples of `ranks`, and its text rows at
-            least `ranks * most_text_rows`.
+        params: of the whole pack; both its row counts are multiples of `ranks`.
         rank: of the context parallel group.
         ranks: of it.
 
@@ -134,6 +135,7 @@ def share_of(params: DecomposedSeqParams, rank: int, ranks: int) -> DecomposedSe
         num_visual=params.num_visual,
         num_text=params.num_text,
         text_lengths=params.text_lengths,
+        text_positions=params.text_positions,
         order=torch.from_numpy(order).to(device),
         place=torch.from_numpy(place).to(device),
         blocks=_clipped(params.blocks, here.start, here.stop),
@@ -163,8 +165,6 @@ def _order(spans: Sequence[Sequence[Span]], rows: int, padded: int) -> np.ndarra
     order = np.full((len(spans), rows), -1, dtype=np.int64)
     for rank, own in enumerate(spans):
         found = np.concatenate([np.arange(0), *(np.arange(a, b) for a, b in own)])
-        if len(found) > rows:
-            raise ValueError(f"rank {rank} has {len(found)} text rows, and room for {rows}")
         order[rank, : len(found)] = found
     real = sum(stop - start for own in spans for start, stop in own)
     order[order < 0] = np.arange(real, padded)

@@ -11,35 +11,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from dattn_mcore.layers.context import ContextRows, most_text_rows
+from dattn_mcore.layers.context import ContextRows
 from dattn_mcore.types import NO_IMAGES, Layout, T2VPosition, visual_units
-
-
-@dataclass(frozen=True)
-class Shards:
-    """How many ranks divide the rows of a pack.
-
-    Attributes:
-        context: ranks of the context parallel group, which divide visual rows and text rows
-            (`layers.context`).
-        tensor: ranks of the tensor parallel group that divide those of a context parallel rank
-            (sequence parallelism); 1 without it.
-    """
-
-    context: int = 1
-    tensor: int = 1
-
-    @property
-    def ranks(self) -> int:
-        """All of them."""
-        return self.context * self.tensor
 
 
 @dataclass(frozen=True)
@@ -140,7 +120,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def padded_rows(
-    layouts: Sequence[Layout], multiple: int, images_of: Sequence[int] = (), context: int = 1
+    layouts: Sequence[Layout], multiple: int, images_of: Sequence[int] = ()
 ) -> tuple[int, int]:
     """Visual and text rows of a pack, each padded up to a multiple.
 
@@ -151,11 +131,9 @@ def padded_rows(
         layouts: runs of each sample, in reading order.
         multiple: rows are padded up to this.
         images_of: see `types.visual_units`.
-        context: ranks that divide the rows; each has as many text rows as the one with most.
     """
     visual = sum(visual_units(layouts, images_of))
-    lengths = [sum(rows for is_visual, rows in layout if not is_visual) for layout in layouts]
-    text = context * most_text_rows(lengths, context) if context > 1 else sum(lengths)
+    text = sum(rows for layout in layouts for is_visual, rows in layout if not is_visual)
     return round_up(visual, multiple), max(round_up(text, multiple), multiple)
 
 
@@ -192,7 +170,6 @@ def build_seq_params(
     at_least: tuple[int, int] = (0, 0),
     device: torch.device | str = "cpu",
     images_of: Sequence[int] = (),
-    context: int = 1,
 ) -> DecomposedSeqParams:
     """Works out rows, visibility and positions of a pack.
 
@@ -208,7 +185,6 @@ def build_seq_params(
         images_of: for each sample the number of its visual unit (`types.visual_units`): the visual
             rows of a unit stand once, and each of its samples sees them where its own layout has
             them. Empty: no sample shares any.
-        context: ranks that `layers.context.share_of` will divide the rows over.
 
     Returns:
         The metadata that travels in Megatron-Core's `packed_seq_params`.
@@ -221,7 +197,7 @@ def build_seq_params(
         raise ValueError("visual rows with positions on the text's axis cannot be shared")
     units = visual_units(layouts, images_of)
     firsts = [0, *itertools.accumulate(units)]
-    num_visual, num_text = map(max, padded_rows(layouts, multiple, images_of, context), at_least)
+    num_visual, num_text = map(max, padded_rows(layouts, multiple, images_of), at_least)
     reading = np.zeros(num_visual + num_text, dtype=np.int64)
     own_kind = np.zeros(num_visual + num_text, dtype=np.int64)
     order: list[np.ndarray] = []
@@ -264,4 +240,27 @@ def build_seq_params(
         reading_order=tensor(np.concatenate(order)),
         text_positions=tensor(positions[num_visual:]),
         visual_positions=tensor(positions[:num_visual]),
+    )
+
+
+def to_device(params: DecomposedSeqParams, device: torch.device) -> DecomposedSeqParams:
+    """The same, with its index tensors on a device."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    context = params.context
+    if context is not None:
+        context = replace(
+            context,
+            text_positions=moved(context.text_positions),
+            order=moved(context.order),
+            place=moved(context.place),
+        )
+    return replace(
+        params,
+        reading_order=moved(params.reading_order),
+        text_positions=moved(params.text_positions),
+        visual_positions=moved(params.visual_positions),
+        context=context,
     )

@@ -35,7 +35,7 @@ def build_model(
         model: what it is: family and sizes.
         attention: how its attention is decomposed.
         runtime: how it is computed.
-        pg_collection: process groups; `tp` and `pp` are used.
+        pg_collection: process groups; `tp`, `pp` and `cp` are used.
         device: where parameters end up.
         seed: of initial weights, which are the same in every layout; None: the parameters hold
             garbage until a checkpoint is loaded.
@@ -46,7 +46,11 @@ def build_model(
     """
     pp_group = pg_collection.pp
     transformer_config = llm_transformer_config(
-        model, runtime, tp_size=pg_collection.tp.size(), pp_size=pp_group.size()
+        model,
+        runtime,
+        tp_size=pg_collection.tp.size(),
+        pp_size=pp_group.size(),
+        cp_size=pg_collection.cp.size(),
     )
     vp_size = transformer_config.virtual_pipeline_model_parallel_size
     chunks = []

@@ -35,6 +35,7 @@ from dattn_mcore.layers.spec import block_submodules, decoder_layer_spec
 from dattn_mcore.layers.visual_rows import DecomposedBlock
 from dattn_mcore.layers.vocabulary import cap_and_mask, chunked_cross_entropy
 from dattn_mcore.models.projector import Projector
+from dattn_mcore.models.tile_share import TileShare
 from dattn_mcore.models.vision import VisionTower, normalize_pixels
 from dattn_mcore.types import IGNORED_LABEL, Part
 
@@ -45,15 +46,19 @@ class ModelInputs:
 
     Attributes:
         params: rows of the pack and what they see.
-        text_ids: int64 [T], padded; the same on every tensor parallel rank.
+        text_ids: int64 [T], padded; the same on every tensor parallel rank. Of a pack that context
+            parallel ranks divide, T are the rows of this one here and below.
         labels: int64 [T], the id each row must predict, -100 where there is no loss.
-        tiles: uint8 [tiles, 3, size, size]; None off the first stage or without images.
+        tiles: uint8 [tiles, 3, size, size]; None off the first stage or without images. With
+            `tile_share` those of this rank, of which there may be none.
         image_grids: (columns, rows) of each image's canvas in tiles, (0, 0) for one tile; empty:
             every tile is an image of its own.
         groups: int64 [labelled rows], the group of samples that each loss belongs to; None: the
             loss is not divided by groups.
         num_groups: how many there are in the run.
         weights: float32 [labelled rows], what each loss counts; None: 1 each.
+        tile_share: which tiles this rank encodes, and where their rows go; None: this rank has the
+            whole pack.
     """
 
     params: DecomposedSeqParams
@@ -64,6 +69,7 @@ class ModelInputs:
     groups: torch.Tensor | None = None
     num_groups: int = 0
     weights: torch.Tensor | None = None
+    tile_share: TileShare | None = None
 
 
 class DattnModel(LanguageModule):
@@ -237,7 +243,10 @@ class DattnModel(LanguageModule):
         if num_visual == 0:
             return self._scale(text)
         visual = text.new_zeros(num_visual, 1, text.shape[-1])
-        if inputs.tiles is not None:
+        if inputs.tiles is not None and inputs.tile_share is not None:
+            rows = self._rows_of_tiles(inputs, text.dtype)
+            visual = inputs.tile_share.exchange(rows, self.pg_collection.cp)
+        elif inputs.tiles is not None:
             rows = self._visual_rows(inputs.tiles, text.dtype, inputs.image_grids)
             visual = torch.cat([rows, visual[rows.shape[0] :]])
         if self.sequence_parallel:
@@ -246,11 +255,24 @@ class DattnModel(LanguageModule):
             )
         return self._scale(torch.cat([visual, text]))
 
+    def _rows_of_tiles(self, inputs: ModelInputs, dtype: torch.dtype) -> torch.Tensor:
+        """[tiles of this rank * patches, 1, hidden], tile after tile."""
+        assert inputs.tiles is not None and inputs.tile_share is not None
+        tiles = inputs.tile_share.tiles
+        if tiles:
+            return self._visual_rows(inputs.tiles, dtype, inputs.image_grids, tiles)
+        # Every rank of the exchange must take part in its backward pass, if any of them learns.
+        nothing = torch.zeros(
+            0, 1, self.config.hidden_size, dtype=dtype, device=inputs.tiles.device
+        )
+        return nothing + self._no_gradient_of_images().to(dtype)
+
     def _visual_rows(
         self,
         tiles: torch.Tensor,
         dtype: torch.dtype,
         image_grids: tuple[tuple[int, int], ...] = (),
+        numbers: range | None = None,
     ) -> torch.Tensor:
         """[tiles * patches, 1, hidden] of uint8 tiles, the same on every tensor parallel rank."""
         runtime = self.runtime
@@ -258,7 +280,7 @@ class DattnModel(LanguageModule):
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
             pixels = normalize_pixels(tiles, runtime.image_mean, runtime.image_std, dtype)
             features = self.vision(pixels)
-        return self.projector(features, image_grids)[:, None]
+        return self.projector(features, image_grids, numbers)[:, None]
 
     def _no_gradient_of_images(self) -> torch.Tensor:
         """Zero, through which visual parameters get a gradient of zero in a pack without images.

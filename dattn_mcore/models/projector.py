@@ -24,6 +24,7 @@ from dattn_mcore.architectures.sizes import ModelConfig
 from dattn_mcore.layers.norm import Norm
 from dattn_mcore.layers.parts import LOCAL_PARTS
 from dattn_mcore.layers.runtime import Runtime
+from dattn_mcore.models.tile_share import Grid, places_of, stitched_order
 from dattn_mcore.models.transformer_configs import projector_transformer_config
 
 
@@ -92,7 +93,10 @@ class Projector(MegatronModule):
         self.output_norm = Norm(transformer_config, hidden, projector.norm_eps)
 
     def forward(
-        self, features: torch.Tensor, image_grids: Sequence[tuple[int, int]] = ()
+        self,
+        features: torch.Tensor,
+        image_grids: Sequence[Grid] = (),
+        tiles: range | None = None,
     ) -> torch.Tensor:
         """Projects features of whole tiles; see the class.
 
@@ -101,36 +105,44 @@ class Projector(MegatronModule):
                 view first, then the tiles of its canvas row by row.
             image_grids: (columns, rows) of each image's canvas in tiles, (0, 0) for one tile;
                 empty: every tile is an image of its own.
+            tiles: which of the images' tiles `features` has; None: all of them.
 
         Returns:
             [tiles * patches, hidden]; of each image the rows of its base view, then those of its
-            stitched canvas, both row by row.
+            stitched canvas, both row by row. Where `tiles` is given tile after tile instead
+            (`tile_share.stitched_order` is what they must be put into).
         """
         x, bias = self.mlp(features)
         x = self.norm(x + bias)
-        if any(columns for columns, _ in image_grids):
-            x = self._stitched(x, image_grids)
+        stitched = any(columns for columns, _ in image_grids)
+        if stitched:
+            every = places_of(0, image_grids)
+            x = x + self._positions_of(
+                every if tiles is None else every[tiles.start : tiles.stop], x.dtype
+            )
         else:
-            x = (x + self._positions(self.grid, self.grid, x.dtype)).flatten(0, 1)
+            x = x + self._positions(self.grid, self.grid, x.dtype)
+        x = x.flatten(0, 1)
+        if stitched and tiles is None:
+            order = stitched_order(len(features), image_grids, self.grid)
+            x = x[torch.from_numpy(order).to(x.device)]
         return self.output_norm(x)
 
-    def _stitched(self, x: torch.Tensor, image_grids: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Rows [tiles * patches, hidden] of [tiles, patches, hidden], in order and in place."""
-        side, views, first = self.grid, [], 0
-        places = {
-            grid: self._positions(side * max(grid[1], 1), side * max(grid[0], 1), x.dtype)
-            for grid in {(0, 0), *image_grids}
-        }
-        for columns, rows in image_grids:
-            views.append(x[first] + places[0, 0])
-            first += 1
-            if columns:
-                canvas = x[first : first + rows * columns]
-                first += rows * columns
-                canvas = canvas.unflatten(0, (rows, columns)).unflatten(2, (side, side))
-                canvas = canvas.transpose(1, 2).flatten(0, 3)  # tile row, row, tile column, column
-                views.append(canvas + places[columns, rows])
-        return torch.cat(views)
+    def _positions_of(
+        self, places: Sequence[tuple[Grid, int]], dtype: torch.dtype
+    ) -> torch.Tensor | float:
+        """What is added to the rows of tiles, [tiles, patches, hidden]; 0 without positions."""
+        if self.row_position is None:
+            return 0.0
+        side = self.grid
+        of_grid: dict[Grid, torch.Tensor] = {}
+        for grid in dict.fromkeys(grid for grid, _ in places):
+            columns, rows = max(grid[0], 1), max(grid[1], 1)
+            whole = self._positions(side * rows, side * columns, dtype)
+            assert isinstance(whole, torch.Tensor)
+            whole = whole.view(rows, side, columns, side, -1).transpose(1, 2)
+            of_grid[grid] = whole.flatten(2, 3).flatten(0, 1)  # [tiles of the canvas, patches, ...]
+        return torch.stack([of_grid[grid][number] for grid, number in places])
 
     def _positions(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor | float:
         """[rows * columns, hidden], what is added to the rows of a grid; 0 without positions."""

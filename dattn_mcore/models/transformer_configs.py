@@ -71,7 +71,7 @@ def _recompute(runtime: Runtime) -> dict[str, Any]:
 
 
 def llm_transformer_config(
-    model: ModelConfig, runtime: Runtime, *, tp_size: int, pp_size: int
+    model: ModelConfig, runtime: Runtime, *, tp_size: int, pp_size: int, cp_size: int = 1
 ) -> TransformerConfig:
     """The language model; its pipeline settings also drive the schedule.
 
@@ -80,6 +80,7 @@ def llm_transformer_config(
         runtime: how it is computed.
         tp_size: ranks of the tensor parallel group.
         pp_size: pipeline stages.
+        cp_size: ranks of the context parallel group.
     """
     llm, features = model.llm, text_features(model)
     interleaved = runtime.chunks_per_stage > 1
@@ -101,6 +102,7 @@ def llm_transformer_config(
         qk_layernorm=bool(features.qk_norm),
         sequence_parallel=runtime.sequence_parallel,
         pipeline_model_parallel_size=pp_size,
+        context_parallel_size=cp_size,
         virtual_pipeline_model_parallel_size=runtime.chunks_per_stage if interleaved else None,
         num_layers_in_first_pipeline_stage=runtime.first_stage_layers,
         tp_comm_overlap=runtime.tp_comm_overlap,

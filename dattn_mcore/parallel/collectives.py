@@ -27,11 +27,9 @@ _NAMES = {
     "_reduce_scatter_base_": "reduce_scatter",
     "reduce_scatter_": "reduce_scatter",
     "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
     "broadcast_": "broadcast",
     "recv_": "receive",
-    "recv_any_source_": "receive",
-    "alltoall_base_": "all_to_all",
-    "alltoall_": "all_to_all",
 }
 # Groups of Megatron-Core's by their fields there; others are named by what they are of.
 _GROUPS = {"embd": "embedding", "pos_embd": "position embedding"}
@@ -46,11 +44,10 @@ class Collective:
         operation: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, send, receive, ...
         group: tp, pp, dp, embedding, ...; world: all ranks.
         size: ranks of the group.
-        shape: of the tensor; of what is gathered or scattered, the whole one; of an all_to_all, the
-            one whose rows this rank gives away.
+        shape: of the tensor; of what is gathered or scattered, the whole one.
         dtype: name of it.
         nbytes: of that tensor.
-        kept: bytes of it that are for this rank itself (all_to_all).
+        kept: bytes of it that this rank sends to itself, where ranks get different shares.
     """
 
     operation: str
@@ -59,7 +56,7 @@ class Collective:
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
-    kept: int = 0
+    kept: int | None = None
 
     @property
     def sent(self) -> float:
@@ -70,11 +67,11 @@ class Collective:
         not for this rank; send B.
         """
         share = (self.size - 1) / self.size
-        if self.operation == "all_to_all":
-            return float(self.nbytes - self.kept)
         if self.operation == "all_reduce":
             return 2 * share * self.nbytes
-        if self.operation in ("all_gather", "reduce_scatter", "broadcast"):
+        if self.kept is not None:
+            return float(self.nbytes - self.kept)
+        if self.operation in ("all_gather", "reduce_scatter", "broadcast", "all_to_all"):
             return share * self.nbytes
         return float(self.nbytes) if self.operation == "send" else 0.0
 
@@ -133,47 +130,26 @@ def records(func: Any, args: tuple[Any, ...], names: Mapping[str, str]) -> list[
     given = [tensors for tensors in found if tensors]
     if not given:
         return []
-    if operation == "all_to_all":
-        return _all_to_all(args, group, names)
     # The first is written, the second read; the larger one is the whole.
     whole = max(given, key=lambda tensors: sum(tensor.nbytes for tensor in tensors))
-    return [_record(operation, group, names, tensor) for tensor in whole]
-
-
-def _record(
-    operation: str,
-    group: dist.ProcessGroup,
-    names: Mapping[str, str],
-    tensor: torch.Tensor,
-    kept: int = 0,
-) -> Collective:
-    size = group.size()
-    return Collective(
-        operation=operation,
-        group=names.get(group.group_name, f"{size} ranks"),
-        size=size,
-        shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        nbytes=tensor.nbytes,
-        kept=kept,
-    )
-
-
-def _all_to_all(
-    args: tuple[Any, ...], group: dist.ProcessGroup, names: Mapping[str, str]
-) -> list[Collective]:
-    """Records of what is given away: of one tensor, cut by rows, or of a tensor for each rank."""
-    given = args[1]
-    if not isinstance(given, torch.Tensor):
-        return [
-            _record("all_to_all", group, names, tensor, tensor.nbytes * (place == group.rank()))
-            for place, tensor in enumerate(given)
-        ]
-    rows = args[4]  # for each rank; none: as many for each
-    kept = given.nbytes // group.size()
-    if rows:
-        kept = given.nbytes // max(given.shape[0], 1) * rows[group.rank()]
-    return [_record("all_to_all", group, names, given, kept)]
+    size, kept = group.size(), None
+    if operation == "all_to_all":  # what is sent counts, and there may be less of it
+        (whole,) = given[1:2]
+        splits = args[4]
+        if splits:
+            kept = splits[group.rank()] * (whole[0].nbytes // max(1, len(whole[0])))
+    return [
+        Collective(
+            operation=operation,
+            group=names.get(group.group_name, f"{size} ranks"),
+            size=size,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            nbytes=tensor.nbytes,
+            kept=kept,
+        )
+        for tensor in whole
+    ]
 
 
 def _as_group(argument: Any) -> dist.ProcessGroup | None:

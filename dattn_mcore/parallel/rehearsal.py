@@ -182,7 +182,9 @@ def _exchange(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def empty(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
             return tensor  # what other ranks would send is what this one sends
-        return torch.empty(0, dtype=tensor.dtype, device="cpu")
+        # Rows are counted where each rank gets a number of them.
+        rows = tensor.shape[:1] if func is _c10d.alltoall_base_.default else ()
+        return torch.empty(*rows, 0, dtype=tensor.dtype, device="cpu")
 
     result = func(*tree_map_only(torch.Tensor, empty, args), **kwargs)
     if func is _c10d.allreduce_.default:  # a sum over others, of whom nothing is known

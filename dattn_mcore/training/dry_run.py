@@ -6,7 +6,12 @@ import math
 from dataclasses import replace
 
 from dattn_mcore.architectures.adapters import adapter_table
-from dattn_mcore.config.checks import data_parallel_size, processes_per_replica
+from dattn_mcore.config.checks import (
+    data_parallel_size,
+    processes_per_replica,
+    shards_of,
+    sizes_of_replica,
+)
 from dattn_mcore.config.load import to_yaml
 from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schedule import schedule_of
@@ -38,7 +43,7 @@ def describe(config: Config, world_size: int) -> str:
     rows = vision.rows_per_tile
     lines = [
         to_yaml(config),
-        f"layout: {world} processes = tp {parallel.tp} x pp {parallel.pp} x dp {dp}"
+        f"layout: {world} processes = {sizes_of_replica(config)} x dp {dp}"
         + (f", {parallel.vpp} chunks per stage" if parallel.vpp > 1 else "")
         + (", sequence parallel" if parallel.sp else ""),
         "",
@@ -48,7 +53,7 @@ def describe(config: Config, world_size: int) -> str:
         total, trained, holds = stage_summary(config, stage)
         lines.append(f"{stage:>5}  {total:>20,}  {trained:>14,}  {holds}")
     lines += ["", *learning_lines(config), *_schedule_lines(config)]
-    shards = parallel.tp if parallel.sp else 1
+    shards = shards_of(config).ranks
     most = config.data.max_tiles
     tiles = "1" if most == 1 else f"up to {most}"
     text, visual = config.data.text_budget, config.data.visual_budget

@@ -11,8 +11,10 @@ from megatron.core.utils import get_pg_rank, get_pg_src_rank
 from dattn_mcore.config.checks import row_multiple
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
-from dattn_mcore.layers.layout import build_seq_params, padded_rows, round_up
+from dattn_mcore.layers.context import own_text_rows, share_of
+from dattn_mcore.layers.layout import build_seq_params, padded_rows, round_up, to_device
 from dattn_mcore.models.dattn import ModelInputs
+from dattn_mcore.models.tile_share import TileShare, share_tiles
 from dattn_mcore.types import IGNORED_LABEL
 
 
@@ -72,52 +74,91 @@ def to_model_inputs(
         device: where the tensors go.
         at_least: visual and text rows to pad up to.
     """
+    context = pg_collection.cp
     params = build_seq_params(
         micro_batch.layouts,
         t2v_position=config.attention.t2v_position,
         multiple=row_multiple(config),
         at_least=at_least,
-        device=device,
         images_of=micro_batch.images_of,
     )
-    padding = (0, params.num_text - micro_batch.text_ids.shape[0])
+    rows = torch.arange(params.num_text)
+    share = None
+    if context.size() > 1:
+        rank = get_pg_rank(context)
+        share = share_tiles(
+            num_tiles=micro_batch.num_tiles,
+            image_grids=micro_batch.image_grids,
+            side=config.model.vision.grid_size,
+            num_visual=params.num_visual,
+            rank=rank,
+            ranks=context.size(),
+        )
+        params = share_of(params, rank, context.size())
+        assert params.context is not None
+        rows = own_text_rows(params.context, rank)
+    padding = (0, (params.context or params).num_text - micro_batch.text_ids.shape[0])
+    text_ids = F.pad(micro_batch.text_ids, padding)[rows]
+    labels = F.pad(micro_batch.labels, padding, value=IGNORED_LABEL)[rows]
     tiles = None
     if get_pg_rank(pg_collection.pp) == 0 and micro_batch.num_tiles:
-        size = config.model.vision.image_size
-        tiles = micro_batch.tiles
-        if tiles is None:
-            tiles = torch.empty((micro_batch.num_tiles, 3, size, size), dtype=torch.uint8)
-        tiles = tiles.to(device, non_blocking=True)
-        if pg_collection.tp.size() > 1:
-            source = get_pg_src_rank(pg_collection.tp)
-            dist.broadcast(tiles, src=source, group=pg_collection.tp)
+        tiles = _shared_tiles(micro_batch, share, config, pg_collection, device)
     groups = weights = None
     if micro_batch.weights:
-        weights = _of_labels(micro_batch, torch.tensor(micro_batch.weights)).to(
-            device, non_blocking=True
-        )
+        weights = _of_labels(micro_batch, torch.tensor(micro_batch.weights), rows, labels)
+        weights = weights.to(device, non_blocking=True)
     if micro_batch.groups:
-        groups = _of_labels(micro_batch, torch.tensor(micro_batch.groups)).to(
-            device, non_blocking=True
-        )
+        groups = _of_labels(micro_batch, torch.tensor(micro_batch.groups), rows, labels)
+        groups = groups.to(device, non_blocking=True)
     elif micro_batch.num_groups:
         groups = torch.empty(0, dtype=torch.int64, device=device)
     return ModelInputs(
-        params=params,
-        text_ids=F.pad(micro_batch.text_ids, padding).to(device, non_blocking=True),
-        labels=F.pad(micro_batch.labels, padding, value=IGNORED_LABEL).to(
-            device, non_blocking=True
-        ),
+        params=to_device(params, device),
+        text_ids=text_ids.to(device, non_blocking=True),
+        labels=labels.to(device, non_blocking=True),
         tiles=tiles,
         image_grids=micro_batch.image_grids,
         groups=groups,
         num_groups=micro_batch.num_groups,
         weights=weights,
+        tile_share=None if share is None else share.to(device),
     )
 
 
-def _of_labels(micro_batch: MicroBatch, values: torch.Tensor) -> torch.Tensor:
-    """A value of each sample [samples], for each row with a label [labelled rows]."""
-    rows = [sum(rows for visual, rows in layout if not visual) for layout in micro_batch.layouts]
-    of_rows = torch.repeat_interleave(values, torch.tensor(rows))
-    return of_rows[micro_batch.labels != IGNORED_LABEL]
+def _shared_tiles(
+    micro_batch: MicroBatch,
+    share: TileShare | None,
+    config: Config,
+    pg_collection: ProcessGroupCollection,
+    device: torch.device,
+) -> torch.Tensor:
+    """uint8 tiles of this rank, from the first tensor parallel rank, which has decoded them."""
+    size = config.model.vision.image_size
+    own = range(micro_batch.num_tiles) if share is None else share.tiles
+    tiles = micro_batch.tiles
+    if tiles is None:
+        tiles = torch.empty((len(own), 3, size, size), dtype=torch.uint8)
+    else:
+        tiles = tiles[own.start : own.stop]
+    tiles = tiles.to(device, non_blocking=True)
+    if pg_collection.tp.size() > 1 and len(own):
+        source = get_pg_src_rank(pg_collection.tp)
+        dist.broadcast(tiles, src=source, group=pg_collection.tp)
+    return tiles
+
+
+def _of_labels(
+    micro_batch: MicroBatch, values: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """A value of each sample [samples], for each row with a label [labelled rows].
+
+    Args:
+        micro_batch: the pack.
+        values: see above.
+        rows: int64, text rows of the padded pack that are wanted.
+        labels: of these.
+    """
+    lengths = [sum(rows for visual, rows in layout if not visual) for layout in micro_batch.layouts]
+    of_rows = torch.repeat_interleave(values, torch.tensor(lengths))
+    labelled = labels != IGNORED_LABEL
+    return of_rows[rows[labelled]]

@@ -23,6 +23,7 @@ from megatron.core.utils import get_pg_rank
 from dattn_mcore.config.checks import data_parallel_size
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
+from dattn_mcore.layers.layout import to_device
 from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.parallel import groups
 from dattn_mcore.parallel.collectives import Collective, group_names
@@ -229,15 +230,15 @@ def _layout(config: Config) -> Iterator[ProcessGroupCollection]:
 
 def _on_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
     """Without memory, but for labels: how many there are sets shapes."""
-    params = dataclasses.replace(
-        inputs.params,
-        reading_order=inputs.params.reading_order.to(device),
-        text_positions=inputs.params.text_positions.to(device),
-        visual_positions=inputs.params.visual_positions.to(device),
-    )
+    params = to_device(inputs.params, device)
     tiles = None if inputs.tiles is None else inputs.tiles.to(device)
+    share = None if inputs.tile_share is None else inputs.tile_share.to(device)
     return dataclasses.replace(
-        inputs, params=params, text_ids=inputs.text_ids.to(device), tiles=tiles
+        inputs,
+        params=params,
+        text_ids=inputs.text_ids.to(device),
+        tiles=tiles,
+        tile_share=share,
     )
 
 

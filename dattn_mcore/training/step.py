@@ -108,6 +108,8 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     reports = run_schedule(model, micro_batches, pg_collection, forward_only=False)
+    if get_pg_rank(pg_collection.cp):
+        model_flops = 0.0  # the first rank speaks for the whole pack
     sums, flops = sum_reports(reports, micro_batches[0], model_flops)
     supervised = int(sums[0, 1])
     by_group = sums[1:].cpu() if len(sums) > 1 else None
@@ -144,9 +146,11 @@ def run_schedule(
     Returns:
         For each micro-batch float64 [1 + groups, 3]: weighted sum of losses, count and sum of
         weights of supervised tokens, of all its rows and of those of each group. Empty but on the
-        first tensor rank of the last stage, so that a sum over ranks counts each once.
+        first tensor rank of the last stage, so that a sum over ranks counts each once; context
+        parallel ranks have rows of their own.
     """
     begun = [Begun(micro_batches) for _ in model]
+    params = micro_batches[0].params
     iterators: Any = begun
     single = len(model) == 1
     try:
@@ -155,8 +159,9 @@ def run_schedule(
             data_iterator=iterators[0] if single else iterators,
             model=model[0] if single else model,
             num_microbatches=len(micro_batches),
-            # Of the tensor between stages; the micro-batches of a step have one shape.
-            seq_length=micro_batches[0].params.num_visual + micro_batches[0].params.num_text,
+            # Of the tensor between stages; the micro-batches of a step have one shape. These are
+            # rows of one context parallel rank, by whose number Megatron-Core divides.
+            seq_length=(params.num_visual + params.num_text) * pg_collection.cp.size(),
             micro_batch_size=1,
             forward_only=forward_only,
         )

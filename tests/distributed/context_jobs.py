@@ -55,7 +55,6 @@ def divided_attention(*, backend, layouts, images_of, options, stretched, tensor
         t2v_position=options.t2v_position,
         multiple=multiple,
         images_of=images_of,
-        context=ranks,
     )
     params = share_of(whole, rank, ranks)
     text = own_text_rows(params.context, rank)

@@ -27,7 +27,6 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/testing.md"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 # Settings of the sections that make layouts and features, which no case sets, and why.
 ELSEWHERE = {
-    "parallel.cp": "only 1 is implemented",
     "parallel.tp_comm_overlap": "needs Transformer Engine and a GPU",
     "parallel.timeout_minutes": "no result depends on it; `test_health` lets ranks hang",
     "train.stage": "names a run",

@@ -7,6 +7,7 @@ covers which feature in which layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -52,6 +53,7 @@ LAYOUT: dict[str, dict[str, Settings]] = {
         "pp2-vpp2": _parallel(pp=2, vpp=2),
         "pp2-uneven": _parallel(pp=2, first_stage_layers=1),
     },
+    "context": {"cp1": {}, "cp2": _parallel(cp=2), "cp4": _parallel(cp=4)},
     "data": {"dp1": {}, "dp2": {}},
 }
 # What one process without any of it must give as well: the settings below change the result.
@@ -130,6 +132,7 @@ PLAIN = {
 }
 
 REFUSED = "refused: the settings cannot go together"
+MORE_PROCESSES = "more processes than these machines carry; two context ranks meet it"
 POINTLESS = "one replica has no other to exchange with"
 
 
@@ -139,7 +142,12 @@ def _excluded() -> dict[Pair, str]:
     for overlap in ("overlap-gradients", "overlap-both"):
         reasons[_pair(("overlap", overlap), ("visual chunks", "visual-chunks"))] = REFUSED
         reasons[_pair(("overlap", overlap), ("data", "dp1"))] = POINTLESS
+        reasons[_pair(("overlap", overlap), ("context", "cp4"))] = MORE_PROCESSES
     reasons[_pair(("v2v", "v2v-causal"), ("visual chunks", "visual-chunks"))] = REFUSED
+    for context in ("cp2", "cp4"):
+        reasons[_pair(("v2v", "v2v-causal"), ("context", context))] = REFUSED
+    reasons[_pair(("context", "cp4"), ("data", "dp2"))] = MORE_PROCESSES
+    reasons[_pair(("context", "cp4"), ("pipeline", "pp2-vpp2"))] = MORE_PROCESSES
     return reasons
 
 
@@ -184,7 +192,7 @@ def case_id(case: dict[str, str]) -> str:
 
 def processes(case: dict[str, str]) -> int:
     """Ranks that a case needs."""
-    return 2 ** sum(case[name] != USUAL[name] for name in LAYOUT)
+    return math.prod(int(case[name][2]) for name in LAYOUT)  # "tp2-sp" is of two
 
 
 def settings_of(case: dict[str, str]) -> Settings:

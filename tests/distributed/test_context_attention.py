@@ -48,7 +48,6 @@ def check(
         t2v_position=options.t2v_position,
         multiple=multiple,
         images_of=images_of,
-        context=ranks,
     )
     inputs = make_inputs(params)
     expected, _ = oracle(inputs, layouts, params, options, stretched)
@@ -108,6 +107,10 @@ def test_flash_attn_equals_the_oracle(pool, mode, softcap):
 def test_windows_equal_the_oracle(pool, backend, window):
     atol = 1e-5 if backend == "flash" else 1e-11
     check(pool, ranks=2, backend=backend, layouts=LONG, window=window, atol=atol)
+
+
+def test_windows_over_positions_of_all_rows_equal_the_oracle(pool):
+    check(pool, ranks=2, backend="reference", mode=ON_ONE_AXIS, layouts=LONG, window=6)
 
 
 def test_soft_caps_equal_the_oracle(pool):

@@ -59,14 +59,17 @@ class InChunks:
 
     Attributes:
         chunks: see `CausalChunk`.
-        window: as in `Causal`; all rows of a sample count one position after the other.
+        window: as in `Causal`.
     """
 
     chunks: tuple[CausalChunk, ...]
     window: int | None
 
     def blocks(self) -> tuple[Block, ...]:
-        """The same, as what each row sees; a block's "visual" rows are the keys."""
+        """The same, as what each row sees; a block's "visual" rows are the keys.
+
+        Rows of a sample are taken to be a position apart (see `window_skips_positions`).
+        """
         rows = [
             (chunk.q_start + row, chunk.k_start, chunk.k_stop - chunk.rows + row + 1)
             for chunk in self.chunks
@@ -154,13 +157,12 @@ def divided_key_sets(context: ContextRows, options: AttentionOptions) -> tuple[K
     text keys.
 
     Raises:
-        ValueError: the mode lets visual rows see each other, or bounds how far text sees them.
+        ValueError: the mode lets visual rows see each other.
     """
     if options.v2v != "diagonal":
         raise ValueError(f"with v2v={options.v2v} visual rows cannot be divided: they see others")
-    if options.window_skips_positions:
-        raise ValueError("a sliding window over text and visual positions cannot be divided")
-    over_visual = KeySet("visual", not options.debiased, InBlocks(context.blocks, None))
+    seen = InBlocks(context.blocks, None if options.debiased else options.window)
+    over_visual = KeySet("visual", not options.debiased, seen)
     return over_visual, KeySet("text", True, InChunks(context.chunks, options.window))
 
 

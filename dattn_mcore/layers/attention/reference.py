@@ -57,9 +57,15 @@ class ReferenceBackend:
         device: torch.device,
     ) -> ReferencePart:
         """See `Backend`."""
-        sees = key_set.sees
-        assert not isinstance(sees, Causal)
-        return ReferencePart(sees.blocks() if isinstance(sees, InChunks) else sees.blocks, options)
+        sees, context = key_set.sees, params.context
+        assert not isinstance(sees, Causal) and context is not None
+        asking, answering = context.text_positions, params.visual_positions
+        if isinstance(sees, InChunks):
+            asking, answering = params.text_positions, context.text_positions
+            seen = InChunks(sees.chunks, None).blocks()
+        else:
+            seen = sees.blocks
+        return ReferencePart(seen, sees.window, asking, answering, options)
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,17 @@ class ReferencePart:
     """See `Part`: scores as a matrix, and the gradient of a softmax as in the text books.
 
     Attributes:
-        blocks: what each row sees of the keys.
+        blocks: what each row sees of the keys, but for the window.
+        window: keys that are this many positions or more before the query are not seen; None: all
+            are.
+        asking, answering: int64, positions of the rows and of the keys.
         options: what the layer computes.
     """
 
     blocks: tuple[Block, ...]
+    window: int | None
+    asking: torch.Tensor
+    answering: torch.Tensor
     options: AttentionOptions
 
     def forward(
@@ -121,7 +133,9 @@ class ReferencePart:
         for block in self.blocks:
             rows = slice(block.text_start, block.text_stop)
             visible[rows, block.visual_start : block.visual_stop] = True
-        return visible
+        if self.window is None:
+            return visible
+        return visible & (self.asking[:, None] - self.answering[None, :] < self.window)
 
 
 BACKEND = ReferenceBackend()

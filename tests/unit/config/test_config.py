@@ -115,7 +115,6 @@ def test_frozen():
         ("parallel.pp=3", r"num_layers=4 must be a multiple of pp \(3\) x vpp \(1\)"),
         ("parallel.vpp=2", "needs --pp of at least 2"),
         ("parallel.sp=true", "needs --tp of at least 2"),
-        ("parallel.cp=2", "only cp 1 is implemented"),
         ("parallel.tp=0", "parallel.tp=0 must be greater than 0"),
         ("model.llm.num_attention_heads=6", "must be a multiple of model.llm.num_query_groups=4"),
         ("model.llm.head_dim=7", "must be even"),

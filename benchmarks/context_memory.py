@@ -1,0 +1,195 @@
+"""Peak memory and tower time of a rank's training step over context parallel ranks.
+
+    python -m benchmarks.context_memory
+    python -m benchmarks.context_memory --write-docs         # and docs/context-parallel.md's table
+
+One pack of `--visual` rows before `--text` rows, shared by 1, 2, 4 processes of this machine's CPU,
+in turn. Counted is what tensors take at the worst moment of forward, backward and optimizer, beyond
+weights, gradient buffers and optimizer state, on the rank that takes most; and the processor
+seconds of the vision tower there, in a step of its own. Exit status 1: with the most ranks, peak or
+seconds of a rank are above `--at-most` of those of one process, times 4 / ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from dattn_mcore.parallel import entry
+
+entry.prepare_imports("cpu")
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.measure import peak_bytes
+from benchmarks.results import (
+    ROOT,
+    add_arguments,
+    hand_over,
+    markdown_table,
+    provenance,
+    write_section,
+)
+from benchmarks.steps import sized_config, trained_by
+from dattn_mcore.config.schema import Config
+from dattn_mcore.data.batch import MicroBatch
+from dattn_mcore.parallel import platform
+from dattn_mcore.parallel.groups import initialize_model_parallel
+from dattn_mcore.training.inputs import to_model_inputs
+from dattn_mcore.types import IGNORED_LABEL
+
+MEMORY, SECONDS = 0.3, 0.35  # shares of one process that four ranks may take
+
+
+def pack(config: Config, visual: int, text: int) -> MicroBatch:
+    """One sample: images of a tile each, then text, whose second half is supervised."""
+    generator = torch.Generator().manual_seed(0)
+    size, per_tile = config.model.vision.image_size, config.model.vision.rows_per_tile
+    if visual % per_tile:
+        raise SystemExit(f"--visual {visual}: must be a multiple of a tile's {per_tile} rows")
+    tiles = visual // per_tile
+    ids = torch.randint(1000, config.model.llm.vocab_size, (text,), generator=generator)
+    labels = ids.clone()
+    labels[: text // 2] = IGNORED_LABEL
+    return MicroBatch(
+        layouts=(((True, visual), (False, text)),),
+        text_ids=ids,
+        labels=labels,
+        num_tiles=tiles,
+        tiles=torch.randint(0, 256, (tiles, 3, size, size), dtype=torch.uint8, generator=generator),
+        sample_ids=("0",),
+        num_samples=1,
+    )
+
+
+def run_rank(rank: int, ranks: int, store: str, args: argparse.Namespace, results: Any) -> None:
+    """Peak bytes and tower seconds of a rank, put into `results`."""
+    torch.set_num_threads(1)
+    platform.install("cpu")
+    dist.init_process_group(
+        platform.backend("cpu"), store=dist.FileStore(store, ranks), rank=rank, world_size=ranks
+    )
+    config = sized_config(
+        args.size,
+        "cpu",
+        args.layers,
+        parallel={"cp": ranks},
+        model={"vision": {"image_size": args.image_size}},
+    )
+    groups = initialize_model_parallel(seed=1, cp=ranks)
+    device = torch.device("cpu")
+    inputs = to_model_inputs(pack(config, args.visual, args.text), config, groups, device)
+    seconds = {"tower": 0.0}
+    step = trained_by(config, groups, device, lambda model: _timed(model.vision, seconds))(inputs)
+    step()  # the optimizer's state exists from here on
+    seconds["tower"] = 0.0
+    step()
+    tower = seconds["tower"]
+    peak = peak_bytes(step, device)
+    results.put((rank, peak, tower, inputs.params.num_visual))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _timed(module: torch.nn.Module, seconds: dict[str, float]) -> None:
+    """Adds a module's processor seconds, forward, to `seconds`."""
+
+    def before(*_: Any) -> None:
+        seconds["tower"] -= time.process_time()
+
+    def after(*_: Any) -> None:
+        seconds["tower"] += time.process_time()
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+def measure(ranks: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The worst rank of a group."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        workers = [
+            context.Process(
+                target=run_rank, args=(rank, ranks, str(Path(folder) / "store"), args, results)
+            )
+            for rank in range(ranks)
+        ]
+        for worker in workers:
+            worker.start()
+        found = [results.get(timeout=args.timeout) for _ in workers]
+        for worker in workers:
+            worker.join()
+    return {
+        "ranks": ranks,
+        "peak": max(peak for _, peak, _, _ in found),
+        "tower": max(tower for _, _, tower, _ in found),
+        "visual": found[0][3],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures and hands over; see the file's docstring."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--size", choices=("tiny", "small"), default="tiny")
+    parser.add_argument("--layers", type=int, default=2, help="of the language model")
+    parser.add_argument("--image-size", type=int, default=448)
+    parser.add_argument("--text", type=int, default=512)
+    parser.add_argument("--visual", type=int, default=65_536)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds of a group")
+    parser.add_argument("--write-docs", action="store_true", help="docs/context-parallel.md too")
+    args = parser.parse_args(arguments)
+    rows = []
+    for ranks in args.ranks:
+        rows.append(measure(ranks, args))
+        print(f"cp {ranks}: {rows[-1]}", flush=True)
+    one, most = rows[0], rows[-1]
+    table = markdown_table(
+        ("cp", "visual rows of a rank", "peak of a rank, MiB", "of cp 1", "tower, s", "of cp 1"),
+        (
+            (
+                row["ranks"],
+                f"{row['visual']:,}",
+                f"{row['peak'] / 2**20:,.0f}",
+                f"{row['peak'] / one['peak']:.2f}",
+                f"{row['tower']:.2f}",
+                f"{row['tower'] / one['tower']:.2f}",
+            )
+            for row in rows
+        ),
+    )
+
+    def draw(axes: Any) -> None:
+        ticks = [row["ranks"] for row in rows]
+        axes.plot(ticks, [row["peak"] / one["peak"] for row in rows], "o-", label="peak memory")
+        axes.plot(ticks, [row["tower"] / one["tower"] for row in rows], "s-", label="tower time")
+        axes.plot(ticks, [1 / ranks for ranks in ticks], ":", color="grey", label="1 / ranks")
+        axes.set(xlabel="context parallel ranks", ylabel="of one process", ylim=(0, 1.05))
+        axes.set_xticks(ticks)
+        axes.set_title(f"a rank's step, V = {args.visual:,}, T = {args.text}")
+        axes.legend()
+
+    hand_over("context-memory", args, table, rows, draw)
+    if args.write_docs:
+        command = "python -m benchmarks.context_memory " + shlex.join(arguments or sys.argv[1:])
+        write_section(
+            ROOT / "docs" / "context-parallel.md",
+            "context-memory",
+            f"{table}\n`{command.strip()}`: {provenance('cpu')}.\n",
+        )
+    scale = 4 / most["ranks"]
+    too_much = most["peak"] > MEMORY * scale * one["peak"]
+    return int(too_much or most["tower"] > SECONDS * scale * one["tower"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
