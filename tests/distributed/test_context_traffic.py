@@ -103,7 +103,9 @@ def test_a_count_that_is_not_the_closed_form_is_said():
         "ring_formula": ring_bytes(shape, 2),
     }
     assert problems(row, LAYERS) == []
-    for wrong in ({"forward": forward + 1}, {"written": 0}, {"written": 2 * right["written"]}):
+    written = right["written"]
+    miscounted = {"forward": forward + 1, "written": written + 1}
+    for wrong in (miscounted, {"written": 0}, {"written": 2 * written}):
         (line,) = problems({**row, "attention": [right, {**right, **wrong}]}, LAYERS)
         assert line.startswith("attention, rank 1: ")
     (line,) = problems({**row, "step": [{"attention": 7}]}, LAYERS)
