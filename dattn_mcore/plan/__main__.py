@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dattn_mcore.config.checks import check_config, processes_per_replica
+from dattn_mcore.config.checks import check_config, processes_per_replica, sizes_of_replica
 from dattn_mcore.config.load import load_config
 from dattn_mcore.config.schema import Config
 from dattn_mcore.config.sharing import why_apart
@@ -28,7 +28,7 @@ from dattn_mcore.plan.warnings import warnings_of
 from dattn_mcore.plan.workload import DataSize, Sample, full_budget_sample
 
 PROGRAM = "python -m dattn_mcore.plan"
-LAYOUT_FLAGS = ("tp", "pp", "vpp")
+LAYOUT_FLAGS = ("tp", "cp", "pp", "vpp")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
@@ -45,15 +45,16 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Memory, operations, communication and time of a run, from its configuration.",
-        epilog="With --tp, --pp or a parallel.* setting only that layout is planned; without, the "
-        "configuration's own is followed by a ranking of all. Any setting can follow as "
-        "section.key=value.",
+        epilog="With --tp, --cp, --pp or a parallel.* setting only that layout is planned; "
+        "without, the configuration's own is followed by a ranking of all. Any setting can follow "
+        "as section.key=value.",
     )
     parser.add_argument("--config", help="YAML file (default: the embedded digits task)")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8)
     parser.add_argument("--gpu", choices=[*GPUS, "all"], default="all")
     parser.add_argument("--tp", type=int, help="tensor parallel size")
+    parser.add_argument("--cp", type=int, help="context parallel size")
     parser.add_argument("--pp", type=int, help="pipeline parallel size")
     parser.add_argument("--vpp", type=int, help="model chunks per pipeline stage")
     parser.add_argument("--samples", type=int, help="of the data set (default: counted)")
@@ -96,8 +97,8 @@ def _run(chosen: argparse.Namespace) -> None:
     if cluster.world_size % replica:
         raise ConfigError(
             f"--nodes {chosen.nodes} x --gpus-per-node {chosen.gpus_per_node} are "
-            f"{cluster.world_size} GPUs, and one model takes {replica} (tp {config.parallel.tp} x "
-            f"pp {config.parallel.pp}): choose a multiple of it, or another --tp or --pp"
+            f"{cluster.world_size} GPUs, and one model takes {replica} "
+            f"({sizes_of_replica(config)}): choose a multiple of it, or another --tp or --pp"
         )
     sample, assumed = _sample(config, chosen)
     data = DataSize(chosen.samples) if chosen.samples is not None else data_size(config)

@@ -10,9 +10,14 @@ import dataclasses
 from dataclasses import dataclass
 
 from dattn_mcore.architectures import tower_features
-from dattn_mcore.architectures.parameters import part_of
 from dattn_mcore.config.schema import Config
-from dattn_mcore.plan.backward import decoder_gradients, learning_outside, tower_gradients
+from dattn_mcore.plan.backward import (
+    decoder_gradients,
+    learning_outside,
+    learns_before_layers,
+    tower_gradients,
+)
+from dattn_mcore.plan.context import gathered_bytes_at_work
 from dattn_mcore.plan.flops import recomputed_layers
 from dattn_mcore.plan.hardware import LIBRARY_BYTES
 from dattn_mcore.plan.layer_activations import layer_bytes
@@ -58,21 +63,24 @@ def attention_bytes(config: Config, pack: Rows) -> float:
 
     Args:
         config: a checked configuration.
-        pack: rows of the micro-batch.
+        pack: rows of the micro-batch, of this context parallel rank.
     """
     llm, tp = config.model.llm, config.parallel.tp
     e = 2 if config.train.precision == "bf16" else 4
     query = llm.num_attention_heads * llm.head_dim / tp
     keys_values = 2 * llm.groups_per_rank(tp) * llm.head_dim
     asking = pack.text + (pack.visual if config.attention.v2v == "causal" else 0)
+    gathered = gathered_bytes_at_work(config, pack)
+    if config.parallel.cp > 1 and config.attention.v2v == "diagonal":
+        asking *= config.parallel.cp  # the queries of all ranks
     if config.attention.backend == "triton":
-        return e * keys_values * pack.visual + (8 + 3 * e) * query * asking
+        return gathered + e * keys_values * pack.visual + (8 + 3 * e) * query * asking
     # Sums; of a pass the keys, values and their gradients, and one of the sums' rows.
     visual = 4 + e + 1
     # Gradients of outputs and queries, the sum; of a pass queries, outputs and gradients, and the
     # sum's rows.
     text = 2 * e + 4 + 2 * e + 2
-    return visual * keys_values * pack.visual + text * query * asking
+    return gathered + visual * keys_values * pack.visual + text * query * asking
 
 
 def stage_bytes(config: Config, layers: list[int], pack: Rows, fp8: bool) -> tuple[float, float]:
@@ -137,13 +145,7 @@ def _tower_bytes(config: Config, pack: Rows) -> tuple[float, float]:
         kept += e * 3 * vision.image_size**2 * pack.tiles  # pixels
     # The projector's input, what its activation reads and gives, and the input of its two norms.
     projector = e * v + 2 * e * config.model.projector.ffn_hidden_size / tp + 8 * llm.hidden_size
-    return kept + rows * projector * _learns_before_layers(config), layer
-
-
-def _learns_before_layers(config: Config) -> bool:
-    """Whether the projector or the tower learns, so that the projector's tensors are kept."""
-    outside = learning_outside(config)
-    return outside.features or any(part_of(key) == "projector" for key in outside.keys)
+    return kept + rows * projector * learns_before_layers(config), layer
 
 
 def working_memory(
@@ -154,7 +156,7 @@ def working_memory(
     Args:
         config: a checked configuration.
         stage: pipeline stage.
-        pack: rows of an average micro-batch.
+        pack: rows of an average micro-batch, of this context parallel rank (`context.rank_rows`).
         num_microbatches: of a replica.
         fp8: linears in FP8.
     """
@@ -186,9 +188,10 @@ def working_memory(
         buffers += 2 * 3 * config.model.vision.image_size**2 * pack.tiles
     if stage == config.parallel.pp - 1:
         at_once = min(pack.labelled, config.train.loss_chunk)
-        # Logits in both dtypes, while those of the chunk before are still there; with a soft-cap
-        # the gradient and the cap's slope beside them.
-        wide = 2 * (e + 4) if llm.final_softcap is None else e + 4 * 4
+        # Logits in both dtypes, while those of the chunk before, if there is one, are still there;
+        # with a soft-cap the gradient and the cap's slope beside them.
+        chunks = 1 if pack.labelled <= config.train.loss_chunk else 2
+        wide = chunks * (e + 4) if llm.final_softcap is None else e + 4 * 4
         logits = at_once * llm.padded_vocab_size / tp * wide
     linears = llm.hidden_size * (
         2 * llm.num_attention_heads * llm.head_dim

@@ -118,6 +118,12 @@ def learning_outside(config: Config) -> Outside:
     )
 
 
+def learns_before_layers(config: Config) -> bool:
+    """Whether the projector or the tower learns: what leaves the projector needs a gradient."""
+    outside = learning_outside(config)
+    return outside.features or any(part_of(key) == "projector" for key in outside.keys)
+
+
 def _chunks(config: Config) -> dict[int, list[int]]:
     """Layers of each model chunk, by the first of them."""
     chunks = [c for stage in range(config.parallel.pp) for c in layers_of_stage(config, stage)]

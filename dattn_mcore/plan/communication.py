@@ -9,12 +9,12 @@ from dattn_mcore.architectures.decoder import EMBEDDING
 from dattn_mcore.config.optim_groups import learns
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.backward import DECODER, FC1, FIRST, decoder_gradients, tower_gradients
+from dattn_mcore.plan.context import context_bytes, dealt_bytes
 from dattn_mcore.plan.flops import recomputed_layers, visual_ends
 from dattn_mcore.plan.hardware import Cluster
 from dattn_mcore.plan.parameters import layers_of_stage
 from dattn_mcore.plan.rows import Rows
 from dattn_mcore.plan.state_memory import StateMemory
-from dattn_mcore.plan.workload import Step
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Exchange:
     """What a rank sends in a step within one group.
 
     Attributes:
-        group: tensor, pipeline or data.
+        group: tensor, context, tiles (visual rows before the first layer), pipeline or data.
         size: ranks of the group.
         bytes: a rank sends.
         seconds: they take at the group's bandwidth, before any overlap.
@@ -59,7 +59,7 @@ def tensor_bytes(config: Config, stage: int, pack: Rows) -> float:
     Args:
         config: a checked configuration.
         stage: pipeline stage.
-        pack: rows of the micro-batch.
+        pack: rows of the micro-batch, of this context parallel rank.
     """
     tp = config.parallel.tp
     if tp == 1:
@@ -114,17 +114,23 @@ def _loss_bytes(config: Config, pack: Rows) -> float:
     return gathered + 2 * row * pack.labelled
 
 
-def data_bytes(config: Config, state: StateMemory, dp: int) -> float:
-    """Bytes of a reduce-scatter of float32 gradients and an all-gather of updated weights."""
+def data_bytes(config: Config, state: StateMemory, copies: int) -> float:
+    """Bytes of a reduce-scatter of float32 gradients and an all-gather of updated weights.
+
+    Args:
+        config: a checked configuration.
+        state: of a rank.
+        copies: ranks that hold the same weights: data times context parallel ones.
+    """
     trained_bytes = state.gradients // 4 * (2 if config.train.precision == "bf16" else 4)
-    return (state.gradients + trained_bytes) * (dp - 1) / dp
+    return (state.gradients + trained_bytes) * (copies - 1) / copies
 
 
-def data_exchange(config: Config, state: StateMemory, cluster: Cluster, dp: int) -> Exchange:
+def data_exchange(config: Config, state: StateMemory, cluster: Cluster, copies: int) -> Exchange:
     """`data_bytes`, and their time."""
-    moved = data_bytes(config, state, dp)
-    bandwidth = cluster.bandwidth(dp, config.parallel.tp)
-    return Exchange("data", dp, moved, moved / bandwidth)
+    moved = data_bytes(config, state, copies)
+    bandwidth = cluster.bandwidth(copies, config.parallel.tp)
+    return Exchange("data", copies, moved, moved / bandwidth)
 
 
 def pipeline_bytes(config: Config, stage: int, pack: Rows, num_microbatches: int) -> float:
@@ -139,18 +145,37 @@ def pipeline_bytes(config: Config, stage: int, pack: Rows, num_microbatches: int
 
 
 def pipeline_exchange(
-    config: Config, pack: Rows, num_microbatches: int, cluster: Cluster, dp: int
+    config: Config, pack: Rows, num_microbatches: int, cluster: Cluster, copies: int
 ) -> Exchange:
     """`pipeline_bytes` of the stage that sends most, and their time."""
     parallel = config.parallel
     moved = max(
         pipeline_bytes(config, stage, pack, num_microbatches) for stage in range(parallel.pp)
     )
-    return Exchange("pipeline", parallel.pp, moved, moved / cluster.bandwidth(2, parallel.tp * dp))
+    return Exchange(
+        "pipeline", parallel.pp, moved, moved / cluster.bandwidth(2, parallel.tp * copies)
+    )
 
 
-def tensor_exchange(config: Config, cluster: Cluster, step: Step) -> Exchange:
+def context_exchanges(
+    config: Config, own: Rows, pack: Rows, num_microbatches: int, cluster: Cluster
+) -> tuple[Exchange, Exchange]:
+    """`context_bytes` of the stage that sends most, and `dealt_bytes`; and their times."""
+    parallel = config.parallel
+    cp, stages = parallel.cp, range(parallel.pp)
+    moved = max(context_bytes(config, stage, own) for stage in stages) * num_microbatches
+    dealt = dealt_bytes(config, pack) * num_microbatches
+    speed = cluster.exchange_bandwidth(cp, parallel.tp)
+    return (
+        Exchange("context", cp, moved, moved / speed),
+        Exchange("tiles", cp, dealt, dealt / speed),
+    )
+
+
+def tensor_exchange(
+    config: Config, cluster: Cluster, pack: Rows, num_microbatches: int
+) -> Exchange:
     """`tensor_bytes` of the stage that sends most, and their time."""
     tp, stages = config.parallel.tp, range(config.parallel.pp)
-    moved = max(tensor_bytes(config, stage, step.pack) for stage in stages) * step.num_microbatches
+    moved = max(tensor_bytes(config, stage, pack) for stage in stages) * num_microbatches
     return Exchange("tensor", tp, moved, moved / cluster.bandwidth(tp, 1) if tp > 1 else 0.0)

@@ -2,7 +2,8 @@
 
 The model of a step: products at the rate large ones sustain in training, attention at published
 rates of flash-attention 3, elementwise kernels at the memory's bandwidth; the slowest stage sets
-the pace of the pipeline; communication that nothing hides is added.
+the pace of the pipeline; communication that nothing hides is added. Context parallel exchanges of
+D-Attn are counted in full; those of ring attention as hidden as far as its attention takes.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from dattn_mcore.plan import hardware
 from dattn_mcore.plan.activations import WorkingMemory, working_memory
 from dattn_mcore.plan.communication import (
     Exchange,
+    context_exchanges,
     data_exchange,
     pipeline_exchange,
     tensor_exchange,
 )
+from dattn_mcore.plan.context import rank_rows
 from dattn_mcore.plan.flops import step_work
 from dattn_mcore.plan.hardware import Cluster, Gpu
 from dattn_mcore.plan.parameters import layers_of_stage
@@ -127,27 +130,47 @@ def make_plan(config: Config, cluster: Cluster, gpu: Gpu, fp8: bool, sample: Sam
         ConfigError: the layout breaks a rule, or the sample fits no micro-batch.
     """
     check_config(config)
+    return plan_unchecked(config, cluster, gpu, fp8, sample)
+
+
+def plan_unchecked(config: Config, cluster: Cluster, gpu: Gpu, fp8: bool, sample: Sample) -> Plan:
+    """The same of a layout that no run has: ring attention of the baseline, for comparison.
+
+    Args:
+        config: one that is checked, but for `attention.v2v=causal` with `parallel.cp`.
+        cluster: GPUs in nodes.
+        gpu: their kind.
+        fp8: linears of the language model in FP8.
+        sample: the average sample.
+
+    Raises:
+        ConfigError: the layout does not divide the cluster, or the sample fits no micro-batch.
+    """
     dp = data_parallel_size(config, cluster.world_size)
     step = step_of(config, sample, dp)
     parallel, m = config.parallel, step.num_microbatches
+    own, copies = rank_rows(config, step.pack), dp * parallel.cp
     stages = range(parallel.pp)
     counts = [sum(map(len, layers_of_stage(config, stage))) for stage in stages]
     memory = tuple(
         StageMemory(
             stage,
-            state_memory(config, stage, dp),
-            working_memory(config, stage, step.pack, m, fp8),
+            state_memory(config, stage, copies),
+            working_memory(config, stage, own, m, fp8),
         )
         for stage in stages
     )
-    work = step_work(config, step.pack)
-    times = [stage_time(config, cluster, gpu, fp8, step.pack, work, s, counts[s]) for s in stages]
+    work = step_work(config, own)
+    times = [
+        stage_time(config, cluster, gpu, fp8, step.pack, work, stage, counts[stage])
+        for stage in stages
+    ]
     slowest = max(times, key=lambda time: time.forward + time.backward)
-    between = pipeline_exchange(config, step.pack, m, cluster, dp)
+    between = pipeline_exchange(config, own, m, cluster, copies)
     waiting = (parallel.pp - 1) / parallel.vpp
     hops = between.seconds / m if parallel.vpp == 1 else 0.0  # interleaving overlaps them
     pipeline = (slowest.forward + slowest.backward + hops) * (m + waiting)
-    data = [data_exchange(config, stage.state, cluster, dp) for stage in memory]
+    data = [data_exchange(config, stage.state, cluster, copies) for stage in memory]
     exposed = max(
         exposed_seconds(config, exchange, stage.state, times[stage.stage])
         for exchange, stage in zip(data, memory, strict=True)
@@ -164,7 +187,8 @@ def make_plan(config: Config, cluster: Cluster, gpu: Gpu, fp8: bool, sample: Sam
         memory=memory,
         flops={name: work.total for name, work in step_work(config, step.rows).items()},
         exchanges=(
-            tensor_exchange(config, cluster, step),
+            tensor_exchange(config, cluster, own, m),
+            *context_exchanges(config, own, step.pack, m, cluster),
             between,
             max(data, key=lambda exchange: exchange.bytes),
         ),
@@ -179,7 +203,7 @@ def as_dict(plan: Plan, data: DataSize) -> dict[str, Any]:
     parallel = plan.config.parallel
     return {
         "layout": {
-            **{name: getattr(parallel, name) for name in ("tp", "pp", "vpp", "sp")},
+            **{name: getattr(parallel, name) for name in ("tp", "cp", "pp", "vpp", "sp")},
             "dp": plan.dp,
             "recompute": plan.config.train.recompute,
             "recompute_layers": plan.config.train.recompute_layers,

@@ -96,9 +96,21 @@ class Cluster:
 
         Args:
             size: ranks of the group.
-            stride: distance in rank between neighbours (Megatron-Core's order: tp, dp, pp).
+            stride: distance in rank between neighbours (Megatron-Core's order: tp, cp, dp, pp).
         """
         if (size - 1) * stride < self.gpus_per_node:
             return NVLINK
         ports = max(1, self.gpus_per_node // stride)  # members of the group on one node
         return min(NVLINK, ports * NETWORK)
+
+    def exchange_bandwidth(self, size: int, stride: int) -> float:
+        """Bytes a second that each rank of a group can send where each sends to every other.
+
+        Args:
+            size: ranks of the group.
+            stride: distance in rank between neighbours.
+        """
+        if (size - 1) * stride < self.gpus_per_node:
+            return NVLINK
+        near = max(1, self.gpus_per_node // stride)  # members of the group on one node
+        return min(NVLINK, NETWORK * (size - 1) / (size - near))

@@ -10,6 +10,7 @@ from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.adapter_activations import adapter_bytes
 from dattn_mcore.plan.backward import DECODER, FC1, FC2, FIRST, PROJ, decoder_gradients
+from dattn_mcore.plan.context import gathered_bytes, rings
 from dattn_mcore.plan.flops import folds, visual_ends
 from dattn_mcore.plan.rows import Rows
 
@@ -86,6 +87,8 @@ def _attention_bytes(config: Config, pack: Rows) -> float:
     The calls of `flash` and `sdpa` keep what was rotated as well, and cosines and sines; `triton`
     rotates again.
     """
+    if config.parallel.cp > 1 and not rings(config):
+        return _attention_bytes_in_context(config, pack)
     e, (query, keys) = _element(config), _widths(config)
     rows, asking = pack.text + pack.visual, _asking(config, pack)
     kept = (
@@ -102,6 +105,28 @@ def _attention_bytes(config: Config, pack: Rows) -> float:
         kept += e * rotated * keys
         kept += e * asking * query if config.attention.t2v_position == "none" else 0
     return kept + 2 * e * (asking + rotated) * config.model.llm.head_dim
+
+
+def _attention_bytes_in_context(config: Config, own: Rows) -> float:
+    """Of a context parallel rank: own rotated queries, output and log-sum-exp, visual keys, values.
+
+    And what it gathered, in the place of own queries, keys and values of text, but that these are
+    parts of what a linear gave together with visual ones.
+    """
+    e, (query, keys) = _element(config), _widths(config)
+    rows, text = own.text + own.visual, own.text
+    kept = e * (2 * text * query + 2 * rows * keys)
+    kept += 4 * text * query / config.model.llm.head_dim
+    if text_features(config.model).qk_norm:
+        kept += e * own.visual * keys
+    if "core_attn" in _modules_again(config):
+        return kept
+    rotated = own.text
+    if config.attention.t2v_position == "rope":
+        kept += e * own.visual * keys
+        rotated = rows
+    kept += gathered_bytes(config, own)
+    return kept + 2 * e * (text + rotated) * config.model.llm.head_dim
 
 
 def _input_bytes(config: Config, pack: Rows, fp8: bool, layer: int, read: frozenset[str]) -> float:

@@ -17,7 +17,8 @@ def rank_layouts(
 ) -> list[Plan]:
     """Plans every layout; those that fit come first, the fastest of each first.
 
-    Tensor parallel groups stay within a node, where sequence parallelism comes with them.
+    Tensor parallel groups stay within a node, where sequence parallelism comes with them. Context
+    parallel groups are as large as a full micro-batch has tiles.
     """
     plans = []
     for candidate in _candidates(config, cluster):
@@ -29,10 +30,11 @@ def rank_layouts(
 
 
 def _candidates(config: Config, cluster: Cluster) -> Iterator[Config]:
-    layers = config.model.llm.num_layers
+    layers, world = config.model.llm.num_layers, cluster.world_size
     for tp in _divisors(cluster.gpus_per_node):
-        for pp in range(1, layers + 1):
-            if tp * pp > cluster.world_size or cluster.world_size % (tp * pp):
+        sizes = [(cp, pp) for cp in _context_sizes(config, world) for pp in range(1, layers + 1)]
+        for cp, pp in sizes:
+            if world % (tp * cp * pp):
                 continue
             for vpp, first in _splits(layers, pp):
                 for train in _recompute(config.train):
@@ -41,6 +43,7 @@ def _candidates(config: Config, cluster: Cluster) -> Iterator[Config]:
                         parallel=dataclasses.replace(
                             config.parallel,
                             tp=tp,
+                            cp=cp,
                             pp=pp,
                             vpp=vpp,
                             sp=tp > 1,
@@ -48,6 +51,14 @@ def _candidates(config: Config, cluster: Cluster) -> Iterator[Config]:
                         ),
                         train=train,
                     )
+
+
+def _context_sizes(config: Config, world: int) -> list[int]:
+    """Sizes that leave no rank without a tile in a full micro-batch."""
+    if config.attention.v2v != "diagonal":
+        return [1]
+    tiles = config.data.visual_budget // config.model.vision.rows_per_tile
+    return [size for size in _divisors(world) if size <= max(tiles, 1)]
 
 
 def _recompute(train: TrainConfig) -> Iterable[TrainConfig]:

@@ -18,7 +18,8 @@ GIB = 2**30
 def layout_name(plan: Plan) -> str:
     """Tp 4 x pp 2 x dp 16, sp, recompute full."""
     parallel = plan.config.parallel
-    name = f"tp {parallel.tp} x pp {parallel.pp} x dp {plan.dp}"
+    context = f"cp {parallel.cp} x " if parallel.cp > 1 else ""
+    name = f"tp {parallel.tp} x {context}pp {parallel.pp} x dp {plan.dp}"
     if parallel.vpp > 1:
         name += f", vpp {parallel.vpp}"
     if parallel.first_stage_layers is not None:

@@ -55,7 +55,7 @@ def state_memory(config: Config, stage: int, dp: int) -> StateMemory:
     Args:
         config: a checked configuration.
         stage: pipeline stage, from 0.
-        dp: data parallel size.
+        dp: ranks that share the optimizer: data times context parallel ones.
     """
     chunks = stage_parameters(config, stage)
     everything = [parameter for chunk in chunks for parameter in chunk]
@@ -74,7 +74,7 @@ def state_memory(config: Config, stage: int, dp: int) -> StateMemory:
 
 
 def optimizer_bytes(config: Config, stage: int, dp: int) -> list[int]:
-    """Bytes of masters and moments on each data parallel rank of a stage."""
+    """Bytes of masters and moments on each of the `dp` ranks of a stage; see `state_memory`."""
     chunks = stage_parameters(config, stage)
     return _optimizer_bytes([buffer for chunk in chunks for buffer in _buffers(chunk, dp)], dp)
 

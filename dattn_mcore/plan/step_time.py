@@ -8,6 +8,7 @@ from dattn_mcore.architectures import text_features, tower_features
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan import hardware
 from dattn_mcore.plan.communication import Exchange, tensor_bytes_per_layer
+from dattn_mcore.plan.context import context_bytes, dealt_bytes, rank_rows, rings
 from dattn_mcore.plan.flops import Work
 from dattn_mcore.plan.hardware import Cluster, Gpu
 from dattn_mcore.plan.rows import Rows
@@ -22,7 +23,7 @@ class StageTime:
 
     forward: float
     backward: float
-    exposed: float  # part of both: tensor parallel communication that nothing hides
+    exposed: float  # part of both: tensor and context parallel communication that nothing hides
 
 
 def stage_time(
@@ -30,7 +31,7 @@ def stage_time(
     cluster: Cluster,
     gpu: Gpu,
     fp8: bool,
-    pack: Rows,
+    whole: Rows,
     work: dict[str, Work],
     stage: int,
     num_layers: int,
@@ -42,17 +43,18 @@ def stage_time(
         cluster: GPUs in nodes.
         gpu: their kind.
         fp8: linears of the language model in FP8.
-        pack: rows of the micro-batch.
-        work: its operations by part, of the whole model.
+        whole: rows of the micro-batch, of all context parallel ranks.
+        work: operations of one such rank's rows by part, of the whole model.
         stage: pipeline stage, from 0.
         num_layers: layers of the language model in the stage.
     """
-    llm, tp = config.model.llm, config.parallel.tp
+    llm, tp, pack = config.model.llm, config.parallel.tp, rank_rows(config, whole)
     share = num_layers / llm.num_layers
     linears = (work["text"] + work["visual"]) * (share / tp)
     attention = work["attention"] * (share / tp)
     gemm = gpu.gemm["fp8" if fp8 and config.train.precision == "bf16" else "bf16"]
-    keys = pack.text_pairs / pack.text if pack.text else 0.0
+    # Of all queries a rank computes, where its visual rows answer those of other ranks.
+    keys = pack.text_pairs / whole.text if whole.text else 0.0
     attend, attend_back = hardware.attention_rates(llm.head_dim, keys)
     moved = _moved_bytes(config, pack, fp8) * num_layers / gpu.bandwidth
     forward = linears.forward / gemm + attention.forward / attend + moved / 3
@@ -68,6 +70,11 @@ def stage_time(
     visible = 1.0 - (hardware.HIDDEN if config.parallel.tp_comm_overlap else 0.0)
     speed = cluster.bandwidth(tp, 1) / (visible * num_layers)
     exposed, exposed_back = sent / speed, (sent_back + again * sent) / speed
+    waits = _context_seconds(config, cluster, pack, whole, stage)
+    if rings(config):  # keys and values of the next rank come while those of one are read
+        hidden = attention.forward / attend + 2.5 * attention.forward / attend_back
+        waits = max(waits - hidden, 0.0)
+    exposed_back += waits
     for name, part in _ends(config, stage, work):
         forward += part.forward / tp / gpu.gemm["bf16"]
         backward += (part.inputs + part.weights + part.again) / tp / gpu.gemm["bf16"]
@@ -77,6 +84,13 @@ def stage_time(
             # Logits: written and read in bf16 once, in float32 about four times.
             backward += pack.labelled * llm.padded_vocab_size / tp * 20 / gpu.bandwidth
     return StageTime(forward + exposed, backward + exposed_back, exposed + exposed_back)
+
+
+def _context_seconds(config: Config, cluster: Cluster, own: Rows, whole: Rows, stage: int) -> float:
+    """What a rank of a stage sends in its context parallel group, forward and backward."""
+    parallel = config.parallel
+    sent = context_bytes(config, stage, own) + (dealt_bytes(config, whole) if stage == 0 else 0.0)
+    return sent / cluster.exchange_bandwidth(parallel.cp, parallel.tp)
 
 
 def _ends(config: Config, stage: int, work: dict[str, Work]) -> list[tuple[str, Work]]:
@@ -97,6 +111,10 @@ def _moved_bytes(config: Config, pack: Rows, fp8: bool) -> float:
     norms = text_features(config.model).norms.number * 5 * h / shards  # in, out; in, gradient, out
     per_row = norms + 10 * h / shards + 8 * f  # two residuals; gated activation
     total = e * ((pack.text + pack.visual) * per_row + pack.text * 4 * (query + keys_values / 2))
+    if config.parallel.cp > 1 and not rings(config):
+        # Gathered queries, keys and values, and outputs of all ranks: written, read and put in
+        # order; backward as much twice.
+        total += 3 * e * 3 * config.parallel.cp * pack.text * (2 * query + keys_values)
     if fp8:
         # Read twice in bf16 (maximum, cast), written twice in FP8 (both ways round).
         inputs = 2 * h + query + f

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from dattn_mcore.config.checks import sizes_of_replica
 from dattn_mcore.config.schema import Config
 from dattn_mcore.parallel.collectives import Collective
 from dattn_mcore.parallel.rehearsal import TORCH
 from dattn_mcore.plan.activations import working_memory
 from dattn_mcore.plan.communication import data_bytes, pipeline_bytes, tensor_bytes
+from dattn_mcore.plan.context import context_bytes, dealt_bytes, rank_rows
 from dattn_mcore.plan.rows import rows_of
 from dattn_mcore.plan.state_memory import optimizer_bytes, state_memory
 from dattn_mcore.training.rehearse import (
@@ -25,7 +27,7 @@ from dattn_mcore.training.rehearse import (
 )
 
 # Groups of the planner, by Megatron-Core's.
-_PLANNED = {"tp": "tensor", "pp": "pipeline", "dp": "data", "dp_cp": "data"}
+_PLANNED = {"tp": "tensor", "cp": "context", "pp": "pipeline", "dp": "data", "dp_cp": "data"}
 _UNSEEN = (
     "not seen here: kernels and their work space, buffers of the library that exchanges, what the "
     "allocator holds back, other programs on the GPU"
@@ -106,9 +108,10 @@ def compared(config: Config, rehearsed: Rehearsed) -> tuple[list[Row], list[Row]
     """
     pack, count = full_pack(config), rehearsed.num_microbatches
     rows = rows_of(config, pack.layouts, len(pack.labels))
-    state = state_memory(config, rehearsed.stage, rehearsed.dp)
-    optimizer = optimizer_bytes(config, rehearsed.stage, rehearsed.dp)[rehearsed.dp_rank]
-    working = working_memory(config, rehearsed.stage, rows, count, fp8=False)
+    own, copies = rank_rows(config, rows), rehearsed.copies
+    state = state_memory(config, rehearsed.stage, copies)
+    optimizer = optimizer_bytes(config, rehearsed.stage, copies)[rehearsed.copy]
+    working = working_memory(config, rehearsed.stage, own, count, fp8=False)
     at_work = max(working.working, working.logits)
     memory = [
         Row("weights", rehearsed.weights, state.weights, exact=True),
@@ -126,10 +129,13 @@ def compared(config: Config, rehearsed: Rehearsed) -> tuple[list[Row], list[Row]
         group = "pipeline" if is_sent else _PLANNED.get(one.group, one.group)
         sent[group] = sent.get(group, 0.0) + one.sent
     planned = {
-        "tensor": tensor_bytes(config, rehearsed.stage, rows) * count,
-        "pipeline": pipeline_bytes(config, rehearsed.stage, rows, count),
-        "data": data_bytes(config, state, rehearsed.dp),
+        "tensor": tensor_bytes(config, rehearsed.stage, own) * count,
+        "context": context_bytes(config, rehearsed.stage, own) * count,
+        "pipeline": pipeline_bytes(config, rehearsed.stage, own, count),
+        "data": data_bytes(config, state, copies),
     }
+    if rehearsed.stage == 0:
+        planned["context"] += dealt_bytes(config, rows) * count
     exchanged = [Row(name, value, planned.get(name)) for name, value in sent.items() if value]
     return memory, exchanged
 
@@ -142,7 +148,7 @@ def _rank_lines(config: Config, world_size: int, rank: int) -> list[str]:
     count = rehearsed.num_microbatches
     micro_batches = "1 micro-batch" if count == 1 else f"{count} micro-batches"
     lines = [
-        f"rank {rank} of {world_size} = tp {parallel.tp} x pp {parallel.pp} x dp {rehearsed.dp}"
+        f"rank {rank} of {world_size} = {sizes_of_replica(config)} x dp {rehearsed.dp}"
         f"{', sequence parallel' if parallel.sp else ''}: pipeline stage {rehearsed.stage}, "
         f"{micro_batches} of {rows.visual:,} visual and {rows.text:,} text rows, all labelled",
         "",

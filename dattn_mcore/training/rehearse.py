@@ -45,7 +45,8 @@ class Rehearsed:
         rank: in the world.
         stage: of the pipeline.
         dp: data parallel replicas.
-        dp_rank: which of them this rank is in.
+        copies: ranks that hold the same weights: data times context parallel ones.
+        copy: which of them this rank is.
         num_microbatches: of the step.
         weights: bytes, padding of buffers and the running mean of the weights included.
         gradients: bytes.
@@ -60,7 +61,8 @@ class Rehearsed:
     rank: int
     stage: int
     dp: int
-    dp_rank: int
+    copies: int
+    copy: int
     num_microbatches: int
     weights: int
     gradients: int
@@ -177,7 +179,8 @@ def rehearse(config: Config, world_size: int, rank: int, packs: list[MicroBatch]
             rank=rank,
             stage=get_pg_rank(pg_collection.pp),
             dp=data_parallel_size(config, world_size),
-            dp_rank=get_pg_rank(pg_collection.dp),
+            copies=pg_collection.dp_cp.size(),
+            copy=get_pg_rank(pg_collection.dp_cp),
             num_microbatches=len(packs),
             weights=weights,
             gradients=gradients,

@@ -40,8 +40,8 @@ def built_state(tree: dict[str, Any]) -> dict[str, Any]:
             states += sum(master.nbytes for master in shard if master is not None)
     return {
         "stage": groups.pp.rank(),
-        "dp_rank": groups.dp.rank(),
-        "dp": groups.dp.size(),
+        "copy": groups.dp_cp.rank(),
+        "copies": groups.dp_cp.size(),
         "parameters": parameters,
         "weights": frozen + sum(buffer.param_data.nbytes for buffer in buffers),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),

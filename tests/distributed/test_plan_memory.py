@@ -26,6 +26,8 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
         ({"visual_positions": False}, 2, {"pp": 2, "vpp": 2}, {}),
         ({}, 3, {"pp": 3, "first_stage_layers": 2}, {}),
         ({}, 2, {"pp": 2, "vpp": 2}, {"trains": ["projector"]}),
+        ({}, 4, {"cp": 2}, {"precision": "bf16"}),
+        ({}, 4, {"cp": 2, "tp": 2, "sp": True}, {"precision": "bf16", "trains": ["projector"]}),
     ],
     ids=[
         "fp32",
@@ -37,6 +39,8 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
         "interleaved",
         "uneven",
         "groups-interleaved",
+        "cp2-dp2",
+        "frozen-cp2-tp2",
     ],
 )
 def test_states_are_those_of_the_model_that_is_built(pool, model, world_size, parallel, train):
@@ -47,16 +51,16 @@ def test_states_are_those_of_the_model_that_is_built(pool, model, world_size, pa
         tree["optim"] = {"groups": [{"patterns": patterns, "trains": True}]}
     config = from_dict(tree)
     for built in pool.run(built_state, world_size, tree):
-        stage, dp = built["stage"], built["dp"]
+        stage, copies = built["stage"], built["copies"]
         planned = [
             [(p.name, p.shape, DTYPES[p.dtype], p.trained) for p in chunk]
             for chunk in stage_parameters(config, stage)
         ]
         assert planned == built["parameters"]
-        memory = state_memory(config, stage, dp)
+        memory = state_memory(config, stage, copies)
         assert memory.weights == built["weights"]
         assert memory.gradients == built["gradients"]
-        assert optimizer_bytes(config, stage, dp)[built["dp_rank"]] == built["optimizer"]
+        assert optimizer_bytes(config, stage, copies)[built["copy"]] == built["optimizer"]
         assert memory.optimizer >= built["optimizer"]
 
 

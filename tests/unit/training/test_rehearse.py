@@ -17,6 +17,7 @@ from dattn_mcore.training.rehearse import as_rehearsed, last_stage_rank
 ROOT = Path(__file__).resolve().parents[3]
 GEMMA, MISTRAL = (str(ROOT / f"configs/{name}_pt.yaml") for name in ("gemma", "mistral"))
 NO_OVERLAP = ["parallel.overlap_grad_reduce=false", "parallel.overlap_param_gather=false"]
+FEW_LAYERS = [*NO_OVERLAP, "model.llm.num_layers=8", "train.fp8=none"]
 MIB = 2**20
 
 
@@ -34,8 +35,10 @@ def test_the_versions_of_torch_for_which_it_holds():
     [
         (GEMMA, [], 32, [0]),
         (MISTRAL, ["parallel.pp=2", *NO_OVERLAP], 512, [0, 256]),
+        (MISTRAL, ["parallel.cp=4", *FEW_LAYERS], 8, [0]),
+        (MISTRAL, ["parallel.cp=4", *FEW_LAYERS], 8, [0]),
     ],
-    ids=["gemma", "mistral-pp2"],
+    ids=["gemma", "mistral-pp2", "mistral-cp4"],
 )
 def test_the_planner_says_what_a_rehearsal_finds(path, settings, world_size, ranks):
     config, _ = as_rehearsed(load_config(path, settings))
@@ -46,10 +49,39 @@ def test_the_planner_says_what_a_rehearsal_finds(path, settings, world_size, ran
         for row in memory:
             assert abs(row.apart) <= (0.0 if row.exact else 0.05), row
         for row in exchanged:
-            if row.name in ("tensor", "data", "pipeline"):
+            if row.name in ("tensor", "context", "data", "pipeline"):
                 assert abs(row.apart) <= 0.05, row
     assert not dist.is_initialized()
     assert torch.zeros(2).device == platform.current_device()  # all is as before
+
+
+def test_what_is_kept_beside_chunks_of_visual_rows_on_context_parallel_ranks():
+    """Queries of all text rows are kept, although visual rows are not."""
+    more = ["parallel.cp=4", "train.recompute_visual_chunk=512", *FEW_LAYERS]
+    config, _ = as_rehearsed(load_config(MISTRAL, more))
+    memory, _ = compared(config, rehearse_full(config, 8, 0))
+    (kept,) = (row for row in memory if row.name == "activations kept")
+    assert abs(kept.apart) <= 0.05, kept
+
+
+@pytest.mark.parametrize(
+    ("settings", "recompute"),
+    [([], "none"), (["parallel.tp=2", "parallel.sp=true"], "full")],
+    ids=["cp4", "cp4-tp2-full"],
+)
+def test_the_planner_counts_every_byte_between_context_parallel_ranks(settings, recompute):
+    """Attention of all layers, and rows before the first: of five tiles one rank has two."""
+    more = ["parallel.cp=4", f"train.recompute={recompute}", "data.visual_budget=20", *settings]
+    config, _ = as_rehearsed(load_config(None, more))
+    assert config.data.visual_budget // config.model.vision.rows_per_tile == 5
+    tp = config.parallel.tp
+    rows = [
+        {row.name: row for row in compared(config, rehearse_full(config, 4 * tp, rank))[1]}
+        for rank in range(0, 4 * tp, tp)
+    ]
+    sent = [of_rank["context"].rehearsed for of_rank in rows]
+    assert {of_rank["context"].planned for of_rank in rows} == {max(sent)}
+    assert min(sent) < max(sent)  # attention alone is even
 
 
 def test_the_command_prints_both_and_takes_no_memory(capsys):
