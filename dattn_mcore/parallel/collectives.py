@@ -41,7 +41,7 @@ class Collective:
     """One call.
 
     Attributes:
-        operation: all_reduce, all_gather, reduce_scatter, broadcast, send, receive, ...
+        operation: all_reduce, all_gather, reduce_scatter, broadcast, all_to_all, send, receive, ...
         group: tp, pp, dp, embedding, ...; world: all ranks.
         size: ranks of the group.
         shape: of the tensor; of what is gathered or scattered, the whole one.
@@ -60,7 +60,12 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends, by the algorithm that sends least."""
+        """Bytes that a rank sends, by the algorithm that sends least.
+
+        With n ranks and B bytes: all_reduce 2 B (n - 1) / n; all_gather and reduce_scatter
+        B (n - 1) / n of the whole; broadcast as much, the mean over the ranks; all_to_all what is
+        not for this rank; send B.
+        """
         share = (self.size - 1) / self.size
         if self.operation == "all_reduce":
             return 2 * share * self.nbytes

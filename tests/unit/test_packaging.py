@@ -192,7 +192,7 @@ def test_what_a_page_names_is_there(page):
         assert target in targets, target
     for module in re.findall(r"python -m ([\w.]+)", text):
         assert importlib.util.find_spec(module), module
-    for path in re.findall(r"(?<![\w/.])(?:configs|docs|tools|dattn_mcore)/[\w/.]+\w", text):
+    for path in re.findall(r"(?<![\w/.])(?:configs|docs|tools|dattn_mcore)/[\w/.-]+\w", text):
         assert (ROOT / path).exists(), path
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), link
