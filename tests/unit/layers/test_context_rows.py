@@ -13,6 +13,7 @@ from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.types import NO_IMAGES
 
 RANKS = st.integers(1, 8)
+NO_LIMIT = settings(deadline=None)  # the first example of a session may be slow
 LENGTHS = st.lists(st.integers(0, 40), max_size=8)
 # Runs of a sample: text before each image, and text after the last.
 RUNS = st.tuples(
@@ -43,6 +44,7 @@ def causal_work(spans, lengths):
     return sum(row - starts[row] + 1 for row in rows_of(spans))
 
 
+@NO_LIMIT
 @given(lengths=LENGTHS, ranks=RANKS)
 @example(lengths=[1] * 8, ranks=3)
 def test_every_row_is_on_one_rank_and_counts_are_even(lengths, ranks):
@@ -63,7 +65,7 @@ def test_every_row_is_on_one_rank_and_counts_are_even(lengths, ranks):
     long=st.integers(1000, 8000),
     ranks=st.integers(2, 8),
 )
-@settings(deadline=None, max_examples=40)
+@settings(NO_LIMIT, max_examples=40)
 def test_causal_work_is_even_of_long_samples(lengths, long, ranks):
     """A sample's pieces differ by a row at most: their pairs by its length at most."""
     lengths = [*lengths, long]
@@ -95,18 +97,19 @@ def test_short_samples_go_to_all_ranks_in_turn():
     assert sorted(counts) == [2, 2, 3, 3]
 
 
+@NO_LIMIT
 @given(
     layouts=LAYOUTS,
     ranks=RANKS,
     extra=st.integers(1, 3),
     position=st.sampled_from(["none", "rope"]),
 )
-@settings(deadline=None)
 def test_shares_hold_all_rows_and_see_what_the_pack_sees(layouts, ranks, extra, position):
     whole = build_seq_params(layouts, t2v_position=position, multiple=ranks * extra)
     check_shares(whole, ranks)
 
 
+@NO_LIMIT
 @given(ranks=RANKS)
 def test_shared_visual_rows_are_seen_by_all_their_samples(ranks):
     layouts = (
