@@ -42,7 +42,7 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.parallel import platform
 from dattn_mcore.parallel.groups import initialize_model_parallel
-from dattn_mcore.training.inputs import to_model_inputs
+from dattn_mcore.training.inputs import to_model_inputs, with_own_tiles
 from dattn_mcore.types import IGNORED_LABEL
 
 MEMORY, SECONDS = 0.3, 0.35  # shares of one process that four ranks may take
@@ -85,7 +85,8 @@ def run_rank(rank: int, ranks: int, store: str, args: argparse.Namespace, result
     )
     groups = initialize_model_parallel(seed=1, cp=ranks)
     device = torch.device("cpu")
-    inputs = to_model_inputs(pack(config, args.visual, args.text), config, groups, device)
+    whole = pack(config, args.visual, args.text)
+    inputs = to_model_inputs(with_own_tiles(whole, groups), config, groups, device)
     seconds = {"tower": 0.0}
     step = trained_by(config, groups, device, lambda model: _timed(model.vision, seconds))(inputs)
     step()  # the optimizer's state exists from here on

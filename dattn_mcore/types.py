@@ -38,6 +38,19 @@ def visual_units(layouts: Iterable[Layout], images_of: Sequence[int] = ()) -> tu
     return tuple(units)
 
 
+def tiles_of_rank(num_tiles: int, rank: int, ranks: int) -> range:
+    """The tiles of a pack that a rank decodes and encodes.
+
+    Consecutive tiles, as many for each rank as for any other, or one less.
+
+    Args:
+        num_tiles: of the whole pack.
+        rank: among those that share it.
+        ranks: how many do.
+    """
+    return range(rank * num_tiles // ranks, (rank + 1) * num_tiles // ranks)
+
+
 @dataclass(frozen=True)
 class Shards:
     """How many ranks divide the rows of a pack.

@@ -27,13 +27,15 @@ class MicroBatch:
             -100 where there is no loss (always so on the last row of a sample).
         num_tiles: Tiles of the pack, known on every rank. A tile has
             (image_size // patch_size) ** 2 rows.
-        tiles: uint8 [num_tiles, 3, image_size, image_size] RGB, not normalised; of each image the
-            base view first, then the tiles of its canvas, row by row. None on ranks that need no
-            pixels, and where num_tiles is 0.
+        tiles: uint8 [own tiles, 3, image_size, image_size] RGB, not normalised; of each image the
+            base view first, then the tiles of its canvas, row by row. Of these all `num_tiles`, or
+            where context parallel ranks divide a pack those of this rank alone, of which there may
+            be none (`RankShare.own_tiles`). None on ranks that need no pixels, and where num_tiles
+            is 0.
         sample_ids: Annotation id of each sample.
         num_samples: Number of samples, whatever branches they have; 0 for the empty packs that
             fill up a global batch.
-        image_grids: (columns, rows) of the canvas of each image in `tiles`, on every rank; (0, 0)
+        image_grids: (columns, rows) of the canvas of each image of the pack, on every rank; (0, 0)
             for an image of one tile. An image's visual rows are those of its base view, then
             those of its canvas, both row-major. Empty: every tile is an image of its own.
         samples: Number of each sample in the index, where there is one.
@@ -41,7 +43,7 @@ class MicroBatch:
         num_groups: How many groups the data set has; 0: its samples have none.
         images_of: For each sample the number of its visual unit, the images that it shows: equal
             for samples that show the same ones in the same order, by first appearance;
-            `types.NO_IMAGES` for a sample of text alone. `tiles` and `image_grids` hold a unit
+            `types.NO_IMAGES` for a sample of text alone. Tiles and `image_grids` hold a unit
             once, in the order of the numbers. Empty: every sample has its own.
         weights: What the loss of each sample's tokens counts; empty: 1 each.
     """
@@ -74,8 +76,9 @@ class GlobalBatch:
         sample_ids: Annotation ids of these.
         skipped: Samples that fit no micro-batch and were left out; same on every rank.
         truncated: Ids whose text was cut at the end to fit; same on every rank.
-        failures: Samples of this rank's packs that could not be read or decoded here. They keep
-            their shapes; every rank that holds one must `mask` it.
+        failures: Samples of this rank's packs that could not be read or decoded here, where the
+            ranks that divide a pack decode other images. They keep their shapes; every rank that
+            holds one must `mask` it.
         text_tokens: Text rows of all samples that take part; same on every rank.
         visual_tokens: Visual rows that are computed for those samples; same on every rank.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -52,6 +52,24 @@ class PackMembers:
     def num_tiles(self) -> int:
         """Tiles, those of a unit once."""
         return sum(self.samples[first].num_tiles for first in self.firsts)
+
+    def images_with(self, own: range) -> Iterator[tuple[int, int, range]]:
+        """The images that have some tiles of the pack.
+
+        Args:
+            own: Which tiles of the pack.
+
+        Yields:
+            One of `firsts`, an image's place in its sample, and which of the image's tiles they
+            are; in order.
+        """
+        start = 0
+        for first in self.firsts:
+            for place, image in enumerate(self.samples[first].images):
+                low, high = max(own.start - start, 0), min(own.stop - start, image.num_tiles)
+                if low < high:
+                    yield first, place, range(low, high)
+                start += image.num_tiles
 
     def sharing(self, first: int) -> list[FittedSample]:
         """The samples that show the images of one of `firsts`, this one included."""
@@ -176,22 +194,21 @@ class BatchBuilder:
     def _tiles(
         self, packs: Sequence[PackMembers], failures: list[SampleFailure]
     ) -> Iterator[Tensor]:
-        """Loads the images of a rank's packs together; yields the tiles of each pack in order.
+        """Loads the images of a rank's packs together; yields its tiles of each pack in order.
 
-        An image that fails is a failure of every sample of its pack that shows it.
+        Images of which it has no tile are not opened. An image that fails is a failure of every
+        sample of its pack that shows it.
         """
         if self._images is None:
             return iter(())
-        shown = [
-            (pack, unit, place)
-            for pack in packs
-            for unit in pack.firsts
-            for place in range(len(pack.samples[unit].images))
-        ]
-        requests = [
-            self._reader.request(pack.samples[unit].indexed, pack.samples[unit].images[place])
-            for pack, unit, place in shown
-        ]
+        shown, requests = [], []
+        for pack in packs:
+            own = self._share.own_tiles(pack.num_tiles)
+            for unit, place, wanted in pack.images_with(own):
+                sample = pack.samples[unit]
+                request = self._reader.request(sample.indexed, sample.images[place])
+                shown.append((pack, unit, place))
+                requests.append(replace(request, wanted=wanted))
         tiles, bad = self._images.load(requests)
         for failure in bad:
             pack, unit, place = shown[failure.index]
@@ -204,7 +221,7 @@ class BatchBuilder:
                 )
                 for item in pack.sharing(unit)
             ]
-        return iter(tiles.split([pack.num_tiles for pack in packs]))
+        return iter(tiles.split([len(self._share.own_tiles(pack.num_tiles)) for pack in packs]))
 
     def _who(self, item: FittedSample, place: int) -> str:
         """How a message names an image of a sample."""

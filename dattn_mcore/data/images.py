@@ -108,12 +108,20 @@ class ImageRequest:
         read: Reads its file; the result is checked.
         num_tiles: Tiles that were planned for it.
         grid: (columns, rows) of its planned canvas; (0, 0) for one square.
+        wanted: Which of its tiles are kept, one or more; None: all.
     """
 
     who: str
     read: Callable[[], bytes]
     num_tiles: int = 1
     grid: Grid = (0, 0)
+    wanted: range | None = None
+
+    @property
+    def kept(self) -> slice:
+        """The same, of its tiles."""
+        wanted = range(self.num_tiles) if self.wanted is None else self.wanted
+        return slice(wanted.start, wanted.stop)
 
 
 @dataclass(frozen=True)
@@ -218,8 +226,8 @@ class ImageLoader:
         """Loads images: reading, decoding and resizing overlap.
 
         Returns:
-            uint8 [planned tiles of all images, 3, size, size] RGB, contiguous; on the GPU if any
-            was decoded there. And what failed: those tiles have the mean's colour.
+            uint8 [planned tiles of all images that are wanted, 3, size, size] RGB, contiguous; on
+            the GPU if any was decoded there. And what failed: those tiles have the mean's colour.
 
         Raises:
             RankError: the GPU fails.
@@ -244,7 +252,8 @@ class ImageLoader:
             made = future.result() if future is not None else None
             if isinstance(made, DataError):
                 failures.append(ImageFailure(index, "resize", str(made)))
-            tiles.append(made if isinstance(made, Tensor) else self._grey(request.num_tiles))
+            whole = made if isinstance(made, Tensor) else self._grey(request.num_tiles)
+            tiles.append(whole[request.kept])
         elsewhere = [tile.device for tile in tiles if tile.device.type != "cpu"]
         if elsewhere:  # what Pillow decoded joins what DALI decoded on the GPU
             tiles = [tile.to(elsewhere[0]) for tile in tiles]

@@ -2,7 +2,8 @@
 
 Everything but text and pixels is decided by every rank alike from the index and the step, so ranks
 never talk about data. A rank reads the text of its own packs only, and only ranks with
-`needs_pixels` open their images. A sample that cannot be read or decoded keeps its place and its
+`needs_pixels` open their images; where context parallel ranks divide a pack, each opens those of
+which it has a tile. A sample that cannot be read or decoded keeps its place and its
 shapes: its labels and tiles are blank, and it is among the batch's failures, which the training
 loop exchanges, so that every rank that holds the sample masks it (see `failures.mask`).
 """
@@ -65,6 +66,8 @@ class DataPipeline:
         needs_pixels: bool,
         image_device: str = "cpu",
         image_device_id: int | None = None,
+        tile_rank: int = 0,
+        tile_ranks: int = 1,
     ) -> None:
         """Opens the index (makes it where it is absent or stale); opens no image yet.
 
@@ -77,6 +80,8 @@ class DataPipeline:
             needs_pixels: Likewise.
             image_device: Likewise.
             image_device_id: Likewise.
+            tile_rank: Likewise.
+            tile_ranks: Likewise.
 
         Raises:
             DataError: A source is missing or malformed, too many of its samples are unusable or
@@ -91,6 +96,8 @@ class DataPipeline:
             needs_pixels=needs_pixels,
             image_device=image_device,
             image_device_id=image_device_id,
+            tile_rank=tile_rank,
+            tile_ranks=tile_ranks,
         )
         check_symbols(tokenizer, data.template)
         if tokenizer.vocab_size > config.model.llm.vocab_size:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dattn_mcore.types import tiles_of_rank
+
 
 @dataclass(frozen=True)
 class RankShare:
@@ -17,6 +19,10 @@ class RankShare:
         needs_pixels: Whether this rank runs the vision tower.
         image_device: `gpu` decodes on the GPU; `MicroBatch.tiles` then lie there.
         image_device_id: Index of that GPU.
+        tile_rank: This rank's place among those that divide the tiles of a pack
+            (`types.tiles_of_rank`): context parallel ranks. It opens only images of which it has a
+            tile.
+        tile_ranks: How many they are.
     """
 
     dp_rank: int
@@ -25,6 +31,12 @@ class RankShare:
     needs_pixels: bool
     image_device: str = "cpu"
     image_device_id: int | None = None
+    tile_rank: int = 0
+    tile_ranks: int = 1
+
+    def own_tiles(self, num_tiles: int) -> range:
+        """Tiles of a pack of `num_tiles` that this rank decodes."""
+        return tiles_of_rank(num_tiles, self.tile_rank, self.tile_ranks)
 
     @property
     def pack_multiple(self) -> int:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 
+from dattn_mcore.types import tiles_of_rank
+
 Grid = tuple[int, int]  # columns and rows of an image's canvas in tiles; (0, 0) for one tile
 
 
@@ -62,11 +64,6 @@ class TileShare:
         )
         whole = rows.new_zeros(self.num_visual, *rows.shape[1:])
         return whole.index_copy(0, self.place, received)
-
-
-def tiles_of_rank(num_tiles: int, rank: int, ranks: int) -> range:
-    """Consecutive tiles, as many for each rank as for any other, or one less."""
-    return range(rank * num_tiles // ranks, (rank + 1) * num_tiles // ranks)
 
 
 def share_tiles(

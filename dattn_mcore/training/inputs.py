@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -15,12 +17,26 @@ from dattn_mcore.layers.context import own_text_rows, share_of
 from dattn_mcore.layers.layout import build_seq_params, padded_rows, round_up, to_device
 from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.models.tile_share import TileShare, share_tiles
-from dattn_mcore.types import IGNORED_LABEL
+from dattn_mcore.types import IGNORED_LABEL, tiles_of_rank
 
 
 def needs_pixels(pg_collection: ProcessGroupCollection) -> bool:
     """Whether this rank decodes images: the first tensor rank of a replica's first stage."""
     return get_pg_rank(pg_collection.pp) == 0 and get_pg_rank(pg_collection.tp) == 0
+
+
+def with_own_tiles(micro_batch: MicroBatch, pg_collection: ProcessGroupCollection) -> MicroBatch:
+    """A pack that was made with all of its tiles, as the data path gives it to this rank.
+
+    Args:
+        micro_batch: with all tiles.
+        pg_collection: process groups; `cp` is used.
+    """
+    if micro_batch.tiles is None:
+        return micro_batch
+    context = pg_collection.cp
+    own = tiles_of_rank(micro_batch.num_tiles, get_pg_rank(context), context.size())
+    return replace(micro_batch, tiles=micro_batch.tiles[own.start : own.stop])
 
 
 def fixed_rows(config: Config) -> tuple[int, int]:
@@ -68,7 +84,8 @@ def to_model_inputs(
     uint8 tiles are broadcast (a quarter of the bytes of float32) and normalised by the model.
 
     Args:
-        micro_batch: one pack; its `tiles` are present on the first tensor rank of stage 0 only.
+        micro_batch: one pack; its `tiles` are present on the first tensor rank of stage 0 only,
+            of a pack that context parallel ranks divide those of this rank.
         config: the run's configuration.
         pg_collection: process groups; every rank of a replica must call this in the same order.
         device: where the tensors go.
@@ -138,8 +155,7 @@ def _shared_tiles(
     tiles = micro_batch.tiles
     if tiles is None:
         tiles = torch.empty((len(own), 3, size, size), dtype=torch.uint8)
-    else:
-        tiles = tiles[own.start : own.stop]
+    assert len(tiles) == len(own)
     tiles = tiles.to(device, non_blocking=True)
     if pg_collection.tp.size() > 1 and len(own):
         source = get_pg_src_rank(pg_collection.tp)

@@ -29,7 +29,7 @@ from dattn_mcore.parallel import groups
 from dattn_mcore.parallel.collectives import Collective, group_names
 from dattn_mcore.parallel.rehearsal import FusedKernels, Shapes, fake_world
 from dattn_mcore.training.ema import Ema
-from dattn_mcore.training.inputs import all_model_inputs
+from dattn_mcore.training.inputs import all_model_inputs, with_own_tiles
 from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 from dattn_mcore.training.schedule import build_scheduler
@@ -153,7 +153,7 @@ def rehearse(config: Config, world_size: int, rank: int, packs: list[MicroBatch]
         config: from `as_rehearsed`.
         world_size: processes of the job.
         rank: which of them.
-        packs: of this rank's replica.
+        packs: of this rank's replica, whole.
     """
     with fake_world(rank, world_size) as device, _layout(config) as pg_collection:
         width = config.model.llm.padded_vocab_size // config.parallel.tp
@@ -166,7 +166,8 @@ def rehearse(config: Config, world_size: int, rank: int, packs: list[MicroBatch]
             mean = Ema(config, model) if config.train.ema_decay is not None else None
         with shapes:
             shapes.collectives.clear()  # those of building happen once
-            real = all_model_inputs(packs, config, pg_collection, torch.device("cpu"))
+            own = [with_own_tiles(pack, pg_collection) for pack in packs]
+            real = all_model_inputs(own, config, pg_collection, torch.device("cpu"))
             inputs = [_on_device(one, device) for one in real]
         watched = _Watched(shapes, model, optimizer)
         with shapes, torch.device(device), FusedKernels():

@@ -253,6 +253,8 @@ def _open_data(
         needs_pixels=needs_pixels(pg_collection),
         image_device="cpu" if device.type == "cpu" else "gpu",
         image_device_id=device.index,
+        tile_rank=get_pg_rank(pg_collection.cp),
+        tile_ranks=pg_collection.cp.size(),
     )
     return data, ValidationData(config, tokenizer, data) if validates(config) else None
 

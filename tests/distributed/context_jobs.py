@@ -12,10 +12,15 @@ import torch.distributed as dist
 from dattn_mcore.layers.attention import BACKENDS, AttentionInputs, Rotary, flash
 from dattn_mcore.layers.attention.context import attend_in_context
 from dattn_mcore.layers.attention.rotary import rotary_angles
+from dattn_mcore.layers.attention.triton_backend import TritonBackend
+from dattn_mcore.layers.attention.triton_tuning import Blocks, Tuning
 from dattn_mcore.layers.context import own_text_rows, share_of
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.parallel.collectives import Tracer
 
+# Tiles of few rows, so that a chunk of queries and the keys it sees lie in several.
+SMALL = Blocks(16, 8)
+SMALL_TILES = TritonBackend(Tuning(SMALL, SMALL, SMALL, visual_splits=2, key_splits=2))
 NAMES = ("q", "k_text", "v_text", "k_visual", "v_visual")
 
 
@@ -74,8 +79,9 @@ def divided_attention(*, backend, layouts, images_of, options, stretched, tensor
         ),
         params=params,
     )
+    computes = SMALL_TILES if backend == "triton" else BACKENDS[backend]
     with installed(backend), Tracer({dist.group.WORLD.group_name: "cp"}) as tracer:
-        out = attend_in_context(inputs, options, BACKENDS[backend], dist.group.WORLD)
+        out = attend_in_context(inputs, options, computes, dist.group.WORLD)
         out.backward(grad[text].to(out.dtype))
     sent = [(one.operation, one.sent) for one in tracer.collectives]
     return out.detach(), [tensor.grad for tensor in own], places, sent

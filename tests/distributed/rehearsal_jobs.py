@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dattn_mcore.parallel.collectives import Collective, Tracer, group_names
-from dattn_mcore.training.inputs import all_model_inputs
+from dattn_mcore.training.inputs import all_model_inputs, with_own_tiles
 from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 from dattn_mcore.training.rehearse import pack_of
@@ -24,6 +24,7 @@ def traced_step(tree: dict[str, Any], packs: list[Any]) -> list[Collective]:
     optimizer = build_optimizer(config, model)
     scheduler = build_scheduler(config, optimizer, 2)
     with Tracer(group_names(groups)) as tracer:
-        inputs = all_model_inputs([pack_of(config, it) for it in packs], config, groups, device)
+        own = [with_own_tiles(pack_of(config, layouts), groups) for layouts in packs]
+        inputs = all_model_inputs(own, config, groups, device)
         train_step(model, optimizer, scheduler, inputs, groups)
     return tracer.collectives

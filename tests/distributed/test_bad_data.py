@@ -60,7 +60,9 @@ def keep_only(data_dir, image):
     )
 
 
-@pytest.mark.parametrize("parallel", [{"pp": 2}, {"tp": 2}, {}], ids=["pp2", "tp2", "dp2"])
+@pytest.mark.parametrize(
+    "parallel", [{"pp": 2}, {"tp": 2}, {"cp": 2}, {}], ids=["pp2", "tp2", "cp2", "dp2"]
+)
 def test_truncated_image(pool, data_dir, tmp_path, parallel):
     image = first_image(data_dir)
     path = data_dir / "images" / image

@@ -32,7 +32,7 @@ def backward(
     setting: Setting,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, rotated text keys, their values, visual keys and values; None for no set."""
-    d_out = d_out.contiguous()
+    d_out, out = d_out.contiguous(), out.contiguous()  # the kernels take them to be so
     delta = torch.empty_like(lse)
     q_visual, q_text = asking(q, tables, setting)
     d_q = _query_gradient(
