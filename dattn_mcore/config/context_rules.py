@@ -19,9 +19,15 @@ def local_rows(config: Config) -> Iterator[str]:
 
 def tiles(config: Config) -> Iterator[str]:
     """The vision tower's work is divided by whole tiles: a micro-batch must hold one a rank."""
-    cp, rows = config.parallel.cp, config.model.vision.rows_per_tile
+    cp, tp, rows = config.parallel.cp, config.parallel.tp, config.model.vision.rows_per_tile
     held = config.data.visual_budget // rows
-    if cp > 1 and held < cp:
+    if config.parallel.tower == "tiles" and tp > 1 and held < tp * cp:
+        yield (
+            f"data.visual_budget={config.data.visual_budget} holds {held} of {rows} rows a tile, "
+            f"so some of the tp ({tp}) x cp ({cp}) ranks would have no tile in any micro-batch; "
+            f"set it to {tp * cp * rows} at least, or use parallel.tower=tensor"
+        )
+    elif cp > 1 and held < cp:
         yield (
             f"data.visual_budget={config.data.visual_budget} holds {held} of {rows} rows a tile, "
             f"so ranks of parallel.cp={cp} would have no tile in any micro-batch; set it to "

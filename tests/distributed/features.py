@@ -96,6 +96,7 @@ MEANS: dict[str, dict[str, Settings]] = {
         "unfolded": _attention(fold_visual_projection=False),
         "to-the-end": _attention(skip_last_visual_rows=False),
     },
+    "tower work": {"tower-tensor": {}, "tower-tiles": _parallel(tower="tiles")},
     "visual chunks": {"visual-at-once": {}, "visual-chunks": _train(recompute_visual_chunk=24)},
     "loss chunks": {"loss-at-once": {}, "loss-chunks": _train(loss_chunk=7)},
     "recompute": {
