@@ -133,7 +133,7 @@ PLAIN = {
 }
 
 REFUSED = "refused: the settings cannot go together"
-MORE_PROCESSES = "more processes than these machines carry; two context ranks meet it"
+MOST_PROCESSES = 8
 POINTLESS = "one replica has no other to exchange with"
 
 
@@ -143,12 +143,9 @@ def _excluded() -> dict[Pair, str]:
     for overlap in ("overlap-gradients", "overlap-both"):
         reasons[_pair(("overlap", overlap), ("visual chunks", "visual-chunks"))] = REFUSED
         reasons[_pair(("overlap", overlap), ("data", "dp1"))] = POINTLESS
-        reasons[_pair(("overlap", overlap), ("context", "cp4"))] = MORE_PROCESSES
     reasons[_pair(("v2v", "v2v-causal"), ("visual chunks", "visual-chunks"))] = REFUSED
     for context in ("cp2", "cp4"):
         reasons[_pair(("v2v", "v2v-causal"), ("context", context))] = REFUSED
-    reasons[_pair(("context", "cp4"), ("data", "dp2"))] = MORE_PROCESSES
-    reasons[_pair(("context", "cp4"), ("pipeline", "pp2-vpp2"))] = MORE_PROCESSES
     return reasons
 
 
@@ -178,9 +175,29 @@ REQUIRED = [
     # or stage, and are the same where a layer is computed again.
     {**FOUR, "family": "ministral3", "visual chunks": "visual-chunks", "recompute": "selective"},
     {**FOUR, "family": "smollm3", "recompute": "full"},
+    {**FOUR, "context": "cp2"},
+    {**FOUR, "context": "cp2", "tower work": "tower-tiles"},
+    {"tensor": "tp2-sp", "data": "dp2", "overlap": "overlap-both", "tower work": "tower-tiles"},
+    {"tensor": "tp2", "data": "dp2", "run": "resumed-async", "tower work": "tower-tiles"},
+    {
+        "tensor": "tp2-sp",
+        "tower work": "tower-tiles",
+        "trains": "all-parts",
+        "run": "resumed-on-one",
+    },
 ]
+
+
+def processes(case: dict[str, str]) -> int:
+    """Ranks that a case needs, or some of its settings."""
+    return math.prod(int(case[name][2]) for name in LAYOUT if name in case)  # "tp2-sp" is of two
+
+
 CASES = pairwise(
-    {name: tuple(values) for name, values in FACTORS.items()}, EXCLUDED.keys(), REQUIRED
+    {name: tuple(values) for name, values in FACTORS.items()},
+    EXCLUDED.keys(),
+    REQUIRED,
+    lambda case: processes(case) <= MOST_PROCESSES,
 )
 
 
@@ -189,11 +206,6 @@ def case_id(case: dict[str, str]) -> str:
     shown = [case[name] for name in LAYOUT]
     shown += [case[name] for name in (*MEANING, *MEANS) if case[name] != USUAL[name]]
     return " ".join([f"{CASES.index(case) + 1:02d}", *shown])
-
-
-def processes(case: dict[str, str]) -> int:
-    """Ranks that a case needs."""
-    return math.prod(int(case[name][2]) for name in LAYOUT)  # "tp2-sp" is of two
 
 
 def settings_of(case: dict[str, str]) -> Settings:
@@ -213,7 +225,11 @@ def _budgets(case: dict[str, str]) -> Settings:
     """Room for about six samples, or for the largest alone."""
     small = case["packing"] == "small-packs"
     if case["images"] == "one-tile":  # of 16 rows
-        return _data(text_budget=80 if small else 128, visual_budget=32 if small else 96)
+        ranks = processes({"context": case["context"]})  # each gets a tile
+        if case["tower work"] == "tower-tiles":
+            ranks *= processes({"tensor": case["tensor"]})
+        visual_budget = 16 * max(2 if small else 6, ranks)
+        return _data(text_budget=80 if small else 128, visual_budget=visual_budget)
     # Two images of at most five tiles.
     return _data(text_budget=80 if small else 128, visual_budget=160 if small else 192)
 

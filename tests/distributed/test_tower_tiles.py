@@ -9,7 +9,9 @@ import pytest
 
 from dattn_mcore.config.load import merge
 from tests.distributed.gradient_jobs import spans
-from tests.distributed.small_models import SMALL_MODEL
+from tests.distributed.interrupted_jobs import train_until_killed
+from tests.distributed.jobs import read_metrics, run_training
+from tests.distributed.small_models import SMALL_MODEL, small_config
 from tests.distributed.test_gradients_as_declared import unlike, whole
 from tests.distributed.tower_jobs import step_of_packs
 
@@ -112,3 +114,44 @@ def test_each_tile_is_encoded_once_and_ranks_have_as_many(pool, case):
 def test_otherwise_each_tensor_rank_works_on_each_tile(pool):
     tree = tree_of({}, {"tp": 2, "tower": "tensor"})
     assert [step.tiles for step in pool.run(step_of_packs, 2, tree, PACKS)] == [TILES, TILES]
+
+
+def tree_of_run(digits, run_dir, parallel):
+    train = {"steps": 4, "global_batch_size": 12}
+    return small_config(digits, run_dir, parallel=parallel, train=train)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pool, digits, tmp_path_factory):
+    """Metrics of four steps in one process."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    pool.run(run_training, 1, tree_of_run(digits, run_dir, {}))
+    return read_metrics(run_dir)
+
+
+@pytest.mark.parametrize("first", ["tensor", "tiles"])
+def test_a_checkpoint_of_either_is_resumed_in_the_other(
+    pool, digits, tmp_path, uninterrupted, first
+):
+    """And by one process: within 1e-6, as for any other layout (`test_resume`)."""
+    other = {"tensor": "tiles", "tiles": "tensor"}[first]
+    pool.run(train_until_killed, 2, tree_of_run(digits, tmp_path, {**TP2_SP, "tower": first}), 2)
+    pool.run(train_until_killed, 2, tree_of_run(digits, tmp_path, {"tp": 2, "tower": other}), 1)
+    assert all(pool.run(run_training, 1, tree_of_run(digits, tmp_path, {})))
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row, want in zip(rows, uninterrupted, strict=True):
+        assert row["loss"] == pytest.approx(want["loss"], abs=1e-6)
+        assert row["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(pool, digits, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    parallel = {**TP2_SP, "tower": "tiles"}
+    assert all(pool.run(run_training, 2, tree_of_run(digits, whole, parallel)))
+    pool.run(train_until_killed, 2, tree_of_run(digits, parts, parallel), 2)
+    assert all(pool.run(run_training, 2, tree_of_run(digits, parts, parallel)))
+    names = ("loss", "grad_norm", "lr")
+    assert [[row[name] for name in names] for row in read_metrics(parts)] == [
+        [row[name] for name in names] for row in read_metrics(whole)
+    ]
