@@ -81,6 +81,7 @@ IMAGE_MARK = "<image>"
 V2V = Literal["diagonal", "causal"]
 T2VPosition = Literal["none", "rope"]
 Merge = Literal["alpha", "sum"]
+TowerWork = Literal["tensor", "tiles"]
 Implementation = Literal["local", "transformer_engine"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise"]
 RecomputeGranularity = Literal["none", "selective", "full"]

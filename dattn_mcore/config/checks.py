@@ -151,7 +151,10 @@ def row_multiple(config: Config) -> int:
     only.
     """
     shards = shards_of(config)
+    ranks = shards.ranks
+    if config.parallel.tower == "tiles":  # all ranks receive as many rows, with sp or without
+        ranks = shards.context * config.parallel.tp
     per_shard = training_rules.FP8_ROWS if config.train.fp8 != "none" else 1
     if config.train.fp8 == "blockwise" and shards.tensor > 1:
         per_shard = training_rules.FP8_BLOCK
-    return math.lcm(config.data.pad_multiple, shards.ranks * per_shard)
+    return math.lcm(config.data.pad_multiple, ranks * per_shard)

@@ -19,11 +19,20 @@ def local_rows(config: Config) -> Iterator[str]:
 
 def tiles(config: Config) -> Iterator[str]:
     """The vision tower's work is divided by whole tiles: a micro-batch must hold one a rank."""
-    cp, rows = config.parallel.cp, config.model.vision.rows_per_tile
-    if cp == 1 or rows == 0:  # an image smaller than a patch breaks another rule
+    cp, tp, rows = config.parallel.cp, config.parallel.tp, config.model.vision.rows_per_tile
+    apart = tp if config.parallel.tower == "tiles" else 1  # tensor ranks with tiles of their own
+    if cp * apart == 1 or rows == 0:  # an image smaller than a patch breaks another rule
         return
     held = config.data.visual_budget // rows
-    if held < cp:
+    if held >= cp * apart:
+        return
+    if apart > 1:
+        yield (
+            f"data.visual_budget={config.data.visual_budget} holds {held} of {rows} rows a tile, "
+            f"so some of the tp ({tp}) x cp ({cp}) ranks would have no tile in any micro-batch; "
+            f"set it to {tp * cp * rows} at least, or use parallel.tower=tensor"
+        )
+    else:
         yield (
             f"data.visual_budget={config.data.visual_budget} holds {held} of {rows} rows a tile, "
             f"so ranks of parallel.cp={cp} would have no tile in any micro-batch; set it to "

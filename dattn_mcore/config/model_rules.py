@@ -103,10 +103,13 @@ def parallel_sizes(config: Config) -> Iterator[str]:
         "model.llm.num_attention_heads": llm.num_attention_heads,
         "model.llm.ffn_hidden_size": llm.ffn_hidden_size,
         "model.llm.vocab_pad_multiple": llm.vocab_pad_multiple,
-        "model.vision.num_attention_heads": vision.num_attention_heads,
-        "model.vision.ffn_hidden_size": vision.ffn_hidden_size,
-        "model.projector.ffn_hidden_size": config.model.projector.ffn_hidden_size,
     }
+    if config.parallel.tower == "tensor":
+        sizes |= {
+            "model.vision.num_attention_heads": vision.num_attention_heads,
+            "model.vision.ffn_hidden_size": vision.ffn_hidden_size,
+            "model.projector.ffn_hidden_size": config.model.projector.ffn_hidden_size,
+        }
     if tp % llm.num_query_groups:  # where the groups divide tp, several ranks share each
         sizes = {"model.llm.num_query_groups": llm.num_query_groups, **sizes}
     uneven = [f"{name}={value}" for name, value in sizes.items() if value % tp]

@@ -23,6 +23,7 @@ from dattn_mcore.types import (
     Part,
     RecomputeGranularity,
     RecomputeModule,
+    TowerWork,
 )
 
 __all__ = [
@@ -82,6 +83,7 @@ class ParallelConfig:
     first_stage_layers: int | None = None  # of the tower's stage; null: as many as others
     cp: int = 1  # context parallel: ranks that divide a pack's rows
     sp: bool = False  # sequence parallel norms and residuals, over the tp group
+    tower: TowerWork = "tensor"  # of tp ranks: each has part of the tower; tiles: all of it
     overlap_grad_reduce: bool = False  # reduce gradients while backward goes on
     overlap_param_gather: bool = False  # gather updated weights while forward goes on
     tp_comm_overlap: bool = False  # tensor parallel exchanges beside products (needs sp, TE)

@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dattn_mcore.types import Fp8Recipe, Implementation, RecomputeGranularity, RecomputeModule
+from dattn_mcore.types import (
+    Fp8Recipe,
+    Implementation,
+    RecomputeGranularity,
+    RecomputeModule,
+    TowerWork,
+)
 
 Channels = tuple[float, float, float]  # red, green, blue
 
@@ -59,6 +65,9 @@ class Runtime:
         recompute: what backward computes again.
         loss_chunk: supervised rows whose logits are in memory at once.
         sequence_parallel: norms and residuals are shared over the tensor parallel group.
+        tower: how tensor parallel ranks divide the vision tower and the projector: `tensor`, each
+            computes its part of every tile; `tiles`, each has all their weights and computes some
+            of the tiles.
         tp_comm_overlap: Transformer Engine's exchanges beside products; its buffers must have been
             registered (`layers.spec_te.start_overlap`).
         overlap_grad_reduce, overlap_param_gather: what the DDP around the model does while backward
@@ -81,6 +90,7 @@ class Runtime:
     recompute: Recompute = field(default_factory=Recompute)
     loss_chunk: int = 1024
     sequence_parallel: bool = False
+    tower: TowerWork = "tensor"
     tp_comm_overlap: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False

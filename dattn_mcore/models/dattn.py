@@ -11,6 +11,7 @@ import functools
 import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -36,6 +37,12 @@ from dattn_mcore.layers.visual_rows import DecomposedBlock
 from dattn_mcore.layers.vocabulary import cap_and_mask, chunked_cross_entropy
 from dattn_mcore.models.projector import Projector
 from dattn_mcore.models.tile_share import TileShare
+from dattn_mcore.models.tower_work import (
+    group_of_tiles,
+    groups_of_tower,
+    mark_replicated,
+    number_replicas,
+)
 from dattn_mcore.models.vision import VisionTower, normalize_pixels
 from dattn_mcore.types import IGNORED_LABEL, Part
 
@@ -111,8 +118,11 @@ class DattnModel(LanguageModule):
         self.scale_embeddings = text_features(model).scale_embeddings
         padded_vocab = llm.padded_vocab_size
         if pre_process:
-            self.vision = VisionTower(model, runtime, pg_collection)
-            self.projector = Projector(model, runtime, pg_collection)
+            of_tower = groups_of_tower(pg_collection, runtime.tower)
+            self.vision = VisionTower(model, runtime, of_tower)
+            self.projector = Projector(model, runtime, of_tower)
+            if self.tower_is_replicated:
+                mark_replicated([self.vision, self.projector])
             self.embedding = LanguageModelEmbedding(
                 config=transformer_config,
                 vocab_size=padded_vocab,
@@ -162,6 +172,24 @@ class DattnModel(LanguageModule):
         self.register_buffer("inv_freq", torch.stack(frequencies), persistent=False)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
+
+    @property
+    def tower_is_replicated(self) -> bool:
+        """Whether tensor parallel ranks each have the whole tower and projector of this chunk."""
+        several = self.tp_group.size() > 1
+        return self.pre_process and several and self.runtime.tower == "tiles"
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict | None = None,
+    ) -> dict[str, Any]:
+        """Parameters as a checkpoint has them, the same in every layout."""
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.tower_is_replicated:
+            number_replicas(entries, self.tp_group)
+        return entries
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
         """Receives the hidden state of the stage before; called by the pipeline schedule."""
@@ -245,7 +273,10 @@ class DattnModel(LanguageModule):
         visual = text.new_zeros(num_visual, 1, text.shape[-1])
         if inputs.tiles is not None and inputs.tile_share is not None:
             rows = self._rows_of_tiles(inputs, text.dtype)
-            visual = inputs.tile_share.exchange(rows, self.pg_collection.cp)
+            group = group_of_tiles(self.pg_collection, self.runtime.tower)
+            visual = inputs.tile_share.exchange(rows, group)
+            if self.tower_is_replicated:
+                return self._scale(torch.cat([self._of_shard(visual), text]))
         elif inputs.tiles is not None:
             rows = self._visual_rows(inputs.tiles, text.dtype, inputs.image_grids)
             visual = torch.cat([rows, visual[rows.shape[0] :]])
@@ -254,6 +285,18 @@ class DattnModel(LanguageModule):
                 visual, group=self.tp_group
             )
         return self._scale(torch.cat([visual, text]))
+
+    def _of_shard(self, visual: torch.Tensor) -> torch.Tensor:
+        """Visual rows of this shard from [V / tp, 1, hidden], which the exchange has brought.
+
+        Without sequence parallelism each rank has all V rows and, in backward, their whole
+        gradient: it keeps that of the rows which it put in.
+        """
+        if self.sequence_parallel:
+            return visual
+        return tensor_parallel.gather_from_sequence_parallel_region(
+            visual, tensor_parallel_output_grad=False, group=self.tp_group
+        )
 
     def _rows_of_tiles(self, inputs: ModelInputs, dtype: torch.dtype) -> torch.Tensor:
         """[tiles of this rank * patches, 1, hidden], tile after tile."""

@@ -102,6 +102,12 @@ def _chunk(
             yield _parameter(config, table, entry, layer, number=number, shared=copied)
 
 
+def _ranks_of(config: Config, key: str) -> int:
+    """Tensor parallel ranks that divide a parameter."""
+    whole = part_of(key) != "llm" and config.parallel.tower == "tiles"
+    return 1 if whole else config.parallel.tp
+
+
 def _parameter(
     config: Config,
     table: Table,
@@ -116,7 +122,7 @@ def _parameter(
     dtype = "bf16" if config.train.precision == "bf16" else "fp32"
     return Parameter(
         name=entry.key.replace(".layers.", f".layers.{layer}."),
-        shape=entry.shard_shape(config.parallel.tp),
+        shape=entry.shard_shape(_ranks_of(config, entry.key)),
         dtype="fp32" if entry.dtype == "float32" else dtype,
         trained=table[tensor_of(config.model, entry.key, number)].trains,
         shared_embedding=shared,

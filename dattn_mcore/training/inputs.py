@@ -17,6 +17,7 @@ from dattn_mcore.layers.context import own_text_rows, share_of
 from dattn_mcore.layers.layout import build_seq_params, padded_rows, round_up, to_device
 from dattn_mcore.models.dattn import ModelInputs
 from dattn_mcore.models.tile_share import TileShare, share_tiles
+from dattn_mcore.models.tower_work import place_in_group
 from dattn_mcore.types import IGNORED_LABEL, tiles_of_rank
 
 
@@ -91,7 +92,7 @@ def to_model_inputs(
         device: where the tensors go.
         at_least: visual and text rows to pad up to.
     """
-    context = pg_collection.cp
+    context, tower = pg_collection.cp, config.parallel.tower
     params = build_seq_params(
         micro_batch.layouts,
         t2v_position=config.attention.t2v_position,
@@ -101,16 +102,18 @@ def to_model_inputs(
     )
     rows = torch.arange(params.num_text)
     share = None
-    if context.size() > 1:
-        rank = get_pg_rank(context)
+    part, parts = place_in_group(pg_collection, tower)
+    if parts > 1:
         share = share_tiles(
             num_tiles=micro_batch.num_tiles,
             image_grids=micro_batch.image_grids,
             side=config.model.vision.grid_size,
             num_visual=params.num_visual,
-            rank=rank,
-            ranks=context.size(),
+            rank=part,
+            ranks=parts,
         )
+    if context.size() > 1:
+        rank = get_pg_rank(context)
         params = share_of(params, rank, context.size())
         assert params.context is not None
         rows = own_text_rows(params.context, rank)
@@ -149,9 +152,13 @@ def _shared_tiles(
     pg_collection: ProcessGroupCollection,
     device: torch.device,
 ) -> torch.Tensor:
-    """uint8 tiles of this rank, from the first tensor parallel rank, which has decoded them."""
+    """uint8 tiles of this rank, from the first tensor parallel rank, which has decoded them.
+
+    Where each tensor parallel rank encodes tiles of its own, these are consecutive: all get those
+    of all, a few bytes beside the rows that they become.
+    """
     size = config.model.vision.image_size
-    own = range(micro_batch.num_tiles) if share is None else share.tiles
+    own = _of_tensor_ranks(micro_batch.num_tiles, share, config, pg_collection)
     tiles = micro_batch.tiles
     if tiles is None:
         tiles = torch.empty((len(own), 3, size, size), dtype=torch.uint8)
@@ -160,7 +167,28 @@ def _shared_tiles(
     if pg_collection.tp.size() > 1 and len(own):
         source = get_pg_src_rank(pg_collection.tp)
         dist.broadcast(tiles, src=source, group=pg_collection.tp)
-    return tiles
+    if share is None:
+        return tiles
+    return tiles[share.tiles.start - own.start : share.tiles.stop - own.start]
+
+
+def _of_tensor_ranks(
+    num_tiles: int,
+    share: TileShare | None,
+    config: Config,
+    pg_collection: ProcessGroupCollection,
+) -> range:
+    """Tiles of the ranks of a tensor parallel group; they encode the same ones, or follow on."""
+    if share is None:
+        return range(num_tiles)
+    if config.parallel.tower == "tensor":
+        return share.tiles
+    rank, ranks = place_in_group(pg_collection, "tiles")
+    first = rank - get_pg_rank(pg_collection.tp)
+    last = first + pg_collection.tp.size() - 1
+    return range(
+        tiles_of_rank(num_tiles, first, ranks).start, tiles_of_rank(num_tiles, last, ranks).stop
+    )
 
 
 def _of_labels(

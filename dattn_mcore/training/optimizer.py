@@ -21,6 +21,7 @@ from dattn_mcore.config.optim_groups import NO_DECAY, resolved, settings_of
 from dattn_mcore.config.schedule import peak_ratio
 from dattn_mcore.config.schema import Config
 from dattn_mcore.models.dattn import DattnModel
+from dattn_mcore.models.tower_work import sum_gradients
 from dattn_mcore.parallel import platform
 from dattn_mcore.parallel.fewer_passes import adam_in_one_pass
 from dattn_mcore.training.model import first_layer
@@ -97,12 +98,29 @@ def build_optimizer(config: Config, model: list[DistributedDataParallel]) -> Meg
         adam_in_one_pass(part.optimizer)
     _refuse_gradients_that_are_not_finite(optimizer)
     chunk_config = model[0].config
-    chunk_config.finalize_model_grads_func = finalize_model_grads
+    chunk_config.finalize_model_grads_func = finalize_gradients
     chunk_config.grad_scale_func = optimizer.scale_loss
     chunk_config.no_sync_func = [chunk.no_sync for chunk in model]
     if len(model) == 1:
         chunk_config.no_sync_func = model[0].no_sync
     return optimizer
+
+
+def finalize_gradients(
+    model: list[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **named: Any
+) -> None:
+    """Megatron-Core's reductions at the end of a step, and those of a tower divided by tiles.
+
+    Megatron-Core sums over tensor parallel ranks what sequence parallelism divides, and only with
+    it: not what these ranks have computed of different tiles.
+
+    Args:
+        model: chunks of this stage.
+        num_tokens: supervised tokens of this replica; gradients are divided by those of all.
+        named: what else Megatron-Core's schedule gives to its function.
+    """
+    finalize_model_grads(model, num_tokens, **named)
+    sum_gradients(chunk.module for chunk in model)
 
 
 def _own_settings(config: Config, model: list[DistributedDataParallel]) -> dict[Any, Any]:

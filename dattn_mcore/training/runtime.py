@@ -42,6 +42,7 @@ def decide_runtime(config: Config) -> Runtime:
         ),
         loss_chunk=train.loss_chunk,
         sequence_parallel=parallel.sp,
+        tower=parallel.tower,
         tp_comm_overlap=parallel.tp_comm_overlap,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,

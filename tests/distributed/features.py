@@ -96,6 +96,7 @@ MEANS: dict[str, dict[str, Settings]] = {
         "unfolded": _attention(fold_visual_projection=False),
         "to-the-end": _attention(skip_last_visual_rows=False),
     },
+    "tower work": {"tower-tensor": {}, "tower-tiles": _parallel(tower="tiles")},
     "visual chunks": {"visual-at-once": {}, "visual-chunks": _train(recompute_visual_chunk=24)},
     "loss chunks": {"loss-at-once": {}, "loss-chunks": _train(loss_chunk=7)},
     "recompute": {
@@ -175,6 +176,15 @@ REQUIRED = [
     {**FOUR, "family": "ministral3", "visual chunks": "visual-chunks", "recompute": "selective"},
     {**FOUR, "family": "smollm3", "recompute": "full"},
     {**FOUR, "context": "cp2"},
+    {**FOUR, "context": "cp2", "tower work": "tower-tiles"},
+    {"tensor": "tp2-sp", "data": "dp2", "overlap": "overlap-both", "tower work": "tower-tiles"},
+    {"tensor": "tp2", "data": "dp2", "run": "resumed-async", "tower work": "tower-tiles"},
+    {
+        "tensor": "tp2-sp",
+        "tower work": "tower-tiles",
+        "trains": "all-parts",
+        "run": "resumed-on-one",
+    },
 ]
 
 
@@ -215,8 +225,11 @@ def _budgets(case: dict[str, str]) -> Settings:
     """Room for about six samples, or for the largest alone."""
     small = case["packing"] == "small-packs"
     if case["images"] == "one-tile":  # of 16 rows
-        a_tile_a_rank = 64 if case["context"] == "cp4" else 32
-        return _data(text_budget=80 if small else 128, visual_budget=a_tile_a_rank if small else 96)
+        ranks = processes({"context": case["context"]})  # each gets a tile
+        if case["tower work"] == "tower-tiles":
+            ranks *= processes({"tensor": case["tensor"]})
+        visual_budget = 16 * max(2 if small else 6, ranks)
+        return _data(text_budget=80 if small else 128, visual_budget=visual_budget)
     # Two images of at most five tiles.
     return _data(text_budget=80 if small else 128, visual_budget=160 if small else 192)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
 from dattn_mcore.layers.lora import Adapter
 from dattn_mcore.training.model import build_from_config
@@ -102,9 +101,11 @@ def gradients(
         chunk.force_all_reduce = True  # every rank gets all of a gradient, not its part
     before: list[tuple[str, ShardedTensor]] = []
 
+    reduce: Any = chunks[0].config.finalize_model_grads_func
+
     def finalize(model: Any, num_tokens: Any = None, **named: Any) -> None:
         before.extend(piece for chunk in chunks for piece in pieces(chunk))
-        finalize_model_grads(model, num_tokens, **{**named, "force_all_reduce": True})
+        reduce(model, num_tokens, **{**named, "force_all_reduce": True})
 
     chunks[0].config.finalize_model_grads_func = finalize
     run_schedule(wrapped, [inputs, inputs], groups, forward_only=False)

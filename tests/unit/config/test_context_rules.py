@@ -1,8 +1,10 @@
 """Rules for context parallelism: one line each."""
 
+from dataclasses import replace
+
 import pytest
 
-from dattn_mcore.config.checks import check_config
+from dattn_mcore.config.checks import check_config, row_multiple
 from dattn_mcore.config.context_rules import local_rows, tiles
 from dattn_mcore.config.load import from_dict
 from dattn_mcore.errors import ConfigError
@@ -50,3 +52,38 @@ def test_what_keeps_the_rules_is_let_through():
         config_of(1, v2v="causal", visual_budget=ROWS),
     ):
         assert not [*local_rows(config), *tiles(config)]
+
+
+def tower_by_tiles(tp, cp, *, heads=2, visual_budget):
+    return from_dict(
+        {
+            "parallel": {"tp": tp, "cp": cp, "tower": "tiles"},
+            "model": {"vision": {"image_size": 56, "patch_size": 14, "num_attention_heads": heads}},
+            "data": {"visual_budget": visual_budget},
+        }
+    )
+
+
+def test_a_tower_by_tiles_needs_a_tile_for_each_tensor_rank_as_well():
+    (line,) = tiles(tower_by_tiles(2, 2, visual_budget=3 * ROWS))
+    assert line == (
+        "data.visual_budget=48 holds 3 of 16 rows a tile, so some of the tp (2) x cp (2) ranks "
+        "would have no tile in any micro-batch; set it to 64 at least, or use parallel.tower=tensor"
+    )
+    assert not [*tiles(tower_by_tiles(2, 2, visual_budget=4 * ROWS))]
+    (line,) = tiles(tower_by_tiles(1, 4, visual_budget=3 * ROWS))
+    assert "use parallel.cp=3" in line
+
+
+def test_a_tower_by_tiles_may_have_fewer_heads_than_tensor_ranks():
+    config = tower_by_tiles(4, 1, heads=2, visual_budget=4 * ROWS)
+    check_config(config)
+    with pytest.raises(ConfigError, match=r"model.vision.num_attention_heads=2 must be a multiple"):
+        check_config(replace(config, parallel=replace(config.parallel, tower="tensor")))
+
+
+def test_rows_divide_over_tensor_ranks_that_receive_them():
+    config = tower_by_tiles(4, 3, visual_budget=12 * ROWS)
+    config = replace(config, data=replace(config.data, pad_multiple=1))
+    assert row_multiple(config) == 12
+    assert row_multiple(replace(config, parallel=replace(config.parallel, tower="tensor"))) == 3
