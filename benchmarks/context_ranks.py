@@ -39,11 +39,13 @@ class Sent:
     Attributes:
         forward, backward: counted.
         written: to sockets, of both, headers included; None where the system does not say.
+        calls: that were counted.
     """
 
     forward: int
     backward: int
     written: int | None
+    calls: int
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def _count(attend: Callable[[], torch.Tensor]) -> Sent:
     after = _written()
     backward = round(sum(one.sent for one in tracer.collectives)) - forward
     written = None if before is None or after is None else after - before
-    return Sent(forward, backward, written)
+    return Sent(forward, backward, written, len(tracer.collectives))
 
 
 def _written() -> int | None:

@@ -8,13 +8,14 @@ are counted (`benchmarks.context_ranks`) in D-Attn's attention of one layer, in 
 the same rows (`benchmarks.ring_attention`), and in a training step of a small model, where the
 exchange before the first layer and the reduction of gradients stand apart. Beside them stands the
 closed form of Ulysses; and closed forms at the sizes of real models. Exit status 1: the count of
-a layer, or of all layers of the step, is not its closed form to the byte, or the system says that
-something else was written.
+a layer, or of all layers of the step, is not its closed form, or the planner's, to the byte; or the
+system says that something else was written.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 import time
@@ -24,8 +25,9 @@ from dattn_mcore.parallel import entry
 
 entry.prepare_imports("cpu")
 
+from benchmarks.context_checks import planned_bytes, problems
 from benchmarks.context_formulas import Shape, dattn_bytes, ring_bytes, ulysses_bytes
-from benchmarks.context_ranks import SIDE, Sent, all_of
+from benchmarks.context_ranks import SIDE, all_of
 from benchmarks.cpu_ranks import on_ranks
 from benchmarks.results import (
     ROOT,
@@ -40,7 +42,6 @@ from benchmarks.steps import sized_config
 from dattn_mcore.console import say
 
 PAGE = ROOT / "docs" / "context-parallel.md"
-HEADERS = 0.01  # of the bytes: what gloo adds at most, a header for each message
 REAL = {"Mistral 7B": "mistral", "Gemma 2 9B": "gemma"}
 REAL_VISUAL, REAL_TEXT, REAL_RANKS = (1_000, 10_000, 100_000, 1_000_000), 512, 8
 MIB = 2**20
@@ -67,30 +68,10 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "formula": dattn_bytes(shape, ranks),
                 "ring_formula": ring_bytes(shape, ranks),
                 "ulysses_formula": ulysses_bytes(shape, ranks),
+                "planned": planned_bytes(shape, ranks, args.layers),
             }
             rows.append({**row, "problems": problems(row, args.layers)})
     return rows
-
-
-def problems(row: dict[str, Any], layers: int) -> list[str]:
-    """What of a row is not as it must be, one line each."""
-    found = []
-    for name in ("attention", "ring"):
-        formula = tuple(row["formula" if name == "attention" else "ring_formula"])
-        for rank, one in enumerate(Sent(**fields) for fields in row[name]):
-            counted = one.forward, one.backward
-            if counted != formula:
-                found.append(f"{name}, rank {rank}: counted {counted}, closed form {formula}")
-            over = 0 if one.written is None else one.written - sum(counted)
-            if not 0 <= over <= HEADERS * sum(counted):
-                found.append(f"{name}, rank {rank}: {over} bytes written that are not counted")
-    expected = layers * sum(row["formula"])
-    found += [
-        f"step, rank {rank}: counted {one['attention']}, closed form of all layers {expected}"
-        for rank, one in enumerate(row["step"])
-        if one["attention"] != expected
-    ]
-    return found
 
 
 def _both(row: dict[str, Any], name: str) -> int:
@@ -184,6 +165,26 @@ def draw(axes: Any, rows: list[dict[str, Any]], args: argparse.Namespace) -> Non
     axes.legend(fontsize="small")
 
 
+def _refusal(args: argparse.Namespace) -> str | None:
+    """Why these sizes cannot be measured; None if they can."""
+    if args.device != "cpu":
+        return "--device gpu: bytes are counted on processes of a CPU; leave it out"
+    for visual in args.visual:
+        if visual % SIDE**2:
+            return f"--visual {visual}: must be a multiple of {SIDE**2}, the rows of a tile"
+    for ranks in args.ranks:
+        pieces = math.lcm(16, 2 * ranks)  # no rank has padding
+        if args.text % pieces:
+            return f"--text {args.text}: must be a multiple of {pieces} for --ranks {ranks}"
+        for visual in args.visual:
+            if (visual + args.text) % (2 * ranks):
+                return (
+                    f"--visual {visual} and --text {args.text}: together they must be a multiple "
+                    f"of {2 * ranks}, two pieces for each of --ranks {ranks}"
+                )
+    return None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measures and hands over; see the file's docstring."""
     given = sys.argv[1:] if arguments is None else arguments
@@ -204,8 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=2, help="of the model that makes a step")
     parser.add_argument("--write-docs", action="store_true", help=f"write {PAGE.name}'s tables")
     args = parser.parse_args(given)
-    if args.device != "cpu":
-        parser.error("--device gpu: bytes are counted on processes of a CPU; leave it out")
+    if refusal := _refusal(args):
+        parser.error(refusal)
     if args.write_docs:
         args.out = PAGE.parent / "performance"
     rows = measure(args)

@@ -55,6 +55,7 @@ BY_PLACE = {
     "tests/megatron/": "processes",
     "tests/unit/benchmarks/test_benchmarks.py": "processes",
     "tests/unit/benchmarks/test_checkouts.py": "processes",
+    "tests/unit/benchmarks/test_context_benchmarks.py": "processes",
     "tests/unit/benchmarks/test_faults.py": "processes",
     "tests/unit/benchmarks/test_gpu_check.py": "processes",
     "tests/unit/benchmarks/test_warm_kernels.py": "interpreter",

@@ -30,6 +30,7 @@ _NAMES = {
     "alltoall_base_": "all_to_all",
     "broadcast_": "broadcast",
     "recv_": "receive",
+    "recv_any_source_": "receive",
 }
 # Groups of Megatron-Core's by their fields there; others are named by what they are of.
 _GROUPS = {"embd": "embedding", "pos_embd": "position embedding"}

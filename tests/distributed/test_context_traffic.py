@@ -9,9 +9,9 @@ import math
 
 import pytest
 
+from benchmarks.context_checks import HEADERS, planned_bytes, problems
 from benchmarks.context_formulas import Shape, dattn_bytes, ring_bytes, ulysses_bytes
 from benchmarks.context_ranks import SIDE, layer_attention, layer_ring, step_config, training_step
-from benchmarks.context_traffic import HEADERS, problems
 
 TEXT, HEADS, GROUPS, SIZE, LAYERS = 512, 4, 1, 16, 2
 
@@ -20,10 +20,10 @@ def shape_of(visual):
     return Shape(visual, TEXT, HEADS, GROUPS, SIZE)
 
 
-def check(sent, formula):
+def check(sent, formula, ranks):
     assert (sent.forward, sent.backward) == formula
     if sent.written is not None:  # headers of messages come on top
-        assert 0 <= sent.written - sum(formula) <= HEADERS * sum(formula)
+        assert 0 <= sent.written - sum(formula) <= HEADERS * ranks * sent.calls
 
 
 @pytest.mark.parametrize("visual", [1_000, 10_000, 100_000])
@@ -34,8 +34,9 @@ def test_a_layers_traffic_is_its_closed_form_whatever_the_visual_rows(pool, rank
     per_rank = TEXT // ranks * (ranks - 1)
     formula = per_rank * 4 * (64 + 32 + 64 + 4), per_rank * 4 * (64 + 64 + 4 + 64 + 32)
     assert dattn_bytes(shape_of(visual), ranks) == formula
+    assert planned_bytes(shape_of(visual), ranks, LAYERS)["layer"] == formula
     for sent in pool.run(layer_attention, ranks, shape_of(visual)):
-        check(sent, formula)
+        check(sent, formula, ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -45,7 +46,7 @@ def test_the_rings_traffic_grows_with_all_rows(pool, ranks):
     formula = (ranks - 1) * keys_values, (ranks - 1) * 2 * keys_values
     assert ring_bytes(shape, ranks) == formula
     for sent in pool.run(layer_ring, ranks, shape):
-        check(sent, formula)
+        check(sent, formula, ranks)
 
 
 @pytest.mark.parametrize(("ranks", "visual"), [(2, 700), (4, 1_000)])
@@ -70,7 +71,9 @@ def test_a_steps_traffic_by_purpose(pool, ranks, visual):
         away = sum(one == rank != other for one, other in moves)
         come = sum(other == rank != one for one, other in moves)
         assert step.exchange == (away + come) * row
-    assert sum(step.exchange for step in results) > 0
+    planned = planned_bytes(shape, ranks, LAYERS)
+    assert {step.attention for step in results} == {planned["attention"]}
+    assert max(step.exchange for step in results) == planned["exchange"] > 0
     # Ring or tree, a reduction sends most of the weights' gradients; sums of losses are small.
     assert {step.gradients for step in results} == {results[0].gradients}
     assert results[0].gradients > 100_000 > max(step.other for step in results)
@@ -93,14 +96,17 @@ def test_fewer_groups_than_ranks_are_repeated_for_ulysses():
 def test_a_count_that_is_not_the_closed_form_is_said():
     shape = shape_of(1_000)
     forward, backward = dattn_bytes(shape, 2)
-    right = {"forward": forward, "backward": backward, "written": forward + backward}
+    right = {"forward": forward, "backward": backward, "written": forward + backward, "calls": 8}
     ring = dict(zip(("forward", "backward"), ring_bytes(shape, 2), strict=True), written=None)
+    ring["calls"] = 4
     row = {
+        "ranks": 2,
         "attention": [right, right],
         "ring": [ring, ring],
-        "step": [{"attention": LAYERS * (forward + backward)}],
+        "step": [{"attention": LAYERS * (forward + backward), "exchange": 0}],
         "formula": (forward, backward),
         "ring_formula": ring_bytes(shape, 2),
+        "planned": planned_bytes(shape, 2, LAYERS),
     }
     assert problems(row, LAYERS) == []
     written = right["written"]
@@ -108,5 +114,7 @@ def test_a_count_that_is_not_the_closed_form_is_said():
     for wrong in (miscounted, {"written": 0}, {"written": 2 * written}):
         (line,) = problems({**row, "attention": [right, {**right, **wrong}]}, LAYERS)
         assert line.startswith("attention, rank 1: ")
-    (line,) = problems({**row, "step": [{"attention": 7}]}, LAYERS)
+    (line,) = problems({**row, "step": [{"attention": 7, "exchange": 0}]}, LAYERS)
     assert line.startswith("step, rank 0: counted 7, ")
+    (line,) = problems({**row, "planned": {**row["planned"], "exchange": 1.0}}, LAYERS)
+    assert line.startswith("planner: ")
