@@ -4,10 +4,6 @@ Forward, every call gives its rows' output and log-sum-exp, which are merged as 
 every call gets the *merged* output and the *merged* log-sum-exp, as in ring attention; the kernels
 then produce the exact joint gradients, and no gradient through a log-sum-exp is ever needed (flash
 kernels drop it silently).
-
-Keys may be divided over a process group: each rank adds those it has, and `Merged.result(group)`
-merges over the ranks. `gradients` then gives each rank the gradients of its own keys and values
-whole, and its share of the queries' gradient, which is their sum over the group.
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from dattn_mcore.layers.attention.rows import Rows, add_rows, covers, put_rows
 
@@ -100,24 +95,9 @@ class Merged:
         put_rows(self.lse, rows, total)
         return state
 
-    def result(self, group: dist.ProcessGroup | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output in the queries' dtype, and log-sum-exp.
-
-        Args:
-            group: ranks that have the same queries, and each some of the keys, none in common;
-                merged over them. None: all keys are here.
-        """
-        if group is None:
-            return self.out.to(self.dtype), self.lse
-        top = self.lse.clone()
-        dist.all_reduce(top, dist.ReduceOp.MAX, group)
-        # A row that sees nothing on any rank would make a difference of two infinities.
-        share = (self.lse - top.masked_fill(top == -torch.inf, 0.0)).exp_()
-        out = self.out.to(self.lse.dtype) * share[..., None]
-        dist.all_reduce(share, group=group)
-        dist.all_reduce(out, group=group)
-        out.div_(share.masked_fill(share == 0, 1.0)[..., None])
-        return out.to(self.dtype), top.add_(share.log_())
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output in the queries' dtype, and log-sum-exp."""
+        return self.out.to(self.dtype), self.lse
 
 
 def gradients(
