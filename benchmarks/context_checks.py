@@ -14,7 +14,7 @@ from dattn_mcore.plan.context import (
 )
 from dattn_mcore.plan.rows import rows_of
 
-# Bytes that gloo adds to a call at most, for each rank of the group: headers of its messages.
+# Bytes that a CPU's backend adds to a call at most, for each rank of the group: headers of its messages.
 HEADERS = 256
 
 

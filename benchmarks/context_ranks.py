@@ -2,7 +2,7 @@
 
 Counted are the calls of `torch.distributed` (`parallel.collectives.Tracer` has each one's formula).
 Beside it stands what the process wrote to its sockets by the operating system's own count, with the
-messages' headers; gloo writes what it sends, so both must agree but for these.
+messages' headers. A CPU's backend writes what it sends, so both must agree but for these.
 """
 
 from __future__ import annotations
