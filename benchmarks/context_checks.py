@@ -14,19 +14,20 @@ from dattn_mcore.plan.context import (
 )
 from dattn_mcore.plan.rows import rows_of
 
-# Bytes that gloo adds to a call at most, for each rank of the group: headers of its messages.
+# Bytes that a CPU's backend adds to a call at most, for each rank of the group: messages' headers.
 HEADERS = 256
 
 
-def planned_bytes(shape: Shape, ranks: int, layers: int) -> dict[str, Any]:
+def planned_bytes(shape: Shape, ranks: int, layers: int, recompute: str = "none") -> dict[str, Any]:
     """Bytes of `layer`, forward and backward, and of a step: `attention` and `exchange`.
 
     Args:
         shape: of a layer's attention over one pack of one sample.
         ranks: context parallel.
         layers: of the model that makes a step.
+        recompute: `train.recompute` of it.
     """
-    config = step_config(shape, ranks, layers)
+    config = step_config(shape, ranks, layers, recompute)
     pack = rows_of(config, (((True, shape.visual), (False, shape.text)),), shape.text / 2)
     own = rank_rows(config, pack)
     return {

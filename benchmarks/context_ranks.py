@@ -2,7 +2,7 @@
 
 Counted are the calls of `torch.distributed` (`parallel.collectives.Tracer` has each one's formula).
 Beside it stands what the process wrote to its sockets by the operating system's own count, with the
-messages' headers; gloo writes what it sends, so both must agree but for these.
+messages' headers. A CPU's backend writes what it sends, so both must agree but for these.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def layer_ring(shape: Shape) -> Sent:
     return _count(lambda: ring_attention(q, k, v, d**-0.5, world))
 
 
-def step_config(shape: Shape, ranks: int, layers: int) -> Config:
+def step_config(shape: Shape, ranks: int, layers: int, recompute: str = "none") -> Config:
     """A small model whose attention has this shape; its tower is frozen, its projector learns."""
     llm = {
         "num_attention_heads": shape.heads,
@@ -123,14 +123,25 @@ def step_config(shape: Shape, ranks: int, layers: int) -> Config:
     }
     vision = {"image_size": SIDE * 14, "patch_size": 14}
     return sized_config(
-        "tiny", "cpu", layers, parallel={"cp": ranks}, model={"llm": llm, "vision": vision}
+        "tiny",
+        "cpu",
+        layers,
+        parallel={"cp": ranks},
+        model={"llm": llm, "vision": vision},
+        train={"recompute": recompute},
     )
 
 
-def training_step(shape: Shape, layers: int) -> SentInStep:
-    """A step of a model, the second: whatever happens once has happened."""
+def training_step(shape: Shape, layers: int, recompute: str = "none") -> SentInStep:
+    """A step of a model, the second: whatever happens once has happened.
+
+    Args:
+        shape: of a layer's attention.
+        layers: of the model.
+        recompute: `train.recompute`.
+    """
     ranks = dist.get_world_size()
-    config, device = step_config(shape, ranks, layers), torch.device("cpu")
+    config, device = step_config(shape, ranks, layers, recompute), torch.device("cpu")
     groups = initialize_model_parallel(seed=1, cp=ranks)
     inputs = to_model_inputs(pack(config, shape.visual, shape.text), config, groups, device)
     step = trained_by(config, groups, device)(inputs)

@@ -79,6 +79,15 @@ def test_a_steps_traffic_by_purpose(pool, ranks, visual):
     assert results[0].gradients > 100_000 > max(step.other for step in results)
 
 
+def test_recomputation_repeats_the_forward_pass(pool):
+    shape = shape_of(1_000)
+    forward, backward = dattn_bytes(shape, 2)
+    expected = LAYERS * (2 * forward + backward)
+    assert planned_bytes(shape, 2, LAYERS, "full")["attention"] == expected
+    for step in pool.run(training_step, 2, shape, LAYERS, "full"):
+        assert step.attention == expected
+
+
 def test_closed_forms_at_the_sizes_of_mistral():
     """MiB of a layer in bf16, T = 512, 8 ranks: worked out apart, by hand."""
     mistral = Shape(100_000, 512, heads=32, groups=8, head_dim=128, number_bytes=2)
