@@ -10,63 +10,15 @@ two attentions sees no difference to a pack of these rows alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from dattn_mcore.layers.layout import Block, DecomposedSeqParams
+from dattn_mcore.layers.blocks import Block, CausalChunk, ContextRows
+from dattn_mcore.layers.layout import DecomposedSeqParams
 
 Span = tuple[int, int]  # rows [start, stop)
-
-
-@dataclass(frozen=True)
-class CausalChunk:
-    """Consecutive query rows that see keys causally: the last all of them, each before one less.
-
-    Attributes:
-        q_start, q_stop: rows among those of the rank.
-        k_start, k_stop: rows of the whole pack; as many at least as query rows.
-    """
-
-    q_start: int
-    q_stop: int
-    k_start: int
-    k_stop: int
-
-    @property
-    def rows(self) -> int:
-        """Query rows."""
-        return self.q_stop - self.q_start
-
-
-@dataclass(frozen=True)
-class ContextRows:
-    """What a rank's text rows need of a pack whose rows are divided.
-
-    Attributes:
-        ranks: of the group.
-        num_visual, num_text: rows of the whole pack, padding included.
-        text_lengths: text rows of each sample of the whole pack.
-        text_positions: int64 [num_text], positions of the whole pack's text rows.
-        order: int64 [num_text], the pack's row in the place of each gathered row: those of rank 0,
-            of rank 1, and so on.
-        place: int64 [num_text], its inverse.
-        blocks: what the whole pack's text rows see of this rank's visual rows (numbered here).
-        chunks: what this rank's text rows see of the whole pack's.
-    """
-
-    ranks: int
-    num_visual: int
-    num_text: int
-    text_lengths: tuple[int, ...]
-    text_positions: torch.Tensor
-    order: torch.Tensor
-    place: torch.Tensor
-    blocks: tuple[Block, ...]
-    chunks: tuple[CausalChunk, ...]
 
 
 def text_spans(lengths: Sequence[int], ranks: int) -> list[list[Span]]:

@@ -18,21 +18,8 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from dattn_mcore.layers.context import ContextRows
+from dattn_mcore.layers.blocks import Block, ContextRows, check_blocks
 from dattn_mcore.types import NO_IMAGES, Layout, T2VPosition, visual_units
-
-
-@dataclass(frozen=True)
-class Block:
-    """Text rows [text_start, text_stop) that see visual rows [visual_start, visual_stop).
-
-    The text rows are of one sample; the visual rows may be of any, and of several blocks.
-    """
-
-    text_start: int
-    text_stop: int
-    visual_start: int
-    visual_stop: int
 
 
 class VisualKeysValues(Protocol):
@@ -95,23 +82,6 @@ class DecomposedSeqParams(PackedSeqParams):
     cache: dict = field(default_factory=dict)
     visual: VisualKeysValues | None = None
     context: ContextRows | None = None
-
-
-def check_blocks(blocks: Sequence[Block]) -> None:
-    """Checks that no text row sees a visual row twice.
-
-    Runs of text rows must be the same or have no row in common; visual rows of the blocks of one
-    run must not overlap, or they would count twice in its softmax.
-
-    Raises:
-        ValueError: names the two blocks.
-    """
-    rows = [(b.text_start, b.text_stop, b.visual_start, b.visual_stop) for b in blocks]
-    for first, second in itertools.pairwise(sorted(rows)):
-        apart = first[1] <= second[0]
-        one_run = first[:2] == second[:2]
-        if not apart and not (one_run and first[3] <= second[2]):
-            raise ValueError(f"{Block(*first)} and {Block(*second)} overlap")
 
 
 def round_up(value: int, multiple: int) -> int:

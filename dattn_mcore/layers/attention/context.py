@@ -21,7 +21,7 @@ from dattn_mcore.layers.attention.backend import Backend, Part
 from dattn_mcore.layers.attention.inputs import AttentionInputs
 from dattn_mcore.layers.attention.modes import divided_key_sets
 from dattn_mcore.layers.attention.options import AttentionOptions
-from dattn_mcore.layers.context import ContextRows
+from dattn_mcore.layers.blocks import ContextRows
 
 
 def attend_in_context(

@@ -22,8 +22,8 @@ import torch
 
 from dattn_mcore.layers.attention.inputs import AttentionInputs, RowKind
 from dattn_mcore.layers.attention.options import AttentionOptions
-from dattn_mcore.layers.context import CausalChunk, ContextRows
-from dattn_mcore.layers.layout import Block, DecomposedSeqParams
+from dattn_mcore.layers.blocks import Block, CausalChunk, ContextRows
+from dattn_mcore.layers.layout import DecomposedSeqParams
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from dattn_mcore.layers.attention.modes import (
     attend,
 )
 from dattn_mcore.layers.attention.options import AttentionOptions
-from dattn_mcore.layers.layout import Block, DecomposedSeqParams
+from dattn_mcore.layers.blocks import Block
+from dattn_mcore.layers.layout import DecomposedSeqParams
 
 OutputAndLse = tuple[torch.Tensor, torch.Tensor]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dattn_mcore.layers.layout import Block
+from dattn_mcore.layers.blocks import Block
 
 Rows = slice | torch.Tensor  # consecutive rows, or int64 indices, none twice
 Span = tuple[int, int]  # rows [start, stop)

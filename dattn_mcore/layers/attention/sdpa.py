@@ -26,7 +26,8 @@ from dattn_mcore.layers.attention.sdpa_batches import (
     causal_batches,
     cut_chunks,
 )
-from dattn_mcore.layers.layout import Block, DecomposedSeqParams
+from dattn_mcore.layers.blocks import Block
+from dattn_mcore.layers.layout import DecomposedSeqParams
 
 _NEVER = 1e30  # log-sum-exp of padding queries: exp(logit - _NEVER) is zero, without infinities
 _aten = torch.ops.aten

@@ -22,7 +22,7 @@ from dattn_mcore.layers.attention.rows import (
     passes_over_images,
     q_rows_of,
 )
-from dattn_mcore.layers.layout import Block
+from dattn_mcore.layers.blocks import Block
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from dattn_mcore.layers.attention.modes import (
 from dattn_mcore.layers.attention.options import AttentionOptions
 from dattn_mcore.layers.attention.triton_schedule import Keys, Schedule, Setting
 from dattn_mcore.layers.attention.triton_tuning import Tuning
-from dattn_mcore.layers.layout import Block, DecomposedSeqParams
+from dattn_mcore.layers.blocks import Block
+from dattn_mcore.layers.layout import DecomposedSeqParams
 from dattn_mcore.parallel.packages import ABSENT, import_problem
 from dattn_mcore.parallel.platform import current_device
 

@@ -22,7 +22,7 @@ from dattn_mcore.layers.attention.visible_ranges import (
     pieces_of,
     query_tiles,
 )
-from dattn_mcore.layers.layout import Block
+from dattn_mcore.layers.blocks import Block
 
 KeyKind = Literal["text", "visual"]
 _Made = TypeVar("_Made")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dattn_mcore.layers.layout import Block
+from dattn_mcore.layers.blocks import Block
 
 QUERY_TILE_FIELDS = 6  # see `query_tiles`; and
 SLOT_FIELDS = 4  # for each slot of the visual ranges

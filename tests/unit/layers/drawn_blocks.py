@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from dattn_mcore.layers.layout import Block
+from dattn_mcore.layers.blocks import Block
 
 # Runs of text: rows that see nothing, rows that see, and the ends of the visual rows they see.
 run = st.tuples(

@@ -18,7 +18,8 @@ from dattn_mcore.config.load import from_dict
 from dattn_mcore.layers.attention import flash, sdpa
 from dattn_mcore.layers.attention.rows import passes_over_images
 from dattn_mcore.layers.attention.sdpa_batches import block_batches
-from dattn_mcore.layers.layout import Block, build_seq_params
+from dattn_mcore.layers.blocks import Block
+from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.plan.activations import attention_bytes
 from dattn_mcore.plan.rows import rows_of
 from tests.unit.layers import drawn_blocks, flash_stand_in

@@ -14,7 +14,8 @@ from dattn_mcore.layers.attention import AttentionInputs, AttentionOptions, Rota
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.attention.triton_backend import TritonBackend
 from dattn_mcore.layers.attention.triton_tuning import Blocks, Tuning
-from dattn_mcore.layers.layout import Block, build_seq_params, padded_rows
+from dattn_mcore.layers.blocks import Block
+from dattn_mcore.layers.layout import build_seq_params, padded_rows
 from dattn_mcore.types import NO_IMAGES, visual_units
 from tests.unit.layers import flash_stand_in
 from tests.unit.layers.test_attention import BACKENDS, make_inputs, oracle

@@ -16,7 +16,8 @@ from dattn_mcore.layers.attention import BACKENDS, AttentionInputs, AttentionOpt
 from dattn_mcore.layers.attention.rotary import rotary_angles
 from dattn_mcore.layers.attention.triton_backend import TritonBackend
 from dattn_mcore.layers.attention.triton_tuning import Blocks, Tuning
-from dattn_mcore.layers.layout import Block, build_seq_params, check_blocks
+from dattn_mcore.layers.blocks import Block, check_blocks
+from dattn_mcore.layers.layout import build_seq_params
 from tests.unit.layers import flash_stand_in
 from tests.unit.layers.drawn_blocks import blocks_of, few_runs, runs
 
