@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -20,9 +20,6 @@ from torch import nn
 
 from dattn_mcore.architectures.parameters import part_of
 from dattn_mcore.types import TowerWork
-
-if TYPE_CHECKING:  # the model is made of this
-    from dattn_mcore.models.dattn import DattnModel
 
 
 def groups_of_tower(pg_collection: ProcessGroupCollection, work: TowerWork) -> Any:
@@ -83,20 +80,3 @@ def number_replicas(entries: dict[str, Any], tp_group: dist.ProcessGroup) -> Non
         if part_of(name) != "llm" and hasattr(entry, "replica_id"):
             pipeline, _, data = entry.replica_id
             entry.replica_id = (pipeline, get_pg_rank(tp_group), data)
-
-
-def sum_gradients(chunks: Iterable[DattnModel]) -> None:
-    """Adds up the gradients of different tiles over the tensor parallel group, in DDP's buffers.
-
-    Called by every rank once a step, when gradients have been reduced over data and context
-    parallel ranks. One after the other in place: in one piece they would take their memory again.
-    """
-    for chunk in chunks:
-        if chunk.tower_is_replicated:
-            for parameter in _visual_parameters(chunk):
-                dist.all_reduce(parameter.main_grad, group=chunk.tp_group)
-
-
-def _visual_parameters(chunk: DattnModel) -> Iterator[Any]:
-    for part in (chunk.vision, chunk.projector):
-        yield from (parameter for parameter in part.parameters() if parameter.requires_grad)

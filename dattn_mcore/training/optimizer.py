@@ -21,12 +21,12 @@ from dattn_mcore.config.optim_groups import NO_DECAY, resolved, settings_of
 from dattn_mcore.config.schedule import peak_ratio
 from dattn_mcore.config.schema import Config
 from dattn_mcore.models.dattn import DattnModel
-from dattn_mcore.models.tower_work import sum_gradients
 from dattn_mcore.parallel import platform
 from dattn_mcore.parallel.fewer_passes import adam_in_one_pass
 from dattn_mcore.training.model import first_layer
 from dattn_mcore.training.not_finite import NotFiniteError
 from dattn_mcore.training.runtime import params_dtype
+from dattn_mcore.training.tower_gradients import sum_gradients
 
 
 def wrap_ddp(
