@@ -7,7 +7,7 @@ them as a case that must be there.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from itertools import combinations
 from typing import Any
 
@@ -20,6 +20,7 @@ def pairwise(
     factors: Mapping[str, Sequence[Any]],
     excluded: Set[Pair] = frozenset(),
     required: Sequence[Mapping[str, Any]] = (),
+    fits: Callable[[Case], bool] = lambda case: True,
 ) -> list[Case]:
     """Cases that together hold every pair of values of two factors; always the same ones.
 
@@ -27,6 +28,7 @@ def pairwise(
         factors: values of each factor, hashable; the first is the usual one.
         excluded: pairs that no case may hold.
         required: settings that some case must hold together; the rest of it is free.
+        fits: whether a case can be run; what does not fit fits with no value more.
 
     Raises:
         ValueError: a required or uncovered pair can stand in no case.
@@ -39,7 +41,7 @@ def pairwise(
         start = dict(waiting.pop(0) if waiting else next(iter(left)))
         free = {name: values for name, values in factors.items() if name not in start}
         names = sorted(free, key=lambda _: order.random())
-        case = next(_completions(start, [(n, free[n]) for n in names], excluded, left), None)
+        case = next(_completions(start, [(n, free[n]) for n in names], excluded, left, fits), None)
         if case is None or pairs_of(case) & excluded:
             raise ValueError(f"no case can hold {start}: a pair that it needs is excluded")
         cases.append({name: case[name] for name in factors})
@@ -69,6 +71,7 @@ def _completions(
     free: Sequence[tuple[str, Sequence[Any]]],
     excluded: Set[Pair],
     left: Mapping[Pair, None],
+    fits: Callable[[Case], bool],
 ) -> Iterator[Case]:
     """Whole cases, depth first; each factor takes the values first that cover most pairs left."""
     if not free:
@@ -78,7 +81,7 @@ def _completions(
     ranked = []
     for value in values:
         new = {frozenset({(name, value), old}) for old in case.items()}
-        if not new & excluded:
+        if not new & excluded and fits({**case, name: value}):
             ranked.append((-len(new & left.keys()), value))
     for _, value in sorted(ranked, key=lambda one: one[0]):  # stable: the usual value first
-        yield from _completions({**case, name: value}, others, excluded, left)
+        yield from _completions({**case, name: value}, others, excluded, left, fits)

@@ -20,8 +20,10 @@ def local_rows(config: Config) -> Iterator[str]:
 def tiles(config: Config) -> Iterator[str]:
     """The vision tower's work is divided by whole tiles: a micro-batch must hold one a rank."""
     cp, rows = config.parallel.cp, config.model.vision.rows_per_tile
+    if cp == 1 or rows == 0:  # an image smaller than a patch breaks another rule
+        return
     held = config.data.visual_budget // rows
-    if cp > 1 and held < cp:
+    if held < cp:
         yield (
             f"data.visual_budget={config.data.visual_budget} holds {held} of {rows} rows a tile, "
             f"so ranks of parallel.cp={cp} would have no tile in any micro-batch; set it to "

@@ -39,7 +39,7 @@ def test_every_pair_has_a_case_or_a_reason():
 def test_a_case_is_what_its_name_says(case):
     checked(case)
     parallel = settings_of(case).get("parallel", {})
-    sizes = parallel.get("tp", 1) * parallel.get("pp", 1)
+    sizes = parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("cp", 1)
     assert processes(case) == sizes * (2 if case["data"] == "dp2" else 1) <= 8
 
 
