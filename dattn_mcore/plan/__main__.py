@@ -101,6 +101,7 @@ def _run(chosen: argparse.Namespace) -> None:
     cluster = Cluster(chosen.nodes, chosen.gpus_per_node)
     kinds = list(GPUS) if chosen.gpu == "all" else [chosen.gpu]
     if chosen.longest:
+        _check_longest(chosen, named)
         _longest(config, cluster, kinds, chosen.text_per_sample)
         return
     replica = processes_per_replica(config)
@@ -175,6 +176,16 @@ def _sample(config: Config, chosen: argparse.Namespace) -> tuple[Sample, list[st
         f"text rows of a sample are assumed ({text:,.0f}: both budgets full); give "
         "--text-per-sample where you know better"
     ]
+
+
+def _check_longest(chosen: argparse.Namespace, named: bool) -> None:
+    """Refuses what a table of the longest samples leaves aside."""
+    aside = ["a layout (--tp, --cp, --pp, --vpp, parallel.*)"] * named
+    aside += [f"--{name}" for name in ("json", "plot") if getattr(chosen, name)]
+    if aside:
+        raise ConfigError(
+            f"--longest tries all layouts and prints a table alone; leave out {', '.join(aside)}"
+        )
 
 
 def _longest(config: Config, cluster: Cluster, kinds: list[str], text: float | None) -> None:

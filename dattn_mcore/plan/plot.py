@@ -121,6 +121,9 @@ def draw(curves: list[Curve], path: Path, title: str) -> None:
         axes.set_xlabel("visual rows of a sample")
         axes.grid(alpha=0.3)
     memory.legend(fontsize="small")
-    figure.suptitle(f"{title}\none sample a micro-batch; planned, not measured", fontsize="medium")
+    figure.suptitle(
+        f"{title}\none sample a micro-batch; cp takes GPUs from dp; planned, not measured",
+        fontsize="medium",
+    )
     figure.savefig(path)
     pyplot.close(figure)
