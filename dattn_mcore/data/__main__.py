@@ -164,7 +164,8 @@ def _stats(chosen: argparse.Namespace) -> int:
     from dattn_mcore.data.pages.stats import write_stats
 
     config, tokenizer = _configured(chosen)
-    write_stats(config, tokenizer, chosen.output, chosen.workers, chosen.dp)
+    for line in write_stats(config, tokenizer, chosen.output, chosen.workers, chosen.dp):
+        say(line)
     say(f"wrote {chosen.output.resolve()}")
     return 0
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dattn_mcore.data.balance import pack_rows, split_over_ranks
-from dattn_mcore.data.packing import Lengths
+from dattn_mcore.data.packing import Lengths, Pack
 from dattn_mcore.data.shared_packing import make_shared_packs, visual_rows
 
 
@@ -34,6 +34,7 @@ class PackingFigures:
         heaviest: Work of each step's heaviest rank over the ranks' mean, less 1.
         shown: Visual rows of each step's samples.
         computed: Those of them that its packs compute: fewer where samples share images.
+        made: Packs of each step, rank after rank: numbers of its samples.
     """
 
     samples: tuple[int, ...]
@@ -42,6 +43,7 @@ class PackingFigures:
     heaviest: tuple[float, ...]
     shown: tuple[int, ...]
     computed: tuple[int, ...]
+    made: tuple[tuple[Pack, ...], ...]
 
     @property
     def fills(self) -> tuple[float, float]:
@@ -70,10 +72,12 @@ def measure_packing(
         work: Of one text row and one visual row (`row_work`).
     """
     samples, packs, rows, heaviest, shown, computed = [], [], [], [], [], []
+    every: list[tuple[Pack, ...]] = []
     for step in steps:
         lengths, units = step.lengths, step.units or range(len(step.lengths))
         made = make_shared_packs(lengths, units, budgets, dp_size)
         shares = split_over_ranks(made, lengths, dp_size, budgets, work, step.units)
+        every.append(tuple(pack for share in shares for pack in share))
         samples.append(len(lengths))
         packs.append(len(made))
         shown.append(sum(visual for _, visual in lengths))
@@ -92,4 +96,5 @@ def measure_packing(
         heaviest=tuple(heaviest),
         shown=tuple(shown),
         computed=tuple(computed),
+        made=tuple(every),
     )

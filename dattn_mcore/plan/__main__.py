@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from dattn_mcore.config.checks import check_config, processes_per_replica, sizes_of_replica
 from dattn_mcore.config.load import load_config
@@ -22,12 +23,14 @@ from dattn_mcore.errors import ConfigError, DattnError, error_lines, first_line
 from dattn_mcore.plan.data_size import data_size
 from dattn_mcore.plan.estimate import Plan, as_dict, make_plan
 from dattn_mcore.plan.hardware import GPUS, Cluster
+from dattn_mcore.plan.longest import COLUMNS, longest_rows
 from dattn_mcore.plan.rank import rank_layouts
 from dattn_mcore.plan.report import layout_name, notes, print_plans, print_ranking
 from dattn_mcore.plan.warnings import warnings_of
 from dattn_mcore.plan.workload import DataSize, Sample, full_budget_sample
 
 PROGRAM = "python -m dattn_mcore.plan"
+TEXT_OF_LONGEST = 512  # text rows of the longest sample, unless they are given
 LAYOUT_FLAGS = ("tp", "cp", "pp", "vpp")
 
 
@@ -70,6 +73,9 @@ def _parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument("--top", type=int, default=5, help="layouts shown in a ranking")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE", help="draw time and memory over visual rows")
+    parser.add_argument(
+        "--longest", action="store_true", help="only: most visual rows of a sample, over layouts"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args(arguments)
 
@@ -93,6 +99,11 @@ def _run(chosen: argparse.Namespace) -> None:
         config = dataclasses.replace(config, parallel=parallel)
     check_config(config)
     cluster = Cluster(chosen.nodes, chosen.gpus_per_node)
+    kinds = list(GPUS) if chosen.gpu == "all" else [chosen.gpu]
+    if chosen.longest:
+        _check_longest(chosen, named)
+        _longest(config, cluster, kinds, chosen.text_per_sample)
+        return
     replica = processes_per_replica(config)
     if cluster.world_size % replica:
         raise ConfigError(
@@ -102,7 +113,6 @@ def _run(chosen: argparse.Namespace) -> None:
         )
     sample, assumed = _sample(config, chosen)
     data = DataSize(chosen.samples) if chosen.samples is not None else data_size(config)
-    kinds = list(GPUS) if chosen.gpu == "all" else [chosen.gpu]
     combinations = [
         (GPUS[kind], fp8)
         for kind in kinds
@@ -168,6 +178,32 @@ def _sample(config: Config, chosen: argparse.Namespace) -> tuple[Sample, list[st
     ]
 
 
+def _check_longest(chosen: argparse.Namespace, named: bool) -> None:
+    """Refuses what a table of the longest samples leaves aside."""
+    aside = ["a layout (--tp, --cp, --pp, --vpp, parallel.*)"] * named
+    aside += [f"--{name}" for name in ("json", "plot") if getattr(chosen, name)]
+    if aside:
+        raise ConfigError(
+            f"--longest tries all layouts and prints a table alone; leave out {', '.join(aside)}"
+        )
+
+
+def _longest(config: Config, cluster: Cluster, kinds: list[str], text: float | None) -> None:
+    """Prints a table for each kind of GPU."""
+    if text is not None and not 1 <= text < math.inf:
+        raise ConfigError(f"--text-per-sample {text:g} must be a number, at least 1")
+    rows = round(text) if text is not None else TEXT_OF_LONGEST
+    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    for kind in kinds:
+        table = Table(title=f"longest sample, {GPUS[kind].name}, bf16, {rows:,} text rows")
+        for column in COLUMNS:
+            table.add_column(column)
+        for cells in longest_rows(config, cluster, GPUS[kind], rows):
+            table.add_row(*cells)
+        console.print(table)
+    console.print("computed, not measured; the baseline's ring attention is not built")
+
+
 def _as_dict(plan: Plan, data: DataSize) -> dict[str, Any]:
     return {**as_dict(plan, data), "warnings": warnings_of(plan)}
 
@@ -177,12 +213,12 @@ def _plot(
 ) -> None:
     from dattn_mcore.plan.plot import draw, over_visual_rows
 
-    points = over_visual_rows(config, cluster, plan.gpu, plan.fp8, sample.text)
+    curves = over_visual_rows(config, cluster, plan.gpu, plan.fp8, sample.text)
     precision = "FP8" if plan.fp8 else config.train.precision
     gpus = f"{cluster.nodes} x {cluster.gpus_per_node} {plan.gpu.name}"
     title = f"{name}, {gpus}, {precision}: {layout_name(plan)}"
     try:
-        draw(points, Path(path), title)
+        draw(curves, Path(path), title)
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise ConfigError(f"--plot {path} cannot be written ({reason}); name a .png file") from None

@@ -100,6 +100,7 @@ def notes(config: Config, sample: Sample, assumed: list[str], data: DataSize) ->
         "estimates",
         "times are a model calibrated on published numbers, not measured by this project; the "
         "project's attention kernels are assumed to run at flash-attention 3's rates",
+        *_context(config),
         "not known here: data loading, other jobs on the network, failures, clock limits",
     ]
     if config.attention.backend == "reference":
@@ -111,6 +112,15 @@ def notes(config: Config, sample: Sample, assumed: list[str], data: DataSize) ->
     if config.train.steps is None:
         lines.append(_what_days_rest_on(config, sample, data))
     return [line for line in lines if line]
+
+
+def _context(config: Config) -> list[str]:
+    if config.parallel.cp == 1:
+        return []
+    return [
+        "context parallel exchanges are counted in full, although those that an attention does not "
+        "wait for may run beside it; tiles stay whole, and the rank with most is counted"
+    ]
 
 
 def _sharing(sample: Sample) -> list[str]:

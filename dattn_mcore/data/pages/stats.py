@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,22 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.config.sharing import why_apart
 from dattn_mcore.data.balance import row_work
 from dattn_mcore.data.budgets import Fates
+from dattn_mcore.data.context_balance import (
+    PackLayout,
+    balance_rows,
+    context_balance,
+    context_lines,
+)
 from dattn_mcore.data.index.layout import FORMATS
 from dattn_mcore.data.index.store import Index, open_index
+from dattn_mcore.data.packing import Pack
 from dattn_mcore.data.packing_figures import PackingFigures, StepSamples, measure_packing
 from dattn_mcore.data.pages.html import embedded, page, table, write_page
 from dattn_mcore.data.run_order import order_of_run
-from dattn_mcore.data.shared_images import units_of
+from dattn_mcore.data.shared_images import images_of, units_of
 from dattn_mcore.data.steps import steps_of
 from dattn_mcore.data.tokenizer import Tokenizer
+from dattn_mcore.types import Layout
 
 _STEPS = 50  # that are packed to see how full packs get
 _BLUE, _RED, _GREY = "#3b7dd8", "#c0392b", "#999999"
@@ -30,7 +39,7 @@ _QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)
 
 def write_stats(
     config: Config, tokenizer: Tokenizer, output: Path, workers: int, dp_size: int
-) -> None:
+) -> list[str]:
     """Writes the page.
 
     Args:
@@ -39,6 +48,9 @@ def write_stats(
         output: The page.
         workers: Processes that make the index where it is absent.
         dp_size: Data-parallel ranks to pack for.
+
+    Returns:
+        Lines to print: how even work is over context parallel ranks, with `parallel.cp`.
 
     Raises:
         DataError: The page cannot be written.
@@ -71,7 +83,9 @@ def write_stats(
         table(["of the first steps", "value"], _sharing(packed, config), "sharing"),
         _packs(packed.figures, images, dp_size),
     ]
-    write_page(output, page(f"Data of {index.folder.name}", body))
+    lines, context = _context(packed, config)
+    write_page(output, page(f"Data of {index.folder.name}", [*body, context]))
+    return lines
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,7 @@ class Packed:
             sharing would save if all of them were in one pack.
         overlapping: Visual rows of images that a step shows more than once, beyond these: samples
             that have images in common, and others too, share none.
+        layouts: Packs of all steps, as the model sees them.
     """
 
     figures: PackingFigures
@@ -93,6 +108,7 @@ class Packed:
     cut: int
     same: int
     overlapping: int
+    layouts: tuple[PackLayout, ...]
 
 
 def packing_of(index: Index, config: Config, dp_size: int) -> Packed:
@@ -103,6 +119,7 @@ def packing_of(index: Index, config: Config, dp_size: int) -> Packed:
     fates = Fates(index, config)
     cut = steps_of(config, order, fates)
     steps, over, num_cut, same, overlapping = [], 0, 0, 0, 0
+    of_steps = []
     for step in range(max(1, min(_STEPS, cut.up_to(order.epoch_size + 1) - 1))):
         numbers = order.numbers(*cut.bounds(step))
         samples = [one for one in map(fates.fit, numbers) if one is not None]
@@ -121,8 +138,37 @@ def packing_of(index: Index, config: Config, dp_size: int) -> Packed:
         overlapping += max(by_unit - sum(images.values()), 0)
         shares = why_apart(config) is None
         steps.append(StepSamples(lengths, units_of(samples, shares=shares)))
+        of_steps.append([sample.layouts(per_tile) for sample in samples])
     figures = measure_packing(steps, budgets, dp_size, row_work(config))
-    return Packed(figures, over, num_cut, same, overlapping)
+    layouts = [
+        _pack_layout(pack, step.units, texts)
+        for made, step, texts in zip(figures.made, steps, of_steps, strict=True)
+        for pack in made
+        if pack
+    ]
+    return Packed(figures, over, num_cut, same, overlapping, tuple(layouts))
+
+
+def _pack_layout(
+    pack: Pack, units: Sequence[int], texts: Sequence[tuple[Layout, ...]]
+) -> PackLayout:
+    """A pack with a sample for each branch, as a micro-batch has it."""
+    layouts = [layout for sample in pack for layout in texts[sample]]
+    repeated = [units[sample] for sample in pack for _ in texts[sample]]
+    return PackLayout(tuple(layouts), images_of(repeated))
+
+
+def _context(packed: Packed, config: Config) -> tuple[list[str], str]:
+    """What is printed of the balance over context parallel ranks, and its part of the page."""
+    if config.parallel.cp == 1 or not packed.layouts:
+        return [], ""
+    balance = context_balance(packed.layouts, config)
+    lines = context_lines(balance)
+    title = f"<h2>Packs over {balance.ranks} context parallel ranks</h2>"
+    columns = ["heaviest rank over the mean", "on average", "at most"]
+    rows = balance_rows(balance)
+    rows += [[line, "", ""] for line in lines[len(rows) :]]
+    return lines, title + table(columns, rows, "context")
 
 
 def _sharing(packed: Packed, config: Config) -> list[list[Any]]:

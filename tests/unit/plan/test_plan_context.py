@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dattn_mcore.config.checks import row_multiple
 from dattn_mcore.config.load import load_config
 from dattn_mcore.plan.context import (
     attention_bytes_sent,
@@ -143,7 +144,8 @@ def test_gradients_of_dealt_rows_come_back_where_something_learns():
     frozen = config_of("mistral_pt", 4, "train.trains=[llm]")
     pack = pack_of(config, tiles=6)
     rows = [dealt_bytes(each, pack) / (4096 * 2) for each in (config, frozen)]
-    dealt = rows_dealt(6, config.model.vision.rows_per_tile, 4)
+    per_tile, multiple = config.model.vision.rows_per_tile, row_multiple(config)
+    dealt = rows_dealt(6, per_tile, 4, visual=-(-6 * per_tile // multiple) * multiple)
     assert rows == [max(map(sum, dealt)), max(sent for sent, _ in dealt)]
 
 

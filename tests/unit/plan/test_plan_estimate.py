@@ -86,7 +86,8 @@ def test_ranking_is_ordered_and_keeps_the_rules():
     assert times == sorted(times)
     for plan in plans:
         parallel = plan.config.parallel
-        assert parallel.tp * parallel.pp * plan.dp == 16
+        assert parallel.tp * parallel.cp * parallel.pp * plan.dp == 16
+        assert parallel.cp <= 8  # tiles of a full micro-batch
         assert parallel.sp == (parallel.tp > 1)
 
 
@@ -198,9 +199,20 @@ def test_the_picture_says_what_it_shows_and_tells_its_curves_apart(monkeypatch, 
     title = figure.get_suptitle()
     assert title.startswith("gemma_pt.yaml, 1 x 8 H100, FP8: tp 2 x pp 1 x dp 4, sp")
     for axes in figure.axes:
-        d_attn, baseline = axes.get_lines()[:2]
-        assert d_attn.get_linestyle() == "-" and baseline.get_linestyle() == "--"
-        assert d_attn.get_marker() != baseline.get_marker()
+        curves = {line.get_label(): line for line in axes.get_lines()}
+        for cp in ("", ", cp 2", ", cp 4"):  # as many as four pairs of GPUs have
+            ring = " with ring attention" if cp else ""
+            d_attn, baseline = curves["D-Attn" + cp], curves[f"baseline{ring}{cp}"]
+            assert d_attn.get_linestyle() == "-" and baseline.get_linestyle() == "--"
+            assert d_attn.get_marker() != baseline.get_marker()
+            assert d_attn.get_color() == baseline.get_color()
+            assert d_attn.get_xdata()[-1] >= 2**20
+        assert "D-Attn, cp 8" not in curves
+    times, memory = (
+        [line.get_ydata()[-1] for line in axes.get_lines()[:6]] for axes in figure.axes
+    )
+    assert memory[0] > memory[2] > memory[4]  # D-Attn on one, two and four ranks
+    assert all(d_attn < baseline for d_attn, baseline in zip(times[::2], times[1::2], strict=True))
 
 
 def test_what_the_dry_run_advises_fills_the_packs():

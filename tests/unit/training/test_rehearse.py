@@ -36,7 +36,6 @@ def test_the_versions_of_torch_for_which_it_holds():
         (GEMMA, [], 32, [0]),
         (MISTRAL, ["parallel.pp=2", *NO_OVERLAP], 512, [0, 256]),
         (MISTRAL, ["parallel.cp=4", *FEW_LAYERS], 8, [0]),
-        (MISTRAL, ["parallel.cp=4", *FEW_LAYERS], 8, [0]),
     ],
     ids=["gemma", "mistral-pp2", "mistral-cp4"],
 )
