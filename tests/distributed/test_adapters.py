@@ -92,6 +92,7 @@ CASES = {
     "tp2-sp": ({}, 2, {"tp": 2, "sp": True}, lora(SOME, dora=True), {}),
     "pp2": ({}, 2, {"pp": 2}, lora(SOME), FULL),
     "dp2": ({}, 2, {}, lora(dora=True), CHUNKS),
+    "cp2": ({}, 2, {"cp": 2}, lora(dora=True), FULL),
     "tp2-pp2-sp": ({}, 4, FOUR, lora(dora=True), CHUNKS),
     "gemma2, tp2-pp2-sp": (GEMMA, 4, FOUR, lora(), FULL),
     "gemma2, dora, tp2-sp": (GEMMA, 2, {"tp": 2, "sp": True}, lora(dora=True), UNFOLDED),
@@ -165,8 +166,8 @@ def test_the_projector_learns_beside_them(train, digits, tmp_path):
 
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
-    [(1, {}), (2, {"tp": 2, "sp": True}), (4, FOUR)],
-    ids=["one", "tp2-sp", "tp2-pp2"],
+    [(1, {}), (2, {"tp": 2, "sp": True}), (4, FOUR), (2, {"cp": 2})],
+    ids=["one", "tp2-sp", "tp2-pp2", "cp2"],
 )
 def test_a_resumed_run_is_bitwise_the_same(pool, digits, base_of, tmp_path, ranks, parallel):
     """With dropout, whose draws go on where they were."""

@@ -126,12 +126,13 @@ def test_a_stage_may_have_nothing_that_learns(pool, digits, tmp_path):
 
 
 TP2, PP2 = {"parallel": {"tp": 2, "sp": True}}, {"parallel": {"pp": 2}}
+CP2 = {"parallel": {"cp": 2}}
 
 
 @pytest.mark.parametrize(
     ("layout", "ranks"),
-    [({}, 1), (TP2, 2), (PP2, 2), ({}, 2)],
-    ids=["one", "tp2-sp", "pp2", "dp2"],
+    [({}, 1), (TP2, 2), (PP2, 2), ({}, 2), (CP2, 2)],
+    ids=["one", "tp2-sp", "pp2", "dp2", "cp2"],
 )
 def test_resumed_in_the_same_layout_is_bitwise_the_same(pool, digits, tmp_path, layout, ranks):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -146,8 +147,8 @@ def test_resumed_in_the_same_layout_is_bitwise_the_same(pool, digits, tmp_path, 
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [((TP2, 2), (PP2, 2)), (({}, 2), (TP2, 2)), ((PP2, 2), ({}, 1))],
-    ids=["tp2-pp2", "dp2-tp2", "pp2-one"],
+    [((TP2, 2), (PP2, 2)), (({}, 2), (TP2, 2)), ((PP2, 2), ({}, 1)), ((CP2, 2), (PP2, 2))],
+    ids=["tp2-pp2", "dp2-tp2", "pp2-one", "cp2-pp2"],
 )
 def test_resumed_in_another_layout(pool, digits, tmp_path, before, after):
     """The mean that was saved goes on as it was: the step after it follows from it."""

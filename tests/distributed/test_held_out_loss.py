@@ -20,6 +20,8 @@ LAYOUTS = [
     (2, {"pp": 2}, {"text_budget": 200}),
     (2, {}, {}),
     (4, {"tp": 2, "pp": 2, "sp": True}, {"text_budget": 256, "visual_budget": 192}),
+    (2, {"cp": 2}, {}),
+    (4, {"cp": 2, "pp": 2}, {"visual_budget": 192}),
 ]
 
 
@@ -103,7 +105,9 @@ def test_sums_by_source_go_on_over_a_save(pool, digits, mixed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "parallel", "data"), LAYOUTS, ids=["tp2-sp", "pp2", "dp2", "tp2-pp2-sp"]
+    ("world_size", "parallel", "data"),
+    LAYOUTS,
+    ids=["tp2-sp", "pp2", "dp2", "tp2-pp2-sp", "cp2", "cp2-pp2"],
 )
 def test_equal_in_every_layout_and_split(
     pool, digits, mixed, still, tmp_path, world_size, parallel, data

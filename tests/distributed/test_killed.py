@@ -40,8 +40,12 @@ def has_stepped(log):
     return log.exists() and re.search(rf"step +\d+/{STEPS} ", log.read_text()) is not None
 
 
-@pytest.mark.parametrize("multiple", [None, 4], ids=["samples", "packs"])
-def test_sigkill_at_any_moment(pool, digits, few, tmp_path, multiple):
+@pytest.mark.parametrize(
+    ("multiple", "parallel"),
+    [(None, {}), (4, {}), (None, {"cp": 2})],
+    ids=["samples", "packs", "cp2"],
+)
+def test_sigkill_at_any_moment(pool, digits, few, tmp_path, multiple, parallel):
     """Twice, on 4 ranks, then on 2; on a single one it goes on to the end."""
     annotations, images = few
     data = {"annotations": str(annotations), "image_folder": str(images), "max_bad_share": 0.5}
@@ -55,8 +59,9 @@ def test_sigkill_at_any_moment(pool, digits, few, tmp_path, multiple):
         sections["validation"] = {"sources": sources, "interval": 1}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     pool.run(run_training, 1, small_config(digits, whole, **sections))
-    tree = small_config(digits, parts, checkpoint={"save_interval": 1}, **sections)
-    moment = random.Random(str(multiple))
+    often = {"save_interval": 1}
+    tree = small_config(digits, parts, checkpoint=often, parallel=parallel, **sections)
+    moment = random.Random(f"{multiple} {parallel}")
     for world_size in (4, 2):
         folder = tmp_path / f"dp{world_size}"
         ranks = start_ranks(tree, folder, "nothing", world_size=world_size)

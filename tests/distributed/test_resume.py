@@ -43,8 +43,16 @@ def uninterrupted(pool, digits, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
-    [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (2, {}), (4, {"pp": 2})],
-    ids=["one", "tp2-sp", "pp2", "dp2", "pp2-dp2"],
+    [
+        (1, {}),
+        (2, {"tp": 2, "sp": True}),
+        (2, {"pp": 2}),
+        (2, {}),
+        (4, {"pp": 2}),
+        (2, {"cp": 2}),
+        (4, {"cp": 2}),
+    ],
+    ids=["one", "tp2-sp", "pp2", "dp2", "pp2-dp2", "cp2", "cp2-dp2"],
 )
 def test_stopped_and_resumed_is_bitwise_the_same(pool, digits, tmp_path, world_size, parallel):
     """At the same layout, to the last bit; the signal reaches one rank only, in step 3."""
@@ -142,9 +150,22 @@ def test_a_finished_run_that_gets_more_steps_is_not_finished(pool, digits, tmp_p
     assert not (tmp_path / "finished.json").exists()
 
 
-def test_resharded_twice(pool, digits, tmp_path, uninterrupted):
-    """tp 2 x pp 2, then pp 2, then one process: within 1e-6 of one process throughout."""
-    layouts = [(4, {"tp": 2, "pp": 2}, 2), (2, {"pp": 2}, 2), (1, {}, 0)]
+RESHARDED = {
+    "tp2-pp2, pp2, one": [(4, {"tp": 2, "pp": 2}, 2), (2, {"pp": 2}, 2), (1, {}, 0)],
+    "cp2, one, cp4": [(2, {"cp": 2}, 2), (1, {}, 2), (4, {"cp": 4}, 0)],
+    "cp4, cp2-pp2, dp2": [(4, {"cp": 4}, 2), (4, {"cp": 2, "pp": 2}, 2), (2, {}, 0)],
+    "dp2, cp2-dp2, cp2-tp2-sp": [
+        (2, {}, 2),
+        (4, {"cp": 2}, 2),
+        (4, {"cp": 2, "tp": 2, "sp": True}, 0),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+def test_resharded_twice(pool, digits, tmp_path, uninterrupted, name):
+    """Within 1e-6 of one process throughout."""
+    layouts = RESHARDED[name]
     for world_size, parallel, steps in layouts:
         tree = tree_for(digits, tmp_path, parallel=parallel)
         if steps:

@@ -49,8 +49,14 @@ def one(pool, digits, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
-    [(2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (2, {}), (4, {"pp": 2, "tp": 2, "sp": True})],
-    ids=["tp2-sp", "pp2", "dp2", "tp2-pp2-sp"],
+    [
+        (2, {"tp": 2, "sp": True}),
+        (2, {"pp": 2}),
+        (2, {}),
+        (4, {"pp": 2, "tp": 2, "sp": True}),
+        (2, {"cp": 2}),
+    ],
+    ids=["tp2-sp", "pp2", "dp2", "tp2-pp2-sp", "cp2"],
 )
 def test_every_layout_has_the_loss_of_one_process(pool, one, tmp_path, ranks, parallel):
     folder, expected = one

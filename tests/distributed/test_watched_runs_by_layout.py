@@ -24,6 +24,7 @@ LAYOUTS = {
     "one": (1, {}),
     "tp2-sp": (2, {"tp": 2, "sp": True}),
     "pp2": (2, {"pp": 2}),
+    "cp2": (2, {"cp": 2}),
     "dp2": (2, {"overlap_param_gather": True, "overlap_grad_reduce": True}),
     "tp2-pp2-sp": (4, {"tp": 2, "pp": 2, "sp": True}),
 }
