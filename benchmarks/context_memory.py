@@ -13,12 +13,9 @@ seconds of a rank are above `--at-most` of those of one process, times 4 / ranks
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import shlex
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from dattn_mcore.parallel import entry
@@ -28,6 +25,7 @@ entry.prepare_imports("cpu")
 import torch
 import torch.distributed as dist
 
+from benchmarks.cpu_ranks import on_ranks
 from benchmarks.measure import peak_bytes
 from benchmarks.results import (
     ROOT,
@@ -40,7 +38,6 @@ from benchmarks.results import (
 from benchmarks.steps import sized_config, trained_by
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
-from dattn_mcore.parallel import platform
 from dattn_mcore.parallel.groups import initialize_model_parallel
 from dattn_mcore.training.inputs import to_model_inputs, with_own_tiles
 from dattn_mcore.types import IGNORED_LABEL
@@ -69,13 +66,9 @@ def pack(config: Config, visual: int, text: int) -> MicroBatch:
     )
 
 
-def run_rank(rank: int, ranks: int, store: str, args: argparse.Namespace, results: Any) -> None:
-    """Peak bytes and tower seconds of a rank, put into `results`."""
-    torch.set_num_threads(1)
-    platform.install("cpu")
-    dist.init_process_group(
-        platform.backend("cpu"), store=dist.FileStore(store, ranks), rank=rank, world_size=ranks
-    )
+def run_rank(args: argparse.Namespace) -> tuple[int, float, int]:
+    """Peak bytes of a step on this rank, seconds of its tower, and its visual rows."""
+    ranks, device = dist.get_world_size(), torch.device("cpu")
     config = sized_config(
         args.size,
         "cpu",
@@ -84,7 +77,6 @@ def run_rank(rank: int, ranks: int, store: str, args: argparse.Namespace, result
         model={"vision": {"image_size": args.image_size}},
     )
     groups = initialize_model_parallel(seed=1, cp=ranks)
-    device = torch.device("cpu")
     whole = pack(config, args.visual, args.text)
     inputs = to_model_inputs(with_own_tiles(whole, groups), config, groups, device)
     seconds = {"tower": 0.0}
@@ -93,10 +85,7 @@ def run_rank(rank: int, ranks: int, store: str, args: argparse.Namespace, result
     seconds["tower"] = 0.0
     step()
     tower = seconds["tower"]
-    peak = peak_bytes(step, device)
-    results.put((rank, peak, tower, inputs.params.num_visual))
-    dist.barrier()
-    dist.destroy_process_group()
+    return peak_bytes(step, device), tower, inputs.params.num_visual
 
 
 def _timed(module: torch.nn.Module, seconds: dict[str, float]) -> None:
@@ -114,26 +103,8 @@ def _timed(module: torch.nn.Module, seconds: dict[str, float]) -> None:
 
 def measure(ranks: int, args: argparse.Namespace) -> dict[str, Any]:
     """The worst rank of a group."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        workers = [
-            context.Process(
-                target=run_rank, args=(rank, ranks, str(Path(folder) / "store"), args, results)
-            )
-            for rank in range(ranks)
-        ]
-        for worker in workers:
-            worker.start()
-        found = [results.get(timeout=args.timeout) for _ in workers]
-        for worker in workers:
-            worker.join()
-    return {
-        "ranks": ranks,
-        "peak": max(peak for _, peak, _, _ in found),
-        "tower": max(tower for _, _, tower, _ in found),
-        "visual": found[0][3],
-    }
+    peaks, towers, visual = zip(*on_ranks(run_rank, ranks, args=args), strict=True)
+    return {"ranks": ranks, "peak": max(peaks), "tower": max(towers), "visual": visual[0]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -146,13 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--text", type=int, default=512)
     parser.add_argument("--visual", type=int, default=65_536)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds of a group")
     parser.add_argument("--write-docs", action="store_true", help="docs/context-parallel.md too")
     args = parser.parse_args(arguments)
     rows = []
     for ranks in args.ranks:
         rows.append(measure(ranks, args))
-        print(f"cp {ranks}: {rows[-1]}", flush=True)
     one, most = rows[0], rows[-1]
     table = markdown_table(
         ("cp", "visual rows of a rank", "peak of a rank, MiB", "of cp 1", "tower, s", "of cp 1"),

@@ -26,7 +26,7 @@ from dattn_mcore.layers.context import share_of
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.parallel.collectives import Collective, Tracer, group_names
 from dattn_mcore.parallel.groups import destroy_model_parallel, initialize_model_parallel
-from dattn_mcore.training.inputs import to_model_inputs
+from dattn_mcore.training.inputs import to_model_inputs, with_own_tiles
 
 SIDE = 10  # patches of a tile: V is a multiple of their square
 _WRITTEN = Path("/proc/self/io")
@@ -143,7 +143,8 @@ def training_step(shape: Shape, layers: int, recompute: str = "none") -> SentInS
     ranks = dist.get_world_size()
     config, device = step_config(shape, ranks, layers, recompute), torch.device("cpu")
     groups = initialize_model_parallel(seed=1, cp=ranks)
-    inputs = to_model_inputs(pack(config, shape.visual, shape.text), config, groups, device)
+    whole = pack(config, shape.visual, shape.text)
+    inputs = to_model_inputs(with_own_tiles(whole, groups), config, groups, device)
     step = trained_by(config, groups, device)(inputs)
     step()
     with Tracer(group_names(groups)) as tracer:
