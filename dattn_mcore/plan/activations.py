@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from dattn_mcore.architectures import tower_features
+from dattn_mcore.config.checks import shards_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.backward import (
     decoder_gradients,
@@ -97,7 +98,7 @@ def stage_bytes(config: Config, layers: list[int], pack: Rows, fp8: bool) -> tup
     """
     llm, train, tp = config.model.llm, config.train, config.parallel.tp
     e = 2 if train.precision == "bf16" else 4
-    entered = e * llm.hidden_size / (tp if config.parallel.sp else 1)  # of a row, into a layer
+    entered = e * llm.hidden_size / shards_of(config).tensor  # of a row, into a layer
     gradients = decoder_gradients(config)
     layers = [layer for layer in layers if gradients[layer].any]
     if train.recompute_visual_chunk is not None:
@@ -164,7 +165,7 @@ def working_memory(
     e = 2 if config.train.precision == "bf16" else 4
     layers = [layer for chunk in layers_of_stage(config, stage) for layer in chunk]
     kept, beside = stage_bytes(config, layers, pack, fp8)
-    rows, shards = pack.text + pack.visual, tp if config.parallel.sp else 1
+    rows, shards = pack.text + pack.visual, shards_of(config).tensor
     # Angles of all rows; the first layer's input, which the schedule or the embedding holds.
     kept += 4 * rows * llm.head_dim * len(llm.ropes)
     if stage > 0:

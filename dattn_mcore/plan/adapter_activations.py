@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dattn_mcore.architectures.adapters import AdaptedLinear, Adapters, adapted_linears
+from dattn_mcore.config.checks import shards_of
 from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.flops import folds
@@ -47,7 +48,7 @@ def _linear_bytes(
     ):
         return 0.0
     e = 2 if train.precision == "bf16" else 4
-    shards = tp if config.parallel.sp else 1
+    shards = shards_of(config).tensor
     asks = linear.place.endswith(("linear_q", "linear_proj"))
     whole = not asks or config.attention.v2v == "causal"
     rows = pack.text + (pack.visual if whole else 0)

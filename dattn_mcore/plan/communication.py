@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dattn_mcore.architectures import tower_features
 from dattn_mcore.architectures.decoder import EMBEDDING
+from dattn_mcore.config.checks import shards_of
 from dattn_mcore.config.optim_groups import learns
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.backward import DECODER, FC1, FIRST, decoder_gradients, tower_gradients
@@ -137,7 +138,7 @@ def pipeline_bytes(config: Config, stage: int, pack: Rows, num_microbatches: int
     """Bytes that a rank of a stage sends to the next (hidden states) and to the one before."""
     parallel = config.parallel
     e = 2 if config.train.precision == "bf16" else 4
-    rows = (pack.text + pack.visual) / (parallel.tp if parallel.sp else 1)
+    rows = (pack.text + pack.visual) / shards_of(config).tensor
     chunks = parallel.pp * parallel.vpp  # of the whole model: one boundary less than chunks
     own = range(stage, chunks, parallel.pp)
     sends = sum((chunk < chunks - 1) + (chunk > 0) for chunk in own) if parallel.pp > 1 else 0

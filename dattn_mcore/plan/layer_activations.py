@@ -6,6 +6,7 @@ By the layer's own code, and held against what autograd keeps of it (`training.r
 from __future__ import annotations
 
 from dattn_mcore.architectures import text_features
+from dattn_mcore.config.checks import shards_of
 from dattn_mcore.config.lora import adapters_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.adapter_activations import adapter_bytes
@@ -59,8 +60,8 @@ def _rows_after(config: Config, pack: Rows, layer: int) -> float:
 
 def _norm_bytes(config: Config, pack: Rows, layer: int) -> float:
     """Norms keep their input in float32."""
-    llm, parallel, features = config.model.llm, config.parallel, text_features(config.model)
-    shards = parallel.tp if parallel.sp else 1
+    llm, features = config.model.llm, text_features(config.model)
+    shards = shards_of(config).tensor
     after = _rows_after(config, pack, layer)
     at_input = features.norms.attention_input is not None
     rows = at_input * (pack.text + pack.visual) + (features.norms.number - at_input) * after
@@ -131,10 +132,10 @@ def _attention_bytes_in_context(config: Config, own: Rows) -> float:
 
 def _input_bytes(config: Config, pack: Rows, fp8: bool, layer: int, read: frozenset[str]) -> float:
     """What enters the linears whose weight learns."""
-    h, parallel = config.model.llm.hidden_size, config.parallel
+    h = config.model.llm.hidden_size
     e, (query, keys) = _element(config), _widths(config)
     gemm_input = 1 if fp8 else e
-    shards = parallel.tp if parallel.sp else 1
+    shards = shards_of(config).tensor
     rows, after = pack.text + pack.visual, _rows_after(config, pack, layer)
     kept, norms = 0.0, text_features(config.model).norms
     normed_again = "layernorm" in _modules_again(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dattn_mcore.architectures import text_features, tower_features
+from dattn_mcore.config.checks import shards_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan import hardware
 from dattn_mcore.plan.communication import Exchange, tensor_bytes_per_layer
@@ -104,7 +105,7 @@ def _moved_bytes(config: Config, pack: Rows, fp8: bool) -> float:
     """Memory traffic of a layer's elementwise kernels (fused), forward and backward."""
     llm, tp = config.model.llm, config.parallel.tp
     e = 2 if config.train.precision == "bf16" else 4
-    shards = tp if config.parallel.sp else 1
+    shards = shards_of(config).tensor
     h, f = llm.hidden_size, llm.ffn_hidden_size / tp
     query = llm.num_attention_heads * llm.head_dim / tp
     keys_values = 2 * llm.groups_per_rank(tp) * llm.head_dim
