@@ -147,7 +147,7 @@ def start_overlap(config: Config, runtime: Runtime, device: torch.device) -> Non
 
     fp8 = runtime.fp8
     spec_te.start_overlap(
-        rows=sum(fixed_rows(config)),
+        rows=sum(fixed_rows(config)) // config.parallel.cp,
         hidden_size=config.model.llm.hidden_size,
         tp_size=config.parallel.tp,
         fp8=fp8 is not None,
