@@ -90,6 +90,17 @@ def kill_in_an_evaluation(tree, folder, run_dir):
     assert not (last / "scores.json").exists()
 
 
+def test_checkpoints_of_context_parallel_ranks_are_scored(pool, digits, tree, tmp_path):
+    """An export holds the whole model, whatever ranks have divided the rows that it learned from."""
+    settings = {**tree(tmp_path / "run"), "parallel": {"cp": 2}}
+    assert all(pool.run(run_training, 2, settings, timeout=500))
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found] == [2, STEPS]
+    folder = tmp_path / f"run/scores/step_{STEPS:08d}"
+    expected = by_hand(digits, tmp_path / "val", folder, tmp_path / "by_hand")
+    assert {name: found[-1][name] for name in expected} == expected
+
+
 def test_beside_training_and_killed_in_an_evaluation(pool, digits, tree, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert all(pool.run(run_training, 2, tree(whole), timeout=500))
