@@ -182,11 +182,13 @@ def _exchange(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def empty(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
             return tensor  # what other ranks would send is what this one sends
-        # Rows are counted where each rank gets a number of them.
-        rows = tensor.shape[:1] if func is _c10d.alltoall_base_.default else ()
-        return torch.empty(*rows, 0, dtype=tensor.dtype, device="cpu")
+        return torch.empty(0, dtype=tensor.dtype, device="cpu")
 
-    result = func(*tree_map_only(torch.Tensor, empty, args), **kwargs)
+    given = tree_map_only(torch.Tensor, empty, args)
+    if func is _c10d.alltoall_base_.default and args[0].is_meta:
+        # Shares of no rows at all, as what is empty cannot be divided unevenly.
+        given = (*given[:3], [], [], *given[5:])
+    result = func(*given, **kwargs)
     if func is _c10d.allreduce_.default:  # a sum over others, of whom nothing is known
         for tensor in args[0]:
             tensor.fill_(_one(tensor.dtype))

@@ -24,8 +24,22 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
         (2, OVERLAP, {}, {"precision": "bf16"}),
         (2, {"pp": 2, "vpp": 2}, {}, {}),
         (4, {"tp": 2, "sp": True, **OVERLAP}, {}, {"recompute": "full", "trains": ["projector"]}),
+        (2, {"cp": 2}, {}, {"recompute": "full"}),
+        (4, {"cp": 4}, GEMMA, {"precision": "bf16"}),
+        (4, {"cp": 2, "tp": 2, "sp": True}, {}, {}),
     ],
-    ids=["tp2-sp", "tp2", "pp2-tied", "dp2", "dp2-overlap", "pp2-vpp2", "tp2-sp-dp2-overlap"],
+    ids=[
+        "tp2-sp",
+        "tp2",
+        "pp2-tied",
+        "dp2",
+        "dp2-overlap",
+        "pp2-vpp2",
+        "tp2-sp-dp2-overlap",
+        "cp2",
+        "cp4",
+        "cp2-tp2-sp",
+    ],
 )
 def test_every_exchange_is_predicted(pool, world_size, parallel, model, train):
     tree = {"model": merge(SMALL_MODEL, model), "parallel": parallel, "train": train}
