@@ -23,6 +23,7 @@ from dattn_mcore.parallel.gpus import resolve_device
 from dattn_mcore.plan.disk import disk_lines
 from dattn_mcore.plan.learning import learning_lines
 from dattn_mcore.plan.parameters import layers_of_stage, stage_parameters
+from dattn_mcore.plan.tower_lines import tower_lines
 from dattn_mcore.plan.warnings import part_full
 from dattn_mcore.plan.workload import Sample, full_budget_sample, pack_multiple, step_of
 from dattn_mcore.training.runtime import params_dtype
@@ -66,6 +67,7 @@ def describe(config: Config, world_size: int) -> str:
         *_global_batch(config, dp),
         *_adapter_lines(config),
         *_attention_lines(config),
+        *tower_lines(config, dp),
         *disk_lines(config),
         "",
     ]

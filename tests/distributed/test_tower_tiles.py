@@ -7,13 +7,15 @@ from collections import defaultdict
 
 import pytest
 
-from dattn_mcore.config.load import merge
+from dattn_mcore.config.load import from_dict, merge
+from dattn_mcore.plan.rows import rows_of
+from dattn_mcore.plan.tower_work import tower_cost
 from tests.distributed.gradient_jobs import spans
 from tests.distributed.interrupted_jobs import train_until_killed
 from tests.distributed.jobs import read_metrics, run_training
 from tests.distributed.small_models import SMALL_MODEL, small_config
 from tests.distributed.test_gradients_as_declared import unlike, whole
-from tests.distributed.tower_jobs import step_of_packs
+from tests.distributed.tower_jobs import bytes_before_the_layers, step_of_packs
 
 ROWS = 16  # of a tile
 ONE = (((True, ROWS), (False, 9)), ((False, 4), (True, ROWS), (False, 6), (True, ROWS), (False, 3)))
@@ -155,3 +157,17 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(pool, digits, tmp_path):
     assert [[row[name] for name in names] for row in read_metrics(parts)] == [
         [row[name] for name in names] for row in read_metrics(whole)
     ]
+
+
+@pytest.mark.parametrize("tower", ["tensor", "tiles"])
+@pytest.mark.parametrize("case", ["tp2", "tp2-sp", "tp2-cp2", "tp2-sp-cp2", "tp2-sp, frozen tower"])
+def test_bytes_are_those_of_the_closed_form(pool, case, tower):
+    """To the byte, of the rank that sends most: what the tower exchanges up to the first layer."""
+    ranks, parallel = CASES[case.partition(",")[0]][1:]
+    tree = tree_of(PROJECTOR if "frozen" in case else {}, {**parallel, "tower": tower})
+    layouts = (((True, 5 * ROWS), (False, 8)), ((True, 2 * ROWS), (False, 8)))
+    tree["data"]["pad_multiple"] = 1
+    sent = pool.run(bytes_before_the_layers, ranks, tree, (layouts, ()))
+    config = from_dict(tree)
+    cost = tower_cost(config, rows_of(config, layouts, 1), tower)
+    assert max(sent) == pytest.approx(cost.bytes, rel=1e-12)

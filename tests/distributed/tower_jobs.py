@@ -9,6 +9,7 @@ import torch
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
+from dattn_mcore.parallel.collectives import Tracer, group_names
 from dattn_mcore.training.inputs import all_model_inputs
 from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
@@ -116,3 +117,17 @@ def micro_batch(config: Config, pack: Pack, seed: int) -> MicroBatch:
         num_samples=len(layouts),
         image_grids=image_grids,
     )
+
+
+def bytes_before_the_layers(tree: dict[str, Any], pack: Pack) -> float:
+    """Bytes that this rank sends for the visual rows of a pack, forward and backward."""
+    config, groups = start(tree)
+    (model,) = build_from_config(config, groups, torch.device("cpu"))
+    item = micro_batch(config, pack, 1)
+    (inputs,) = all_model_inputs([item], config, groups, torch.device("cpu"))
+    rows = len(inputs.text_ids) // (groups.tp.size() if config.parallel.sp else 1)
+    text = torch.zeros(rows, 1, config.model.llm.hidden_size)
+    model.embedding.forward = lambda ids, positions: text
+    with Tracer(group_names(groups)) as tracer:
+        model._embed(inputs).square().sum().backward()
+    return sum(one.sent for one in tracer.collectives)
