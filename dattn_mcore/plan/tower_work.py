@@ -8,9 +8,9 @@ rows a tile, rows of h in the language model, e bytes a number, r = (tp - 1) / t
              projector, 2 e r h p, and one of what entered it in backward, 2 e r v p. With sequence
              parallelism e r h p more in backward, where gradients of rows are gathered.
     tiles    operations of ceil(N / (tp cp)) tiles. Rows that another rank carries through the
-             layers, e h each; in backward the gradients of those that others encoded. Without sequence parallelism e r h of each row
-             of the context parallel rank, which all get. Once a step: 8 r bytes of each parameter
-             of tower and projector that learns.
+             layers, e h each; in backward the gradients of those that others encoded. Without
+             sequence parallelism e r h of each row of the context parallel rank, which all get.
+             Once a step: 8 r bytes of each parameter of tower and projector that learns.
 
 With `tensor` and cp > 1 the rows go to other ranks as well, by context parallel ranks.
 """

@@ -10,7 +10,7 @@ import torch
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.parallel.collectives import Tracer, group_names
-from dattn_mcore.training.inputs import all_model_inputs
+from dattn_mcore.training.inputs import all_model_inputs, with_own_tiles
 from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 from dattn_mcore.training.step import run_schedule
@@ -49,7 +49,10 @@ def step_of_packs(tree: dict[str, Any], packs: list[Pack]) -> Step:
         randomize_norms(chunk)
         if chunk.pre_process:
             chunk.vision.register_forward_hook(lambda *call: encoded.append(len(call[2])))
-    micro_batches = [micro_batch(config, pack, number) for number, pack in enumerate(packs)]
+    micro_batches = [
+        with_own_tiles(micro_batch(config, pack, number), groups)
+        for number, pack in enumerate(packs)
+    ]
     if groups.tp.rank():  # which has decoded nothing
         micro_batches = [dataclasses.replace(item, tiles=None) for item in micro_batches]
     inputs = all_model_inputs(micro_batches, config, groups, torch.device("cpu"))
@@ -123,7 +126,7 @@ def bytes_before_the_layers(tree: dict[str, Any], pack: Pack) -> float:
     """Bytes that this rank sends for the visual rows of a pack, forward and backward."""
     config, groups = start(tree)
     (model,) = build_from_config(config, groups, torch.device("cpu"))
-    item = micro_batch(config, pack, 1)
+    item = with_own_tiles(micro_batch(config, pack, 1), groups)
     (inputs,) = all_model_inputs([item], config, groups, torch.device("cpu"))
     rows = len(inputs.text_ids) // (groups.tp.size() if config.parallel.sp else 1)
     text = torch.zeros(rows, 1, config.model.llm.hidden_size)

@@ -224,4 +224,4 @@ def test_another_rule_has_an_index_of_its_own(
         names.add(open_index(dataclasses.replace(config, data=data), toy_tokenizer).folder)
     assert len(names) == 4
     version = json.loads((names.pop() / "index.json").read_text())["settings"]["version"]
-    assert version == 7
+    assert version == 8
