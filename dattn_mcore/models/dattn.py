@@ -267,7 +267,7 @@ class DattnModel(LanguageModule):
         text = self.embedding(inputs.text_ids[None], None)
         num_visual = inputs.params.num_visual
         if inputs.tiles is None and self.runtime.overlap_grad_reduce:
-            text = text + self._no_gradient_of_images().to(text.dtype)
+            text = text + self._rows_of_no_tile(text.dtype).sum()
         if num_visual == 0:
             return self._scale(text)
         visual = text.new_zeros(num_visual, 1, text.shape[-1])
@@ -304,11 +304,7 @@ class DattnModel(LanguageModule):
         tiles = inputs.tile_share.tiles
         if tiles:
             return self._visual_rows(inputs.tiles, dtype, inputs.image_grids, tiles)
-        # Every rank of the exchange must take part in its backward pass, if any of them learns.
-        nothing = torch.zeros(
-            0, 1, self.config.hidden_size, dtype=dtype, device=inputs.tiles.device
-        )
-        return nothing + self._no_gradient_of_images().to(dtype)
+        return self._rows_of_no_tile(dtype)
 
     def _visual_rows(
         self,
@@ -325,14 +321,22 @@ class DattnModel(LanguageModule):
             features = self.vision(pixels)
         return self.projector(features, image_grids, numbers)[:, None]
 
-    def _no_gradient_of_images(self) -> torch.Tensor:
-        """Zero, through which visual parameters get a gradient of zero in a pack without images.
+    def _rows_of_no_tile(self, dtype: torch.dtype) -> torch.Tensor:
+        """[0, 1, hidden], which need a gradient where rows of tiles would.
 
-        DDP's overlap reduces a bucket when each of its parameters has a gradient.
+        Every rank of an exchange must take part in its backward pass, if any of them learns. DDP's
+        overlap moreover reduces a bucket when each of its parameters has a gradient, and these must
+        come in one order on all ranks: so a black tile is encoded, and its gradient is zero.
         """
         parameters = itertools.chain(self.vision.parameters(), self.projector.parameters())
-        zero = torch.zeros((), device=self.inv_freq.device)
-        return zero + sum((p.float() * 0).sum() for p in parameters if p.requires_grad)
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        device = self.inv_freq.device
+        if learns and self.runtime.overlap_grad_reduce:
+            size = self.vision.vision.image_size
+            tile = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
+            return self._visual_rows(tile, dtype)[:0]
+        rows = torch.zeros(0, 1, self.config.hidden_size, dtype=dtype, device=device)
+        return rows.requires_grad_(learns)
 
     def _scale(self, hidden: torch.Tensor) -> torch.Tensor:
         if not self.scale_embeddings:

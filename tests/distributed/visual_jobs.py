@@ -127,7 +127,7 @@ def tower_graph(tree: dict[str, Any], layouts: Any) -> tuple[bool, int]:
         return tensor
 
     rows = inputs.params.num_visual
-    model.projector.forward = lambda features, grids: features.new_zeros(rows, 64)
+    model.projector.forward = lambda features, grids, tiles: features.new_zeros(rows, 64)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model._visual_rows(inputs.tiles, torch.float32)
     return asked[0], sum(kept)
