@@ -71,6 +71,29 @@ class Shards:
         return self.context * self.tensor
 
 
+@dataclass(frozen=True, slots=True)
+class VisualShape:
+    """How the tiles and visual rows of one image or one video lie.
+
+    Attributes:
+        grid: (columns, rows) of an image's AnyRes canvas in tiles; (0, 0): one tile, or a video.
+        times: of each frame of a video, seconds from its start, rising; empty: an image.
+        frame_side: of a video, cells along a side of a frame's grid of features before
+            `model.projector.pool`; 0: an image, whose tiles keep all patches.
+        duration: seconds of the video; 0: an image.
+    """
+
+    grid: tuple[int, int] = (0, 0)
+    times: tuple[float, ...] = ()
+    frame_side: int = 0
+    duration: float = 0.0
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles: the base view and those of the canvas, or a tile a frame."""
+        return len(self.times) or 1 + self.grid[0] * self.grid[1]
+
+
 # The label of a text row that has no loss, as in PyTorch's cross entropy and transformers.
 IGNORED_LABEL = -100
 
