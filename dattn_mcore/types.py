@@ -94,6 +94,11 @@ class VisualShape:
         return len(self.times) or 1 + self.grid[0] * self.grid[1]
 
 
+def image_shapes(grids: Iterable[tuple[int, int]]) -> tuple[VisualShape, ...]:
+    """Of images alone: one for each canvas, (columns, rows) in tiles, (0, 0) for one tile."""
+    return tuple(VisualShape(grid=(columns, rows)) for columns, rows in grids)
+
+
 # The label of a text row that has no loss, as in PyTorch's cross entropy and transformers.
 IGNORED_LABEL = -100
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dattn_mcore.data.sample_failure import SampleFailure
-from dattn_mcore.types import Layout
+from dattn_mcore.types import Layout, VisualShape
 
 if TYPE_CHECKING:  # importing torch takes seconds, and making an index needs none of it
     from torch import Tensor
@@ -35,15 +35,15 @@ class MicroBatch:
         sample_ids: Annotation id of each sample.
         num_samples: Number of samples, whatever branches they have; 0 for the empty packs that
             fill up a global batch.
-        image_grids: (columns, rows) of the canvas of each image of the pack, on every rank; (0, 0)
-            for an image of one tile. An image's visual rows are those of its base view, then
-            those of its canvas, both row-major. Empty: every tile is an image of its own.
+        items: Shape of each image and video of the pack, on every rank. An image's visual rows are
+            those of its base view, then those of its canvas, both row-major; a video's go frame by
+            frame. Empty: every tile is an image of its own.
         samples: Number of each sample in the index, where there is one.
         groups: Group of each sample, whose loss is counted apart; empty: none is.
         num_groups: How many groups the data set has; 0: its samples have none.
         images_of: For each sample the number of its visual unit, the images that it shows: equal
             for samples that show the same ones in the same order, by first appearance;
-            `types.NO_IMAGES` for a sample of text alone. Tiles and `image_grids` hold a unit
+            `types.NO_IMAGES` for a sample of text alone. Tiles and `items` hold a unit
             once, in the order of the numbers. Empty: every sample has its own.
         weights: What the loss of each sample's tokens counts; empty: 1 each.
     """
@@ -55,7 +55,7 @@ class MicroBatch:
     tiles: Tensor | None
     sample_ids: tuple[str, ...]
     num_samples: int
-    image_grids: tuple[tuple[int, int], ...] = ()
+    items: tuple[VisualShape, ...] = ()
     samples: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     num_groups: int = 0

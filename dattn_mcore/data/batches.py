@@ -27,6 +27,7 @@ from dattn_mcore.data.shared_packing import make_shared_packs
 from dattn_mcore.data.templates import EncodedSample
 from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.errors import DataError
+from dattn_mcore.types import image_shapes
 
 T = TypeVar("T")
 
@@ -247,7 +248,7 @@ class BatchBuilder:
             samples=tuple(item.indexed.number for item in members),
             sample_ids=tuple(item.indexed.id for item in members),
             num_samples=len(pack.samples),
-            image_grids=tuple(
+            items=image_shapes(
                 image.grid for first in pack.firsts for image in pack.samples[first].images
             ),
             groups=tuple(self._group(item) for item in members) if self._by_group else (),

@@ -44,7 +44,7 @@ from dattn_mcore.models.tower_work import (
     number_replicas,
 )
 from dattn_mcore.models.vision import VisionTower, normalize_pixels
-from dattn_mcore.types import IGNORED_LABEL, Part
+from dattn_mcore.types import IGNORED_LABEL, Part, VisualShape
 
 
 @dataclass
@@ -58,8 +58,7 @@ class ModelInputs:
         labels: int64 [T], the id each row must predict, -100 where there is no loss.
         tiles: uint8 [tiles, 3, size, size]; None off the first stage or without images. With
             `tile_share` those of this rank, of which there may be none.
-        image_grids: (columns, rows) of each image's canvas in tiles, (0, 0) for one tile; empty:
-            every tile is an image of its own.
+        items: shape of each image and video; empty: every tile is an image of its own.
         groups: int64 [labelled rows], the group of samples that each loss belongs to; None: the
             loss is not divided by groups.
         num_groups: how many there are in the run.
@@ -72,7 +71,7 @@ class ModelInputs:
     text_ids: torch.Tensor
     labels: torch.Tensor
     tiles: torch.Tensor | None
-    image_grids: tuple[tuple[int, int], ...] = ()
+    items: tuple[VisualShape, ...] = ()
     groups: torch.Tensor | None = None
     num_groups: int = 0
     weights: torch.Tensor | None = None
@@ -278,7 +277,7 @@ class DattnModel(LanguageModule):
             if self.tower_is_replicated:
                 return self._scale(torch.cat([self._of_shard(visual), text]))
         elif inputs.tiles is not None:
-            rows = self._visual_rows(inputs.tiles, text.dtype, inputs.image_grids)
+            rows = self._visual_rows(inputs.tiles, text.dtype, inputs.items)
             visual = torch.cat([rows, visual[rows.shape[0] :]])
         if self.sequence_parallel:
             visual = tensor_parallel.scatter_to_sequence_parallel_region(
@@ -303,14 +302,14 @@ class DattnModel(LanguageModule):
         assert inputs.tiles is not None and inputs.tile_share is not None
         tiles = inputs.tile_share.tiles
         if tiles:
-            return self._visual_rows(inputs.tiles, dtype, inputs.image_grids, tiles)
+            return self._visual_rows(inputs.tiles, dtype, inputs.items, tiles)
         return self._rows_of_no_tile(dtype)
 
     def _visual_rows(
         self,
         tiles: torch.Tensor,
         dtype: torch.dtype,
-        image_grids: tuple[tuple[int, int], ...] = (),
+        items: tuple[VisualShape, ...] = (),
         numbers: range | None = None,
     ) -> torch.Tensor:
         """[tiles * patches, 1, hidden] of uint8 tiles, the same on every tensor parallel rank."""
@@ -319,7 +318,7 @@ class DattnModel(LanguageModule):
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower_learns):
             pixels = normalize_pixels(tiles, runtime.image_mean, runtime.image_std, dtype)
             features = self.vision(pixels)
-        return self.projector(features, image_grids, numbers)[:, None]
+        return self.projector(features, items, numbers)[:, None]
 
     def _rows_of_no_tile(self, dtype: torch.dtype) -> torch.Tensor:
         """[0, 1, hidden], which need a gradient where rows of tiles would.

@@ -26,6 +26,7 @@ from dattn_mcore.layers.parts import LOCAL_PARTS
 from dattn_mcore.layers.runtime import Runtime
 from dattn_mcore.models.tile_share import Grid, places_of, stitched_order
 from dattn_mcore.models.transformer_configs import projector_transformer_config
+from dattn_mcore.types import VisualShape
 
 
 class AxisPosition(nn.Module):
@@ -95,7 +96,7 @@ class Projector(MegatronModule):
     def forward(
         self,
         features: torch.Tensor,
-        image_grids: Sequence[Grid] = (),
+        items: Sequence[VisualShape] = (),
         tiles: range | None = None,
     ) -> torch.Tensor:
         """Projects features of whole tiles; see the class.
@@ -103,8 +104,7 @@ class Projector(MegatronModule):
         Args:
             features: [tiles, patches, vision hidden], patches row by row; of each image the base
                 view first, then the tiles of its canvas row by row.
-            image_grids: (columns, rows) of each image's canvas in tiles, (0, 0) for one tile;
-                empty: every tile is an image of its own.
+            items: shape of each image; empty: every tile is an image of its own.
             tiles: which of the images' tiles `features` has; None: all of them.
 
         Returns:
@@ -114,9 +114,9 @@ class Projector(MegatronModule):
         """
         x, bias = self.mlp(features)
         x = self.norm(x + bias)
-        stitched = any(columns for columns, _ in image_grids)
+        stitched = any(item.grid[0] for item in items)
         if stitched:
-            every = places_of(0, image_grids)
+            every = places_of(0, items)
             x = x + self._positions_of(
                 every if tiles is None else every[tiles.start : tiles.stop], x.dtype
             )
@@ -124,7 +124,7 @@ class Projector(MegatronModule):
             x = x + self._positions(self.grid, self.grid, x.dtype)
         x = x.flatten(0, 1)
         if stitched and tiles is None:
-            order = stitched_order(len(features), image_grids, self.grid)
+            order = stitched_order(len(features), items, self.grid)
             x = x[torch.from_numpy(order).to(x.device)]
         return self.output_norm(x)
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 
-from dattn_mcore.types import tiles_of_rank
+from dattn_mcore.types import VisualShape, tiles_of_rank
 
 Grid = tuple[int, int]  # columns and rows of an image's canvas in tiles; (0, 0) for one tile
 
@@ -69,7 +69,7 @@ class TileShare:
 def share_tiles(
     *,
     num_tiles: int,
-    image_grids: Sequence[Grid],
+    items: Sequence[VisualShape],
     side: int,
     num_visual: int,
     rank: int,
@@ -79,14 +79,14 @@ def share_tiles(
 
     Args:
         num_tiles: of the whole pack.
-        image_grids: canvas of each image; empty: every tile is an image of its own.
+        items: shape of each image; empty: every tile is an image of its own.
         side: patches of a tile in a row, and in a column.
         num_visual: visual rows of the whole pack, padding included; a multiple of `ranks`.
         rank: of the group that divides it.
         ranks: of that group.
     """
     per_tile, here = side * side, num_visual // ranks
-    source = stitched_order(num_tiles, image_grids, side)
+    source = stitched_order(num_tiles, items, side)
     ends = np.array([tiles_of_rank(num_tiles, r, ranks).stop for r in range(ranks)])
     encodes = np.searchsorted(ends, source // per_tile, "right")
     carries = np.arange(len(source)) // here if here else source
@@ -104,22 +104,22 @@ def share_tiles(
     )
 
 
-def stitched_order(num_tiles: int, image_grids: Sequence[Grid], side: int) -> np.ndarray:
+def stitched_order(num_tiles: int, items: Sequence[VisualShape], side: int) -> np.ndarray:
     """int64 [tiles * side * side]: of each visual row its number among rows that go tile by tile.
 
     The rows of a canvas go line by line over its whole width.
 
     Args:
         num_tiles: of all images.
-        image_grids: of each image; the base view's tile comes first, then those of the canvas, row
+        items: shape of each image; the base view's tile comes first, then those of the canvas, row
             by row. Empty: every tile is an image of its own.
         side: patches of a tile in a row, and in a column.
     """
     order = np.arange(num_tiles * side * side, dtype=np.int64).reshape(num_tiles, side, side)
-    if not any(columns for columns, _ in image_grids):
+    if not any(item.grid[0] for item in items):
         return order.reshape(-1)
     views, first = [], 0
-    for columns, rows in image_grids:
+    for columns, rows in (item.grid for item in items):
         views.append(order[first].reshape(-1))
         first += 1
         canvas = order[first : first + rows * columns]
@@ -129,12 +129,12 @@ def stitched_order(num_tiles: int, image_grids: Sequence[Grid], side: int) -> np
     return np.concatenate(views)
 
 
-def places_of(num_tiles: int, image_grids: Sequence[Grid]) -> list[tuple[Grid, int]]:
+def places_of(num_tiles: int, items: Sequence[VisualShape]) -> list[tuple[Grid, int]]:
     """Of each tile the canvas it is part of, and its number in it; ((0, 0), 0) for a base view."""
-    if not image_grids:
+    if not items:
         return [((0, 0), 0)] * num_tiles
     places: list[tuple[Grid, int]] = []
-    for columns, rows in image_grids:
+    for columns, rows in (item.grid for item in items):
         places.append(((0, 0), 0))
         places += [((columns, rows), number) for number in range(columns * rows)]
     return places

@@ -106,7 +106,7 @@ def to_model_inputs(
     if parts > 1:
         share = share_tiles(
             num_tiles=micro_batch.num_tiles,
-            image_grids=micro_batch.image_grids,
+            items=micro_batch.items,
             side=config.model.vision.grid_size,
             num_visual=params.num_visual,
             rank=part,
@@ -137,7 +137,7 @@ def to_model_inputs(
         text_ids=text_ids.to(device, non_blocking=True),
         labels=labels.to(device, non_blocking=True),
         tiles=tiles,
-        image_grids=micro_batch.image_grids,
+        items=micro_batch.items,
         groups=groups,
         num_groups=micro_batch.num_groups,
         weights=weights,

@@ -14,7 +14,7 @@ from dattn_mcore.training.inputs import all_model_inputs, with_own_tiles
 from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 from dattn_mcore.training.step import run_schedule, sum_reports
-from dattn_mcore.types import IGNORED_LABEL, NO_IMAGES, Layout
+from dattn_mcore.types import IGNORED_LABEL, NO_IMAGES, Layout, image_shapes
 from tests.distributed.gradient_jobs import pieces, randomize_adapters
 from tests.distributed.jobs import start
 from tests.distributed.model_jobs import randomize_norms
@@ -78,7 +78,7 @@ def filled(config: Config, pack: PackOf, seed: int, shared: bool) -> MicroBatch:
         tiles=torch.cat([tiles[unit] for unit in shown]) if shown else None,
         sample_ids=(),
         num_samples=len(pack.layouts),
-        image_grids=tuple(grid for unit in shown for grid in pack.grids[unit]),
+        items=image_shapes(grid for unit in shown for grid in pack.grids[unit]),
         images_of=pack.units if shared and tiles else (),
     )
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dattn_mcore.config.checks import row_multiple
+from dattn_mcore.types import image_shapes
 from tests.distributed.jobs import start
 
 
@@ -73,7 +74,7 @@ def model_outputs(
         text_ids=text_ids,
         labels=torch.full_like(text_ids, -100),
         tiles=tiles if rows[True] else None,
-        image_grids=image_grids,
+        items=image_shapes(image_grids),
     )
     model.eval()
     result: dict[str, Any] = {
@@ -83,7 +84,9 @@ def model_outputs(
     }
     with torch.no_grad():
         if model.pre_process and rows[True]:
-            result["visual_rows"] = model._visual_rows(tiles, torch.float32, image_grids)[:, 0]
+            result["visual_rows"] = model._visual_rows(
+                tiles, torch.float32, image_shapes(image_grids)
+            )[:, 0]
         if pixels is not None:
             result["pixels"] = torch.randn(pixels, generator=generator)
             result["features"] = model.vision(result["pixels"]) if model.pre_process else None

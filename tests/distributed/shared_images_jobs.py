@@ -10,7 +10,7 @@ from dattn_mcore.config.checks import row_multiple
 from dattn_mcore.layers.layout import build_seq_params
 from dattn_mcore.models.dattn import DattnModel, ModelInputs
 from dattn_mcore.training.model import build_from_config
-from dattn_mcore.types import IGNORED_LABEL, NO_IMAGES, Layout
+from dattn_mcore.types import IGNORED_LABEL, NO_IMAGES, Layout, image_shapes
 from tests.distributed.jobs import start
 from tests.distributed.model_jobs import randomize_norms
 
@@ -91,5 +91,5 @@ def _inputs(
         text_ids=ids,
         labels=labels,
         tiles=torch.cat([tiles[unit] for unit in shown]),
-        image_grids=tuple(grid for unit in shown for grid in grids[unit]),
+        items=image_shapes(grid for unit in shown for grid in grids[unit]),
     )

@@ -14,7 +14,7 @@ from dattn_mcore.training.inputs import all_model_inputs, with_own_tiles
 from dattn_mcore.training.model import build_from_config
 from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
 from dattn_mcore.training.step import run_schedule
-from dattn_mcore.types import IGNORED_LABEL, Layout
+from dattn_mcore.types import IGNORED_LABEL, Layout, image_shapes
 from tests.distributed.gradient_jobs import Gradient, pieces
 from tests.distributed.jobs import start
 from tests.distributed.model_jobs import randomize_norms
@@ -118,7 +118,7 @@ def micro_batch(config: Config, pack: Pack, seed: int) -> MicroBatch:
         tiles=tiles if num_tiles else None,
         sample_ids=tuple(str(number) for number in range(len(layouts))),
         num_samples=len(layouts),
-        image_grids=image_grids,
+        items=image_shapes(image_grids),
     )
 
 

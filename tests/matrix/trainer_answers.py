@@ -34,6 +34,7 @@ from dattn_mcore.data.tokenizer import Tokenizer
 from dattn_mcore.parallel.groups import single_process
 from dattn_mcore.training.inputs import to_model_inputs
 from dattn_mcore.training.model import build_from_config
+from dattn_mcore.types import image_shapes
 
 NEW_TOKENS = 8
 # Ten times the bound of `checker.py`: rounding must not turn a decision.
@@ -89,7 +90,7 @@ class Trainer:
             tiles=torch.cat([image.pixels for image in shown]),
             sample_ids=tuple(map(str, range(len(prompts)))),
             num_samples=len(prompts),
-            image_grids=tuple(image.grid for image in shown),
+            items=image_shapes(image.grid for image in shown),
         )
         inputs = to_model_inputs(batch, self._config, self._groups, torch.device("cpu"))
         with torch.no_grad():

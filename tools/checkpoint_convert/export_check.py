@@ -41,7 +41,7 @@ from dattn_mcore.evaluation.self_check import (
 )
 from dattn_mcore.hf.image_rules_dattn import ORIENTATION, to_rgb
 from dattn_mcore.models.dattn import DattnModel
-from dattn_mcore.types import IGNORED_LABEL, IMAGE_MARK
+from dattn_mcore.types import IGNORED_LABEL, IMAGE_MARK, image_shapes
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.first_layers import (
     LAYERS,
@@ -266,7 +266,7 @@ def _by_trainer(
         tiles=tiles,
         sample_ids=("self-check",),
         num_samples=1,
-        image_grids=tuple((columns, rows) for columns, rows in grids.tolist()),
+        items=image_shapes(grids.tolist()),
     )
 
     def load(config: Config, model: DattnModel, groups: ProcessGroupCollection) -> None:

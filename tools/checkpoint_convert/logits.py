@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from dattn_mcore.config.schema import Config, DataConfig, ParallelConfig
 from dattn_mcore.hf import NO_FOREIGN_CODE
-from dattn_mcore.types import IGNORED_LABEL
+from dattn_mcore.types import IGNORED_LABEL, image_shapes
 from tools.checkpoint_convert.adapted_checkpoint import AdaptedCheckpoint, open_checkpoint
 from tools.checkpoint_convert.dist_checkpoint import DistCheckpoint
 from tools.checkpoint_convert.hf_to_mcore import image_settings
@@ -88,7 +88,7 @@ def _by_megatron(path: Path, avoid: frozenset[int]) -> Tensor:
         tiles=tiles,
         sample_ids=("fixed",),
         num_samples=1,
-        image_grids=GRIDS,
+        items=image_shapes(GRIDS),
     )
     return trainer_logits(config, batch, functools.partial(load_model, source))
 

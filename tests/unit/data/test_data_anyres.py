@@ -17,6 +17,7 @@ from dattn_mcore.data.pipeline import DataPipeline
 from dattn_mcore.data.tiles import choose_tiling
 from dattn_mcore.data.tokenizer import SentencePieceTokenizer
 from dattn_mcore.errors import DataError
+from dattn_mcore.types import image_shapes
 from tests.unit.data.folder_loader import FolderLoader as ImageLoader
 from tests.unit.data.golden import picture
 from tests.unit.data.test_data_images import BAD_FILES
@@ -88,12 +89,12 @@ def test_packs_hold_each_image_as_planned(
     seen, several = set(), False
     for micro, other in zip(batch.microbatches, unseen.microbatches, strict=True):
         assert other.tiles is None
-        assert (micro.layouts, micro.image_grids, micro.num_tiles) == (
+        assert (micro.layouts, micro.items, micro.num_tiles) == (
             other.layouts,
-            other.image_grids,
+            other.items,
             other.num_tiles,
         )
-        grids = iter(micro.image_grids)
+        grids = iter(item.grid for item in micro.items)
         tile = 0
         for name, layout in zip(micro.sample_ids, micro.layouts, strict=True):
             number = int(name[1:])
@@ -144,7 +145,7 @@ def test_a_truncated_sample_keeps_the_tiles_of_the_images_left(
         pipeline.close()
         (micro,) = batch.microbatches
         assert bool(batch.truncated) == (budget == 20)
-        assert (micro.image_grids, micro.num_tiles) == (grids, 5 * len(grids))
+        assert (micro.items, micro.num_tiles) == (image_shapes(grids), 5 * len(grids))
         assert micro.tiles is not None and micro.tiles.shape[0] == micro.num_tiles
 
 

@@ -145,7 +145,7 @@ def test_a_pack_holds_what_records_of_their_own_would_give(
     assert micro.num_samples == len(batch.samples) == len(set(batch.samples)) == 5
     assert sorted(batch.sample_ids) == list("abcde")
     assert len(micro.samples) == len(micro.layouts) == len(micro.weights) == 9
-    assert micro.num_tiles == len(micro.image_grids) == 4
+    assert micro.num_tiles == len(micro.items) == 4
     assert (batch.visual_tokens, batch.text_tokens) == (4 * ROWS, len(micro.text_ids))
 
 

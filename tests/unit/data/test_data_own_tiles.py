@@ -106,11 +106,11 @@ def test_ranks_have_the_tiles_of_a_whole_pack_together(
         assert pack.tiles is not None
         torch.testing.assert_close(torch.cat([one.tiles for one in of_pack]), pack.tiles)
         for rank, one in enumerate(of_pack):
-            assert one.num_tiles == pack.num_tiles and one.image_grids == pack.image_grids
+            assert one.num_tiles == pack.num_tiles and one.items == pack.items
             assert len(one.tiles) == len(tiles_of_rank(pack.num_tiles, rank, ranks))
             assert torch.equal(one.text_ids, pack.text_ids)
             assert torch.equal(one.labels, pack.labels)
-        ends = np.cumsum([1 + columns * rows for columns, rows in pack.image_grids])
+        ends = np.cumsum([item.num_tiles for item in pack.items])
         cuts = {tiles_of_rank(pack.num_tiles, rank, ranks).stop for rank in range(ranks)}
         straddles |= bool(cuts - {*ends.tolist(), 0})
     assert straddles == policy.startswith("anyres")

@@ -122,7 +122,7 @@ def test_samples_are_what_they_are_apart(
     # Links to a file are files of their own; one image is decoded once for each unit that has it.
     order = [int(name[1:]) for name in shared.sample_ids]
     assert shared.images_of == images_of([expected_units()[i] for i in order])
-    assert shared.num_tiles == len(shared.tiles) == len(shared.image_grids) == 9
+    assert shared.num_tiles == len(shared.tiles) == len(shared.items) == 9
     assert batch_of(config(), toy_tokenizer).visual_tokens == 9 * ROWS
 
 
@@ -137,8 +137,8 @@ def test_tiles_of_a_canvas_are_shared(
     (shared,) = batch_of(config(**more), toy_tokenizer).microbatches
     (apart,) = batch_of(config(**more, share_images=False), toy_tokenizer).microbatches
     assert by_sample(shared) == by_sample(apart)
-    assert len(shared.image_grids) == 9 < len(apart.image_grids)
-    assert shared.num_tiles == sum(1 + columns * rows for columns, rows in shared.image_grids) > 18
+    assert len(shared.items) == 9 < len(apart.items)
+    assert shared.num_tiles == sum(item.num_tiles for item in shared.items) > 18
 
 
 @pytest.mark.parametrize("dp_size", [2, 3])

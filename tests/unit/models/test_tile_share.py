@@ -10,7 +10,7 @@ from dattn_mcore.models.tile_share import (
     share_tiles,
     stitched_order,
 )
-from dattn_mcore.types import tiles_of_rank
+from dattn_mcore.types import image_shapes, tiles_of_rank
 
 GRIDS = st.lists(st.sampled_from([(0, 0), (1, 1), (2, 1), (1, 3), (2, 2), (3, 2)]), max_size=5).map(
     tuple
@@ -50,7 +50,7 @@ def test_every_tile_is_on_one_rank_and_counts_are_even(num_tiles, ranks):
 @NO_LIMIT
 @given(grids=GRIDS)
 def test_the_order_is_that_of_a_picture(grids):
-    order = stitched_order(tiles_in(grids), grids, SIDE)
+    order = stitched_order(tiles_in(grids), image_shapes(grids), SIDE)
     found = [(n // SIDE**2, n % SIDE**2 // SIDE, n % SIDE) for n in order.tolist()]
     assert found == plain_rows(grids)
 
@@ -58,7 +58,7 @@ def test_the_order_is_that_of_a_picture(grids):
 @NO_LIMIT
 @given(grids=GRIDS)
 def test_each_tile_has_its_place_on_its_canvas(grids):
-    places = places_of(tiles_in(grids), grids)
+    places = places_of(tiles_in(grids), image_shapes(grids))
     assert len(places) == tiles_in(grids)
     expected = []
     for columns, rows in grids:
@@ -81,7 +81,7 @@ def test_the_exchange_brings_each_row_to_its_place(grids, ranks, padding):
     shares = [
         share_tiles(
             num_tiles=num_tiles,
-            image_grids=grids,
+            items=image_shapes(grids),
             side=SIDE,
             num_visual=num_visual,
             rank=rank,
@@ -106,7 +106,7 @@ def test_the_exchange_brings_each_row_to_its_place(grids, ranks, padding):
 
 
 def test_a_tile_that_stays_is_not_sent():
-    share = share_tiles(num_tiles=4, image_grids=(), side=SIDE, num_visual=16, rank=1, ranks=2)
+    share = share_tiles(num_tiles=4, items=(), side=SIDE, num_visual=16, rank=1, ranks=2)
     assert share.tiles == range(2, 4) and share.send_counts == share.receive_counts == (0, 8)
     assert share.place.tolist() == list(range(8))
 
@@ -118,7 +118,12 @@ def test_tiles_of_a_canvas_send_to_several_ranks(ranks):
         sum(
             count > 0
             for count in share_tiles(
-                num_tiles=7, image_grids=((3, 2),), side=SIDE, num_visual=28, rank=rank, ranks=ranks
+                num_tiles=7,
+                items=image_shapes([(3, 2)]),
+                side=SIDE,
+                num_visual=28,
+                rank=rank,
+                ranks=ranks,
             ).send_counts
         )
         for rank in range(ranks)

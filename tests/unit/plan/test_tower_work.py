@@ -32,7 +32,7 @@ def test_moved_rows_are_those_of_the_exchange(tiles, ranks, back):
     for rank in range(ranks):
         share = share_tiles(
             num_tiles=tiles,
-            image_grids=(),
+            items=(),
             side=side,
             num_visual=tiles * per_tile,
             rank=rank,
