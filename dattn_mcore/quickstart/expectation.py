@@ -15,7 +15,7 @@ from dattn_mcore.evaluation.exact_match import Tally
 
 LEAST = 0.90  # of the held-out questions, with the shipped settings
 MOST_BLIND = 0.30  # with every visual position signal off
-_FREE = ("train.seed", "train.device")  # settings that change no bound
+_FREE = ("train.seed", "train.device", "parallel.cp")  # settings that change no bound
 BLIND_SETTING = "model.visual_positions"
 
 
