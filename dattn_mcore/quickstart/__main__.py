@@ -1,4 +1,4 @@
-"""Command line: `python -m dattn_mcore.quickstart [--run-dir D] [--cp N] [section.key=value ...]`."""
+"""Command line: `python -m dattn_mcore.quickstart [--run-dir DIR] [--cp N] [section.key=value]`."""
 
 from __future__ import annotations
 
