@@ -10,7 +10,7 @@ from dattn_mcore.architectures.sizes import ModelConfig
 
 
 def projector_table(model: ModelConfig) -> list[Entry]:
-    """MLP, norms, and the row and column positions if there are any."""
+    """MLP, norms, and the row, column and time positions if there are any."""
     hidden, ffn = model.llm.hidden_size, model.projector.ffn_hidden_size
     entries = [
         *linear(
@@ -30,7 +30,8 @@ def projector_table(model: ModelConfig) -> list[Entry]:
         *norm("projector.norm", f"{PROJECTOR}norm", hidden),
     ]
     if model.visual_positions:
-        for axis in ("row_position", "column_position"):
+        axes = ("row_position", "column_position", "time_position")
+        for axis in axes if model.time_positions else axes[:2]:
             for layer in ("fc1", "fc2"):
                 entries += linear(
                     f"projector.{axis}.{layer}",

@@ -14,6 +14,7 @@ from dattn_mcore.types import V2V, Merge, T2VPosition
 LayerKind = Literal["sliding", "full"]
 TowerActivation = Literal["gelu_tanh", "gelu", "quick_gelu", "silu"]
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
+TimeAxis = Literal["clip", "seconds"]
 AttentionBackend = Literal["auto", "reference", "sdpa", "flash", "triton"]
 
 
@@ -139,6 +140,17 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
+class VideoConfig:
+    """How the frames of a video become visual rows; each frame is a tile."""
+
+    enabled: bool = False  # true: the model has positions in time; no data source gives videos yet
+    frame_grid: int = 0  # rows and columns of a frame, to which features are shrunk; 0: all patches
+    time_axis: TimeAxis = "clip"  # clip: from a video's start to its end; seconds: as they are
+    time_positions: bool = True  # false: frames are seen, but not when
+    time_entries: int = 10000  # clip: positions that a video is stretched over (Vidi: 10000)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What is trained."""
 
@@ -147,6 +159,17 @@ class ModelConfig:
     llm: LlmConfig = field(default_factory=LlmConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+
+    @property
+    def frame_side(self) -> int:
+        """Rows, and columns, of a frame whose grid is not shrunk further."""
+        return self.video.frame_grid or self.vision.grid_size
+
+    @property
+    def time_positions(self) -> bool:
+        """Whether the projector adds positions in time."""
+        return self.visual_positions and self.video.enabled and self.video.time_positions
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dattn_mcore.config.schema import Config
+from dattn_mcore.config.schema import Config, ModelConfig
 from dattn_mcore.config.sharing import why_apart
 
 
@@ -118,6 +118,21 @@ def parallel_sizes(config: Config) -> Iterator[str]:
         yield (f"{', '.join(uneven)} must be {number} of parallel.tp={tp}; choose another --tp")
 
 
+def _video(model: ModelConfig) -> Iterator[str]:
+    """The grid of a frame, and the axis of time."""
+    grid = model.vision.grid_size
+    if not 0 <= model.video.frame_grid <= grid:
+        yield (
+            f"model.video.frame_grid={model.video.frame_grid} must lie between 1 and the {grid} "
+            "patches along a side of model.vision's tile, or be 0 for all of them"
+        )
+    if model.video.time_entries < 2:
+        yield (
+            f"model.video.time_entries={model.video.time_entries} must be 2 at least: a video's "
+            "first and last frame"
+        )
+
+
 def vision(config: Config) -> Iterator[str]:
     """Tiles, and room for an image in a micro-batch."""
     vision = config.model.vision
@@ -131,6 +146,7 @@ def vision(config: Config) -> Iterator[str]:
             f"model.vision.patch_size={vision.patch_size} must not exceed "
             f"model.vision.image_size={vision.image_size}"
         )
+    yield from _video(config.model)
     data = config.data
     grids = [list(grid) for grid in data.anyres_grids]
     if not grids or any(min(grid) < 1 or grid == [1, 1] for grid in grids):

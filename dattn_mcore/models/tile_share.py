@@ -79,16 +79,18 @@ def share_tiles(
 
     Args:
         num_tiles: of the whole pack.
-        items: shape of each image; empty: every tile is an image of its own.
+        items: shape of each image and video; empty: every tile is an image of its own.
         side: patches of a tile in a row, and in a column.
         num_visual: visual rows of the whole pack, padding included; a multiple of `ranks`.
         rank: of the group that divides it.
         ranks: of that group.
     """
-    per_tile, here = side * side, num_visual // ranks
+    here = num_visual // ranks
     source = stitched_order(num_tiles, items, side)
+    rows = rows_of_tiles(num_tiles, items, side)
+    tile_of = np.repeat(np.arange(num_tiles), rows)
     ends = np.array([tiles_of_rank(num_tiles, r, ranks).stop for r in range(ranks)])
-    encodes = np.searchsorted(ends, source // per_tile, "right")
+    encodes = np.searchsorted(ends, tile_of[source], "right")
     carries = np.arange(len(source)) // here if here else source
     tiles = tiles_of_rank(num_tiles, rank, ranks)
     sent = np.flatnonzero(encodes == rank)
@@ -96,7 +98,7 @@ def share_tiles(
     got = got[np.argsort(encodes[got], kind="stable")]
     return TileShare(
         tiles=tiles,
-        send=torch.from_numpy(source[sent] - tiles.start * per_tile),
+        send=torch.from_numpy(source[sent] - int(rows[: tiles.start].sum())),
         send_counts=tuple(np.bincount(carries[sent], minlength=ranks).tolist()),
         receive_counts=tuple(np.bincount(encodes[got], minlength=ranks).tolist()),
         place=torch.from_numpy(got - rank * here),
@@ -105,36 +107,66 @@ def share_tiles(
 
 
 def stitched_order(num_tiles: int, items: Sequence[VisualShape], side: int) -> np.ndarray:
-    """int64 [tiles * side * side]: of each visual row its number among rows that go tile by tile.
+    """int64 [visual rows]: of each visual row its number among rows that go tile by tile.
 
-    The rows of a canvas go line by line over its whole width.
+    The rows of a canvas go line by line over its whole width, those of a video frame by frame.
 
     Args:
         num_tiles: of all images.
-        items: shape of each image; the base view's tile comes first, then those of the canvas, row
-            by row. Empty: every tile is an image of its own.
-        side: patches of a tile in a row, and in a column.
+        items: shape of each image and video; an image's base view comes first, then the tiles of
+            its canvas, row by row. Empty: every tile is an image of its own.
+        side: patches of an image's tile in a row, and in a column.
     """
-    order = np.arange(num_tiles * side * side, dtype=np.int64).reshape(num_tiles, side, side)
+    order = np.arange(rows_of_tiles(num_tiles, items, side).sum(), dtype=np.int64)
     if not any(item.grid[0] for item in items):
-        return order.reshape(-1)
-    views, first = [], 0
-    for columns, rows in (item.grid for item in items):
-        views.append(order[first].reshape(-1))
-        first += 1
-        canvas = order[first : first + rows * columns]
-        first += rows * columns
-        canvas = canvas.reshape(rows, columns, side, side).transpose(0, 2, 1, 3)
-        views.append(canvas.reshape(-1))
+        return order
+    views, first, per_tile = [], 0, side * side
+    for item in items:
+        columns, rows = item.grid
+        if item.times:
+            views.append(order[first : first + len(item.times) * item.frame_side**2])
+        else:
+            views.append(order[first : first + per_tile])
+            canvas = order[first + per_tile : first + (1 + rows * columns) * per_tile]
+            canvas = canvas.reshape(rows, columns, side, side).transpose(0, 2, 1, 3)
+            views.append(canvas.reshape(-1))
+        first += sum(map(len, views[-1:] if item.times else views[-2:]))
     return np.concatenate(views)
 
 
-def places_of(num_tiles: int, items: Sequence[VisualShape]) -> list[tuple[Grid, int]]:
-    """Of each tile the canvas it is part of, and its number in it; ((0, 0), 0) for a base view."""
+def rows_of_tiles(num_tiles: int, items: Sequence[VisualShape], side: int) -> np.ndarray:
+    """int64 [tiles]: visual rows of each; see `stitched_order`."""
     if not items:
-        return [((0, 0), 0)] * num_tiles
-    places: list[tuple[Grid, int]] = []
-    for columns, rows in (item.grid for item in items):
-        places.append(((0, 0), 0))
-        places += [((columns, rows), number) for number in range(columns * rows)]
+        return np.full(num_tiles, side * side, np.int64)
+    each = [item.frame_side**2 if item.times else side * side for item in items]
+    return np.repeat(np.array(each, np.int64), [item.num_tiles for item in items])
+
+
+@dataclass(frozen=True)
+class TilePlace:
+    """Where a tile stands.
+
+    Attributes:
+        grid: canvas that it is part of; (0, 0): it is a base view, or a frame.
+        number: in the canvas, or of the frame in its video.
+        video: that it is a frame of; None: an image.
+    """
+
+    grid: Grid = (0, 0)
+    number: int = 0
+    video: VisualShape | None = None
+
+
+def places_of(num_tiles: int, items: Sequence[VisualShape]) -> list[TilePlace]:
+    """Of each tile; see `stitched_order`."""
+    if not items:
+        return [TilePlace()] * num_tiles
+    places: list[TilePlace] = []
+    for item in items:
+        if item.times:
+            places += [TilePlace(number=number, video=item) for number in range(len(item.times))]
+            continue
+        places.append(TilePlace())
+        columns, rows = item.grid
+        places += [TilePlace(grid=item.grid, number=number) for number in range(columns * rows)]
     return places

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
 from dattn_mcore.config.schema import Config
 from dattn_mcore.data.batch import MicroBatch
 from dattn_mcore.training.inputs import all_model_inputs, with_own_tiles
 from dattn_mcore.training.model import build_from_config
-from dattn_mcore.training.optimizer import build_optimizer, wrap_ddp
+from dattn_mcore.training.optimizer import build_optimizer, finalize_gradients, wrap_ddp
 from dattn_mcore.training.step import run_schedule, sum_reports
-from dattn_mcore.types import IGNORED_LABEL, NO_IMAGES, Layout, image_shapes
+from dattn_mcore.types import IGNORED_LABEL, NO_IMAGES, Layout, VisualShape
 from tests.distributed.gradient_jobs import pieces, randomize_adapters
 from tests.distributed.jobs import start
 from tests.distributed.model_jobs import randomize_norms
@@ -29,12 +28,12 @@ class PackOf:
     Attributes:
         layouts: of its samples.
         units: the visual unit of each sample.
-        grids: of each unit the canvases of its images.
+        grids: of each unit the canvases of its images, or shapes of images and videos.
     """
 
     layouts: tuple[Layout, ...]
     units: tuple[int, ...]
-    grids: tuple[tuple[Grid, ...], ...] = ()
+    grids: tuple[tuple[Grid | VisualShape, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,19 @@ def filled(config: Config, pack: PackOf, seed: int, shared: bool) -> MicroBatch:
     rows = sum(n for layout in pack.layouts for is_visual, n in layout if not is_visual)
     ids, labels = torch.randint(0, vocab, (2, rows), generator=generator)
     labels[torch.rand(rows, generator=generator) >= 0.6] = IGNORED_LABEL
+    shapes = [
+        [one if isinstance(one, VisualShape) else VisualShape(grid=one) for one in of_unit]
+        for of_unit in pack.grids
+    ]
     tiles = [
         torch.randint(
             0,
             256,
-            (sum(1 + columns * lines for columns, lines in of_unit), 3, size, size),
+            (sum(shape.num_tiles for shape in of_unit), 3, size, size),
             generator=generator,
             dtype=torch.uint8,
         )
-        for of_unit in pack.grids
+        for of_unit in shapes
     ]
     shown = range(len(tiles)) if shared else [unit for unit in pack.units if unit != NO_IMAGES]
     return MicroBatch(
@@ -78,7 +81,7 @@ def filled(config: Config, pack: PackOf, seed: int, shared: bool) -> MicroBatch:
         tiles=torch.cat([tiles[unit] for unit in shown]) if shown else None,
         sample_ids=(),
         num_samples=len(pack.layouts),
-        items=image_shapes(grid for unit in shown for grid in pack.grids[unit]),
+        items=tuple(shape for unit in shown for shape in shapes[unit]),
         images_of=pack.units if shared and tiles else (),
     )
 
@@ -122,4 +125,4 @@ def step_gradients(tree: dict[str, Any], packs: list[PackOf], shared: bool) -> S
 
 
 def _finalize(model: Any, num_tokens: Any = None, **named: Any) -> None:
-    finalize_model_grads(model, num_tokens, **{**named, "force_all_reduce": True})
+    finalize_gradients(model, num_tokens, **{**named, "force_all_reduce": True})

@@ -163,6 +163,11 @@ def _check_exportable(model: ModelConfig) -> None:
         if value not in known:
             raise CheckpointError(f"{setting} is {value!r}; it must be one of {', '.join(known)}")
     problems = list(not_exportable(model))
+    if model.video.enabled:
+        problems.append(
+            "model.video.enabled is true, and the exported model has no positions in time yet; "
+            "export a model of images"
+        )
     if problems:
         raise CheckpointError("; ".join(problems))
 

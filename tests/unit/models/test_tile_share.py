@@ -6,6 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dattn_mcore.models.tile_share import (
+    TilePlace,
     places_of,
     share_tiles,
     stitched_order,
@@ -62,10 +63,10 @@ def test_each_tile_has_its_place_on_its_canvas(grids):
     assert len(places) == tiles_in(grids)
     expected = []
     for columns, rows in grids:
-        expected.append(((0, 0), 0))
-        expected += [((columns, rows), number) for number in range(columns * rows)]
+        expected.append(TilePlace())
+        expected += [TilePlace((columns, rows), number) for number in range(columns * rows)]
     assert places == expected
-    assert places_of(3, ()) == [((0, 0), 0)] * 3
+    assert places_of(3, ()) == [TilePlace()] * 3
 
 
 @NO_LIMIT
