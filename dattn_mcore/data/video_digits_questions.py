@@ -1,0 +1,200 @@
+"""What is said about a video of the digits task: questions, conversations, the best blind guess.
+
+A video has four beats of a second. In each of them one digit stands in one cell of a 2 x 2 grid:
+four different digits that appear one after the other, or one digit that moves from cell to cell.
+Every question needs the time: who knows all frames but not their order can only guess, and how
+often such a guess is right is counted over all orders of the same frames (`best_guess`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from dattn_mcore.data.digits_questions import CELLS
+
+VIDEO_MARK = "<video>"
+BEATS = 4
+_ORDINALS = ("first", "second", "third", "fourth")
+_MOST_TURNS = 4  # questions about one video
+
+
+@dataclass(frozen=True)
+class Beats:
+    """What a video shows.
+
+    Attributes:
+        digits: of each beat; all different, or one digit alone.
+        cells: place of each beat's digit, an index of `CELLS`.
+    """
+
+    digits: tuple[int, ...]
+    cells: tuple[int, ...]
+
+    @property
+    def moves(self) -> bool:
+        """Whether one digit moves, instead of several that appear."""
+        return len(set(self.digits)) == 1
+
+    def orders(self) -> Iterator[Beats]:
+        """All videos of the same frames in any order, this one among them, all equally likely.
+
+        A frame that a video shows twice counts as two; a digit moves to a neighbouring cell only.
+        """
+        for order in itertools.permutations(range(len(self.digits))):
+            cells = tuple(self.cells[beat] for beat in order)
+            if not self.moves or all(beside(a, b) for a, b in itertools.pairwise(cells)):
+                yield Beats(tuple(self.digits[beat] for beat in order), cells)
+
+
+@dataclass(frozen=True)
+class _Category:
+    """One kind of question.
+
+    Attributes:
+        wording: with the place of what it is about.
+        asked: what it can be about, in a video.
+        answer: of that; None: it cannot be asked of this video.
+        of_moves: of videos in which a digit moves; False: of those in which digits appear.
+    """
+
+    wording: str
+    asked: Callable[[Beats], Sequence[Any]]
+    answer: Callable[[Beats, Any], str | None]
+    of_moves: bool = False
+
+
+@dataclass(frozen=True)
+class VideoQuestion:
+    """A question about a video: its category, what of it is asked, and the words."""
+
+    category: str
+    asked: Any
+    text: str
+
+    def answer(self, beats: Beats) -> str | None:
+        """Its answer, of a video of any order; None: it could not be asked of that one."""
+        return CATEGORIES[self.category].answer(beats, self.asked)
+
+    def best_guess(self, beats: Beats) -> Fraction:
+        """How often the best guess is right of one who knows the frames but not their order."""
+        answers = Counter(self.answer(order) for order in beats.orders())
+        answers.pop(None, None)
+        return Fraction(max(answers.values()), answers.total())
+
+
+def beside(cell: int, other: int) -> bool:
+    """Whether two cells have a side in common."""
+    return cell ^ other in (1, 2)
+
+
+def _neighbour(step: int) -> Callable[[Beats, int], str | None]:
+    def answer(beats: Beats, digit: int) -> str | None:
+        beat = beats.digits.index(digit) + step
+        return str(beats.digits[beat]) if 0 <= beat < len(beats.digits) else None
+
+    return answer
+
+
+def _digit_at(beats: Beats, beat: int) -> str:
+    return str(beats.digits[beat])
+
+
+def _cell_at(beats: Beats, beat: int) -> str:
+    return CELLS[beats.cells[beat]]
+
+
+def _digits_of(beats: Beats) -> tuple[int, ...]:
+    return beats.digits
+
+
+def _beats_of(beats: Beats) -> range:
+    return range(len(beats.digits))
+
+
+CATEGORIES = {
+    "order": _Category("Which digit came {ordinal}?", _beats_of, _digit_at),
+    "second": _Category("Which digit is there at {asked} s?", _beats_of, _digit_at),
+    "when": _Category(
+        "When did the {asked} appear?", _digits_of, lambda b, digit: f"{b.digits.index(digit)} s"
+    ),
+    "after": _Category("Which digit came just after the {asked}?", _digits_of, _neighbour(1)),
+    "before": _Category("Which digit came just before the {asked}?", _digits_of, _neighbour(-1)),
+    "list": _Category(
+        "Which digits appear, in order?",
+        lambda _: (None,),
+        lambda b, _: " ".join(map(str, b.digits)),
+    ),
+    "place": _Category("Where is the digit at {asked} s?", _beats_of, _cell_at, of_moves=True),
+}
+_SHARES = {"order": 0.3, "second": 0.1, "when": 0.3, "after": 0.1, "before": 0.1, "list": 0.1}
+_READING = 0.3  # share of a training video's first turns that read it beat by beat
+
+
+def draw_question(beats: Beats, rng: np.random.Generator) -> VideoQuestion:
+    """Draws a question that the video can be asked."""
+    category = "place" if beats.moves else str(rng.choice(list(_SHARES), p=list(_SHARES.values())))
+    kind = CATEGORIES[category]
+    possible = [asked for asked in kind.asked(beats) if kind.answer(beats, asked) is not None]
+    asked = possible[int(rng.random() * len(possible))]
+    ordinal = _ORDINALS[asked] if category == "order" else ""
+    return VideoQuestion(category, asked, kind.wording.format(asked=asked, ordinal=ordinal))
+
+
+def reading(beats: Beats, rng: np.random.Generator) -> tuple[str, str]:
+    """A question and answer of training alone: all beats by their seconds, in random order.
+
+    The second in front of a digit or place is then all that says where to look.
+    """
+    what = _cell_at if beats.moves else _digit_at
+    told = [f"{beat} s {what(beats, beat)}" for beat in rng.permutation(len(beats.digits))]
+    return "Read the places." if beats.moves else "Read the digits.", " ".join(told)
+
+
+def conversation(name: str, path: str, beats: Beats, rng: np.random.Generator) -> dict[str, Any]:
+    """A training record: one video, one to four questions."""
+    turns = [reading(beats, rng)] if rng.random() < _READING else []
+    for _ in range(1 + int(rng.integers(_MOST_TURNS))):
+        question = draw_question(beats, rng)
+        turns.append((question.text, str(question.answer(beats))))
+    return _record(name, path, turns)
+
+
+def held_out_question(
+    name: str, path: str, beats: Beats, rng: np.random.Generator
+) -> dict[str, Any]:
+    """A question of the held-out part, with its answer and the best guess without the time."""
+    question = draw_question(beats, rng)
+    return {
+        "question_id": name,
+        "video": path,
+        "text": question.text,
+        "category": question.category,
+        "answer": question.answer(beats),
+        "guess": float(question.best_guess(beats)),
+    }
+
+
+def as_record(question: dict[str, Any]) -> dict[str, Any]:
+    """A question of the held-out part as a conversation, for the held-out loss."""
+    turns = [(question["text"], question["answer"])]
+    return _record(question["question_id"], question["video"], turns)
+
+
+def _record(name: str, path: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    marked = [(f"{VIDEO_MARK}\n{turns[0][0]}", turns[0][1]), *turns[1:]]
+    return {
+        "id": name,
+        "video": path,
+        "conversations": [
+            {"from": speaker, "value": value}
+            for question, answer in marked
+            for speaker, value in (("human", question), ("gpt", answer))
+        ],
+    }
