@@ -22,7 +22,7 @@ from dattn_mcore.data.digits_questions import CELLS
 VIDEO_MARK = "<video>"
 BEATS = 4
 _ORDINALS = ("first", "second", "third", "fourth")
-_MOST_TURNS = 4  # questions about one video
+_MOST_TURNS = 3  # questions about one video, before it is read beat by beat
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,6 @@ CATEGORIES = {
     "place": _Category("Where is the digit at {asked} s?", _beats_of, _cell_at, of_moves=True),
 }
 _SHARES = {"order": 0.3, "second": 0.1, "when": 0.3, "after": 0.1, "before": 0.1, "list": 0.1}
-_READING = 0.3  # share of a training video's first turns that read it beat by beat
 
 
 def draw_question(beats: Beats, rng: np.random.Generator) -> VideoQuestion:
@@ -148,21 +147,24 @@ def draw_question(beats: Beats, rng: np.random.Generator) -> VideoQuestion:
 
 
 def reading(beats: Beats, rng: np.random.Generator) -> tuple[str, str]:
-    """A question and answer of training alone: all beats by their seconds, in random order.
+    """A question and answer of training alone: all beats in random order.
 
-    The second in front of a digit or place is then all that says where to look.
+    Half of them say the second and then what is there, half of those of several digits say the
+    digit and then its second. The word in front is then all that says what to look for.
     """
-    what = _cell_at if beats.moves else _digit_at
-    told = [f"{beat} s {what(beats, beat)}" for beat in rng.permutation(len(beats.digits))]
-    return "Read the places." if beats.moves else "Read the digits.", " ".join(told)
+    order = [int(beat) for beat in rng.permutation(len(beats.digits))]
+    if beats.moves:
+        return "Read the places.", " ".join(f"{b} s {CELLS[beats.cells[b]]}" for b in order)
+    if rng.random() < 0.5:
+        return "Read the digits.", " ".join(f"{b} s {beats.digits[b]}" for b in order)
+    return "When did the digits appear?", " ".join(f"{beats.digits[b]} {b} s" for b in order)
 
 
 def conversation(name: str, path: str, beats: Beats, rng: np.random.Generator) -> dict[str, Any]:
     """A training record: one video, one to four questions."""
-    turns = [reading(beats, rng)] if rng.random() < _READING else []
-    for _ in range(1 + int(rng.integers(_MOST_TURNS))):
-        question = draw_question(beats, rng)
-        turns.append((question.text, str(question.answer(beats))))
+    questions = [draw_question(beats, rng) for _ in range(1 + int(rng.integers(_MOST_TURNS)))]
+    turns = [(question.text, str(question.answer(beats))) for question in questions]
+    turns.append(reading(beats, rng))  # last: what it says must not stand before a question
     return _record(name, path, turns)
 
 
