@@ -48,7 +48,11 @@ class Step:
 
 @dataclass(frozen=True)
 class QuickstartRun:
-    """The steps, and where they leave their results."""
+    """The steps, and where they leave their results.
+
+    Attributes:
+        stages: of training, whose losses are drawn.
+    """
 
     run_dir: Path
     steps: tuple[Step, ...]
@@ -57,6 +61,7 @@ class QuickstartRun:
     answers: Path
     score: Path
     picture: Path
+    stages: tuple[str, ...] = STAGES
 
     def metrics(self, stage: str) -> Path:
         """The measurements of a stage."""
