@@ -120,9 +120,9 @@ def _beats_of(beats: Beats) -> range:
 
 CATEGORIES = {
     "order": _Category("Which digit came {ordinal}?", _beats_of, _digit_at),
-    "second": _Category("Which digit is there at {asked} s?", _beats_of, _digit_at),
+    "second": _Category("Which digit is there at {asked}s?", _beats_of, _digit_at),
     "when": _Category(
-        "When did the {asked} appear?", _digits_of, lambda b, digit: f"{b.digits.index(digit)} s"
+        "When did the {asked} appear?", _digits_of, lambda b, digit: f"{b.digits.index(digit)}s"
     ),
     "after": _Category("Which digit came just after the {asked}?", _digits_of, _neighbour(1)),
     "before": _Category("Which digit came just before the {asked}?", _digits_of, _neighbour(-1)),
@@ -131,7 +131,7 @@ CATEGORIES = {
         lambda _: (None,),
         lambda b, _: " ".join(map(str, b.digits)),
     ),
-    "place": _Category("Where is the digit at {asked} s?", _beats_of, _cell_at, of_moves=True),
+    "place": _Category("Where is the digit at {asked}s?", _beats_of, _cell_at, of_moves=True),
 }
 _SHARES = {"order": 0.3, "second": 0.1, "when": 0.3, "after": 0.1, "before": 0.1, "list": 0.1}
 
@@ -149,15 +149,25 @@ def draw_question(beats: Beats, rng: np.random.Generator) -> VideoQuestion:
 def reading(beats: Beats, rng: np.random.Generator) -> tuple[str, str]:
     """A question and answer of training alone: all beats in random order.
 
-    Half of them say the second and then what is there, half of those of several digits say the
-    digit and then its second. The word in front is then all that says what to look for.
+    The word in front is then all that says what to look for: a second or an ordinal in front of a
+    digit or place, or a digit in front of its second.
     """
     order = [int(beat) for beat in rng.permutation(len(beats.digits))]
+    seconds = [f"{beat}s" for beat in order]
+    ordinals = [_ORDINALS[beat] for beat in order]
     if beats.moves:
-        return "Read the places.", " ".join(f"{b} s {CELLS[beats.cells[b]]}" for b in order)
-    if rng.random() < 0.5:
-        return "Read the digits.", " ".join(f"{b} s {beats.digits[b]}" for b in order)
-    return "When did the digits appear?", " ".join(f"{beats.digits[b]} {b} s" for b in order)
+        return "Read the places.", _pairs(seconds, [_cell_at(beats, beat) for beat in order])
+    digits = [_digit_at(beats, beat) for beat in order]
+    form = int(rng.integers(3))
+    if form == 0:
+        return "Read the digits.", _pairs(seconds, digits)
+    if form == 1:
+        return "Read the digits.", _pairs(ordinals, digits)
+    return "When did the digits appear?", _pairs(digits, seconds)
+
+
+def _pairs(first: Sequence[str], second: Sequence[str]) -> str:
+    return " ".join(f"{a} {b}" for a, b in zip(first, second, strict=True))
 
 
 def conversation(name: str, path: str, beats: Beats, rng: np.random.Generator) -> dict[str, Any]:
