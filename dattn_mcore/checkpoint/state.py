@@ -24,6 +24,7 @@ from dattn_mcore.parallel import platform
 
 Kind = Literal["all", "base", "run"]
 _TRACKER = "tracker."  # in names of RNG states: of Megatron-Core's tracker
+_OF_CONTEXT = (platform.CONTEXT_RNG, platform.OWN_CONTEXT_RNG)
 # Optimizer state per parameter in its full shape: loads into any tp, pp and dp.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -149,11 +150,22 @@ def rng_state(
 ) -> dict[str, ShardedTensor]:
     """RNG of this tensor and pipeline rank; meaningful in the same (pp, tp) layout only.
 
-    The states are tensors of bytes, so that a checkpoint needs no pickled entry.
+    The states are tensors of bytes, so that a checkpoint needs no pickled entry. What context
+    parallel ranks have of their own is named by how many they are: others do not find it.
     """
+    cp = (get_pg_rank(pg_collection.cp), get_pg_size(pg_collection.cp))
     pp, tp = (get_pg_rank(pg_collection.pp), layout[0]), (get_pg_rank(pg_collection.tp), layout[1])
     return {
         name: ShardedTensor.from_rank_offsets(
+            f"{RNG}{name}.of_{cp[1]}",
+            value.cpu()[None, None, None],
+            (0, *pp),
+            (1, *tp),
+            (2, *cp),
+            replica_id=get_pg_rank(pg_collection.dp),
+        )
+        if name.removeprefix(_TRACKER) in _OF_CONTEXT
+        else ShardedTensor.from_rank_offsets(
             f"{RNG}{name}",
             value.cpu()[None, None],
             (0, *pp),
@@ -173,7 +185,7 @@ def flat_rng(states: dict[str, Any]) -> dict[str, Tensor]:
 def nested_rng(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What `platform.set_rng_state` takes, from what a checkpoint gave for `rng_state`."""
     tracker = {
-        name.removeprefix(_TRACKER): value[0, 0]
+        name.removeprefix(_TRACKER): value.flatten()
         for name, value in tensors.items()
         if name.startswith(_TRACKER)
     }

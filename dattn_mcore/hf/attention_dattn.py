@@ -28,7 +28,7 @@ from .layers_dattn import (
     rotate_queries,
 )
 from .layout_dattn import Layout
-from .shared_attention_dattn import attend_shared
+from .shared_attention_dattn import attend_shared, products
 
 
 @dataclass
@@ -100,16 +100,13 @@ def _eager(key_sets: list[KeySet], scale: float, softcap: float | None) -> Tenso
     def by_group(x: Tensor) -> Tensor:  # the heads of a group become rows
         return x.reshape(batch, groups, -1, x.shape[-1])
 
-    logits = (
-        torch.cat([by_group(p.query) @ p.key.transpose(2, 3) for p in key_sets], dim=-1) * scale
-    )
+    logits = torch.cat([products(by_group(p.query), p.key, scale) for p in key_sets], dim=-1)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     visible = torch.cat([p.visible for p in key_sets], dim=-1)
     logits = logits.view(batch, heads, queries, -1)
     logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    weights = by_group(torch.softmax(logits, dim=-1, dtype=wide).to(logits.dtype))
+    weights = by_group(torch.softmax(logits, dim=-1).to(key_sets[0].value.dtype))
     shares = weights.split([p.key.shape[2] for p in key_sets], dim=-1)
     outputs = [share @ p.value for share, p in zip(shares, key_sets, strict=True)]
     return torch.stack(outputs).sum(0).view(batch, heads, queries, -1)
@@ -190,7 +187,8 @@ class DattnAttention(nn.Module):
         """Attends from the new rows to all rows.
 
         Args:
-            text: normed new text columns [batch, new_text, hidden].
+            text: normed new text columns [batch, columns, hidden]; `layout.new_text` of them, the
+                last ones, are queries, and all are keys.
             visual: normed new visual rows [batch, new_visual, hidden].
             layout: who sees whom (already windowed for this layer).
             text_rotation: rotary factors of the new text columns.
@@ -199,12 +197,14 @@ class DattnAttention(nn.Module):
             visual_output: False in the last layer, where nobody reads the visual rows any more.
 
         Returns:
-            Outputs of the new text columns, and of the new visual rows (None if not asked for).
+            Outputs of those text columns that are queries, and of the new visual rows (None if not
+            asked for).
         """
         rope = self.config.t2v_position == "rope"
         causal = self.config.v2v == "causal"
         new_visual = layout.new_visual
-        query = self._heads(self.q_proj(text), self.q_norm)
+        asking = text[:, text.shape[1] - layout.new_text :]
+        query = self._heads(self.q_proj(asking), self.q_norm)
         text_key = self._heads(self.k_proj(text), self.k_norm)
         text_value = self._heads(self.v_proj(text))
         visual_key = self._heads(self.k_proj(visual), self.k_norm)
@@ -237,8 +237,8 @@ class DattnAttention(nn.Module):
             KeySet(rotated if rope else query, visual_key, visual_value, layout.t2v),
             text_keys,
         ]
-        text_out = text  # without columns, as where an image's rows are computed by themselves
-        if text.shape[1]:
+        text_out = asking  # without columns, as where an image's rows are computed by themselves
+        if asking.shape[1]:
             text_out = self.o_proj(
                 attend(key_sets, self.scale, self.softcap, self.config.merge, implementation)
             )
@@ -281,13 +281,16 @@ class DattnDecoderLayer(GradientCheckpointingLayer):
         return rows if name is None else self.get_submodule(name)(rows)
 
     def forward(self, text: Tensor, visual: Tensor, **attention) -> tuple[Tensor, Tensor]:
-        """One layer over text columns and visual rows; visual rows come back empty if unread."""
+        """One layer over text columns and visual rows; what is not read does not come back.
+
+        These are text columns that are no queries of the layout, and unread visual rows.
+        """
         text_out, visual_out = self.self_attn(
             self.normed("attention_input", text),
             self.normed("attention_input", visual),
             **attention,
         )
-        text = self.finish(text, text_out)
+        text = self.finish(text[:, text.shape[1] - text_out.shape[1] :], text_out)
         if visual_out is None:
             return text, visual[:, :0]
         return text, self.finish(visual, visual_out)

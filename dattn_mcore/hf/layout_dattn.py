@@ -76,6 +76,17 @@ class Layout:
         readers = tuple(reader.to(device, non_blocking) for reader in self.readers)
         return replace(self, **moved, readers=readers)
 
+    def of_last(self, columns: int) -> Layout:
+        """Returns this layout with the last new text columns as the only text queries."""
+        first = self.new_text - columns
+        return replace(
+            self,
+            new_text=columns,
+            t2t=self.t2t[:, :, first:],
+            t2v=self.t2v[:, :, first:],
+            images_before=self.images_before[:, first:],
+        )
+
     def windowed(self, window: int, shared_axis: bool) -> Layout:
         """Returns this layout with keys hidden that are `window` or more positions back.
 

@@ -162,8 +162,9 @@ class DattnModel(DattnPreTrainedModel):
         position_ids: Tensor | None = None,
         every_layer: bool = False,
         image_cache: DattnImageCache | None = None,
+        last_columns: int = 0,
     ) -> tuple[Tensor, ...]:
-        """Hidden states of the columns of `input_ids`.
+        """Hidden states of the columns of `input_ids`, or of the last ones alone.
 
         See `DattnForConditionalGeneration` and, for what it returns, `DattnTextModel`.
         """
@@ -202,7 +203,9 @@ class DattnModel(DattnPreTrainedModel):
             live, image_of_row = hold_images(cache, images, counts, images_before)
             visual = embedded.new_zeros(len(live), 0, embedded.shape[-1])
         rows: Rows = (text_live, image_starts, live, image_of_row)
-        return self.language_model(embedded, visual, rows, cache, position_ids, every_layer)
+        return self.language_model(
+            embedded, visual, rows, cache, position_ids, every_layer, last_columns
+        )
 
 
 class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
@@ -328,6 +331,7 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
             output_hidden_states = bool(getattr(self.config, "output_hidden_states", False))
         if return_dict is None:
             return_dict = bool(getattr(self.config, "return_dict", True))
+        last = logits_to_keep if labels is None and isinstance(logits_to_keep, int) else 0
         states = self.model(
             input_ids,
             pixel_values,
@@ -337,6 +341,7 @@ class DattnForConditionalGeneration(DattnPreTrainedModel, DattnGenerationMixin):
             position_ids,
             output_hidden_states,
             image_cache,
+            last,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(states[-1][:, keep])

@@ -109,26 +109,41 @@ def part(
     block = max(1, most // (batch * heads * keys))
     outputs, lses = [], []
     for begin in range(0, queries, block):
-        some = query[:, :, begin : begin + block] * scale
+        some = query[:, :, begin : begin + block]
         shape = (batch, heads, some.shape[2])
         # The heads of a group become rows.
-        logits = some.reshape(batch, groups, -1, width) @ key.transpose(2, 3)
+        logits = products(some.reshape(batch, groups, -1, width), key, scale)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         if visible is not None:
             hidden = ~visible[:, :, begin : begin + block]
             lowest = torch.finfo(logits.dtype).min
-            logits = logits.view(*shape, keys).masked_fill_(hidden, lowest).view_as(logits)
-        logits = logits.to(wide)
-        top = logits.detach().amax(-1, keepdim=True)  # cancels, its gradient too
-        weights = logits.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        output = (weights.to(value.dtype) @ value).to(wide) / total
+            logits = logits.view(*shape, keys).masked_fill(hidden, lowest).view_as(logits)
+        # The largest logit and its weight give the log-sum-exp. PyTorch's softmax is fast where
+        # keys are hidden; its exp is not, of numbers that become 0.
+        weights = torch.softmax(logits, dim=-1)
+        lse = logits.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+        output = (weights.to(value.dtype) @ value).to(wide)
         outputs.append(output.view(*shape, width))
-        lses.append((top + total.log()).view(*shape, 1))
+        lses.append(lse.view(*shape, 1))
     if len(outputs) == 1:
         return outputs[0], lses[0]
     return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
 
 
-__all__ = ["attend_shared", "part"]
+def products(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Scaled dot products of queries and keys, in at least float32.
+
+    Narrow ones are not rounded before the softmax, as PyTorch's attention does not round them: an
+    answer must not depend on which of the two computes it.
+
+    Args:
+        query: [batch, kv heads, rows, head_dim].
+        key: [batch, kv heads, keys, head_dim].
+        scale: what they are multiplied by.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return (query.to(wide) * scale) @ key.to(wide).transpose(2, 3)
+
+
+__all__ = ["attend_shared", "part", "products"]

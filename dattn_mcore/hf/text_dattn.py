@@ -78,6 +78,7 @@ class DattnTextModel(nn.Module):
         cache: DattnCache | None,
         position_ids: Tensor | None = None,
         every_layer: bool = False,
+        last_columns: int = 0,
     ) -> tuple[Tensor, ...]:
         """Runs all layers.
 
@@ -90,9 +91,11 @@ class DattnTextModel(nn.Module):
             position_ids: positions of the new columns that a caller gives; they must be those that
                 follow from the rows.
             every_layer: whether to keep all hidden states, or the last only.
+            last_columns: without `every_layer`, how many of the last columns are wanted: in the
+                last layer the others are only keys. 0: all.
 
         Returns:
-            Hidden states of the new text columns: of `every_layer` the embeddings and what each
+            Hidden states of the wanted text columns: of `every_layer` the embeddings and what each
             layer gives, the last one normed; else the last one alone.
 
         Raises:
@@ -131,10 +134,15 @@ class DattnTextModel(nn.Module):
             text_rotation, visual_rotation = rotations[self.rotary_kinds[number]]
             if window is not None and window not in layouts:
                 layouts[window] = layout.windowed(window, shared_axis)
+            seen = layouts[window]
+            if number == last and 0 < last_columns < columns and not every_layer:
+                seen = seen.of_last(last_columns)
+                if cache is not None and cache.shared is not None:
+                    seen.readers = cache.shared.readers(seen.images_before)
             text, visual = layer(
                 text,
                 visual,
-                layout=layouts[window],
+                layout=seen,
                 text_rotation=text_rotation,
                 visual_rotation=visual_rotation,
                 dattn_cache=cache,

@@ -7,7 +7,8 @@ What every rank holds whole gets under sequence parallelism only its rows' share
 and is marked so that Megatron-Core sums it.
 
 Dropout of a column-parallel linear's inputs is the same on all ranks where the inputs are, and
-otherwise each rank draws its own, from Megatron-Core's tracker. The folded projection draws once
+otherwise each rank draws its own, from Megatron-Core's tracker; context parallel ranks, which have
+other rows, always do. The folded projection draws once
 for a visual row's value, not for each query head that repeats it: there is one product for all
 heads of a group.
 
@@ -188,9 +189,7 @@ class Adapter(nn.Module):
         if not self.training or self.dropout == 0:
             return rows
         own = self.tp_group.size() > 1 if self.row_parallel else self.shards > 1
-        if not own:
-            return F.dropout(rows, self.dropout)
-        with platform.own_rng():
+        with platform.rng_of_rows(own=own):
             return F.dropout(rows, self.dropout)
 
     def _wide_b(self) -> torch.Tensor:

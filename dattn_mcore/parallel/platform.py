@@ -22,6 +22,10 @@ from dattn_mcore.parallel.packages import import_problem
 
 _installed: str | None = None
 ADDS_GRADIENTS = "fused_weight_gradient_mlp_cuda"  # Apex's extension
+# Generators of context parallel ranks in Megatron-Core's tracker: one that the ranks of a tensor
+# parallel group have alike, and one of each rank.
+CONTEXT_RNG = "context-parallel-rng"
+OWN_CONTEXT_RNG = "context-and-tensor-parallel-rng"
 
 
 def check_device(device: str, local_rank: int) -> None:
@@ -249,17 +253,42 @@ def is_exchange(event_name: str) -> bool:
 
 
 def seed_model_parallel(seed: int) -> None:
-    """Seeds Megatron-Core's RNG tracker; each tensor and pipeline rank derives its own seed."""
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    """Seeds Megatron-Core's RNG tracker; each tensor and pipeline rank derives its own seed.
+
+    Context parallel ranks get two generators more, for what is drawn for rows: they have different
+    ones, and Megatron-Core seeds them alike.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import (
+        get_cuda_rng_tracker,
+        model_parallel_cuda_manual_seed,
+    )
 
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return
+    rank = parallel_state.get_context_parallel_rank()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    tensor = parallel_state.get_tensor_model_parallel_rank()
+    # Far from Megatron-Core's own seeds: 100 a stage, and 2718 + the tensor rank.
+    base = seed + 100 * stage + 100_003 * (1 + rank)
+    get_cuda_rng_tracker().add(CONTEXT_RNG, base)
+    get_cuda_rng_tracker().add(OWN_CONTEXT_RNG, base + 2718 + tensor)
 
 
-def own_rng() -> contextlib.AbstractContextManager[None]:
-    """Inside, what is drawn differs between the ranks of a tensor parallel group."""
+def rng_of_rows(*, own: bool) -> contextlib.AbstractContextManager[None]:
+    """Inside, what is drawn for rows differs between ranks that have different rows.
+
+    Args:
+        own: whether the ranks of a tensor parallel group have different rows, or columns of them;
+            otherwise they draw alike.
+    """
+    from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    return get_cuda_rng_tracker().fork()
+    if parallel_state.get_context_parallel_world_size() > 1:
+        return get_cuda_rng_tracker().fork(OWN_CONTEXT_RNG if own else CONTEXT_RNG)
+    return get_cuda_rng_tracker().fork() if own else contextlib.nullcontext()
 
 
 def rng_state() -> dict[str, Any]:

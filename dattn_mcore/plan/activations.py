@@ -18,7 +18,7 @@ from dattn_mcore.plan.backward import (
     learns_before_layers,
     tower_gradients,
 )
-from dattn_mcore.plan.context import gathered_bytes_at_work
+from dattn_mcore.plan.context import gathered_bytes_at_work, tower_ranks
 from dattn_mcore.plan.flops import recomputed_layers
 from dattn_mcore.plan.hardware import LIBRARY_BYTES
 from dattn_mcore.plan.layer_activations import layer_bytes
@@ -135,7 +135,8 @@ def _text_alone(pack: Rows) -> Rows:
 
 def _tower_bytes(config: Config, pack: Rows) -> tuple[float, float]:
     """Bytes kept by the tower and the projector, and those of the tower's layer at work."""
-    vision, tp, llm = config.model.vision, config.parallel.tp, config.model.llm
+    vision, llm = config.model.vision, config.model.llm
+    _, tp = tower_ranks(config)
     e = 2 if config.train.precision == "bf16" else 4
     rows = pack.tiles * vision.rows_per_tile
     v, f = vision.hidden_size, vision.ffn_hidden_size

@@ -10,10 +10,10 @@ from dattn_mcore.config.checks import shards_of
 from dattn_mcore.config.optim_groups import learns
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.backward import DECODER, FC1, FIRST, decoder_gradients, tower_gradients
-from dattn_mcore.plan.context import context_bytes, dealt_bytes
+from dattn_mcore.plan.context import context_bytes, dealt_bytes, tower_ranks
 from dattn_mcore.plan.flops import recomputed_layers, visual_ends
 from dattn_mcore.plan.hardware import Cluster
-from dattn_mcore.plan.parameters import layers_of_stage
+from dattn_mcore.plan.parameters import layers_of_stage, stage_parameters
 from dattn_mcore.plan.rows import Rows
 from dattn_mcore.plan.state_memory import StateMemory
 
@@ -93,19 +93,42 @@ def _layer_rows(config: Config, pack: Rows, layer: int, again: bool) -> float:
 
 
 def _first_bytes(config: Config, pack: Rows) -> float:
-    """Of pixels, tower, projector and embedding."""
+    """Of pixels, tower, projector and embedding.
+
+    Where each rank has tiles of its own their rows are exchanged (`context.dealt_bytes`), and
+    without sequence parallelism each gets those of all.
+    """
     vision, e = config.model.vision, 2 if config.train.precision == "bf16" else 4
-    tower = pack.tiles * (vision.rows_per_tile + tower_features(config.model).class_row)
-    learned = sum(gradients.any for gradients in tower_gradients(config))
-    moved = 4 * e * vision.hidden_size * tower * (vision.layers_run + learned)
     row = e * config.model.llm.hidden_size
-    moved += 2 * row * pack.visual  # projector
-    moved += 3 * vision.image_size**2 * pack.tiles
+    _, divided = tower_ranks(config)
+    if divided == 1:
+        moved = 3 * vision.image_size**2 * pack.tiles * config.parallel.tp
+        moved += 0.0 if config.parallel.sp else row * pack.visual
+    else:
+        tower = pack.tiles * (vision.rows_per_tile + tower_features(config.model).class_row)
+        learned = sum(gradients.any for gradients in tower_gradients(config))
+        moved = 4 * e * vision.hidden_size * tower * (vision.layers_run + learned)
+        moved += 2 * row * pack.visual  # projector
+        moved += 3 * vision.image_size**2 * pack.tiles
+        moved += row * pack.visual * config.parallel.sp  # gradients of visual rows
     if config.parallel.sp:
         moved += row * pack.text  # embedding
-        moved += row * pack.text * learns(config, EMBEDDING, None)
-        return moved + row * pack.visual  # gradients of visual rows
+        return moved + row * pack.text * learns(config, EMBEDDING, None)
     return moved + 2 * row * pack.text
+
+
+def tower_gradient_bytes(config: Config, stage: int) -> float:
+    """Bytes once a step: float32 gradients of a tower that each tensor rank has whole, added up."""
+    tp = config.parallel.tp
+    if stage > 0 or tp == 1 or config.parallel.tower == "tensor":
+        return 0.0
+    return 8.0 * learned_outside(config) * (tp - 1) / tp
+
+
+def learned_outside(config: Config) -> int:
+    """Numbers of the tower and the projector that learn, on a rank."""
+    first = stage_parameters(config, 0)[0]
+    return sum(p.numel for p in first if p.trained and p.part != "llm")
 
 
 def _loss_bytes(config: Config, pack: Rows) -> float:
@@ -166,10 +189,10 @@ def context_exchanges(
     cp, stages = parallel.cp, range(parallel.pp)
     moved = max(context_bytes(config, stage, own) for stage in stages) * num_microbatches
     dealt = dealt_bytes(config, pack) * num_microbatches
-    speed = cluster.exchange_bandwidth(cp, parallel.tp)
+    (ranks, divided), speed = tower_ranks(config), cluster.exchange_bandwidth(cp, parallel.tp)
     return (
         Exchange("context", cp, moved, moved / speed),
-        Exchange("tiles", cp, dealt, dealt / speed),
+        Exchange("tiles", ranks, dealt, dealt / cluster.exchange_bandwidth(ranks, divided)),
     )
 
 

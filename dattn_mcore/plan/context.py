@@ -42,11 +42,20 @@ def rank_rows(config: Config, pack: Rows) -> Rows:
         config: a checked configuration.
         pack: rows of the micro-batch.
     """
-    cp = config.parallel.cp
-    if cp == 1:
+    cp, (ranks, _) = config.parallel.cp, tower_ranks(config)
+    if ranks == 1:
         return pack
-    tiles = math.ceil(pack.tiles / cp)
-    return dataclasses.replace(pack * (1 / cp), tiles=float(tiles), packs=pack.packs)
+    tiles = math.ceil(pack.tiles / ranks)
+    own = pack * (1 / cp) if cp > 1 else pack
+    return dataclasses.replace(own, tiles=float(tiles), packs=pack.packs)
+
+
+def tower_ranks(config: Config) -> tuple[int, int]:
+    """Ranks that share out the tiles of a pack, and ranks that share each tile's computation."""
+    parallel = config.parallel
+    if parallel.tower == "tiles":
+        return parallel.cp * parallel.tp, 1
+    return parallel.cp, parallel.tp
 
 
 def rings(config: Config) -> bool:
@@ -154,7 +163,7 @@ def context_bytes(config: Config, stage: int, own: Rows) -> float:
 
 
 def rows_dealt(
-    tiles: int, rows_per_tile: int, cp: int, visual: int | None = None
+    tiles: int, rows_per_tile: int, ranks: int, visual: int | None = None
 ) -> list[tuple[int, int]]:
     """Visual rows that change their rank before the first layer.
 
@@ -163,17 +172,17 @@ def rows_dealt(
     Args:
         tiles: of the micro-batch, in order.
         rows_per_tile: visual rows of each.
-        cp: ranks of the context parallel group.
-        visual: rows with padding at their end, a multiple of cp; None: as many as it takes.
+        ranks: that share the pack (`tower_ranks`).
+        visual: rows with padding at their end, a multiple of `ranks`; None: as many as it takes.
 
     Returns:
         Of each rank: rows it sends, and rows it gets, whose gradients it sends back.
     """
     rows = tiles * rows_per_tile
-    share = -(-rows // cp) if visual is None else visual // cp
+    share = -(-rows // ranks) if visual is None else visual // ranks
     dealt = []
-    for rank in range(cp):
-        encoded = [number * tiles // cp * rows_per_tile for number in (rank, rank + 1)]
+    for rank in range(ranks):
+        encoded = [number * tiles // ranks * rows_per_tile for number in (rank, rank + 1)]
         held = [min(number * share, rows) for number in (rank, rank + 1)]
         stay = max(min(encoded[1], held[1]) - max(encoded[0], held[0]), 0)
         dealt.append((encoded[1] - encoded[0] - stay, held[1] - held[0] - stay))
@@ -189,12 +198,12 @@ def dealt_bytes(config: Config, pack: Rows) -> float:
         config: a checked configuration.
         pack: rows of the whole micro-batch.
     """
-    cp, w = config.parallel.cp, 2 if config.train.precision == "bf16" else 4
-    if cp == 1:
+    (ranks, _), w = tower_ranks(config), 2 if config.train.precision == "bf16" else 4
+    if ranks == 1:
         return 0.0
     back = learns_before_layers(config)
     per_tile, multiple = config.model.vision.rows_per_tile, row_multiple(config)
     tiles = math.ceil(pack.tiles)
     padded = -(-tiles * per_tile // multiple) * multiple
-    dealt = rows_dealt(tiles, per_tile, cp, padded)
+    dealt = rows_dealt(tiles, per_tile, ranks, padded)
     return max(sent + got * back for sent, got in dealt) * config.model.llm.hidden_size * w

@@ -23,6 +23,7 @@ from dattn_mcore.plan.communication import (
     data_exchange,
     pipeline_exchange,
     tensor_exchange,
+    tower_gradient_bytes,
 )
 from dattn_mcore.plan.context import rank_rows
 from dattn_mcore.plan.flops import step_work
@@ -176,6 +177,7 @@ def plan_unchecked(config: Config, cluster: Cluster, gpu: Gpu, fp8: bool, sample
         for exchange, stage in zip(data, memory, strict=True)
     )
     update = max(update_seconds(config, stage.state, gpu) for stage in memory)
+    exposed += tower_gradient_bytes(config, 0) / cluster.bandwidth(parallel.tp, 1)
     seconds = pipeline + exposed + update
     return Plan(
         config=config,

@@ -9,7 +9,7 @@ from dattn_mcore.config.checks import shards_of
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan import hardware
 from dattn_mcore.plan.communication import Exchange, tensor_bytes_per_layer
-from dattn_mcore.plan.context import context_bytes, dealt_bytes, rank_rows, rings
+from dattn_mcore.plan.context import context_bytes, dealt_bytes, rank_rows, rings, tower_ranks
 from dattn_mcore.plan.flops import Work
 from dattn_mcore.plan.hardware import Cluster, Gpu
 from dattn_mcore.plan.rows import Rows
@@ -77,8 +77,9 @@ def stage_time(
         waits = max(waits - hidden, 0.0)
     exposed_back += waits
     for name, part in _ends(config, stage, work):
-        forward += part.forward / tp / gpu.gemm["bf16"]
-        backward += (part.inputs + part.weights + part.again) / tp / gpu.gemm["bf16"]
+        divided = tp if name == "head" else tower_ranks(config)[1]
+        forward += part.forward / divided / gpu.gemm["bf16"]
+        backward += (part.inputs + part.weights + part.again) / divided / gpu.gemm["bf16"]
         if name == "tower":
             forward += _tower_bytes(config, pack) / gpu.bandwidth
         if name == "head":
@@ -88,10 +89,13 @@ def stage_time(
 
 
 def _context_seconds(config: Config, cluster: Cluster, own: Rows, whole: Rows, stage: int) -> float:
-    """What a rank of a stage sends in its context parallel group, forward and backward."""
+    """What a rank sends for attention over context ranks and for its tiles, and back."""
     parallel = config.parallel
-    sent = context_bytes(config, stage, own) + (dealt_bytes(config, whole) if stage == 0 else 0.0)
-    return sent / cluster.exchange_bandwidth(parallel.cp, parallel.tp)
+    seconds = context_bytes(config, stage, own)
+    seconds /= cluster.exchange_bandwidth(parallel.cp, parallel.tp)
+    if stage == 0:
+        seconds += dealt_bytes(config, whole) / cluster.exchange_bandwidth(*tower_ranks(config))
+    return seconds
 
 
 def _ends(config: Config, stage: int, work: dict[str, Work]) -> list[tuple[str, Work]]:
@@ -131,7 +135,7 @@ def _tower_bytes(config: Config, pack: Rows) -> float:
     layers = vision.layers_run
     # Written by the first linear, read by the activation, and what that writes.
     mlp = 5 if tower_features(config.model).gated_mlp else 3
-    per_row = 10 * vision.hidden_size + mlp * vision.ffn_hidden_size / config.parallel.tp
+    per_row = 10 * vision.hidden_size + mlp * vision.ffn_hidden_size / tower_ranks(config)[1]
     return e * rows * layers * per_row
 
 

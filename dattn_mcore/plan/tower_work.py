@@ -18,14 +18,15 @@ With `tensor` and cp > 1 the rows go to other ranks as well, by context parallel
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 from dattn_mcore.architectures import tower_features
 from dattn_mcore.config.schema import Config
 from dattn_mcore.plan.backward import learning_outside, tower_gradients
+from dattn_mcore.plan.communication import tower_gradient_bytes
+from dattn_mcore.plan.context import rows_dealt
 from dattn_mcore.plan.flops import step_work
-from dattn_mcore.plan.parameters import BYTES, stage_parameters
+from dattn_mcore.plan.parameters import BYTES
 from dattn_mcore.plan.rows import Rows
 from dattn_mcore.types import TowerWork
 
@@ -65,7 +66,8 @@ def tower_cost(config: Config, pack: Rows, work: TowerWork) -> TowerCost:
     per_tile = config.model.vision.rows_per_tile
     row = BYTES[config.train.precision] * config.model.llm.hidden_size
     behind = _projector_learns(config)
-    sent = float(row * most_moved_rows(number, per_tile, ranks, back=behind))
+    dealt = rows_dealt(number, per_tile, ranks)
+    sent = float(row * max(given + behind * got for given, got in dealt))
     of_step = 0.0
     if work == "tensor":
         sent += _all_reduced(config, tiles) * (tp - 1) / tp
@@ -74,33 +76,13 @@ def tower_cost(config: Config, pack: Rows, work: TowerWork) -> TowerCost:
     else:
         if not parallel.sp:
             sent += row * number * per_tile / cp * (tp - 1) / tp
-        of_step = 8.0 * _learned(config) * (tp - 1) / tp
+        of_step = tower_gradient_bytes(config, 0)
     return TowerCost(
         tiles=tiles,
         operations=_operations(config, pack, tiles / (tp if work == "tensor" else 1)),
         bytes=sent,
         bytes_per_step=of_step,
     )
-
-
-def most_moved_rows(tiles: int, per_tile: int, ranks: int, *, back: bool) -> int:
-    """Rows that a rank sends to others, which carry them: of the rank that sends most.
-
-    Args:
-        tiles: of a pack, consecutive ones to each rank.
-        per_tile: rows of each; consecutive ones to each rank, as many to all.
-        ranks: that share them.
-        back: in backward it sends the gradients of those that it got from others, too.
-    """
-    whole, most = tiles * per_tile, 0
-    for rank in range(ranks):
-        first, end = (number * tiles // ranks * per_tile for number in (rank, rank + 1))
-        carried = math.ceil(whole / ranks)
-        stay = min(end, (rank + 1) * carried) - max(first, rank * carried)
-        stay = max(0, stay)
-        got = max(0, min(carried, whole - rank * carried)) - stay
-        most = max(most, end - first - stay + back * got)
-    return most
 
 
 def cheaper(config: Config, pack: Rows, num_microbatches: int) -> TowerWork | None:
@@ -150,8 +132,3 @@ def _operations(config: Config, pack: Rows, tiles: float) -> float:
     own = dataclasses.replace(pack, tiles=tiles)
     work = step_work(config, own)
     return work["tower"].executed + work["projector"].executed
-
-
-def _learned(config: Config) -> int:
-    first = stage_parameters(config, 0)[0]
-    return sum(p.numel for p in first if p.trained and p.part != "llm")

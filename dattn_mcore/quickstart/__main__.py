@@ -1,4 +1,4 @@
-"""Command line: `python -m dattn_mcore.quickstart [--run-dir DIR] [section.key=value ...]`."""
+"""Command line: `python -m dattn_mcore.quickstart [--run-dir DIR] [--cp N] [section.key=value]`."""
 
 from __future__ import annotations
 
@@ -39,15 +39,25 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
         "--data", type=Path, default=DATA, help="digits data set, made if absent (%(default)s)"
     )
     parser.add_argument(
+        "--cp",
+        type=int,
+        default=None,
+        metavar="N",
+        help="context parallel ranks that divide each model's rows, beside the stages' own layouts",
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="setting for all three stages"
     )
     chosen = parser.parse_intermixed_args(arguments)
     console = Console(highlight=False)
     started = time.perf_counter()
     try:
-        run = make_run(chosen.run_dir, chosen.data, chosen.overrides)
-        expected = expectation(chosen.overrides)
-        make_run_dir(ROOT / run.run_dir, {"overrides": list(chosen.overrides)})
+        overrides = list(chosen.overrides)
+        if chosen.cp is not None:
+            overrides.append(f"parallel.cp={chosen.cp}")
+        run = make_run(chosen.run_dir, chosen.data, overrides)
+        expected = expectation(overrides)
+        make_run_dir(ROOT / run.run_dir, {"overrides": overrides})
         seconds = run_steps(run, console)
 
         from dattn_mcore.quickstart.picture import draw

@@ -16,7 +16,7 @@ from dattn_mcore.evaluation.exact_match import Tally
 LEAST = 0.90  # of the held-out questions, with the shipped settings
 MOST_BLIND = 0.30  # with every visual position signal off
 MOST_ABOVE_GUESS = 0.05  # of the questions about videos, without time positions
-_FREE = ("train.seed", "train.device")  # settings that change no bound
+_FREE = ("train.seed", "train.device", "parallel.cp")  # settings that change no bound
 BLIND_SETTING = "model.visual_positions"
 TIMELESS_SETTING = "model.video.time_positions"
 

@@ -183,6 +183,7 @@ def _train(
         for name, size in (
             ("tensor", parallel.tp),
             ("pipeline", parallel.pp),
+            ("context", parallel.cp),
             ("data", data_parallel),
         )
         if size > 1

@@ -14,8 +14,13 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.parallel.collectives import Collective
 from dattn_mcore.parallel.rehearsal import TORCH
 from dattn_mcore.plan.activations import working_memory
-from dattn_mcore.plan.communication import data_bytes, pipeline_bytes, tensor_bytes
-from dattn_mcore.plan.context import context_bytes, dealt_bytes, rank_rows
+from dattn_mcore.plan.communication import (
+    data_bytes,
+    pipeline_bytes,
+    tensor_bytes,
+    tower_gradient_bytes,
+)
+from dattn_mcore.plan.context import context_bytes, dealt_bytes, rank_rows, tower_ranks
 from dattn_mcore.plan.rows import rows_of
 from dattn_mcore.plan.state_memory import optimizer_bytes, state_memory
 from dattn_mcore.training.rehearse import (
@@ -27,7 +32,10 @@ from dattn_mcore.training.rehearse import (
 )
 
 # Groups of the planner, by Megatron-Core's.
-_PLANNED = {"tp": "tensor", "cp": "context", "pp": "pipeline", "dp": "data", "dp_cp": "data"}
+_PLANNED = {
+    **{"tp": "tensor", "cp": "context", "tp_cp": "tensor x context"},
+    **{"pp": "pipeline", "dp": "data", "dp_cp": "data"},
+}
 _UNSEEN = (
     "not seen here: kernels and their work space, buffers of the library that exchanges, what the "
     "allocator holds back, other programs on the GPU"
@@ -134,8 +142,11 @@ def compared(config: Config, rehearsed: Rehearsed) -> tuple[list[Row], list[Row]
         "pipeline": pipeline_bytes(config, rehearsed.stage, own, count),
         "data": data_bytes(config, state, copies),
     }
+    planned["tensor"] += tower_gradient_bytes(config, rehearsed.stage)
     if rehearsed.stage == 0:
-        planned["context"] += dealt_bytes(config, rows) * count
+        by_all = tower_ranks(config)[0] > config.parallel.cp
+        group = "tensor x context" if by_all else "context"
+        planned[group] = planned.get(group, 0.0) + dealt_bytes(config, rows) * count
     exchanged = [Row(name, value, planned.get(name)) for name, value in sent.items() if value]
     return memory, exchanged
 

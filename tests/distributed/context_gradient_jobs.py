@@ -88,7 +88,7 @@ def step_gradients(tree: dict[str, Any], packs: list[PackOf], shared: bool) -> S
 
     Args:
         tree: of the configuration.
-        packs: of the step.
+        packs: of the step; data parallel ranks take them in turn.
         shared: samples share images.
     """
     config, groups = start(tree)
@@ -98,8 +98,9 @@ def step_gradients(tree: dict[str, Any], packs: list[PackOf], shared: bool) -> S
         randomize_norms(chunk)
         randomize_adapters(chunk)
     whole = [filled(config, pack, seed, shared) for seed, pack in enumerate(packs)]
+    mine = whole[groups.dp.rank() :: groups.dp.size()]
     inputs = all_model_inputs(
-        [with_own_tiles(pack, groups) for pack in whole], config, groups, device
+        [with_own_tiles(pack, groups) for pack in mine], config, groups, device
     )
     wrapped = wrap_ddp(chunks, config, groups)
     optimizer = build_optimizer(config, wrapped)

@@ -30,10 +30,12 @@ PACKS = [
     PackOf(layouts_of(CANVAS_GRIDS), UNITS, CANVAS_GRIDS),
     PackOf((((True, 16), (False, 5)), ((False, 19),)), (0, NO_IMAGES), (((0, 0),),)),
     PackOf((((False, 7),), ((False, 12),)), (NO_IMAGES, NO_IMAGES)),
+    PackOf((((False, 3), (True, 16), (False, 6)),), (0,), (((0, 0),),)),
 ]
 CP2, CP4 = {"cp": 2}, {"cp": 4}
 TENSOR = {"cp": 2, "tp": 2, "sp": True}
 PIPELINE = {"cp": 2, "pp": 2}
+ALL_BUT_DATA = {"cp": 2, "tp": 2, "pp": 2, "sp": True}
 ROPE, SUM = {"t2v_position": "rope"}, {"merge": "sum"}
 FULL = {"recompute": "full"}
 CHUNKS = {"recompute_visual_chunk": 24}
@@ -54,6 +56,8 @@ CASES = {
     "cp4": (dict(), CP4),
     "cp2-tp2-sp": (dict(), TENSOR),
     "cp2-pp2": (dict(), PIPELINE),
+    "cp2-dp2": (dict(), {**CP2, "dp": 2}),
+    "cp2-tp2-pp2-sp": (dict(), ALL_BUT_DATA),
     "cp2-tp2, without sp": (dict(attention=SUM), {"cp": 2, "tp": 2}),
     "cp2, soft-caps and windows": (dict(model=GEMMA), CP2),
     "cp2-pp2, tied, windows, full recompute": (dict(model=GEMMA, train=FULL), PIPELINE),
@@ -120,9 +124,11 @@ def together(results):
 @pytest.mark.parametrize("case", CASES)
 def test_every_gradient_is_that_of_one_process(pool, alone, case):
     settings, parallel = CASES[case]
-    tree = {**tree_of(**settings), "parallel": parallel}
+    dp = parallel.get("dp", 1)
+    layout = {key: value for key, value in parallel.items() if key != "dp"}
+    tree = {**tree_of(**settings), "parallel": layout}
     shared = settings.get("attention", {}).get("t2v_position") != "rope"
-    ranks = parallel["cp"] * parallel.get("tp", 1) * parallel.get("pp", 1)
+    ranks = dp * parallel["cp"] * parallel.get("tp", 1) * parallel.get("pp", 1)
     expected = alone(case)
     results = pool.run(step_gradients, ranks, tree, PACKS, shared)
     for one in results:

@@ -27,6 +27,8 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
         (2, {"cp": 2}, {}, {"recompute": "full"}),
         (4, {"cp": 4}, GEMMA, {"precision": "bf16"}),
         (4, {"cp": 2, "tp": 2, "sp": True}, {}, {}),
+        (2, {"tp": 2, "tower": "tiles"}, {}, {}),
+        (4, {"cp": 2, "tp": 2, "sp": True, "tower": "tiles"}, {}, {"precision": "bf16"}),
     ],
     ids=[
         "tp2-sp",
@@ -39,6 +41,8 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
         "cp2",
         "cp4",
         "cp2-tp2-sp",
+        "tp2-tiles",
+        "cp2-tp2-sp-tiles",
     ],
 )
 def test_every_exchange_is_predicted(pool, world_size, parallel, model, train):

@@ -39,7 +39,8 @@ def test_what_does_not_fit_is_computed_each_time():
             expected = model(tokens, images).logits[:, 1::2]
             for _ in range(2):
                 found = model(tokens, images, image_cache=cache).logits[:, 1::2]
-                torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+                # Rounding of float32 in two orders; another image moves logits by 0.1.
+                torch.testing.assert_close(found, expected, atol=4e-6, rtol=0)
         assert cache.misses == 6 and cache.nbytes == room // BYTES * BYTES
 
 

@@ -6,9 +6,10 @@ import pytest
 
 from dattn_mcore.config.load import from_dict
 from dattn_mcore.models.tile_share import share_tiles
+from dattn_mcore.plan.context import rows_dealt
 from dattn_mcore.plan.flops import step_work
 from dattn_mcore.plan.rows import rows_of
-from dattn_mcore.plan.tower_work import cheaper, most_moved_rows, tower_cost
+from dattn_mcore.plan.tower_work import cheaper, tower_cost
 
 
 def config_of(tp, cp=1, **train):
@@ -41,7 +42,8 @@ def test_moved_rows_are_those_of_the_exchange(tiles, ranks, back):
         moved.append(sum(share.send_counts) - share.send_counts[rank])
         if back:
             moved[-1] += sum(share.receive_counts) - share.receive_counts[rank]
-    assert most_moved_rows(tiles, per_tile, ranks, back=back) == max(moved)
+    dealt = rows_dealt(tiles, per_tile, ranks)
+    assert max(sent + back * got for sent, got in dealt) == max(moved)
 
 
 def test_whole_tiles_cost_what_the_tensor_division_does_where_they_divide_evenly():

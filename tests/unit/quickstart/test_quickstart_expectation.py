@@ -13,7 +13,13 @@ from dattn_mcore.quickstart.run import StepError
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("train.seed=7",), ("train.seed=7", "train.device=cpu"), ("model.visual_positions=true",)],
+    [
+        (),
+        ("train.seed=7",),
+        ("train.seed=7", "train.device=cpu"),
+        ("parallel.cp=2",),
+        ("model.visual_positions=true",),
+    ],
 )
 def test_the_shipped_settings_must_reach_nine_of_ten(overrides):
     bounds = expectation(overrides)

@@ -24,6 +24,13 @@ def test_one_stage_is_tensor_parallel_and_another_pipeline_parallel():
     assert any("pipeline parallel 2" in title for title in titles.values())
 
 
+def test_context_parallel_ranks_stand_beside_the_layouts_of_the_stages():
+    steps = _plan("parallel.cp=2").steps[1:4]
+    assert all("context parallel 2" in step.title for step in steps)
+    started = {step.command[step.command.index("--nproc-per-node") + 1] for step in steps}
+    assert started == {"4", "2"}  # with tensor or pipeline ranks, and alone
+
+
 def test_every_training_command_is_one_that_the_trainer_takes():
     before = None
     for step in _plan("train.steps=7").steps[1:4]:
