@@ -12,7 +12,7 @@ import numpy as np
 from dattn_mcore.errors import DataError
 
 # One thread and no time-dependent choice: the same frames give the same file of one library.
-_OPTIONS = {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "5", "auto-alt-ref": "0"}
+_OPTIONS = {"crf": "24", "b": "0", "deadline": "realtime", "cpu-used": "8", "lag-in-frames": "0"}
 
 
 def write_vp9(path: Path, frames: np.ndarray, frame_rate: int = 8) -> None:
