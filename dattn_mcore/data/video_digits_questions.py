@@ -60,14 +60,12 @@ class _Category:
     Attributes:
         wording: with the place of what it is about.
         asked: what it can be about, in a video.
-        answer: of that; None: it cannot be asked of this video.
-        of_moves: of videos in which a digit moves; False: of those in which digits appear.
+        answer: of that.
     """
 
     wording: str
     asked: Callable[[Beats], Sequence[Any]]
-    answer: Callable[[Beats, Any], str | None]
-    of_moves: bool = False
+    answer: Callable[[Beats, Any], str]
 
 
 @dataclass(frozen=True)
@@ -78,28 +76,19 @@ class VideoQuestion:
     asked: Any
     text: str
 
-    def answer(self, beats: Beats) -> str | None:
-        """Its answer, of a video of any order; None: it could not be asked of that one."""
+    def answer(self, beats: Beats) -> str:
+        """Its answer, of a video of these frames in any order."""
         return CATEGORIES[self.category].answer(beats, self.asked)
 
     def best_guess(self, beats: Beats) -> Fraction:
         """How often the best guess is right of one who knows the frames but not their order."""
         answers = Counter(self.answer(order) for order in beats.orders())
-        answers.pop(None, None)
         return Fraction(max(answers.values()), answers.total())
 
 
 def beside(cell: int, other: int) -> bool:
     """Whether two cells have a side in common."""
     return cell ^ other in (1, 2)
-
-
-def _neighbour(step: int) -> Callable[[Beats, int], str | None]:
-    def answer(beats: Beats, digit: int) -> str | None:
-        beat = beats.digits.index(digit) + step
-        return str(beats.digits[beat]) if 0 <= beat < len(beats.digits) else None
-
-    return answer
 
 
 def _digit_at(beats: Beats, beat: int) -> str:
@@ -124,23 +113,21 @@ CATEGORIES = {
     "when": _Category(
         "When did the {asked} appear?", _digits_of, lambda b, digit: f"{b.digits.index(digit)}s"
     ),
-    "after": _Category("Which digit came just after the {asked}?", _digits_of, _neighbour(1)),
-    "before": _Category("Which digit came just before the {asked}?", _digits_of, _neighbour(-1)),
     "list": _Category(
         "Which digits appear, in order?",
         lambda _: (None,),
         lambda b, _: " ".join(map(str, b.digits)),
     ),
-    "place": _Category("Where is the digit at {asked}s?", _beats_of, _cell_at, of_moves=True),
+    "place": _Category("Where is the digit at {asked}s?", _beats_of, _cell_at),
 }
-_SHARES = {"order": 0.3, "second": 0.1, "when": 0.3, "after": 0.1, "before": 0.1, "list": 0.1}
+_SHARES = {"order": 0.35, "second": 0.15, "when": 0.4, "list": 0.1}
 
 
 def draw_question(beats: Beats, rng: np.random.Generator) -> VideoQuestion:
     """Draws a question that the video can be asked."""
     category = "place" if beats.moves else str(rng.choice(list(_SHARES), p=list(_SHARES.values())))
     kind = CATEGORIES[category]
-    possible = [asked for asked in kind.asked(beats) if kind.answer(beats, asked) is not None]
+    possible = kind.asked(beats)
     asked = possible[int(rng.random() * len(possible))]
     ordinal = _ORDINALS[asked] if category == "order" else ""
     return VideoQuestion(category, asked, kind.wording.format(asked=asked, ordinal=ordinal))
@@ -173,7 +160,7 @@ def _pairs(first: Sequence[str], second: Sequence[str]) -> str:
 def conversation(name: str, path: str, beats: Beats, rng: np.random.Generator) -> dict[str, Any]:
     """A training record: one video, one to four questions."""
     questions = [draw_question(beats, rng) for _ in range(1 + int(rng.integers(_MOST_TURNS)))]
-    turns = [(question.text, str(question.answer(beats))) for question in questions]
+    turns = [(question.text, question.answer(beats)) for question in questions]
     turns.append(reading(beats, rng))  # last: what it says must not stand before a question
     return _record(name, path, turns)
 

@@ -9,6 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from dattn_mcore.data.media.video.probe import probe_video
+from dattn_mcore.data.media.video.reader import read_frames
+from dattn_mcore.data.media.video.sampling import times_of
+from dattn_mcore.data.media.video.settings import VideoLimits, VideoSampling
 from dattn_mcore.evaluation.exact_match import ExactMatch
 from dattn_mcore.evaluation.questions import read_answers
 from dattn_mcore.quickstart.charts import MUTED, RIGHT, WRONG, draw_report, draw_title
@@ -26,6 +30,18 @@ class Frames:
 
     pixels: np.ndarray
     times: Sequence[float]
+
+
+def read_frames_of(path: Path, fps: float) -> Frames:
+    """Frames of a video file at so many a second, as the model gets them.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    limits = VideoLimits()
+    times = times_of(probe_video(str(path), path, limits), VideoSampling(policy="fps", fps=fps))
+    pixels = read_frames(str(path), path, times, resize=lambda frame: frame, limits=limits)
+    return Frames(pixels[:, 0].numpy(), times)
 
 
 def draw(run: QuickstartRun, result: ExactMatch, read: Callable[[Path], Frames]) -> Path:

@@ -10,14 +10,22 @@ from PIL import Image
 from rich.console import Console
 
 from dattn_mcore.data import video_digits
-from dattn_mcore.data.video_digits import VideoDigitsSizes, prepare_video_digits
+from dattn_mcore.data.video_digits import VideoDigitsSizes, frames_of, prepare_video_digits
+from dattn_mcore.data.video_digits_questions import Beats
+from dattn_mcore.data.vp9 import write_vp9
 from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.exact_match import Tally
 from dattn_mcore.evaluation.questions import Answer, write_answers
 from dattn_mcore.quickstart.expectation import ExpectationError, video_expectation
 from dattn_mcore.quickstart.steps import QuickstartRun
 from dattn_mcore.quickstart.summary import show
-from dattn_mcore.quickstart.video_picture import Frames, choose_examples, draw, strip
+from dattn_mcore.quickstart.video_picture import (
+    Frames,
+    choose_examples,
+    draw,
+    read_frames_of,
+    strip,
+)
 from dattn_mcore.quickstart.video_score import best_guess, read_tasks, score
 
 
@@ -99,6 +107,18 @@ def test_the_picture_shows_strips_of_every_category(run):
         assert len(image.convert("RGB").getcolors(maxcolors=10**6)) > 100
     tasks = read_tasks(run.questions)
     assert {t.category for t in choose_examples(tasks, 8)} == {t.category for t in tasks}
+
+
+def test_the_strip_of_a_file_has_the_digit_of_each_second(tmp_path):
+    pytest.importorskip("av", reason="PyAV (the extra video) is not installed")
+    beats = Beats((7, 0, 3, 9), (2, 0, 0, 3))
+    ink = np.stack([np.full((28, 28), 60 * (beat + 1), np.uint8) for beat in range(4)])
+    drawn = frames_of(beats, ink)
+    write_vp9(tmp_path / "a.webm", drawn)
+    frames = read_frames_of(tmp_path / "a.webm", fps=1.0)
+    assert list(frames.times) == [0, 1, 2, 3]
+    # Lossy, and through RGB: a frame of another second differs by more than 10 on average.
+    assert np.abs(frames.pixels.astype(int) - drawn[::8]).mean(axis=(1, 2)).max() < 3
 
 
 def test_a_strip_has_the_frames_side_by_side():
