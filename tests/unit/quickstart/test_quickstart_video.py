@@ -17,6 +17,7 @@ from dattn_mcore.errors import DataError
 from dattn_mcore.evaluation.exact_match import Tally
 from dattn_mcore.evaluation.questions import Answer, write_answers
 from dattn_mcore.quickstart.expectation import ExpectationError, video_expectation
+from dattn_mcore.quickstart.steps import DATA as IMAGE_DATA
 from dattn_mcore.quickstart.steps import QuickstartRun
 from dattn_mcore.quickstart.summary import show
 from dattn_mcore.quickstart.video_picture import (
@@ -27,6 +28,7 @@ from dattn_mcore.quickstart.video_picture import (
     strip,
 )
 from dattn_mcore.quickstart.video_score import best_guess, read_tasks, score
+from dattn_mcore.quickstart.video_steps import DATA, make_video_run
 
 
 @pytest.fixture
@@ -125,3 +127,47 @@ def test_a_strip_has_the_frames_side_by_side():
     frames = np.stack([np.full((2, 3), value, np.uint8) for value in (10, 20, 30)])
     row = [10] * 3 + [255] * 3 + [20] * 3 + [255] * 3 + [30] * 3
     np.testing.assert_array_equal(strip(frames), [row, row])
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """Settings of the stage, as far as a model of images alone knows them."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "digits_video.yaml").write_text(
+        "data: {annotations: data/video_digits/video_instruct.json, template: mistral}\n"
+        "train: {stage: instruct, steps: 2}\n"
+    )
+    return folder
+
+
+def test_a_finished_model_of_the_images_is_gone_on_from(tmp_path, configs):
+    done = tmp_path / "quickstart" / "instruct" / "checkpoints" / "step_00000600"
+    done.mkdir(parents=True)
+    (done / "dattn.json").write_text("{}")
+    made = make_video_run(
+        tmp_path / "run", DATA, IMAGE_DATA, image_run=tmp_path / "quickstart", configs=configs
+    )
+    assert [step.name for step in made.steps] == ["video-data", "video", "convert", "answer"]
+    assert f"checkpoint.init_from={tmp_path / 'quickstart' / 'instruct'}" in made.steps[1].command
+    assert made.stages == ("video",)
+
+
+def test_without_one_the_images_are_trained_first_with_the_same_seed(tmp_path, configs):
+    made = make_video_run(
+        tmp_path / "run",
+        tmp_path / "videos",
+        IMAGE_DATA,
+        overrides=("train.seed=7", "optim.lr=1e-3"),
+        image_run=tmp_path / "nothing",
+        configs=configs,
+    )
+    names = [step.name for step in made.steps]
+    assert names == ["data", "align", "pretrain", "instruct", "video-data", "video", *names[-2:]]
+    for step in made.steps[1:4]:
+        assert "train.seed=7" in step.command
+        assert "optim.lr=1e-3" not in step.command
+    own = made.steps[5].command
+    assert {"train.seed=7", "optim.lr=1e-3"} <= set(own)
+    assert f"checkpoint.init_from={tmp_path / 'run' / 'image' / 'instruct'}" in own
+    assert f"data.annotations={tmp_path / 'videos' / 'video_instruct.json'}" in own
