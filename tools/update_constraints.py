@@ -24,6 +24,7 @@ EXTRAS = (
     "dali",
     "parquet",
     "heif",
+    "video",
     "trackers",
     "adapters",
     "triton",

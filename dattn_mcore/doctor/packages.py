@@ -134,6 +134,7 @@ OPTIONAL = (
         "HEIC images",
         "pip install 'dattn-mcore[heif]'",
     ),
+    Package("PyAV", "av", ("av",), "videos", "pip install 'dattn-mcore[video]'"),
     Package(
         "peft",
         "peft",

@@ -42,6 +42,7 @@ def lists() -> dict[str, list[str]]:
         "dali",
         "parquet",
         "heif",
+        "video",
         "te",
         "flash",
         "triton",

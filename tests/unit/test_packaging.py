@@ -34,6 +34,7 @@ def test_the_extras_are_these():
         "dali",
         "parquet",
         "heif",
+        "video",
         "trackers",
         "adapters",
         "te",

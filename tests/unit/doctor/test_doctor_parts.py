@@ -46,7 +46,7 @@ def test_ranges_are_those_of_the_metadata():
 def test_every_extra_that_a_command_names_is_there():
     project = (Path(__file__).resolve().parents[3] / "pyproject.toml").read_text()
     named = {one.install.split("[")[1].split("]")[0] for one in OPTIONAL if "[" in one.install}
-    assert named == {"triton", "te", "flash", "dali", "parquet", "heif", "adapters", "trackers"}
+    assert named == {"triton", "te", "flash", "dali", "parquet", "heif", "video", "adapters", "trackers"}
     assert all(f"\n{extra} = [" in project for extra in named)
 
 
