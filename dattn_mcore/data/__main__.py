@@ -50,6 +50,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     prepare.add_argument("--output", default="data/digits", help="folder to make")
     prepare.add_argument("--seed", type=int, help="of every choice")
     prepare.set_defaults(run=_prepare_digits)
+    prepare = commands.add_parser(
+        "prepare-video-digits", help="write the embedded data set of digits videos"
+    )
+    prepare.add_argument("--output", default="data/video_digits", help="folder to make")
+    prepare.add_argument("--seed", type=int, help="of every choice")
+    prepare.set_defaults(run=_prepare_video_digits)
     for name, run, meaning in (
         ("index", _index, "make the index of a configuration's data; goes on where it stopped"),
         ("check", _check, "list what is missing, broken or too long, before a GPU is rented"),
@@ -88,6 +94,15 @@ def _prepare_digits(chosen: argparse.Namespace) -> int:
     seed = DigitsSizes.seed if chosen.seed is None else chosen.seed
     folder = prepare_digits(chosen.output, DigitsSizes(seed=seed))
     say(f"digits data set: {folder}")
+    return 0
+
+
+def _prepare_video_digits(chosen: argparse.Namespace) -> int:
+    from dattn_mcore.data.video_digits import VideoDigitsSizes, prepare_video_digits
+
+    seed = VideoDigitsSizes.seed if chosen.seed is None else chosen.seed
+    folder = prepare_video_digits(chosen.output, VideoDigitsSizes(seed=seed))
+    say(f"digits videos: {folder}")
     return 0
 
 

@@ -23,21 +23,23 @@ Written below the output folder:
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.nn import functional
 
 from dattn_mcore.config.schema import Config
+from dattn_mcore.data.digits_drawing import (
+    CELL_PIXELS,
+    HELD_OUT_SHARE,
+    draw_cells,
+    load_digits,
+)
 from dattn_mcore.data.digits_questions import (
     Mosaic,
     all_texts,
@@ -47,16 +49,14 @@ from dattn_mcore.data.digits_questions import (
     conversation,
     held_out_question,
 )
+from dattn_mcore.data.prepared_folder import prepare_folder
 from dattn_mcore.data.tokenizer import train_tokenizer
-from dattn_mcore.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 4  # raise it when the same sizes would write other files
-CELL_PIXELS = 28
 STAGES = ("align", "pretrain", "instruct")
 ANNOTATIONS = tuple(f"{stage}.json" for stage in STAGES)
 _ALL_ANNOTATIONS = (*ANNOTATIONS, *(f"heldout_{stage}.json" for stage in STAGES))
-_HELD_OUT_SHARE = 0.2
 _JPEG_QUALITY = 92
 
 
@@ -97,29 +97,9 @@ def prepare_digits(output: str | Path, sizes: DigitsSizes | None = None) -> Path
     Raises:
         DataError: The folder exists and holds something else, or cannot be written.
     """
-    output, sizes = Path(output), sizes or DigitsSizes()
+    sizes = sizes or DigitsSizes()
     made_of = {"version": _VERSION, "plan": asdict(sizes)}  # the key of folders that exist
-    if _is_prepared(output, made_of):
-        return output
-    foreign = output.exists() and not (output / "prepared.json").exists()
-    if foreign and not (output.is_dir() and not any(output.iterdir())):
-        raise DataError(
-            f"'{output}' exists and holds something else than the digits data set; give another "
-            "folder"
-        )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=output.parent, prefix=f".{output.name}.", ignore_cleanup_errors=True
-        ) as scratch:
-            made = Path(scratch) / "made"
-            _write(made, sizes)
-            (made / "prepared.json").write_text(json.dumps(made_of) + "\n", encoding="utf-8")
-            _move_into_place(made, output, Path(scratch) / "old", made_of)
-    except OSError as error:
-        raise DataError(f"'{output}' cannot be written ({error.strerror or error})") from error
-    _LOG.info("prepared the digits data set in '%s'", output)
-    return output
+    return prepare_folder(Path(output), "digits", made_of, lambda folder: _write(folder, sizes))
 
 
 def prepare_configured(config: Config) -> None:
@@ -141,32 +121,12 @@ def prepare_configured(config: Config) -> None:
         prepare_digits(annotations.parent)
 
 
-def _is_prepared(output: Path, made_of: dict[str, Any]) -> bool:
-    try:
-        return bool(json.loads((output / "prepared.json").read_text("utf-8")) == made_of)
-    except (OSError, ValueError):
-        return False
-
-
-def _move_into_place(made: Path, output: Path, old: Path, made_of: dict[str, Any]) -> None:
-    """Renames the finished folder; an older one goes first, an equal one of a rival stays."""
-    if _is_prepared(output, made_of):
-        return
-    try:
-        if output.exists():
-            output.rename(old)
-        made.rename(output)
-    except OSError:
-        if not _is_prepared(output, made_of):
-            raise
-
-
 def _write(folder: Path, sizes: DigitsSizes) -> None:
     """Makes `folder` with everything in it but the marker."""
     folder.mkdir()
     rng = np.random.Generator(np.random.PCG64(sizes.seed))
-    images, labels = _load_digits()
-    held_out = round(len(labels) * _HELD_OUT_SHARE)
+    images, labels = load_digits()
+    held_out = round(len(labels) * HELD_OUT_SHARE)
     train_count = max(sizes.pretrain, sizes.instruct)
     heldout_images, heldout_labels = images[:held_out], labels[:held_out]
     images, labels = images[held_out:], labels[held_out:]
@@ -215,13 +175,6 @@ def _write_records(folder: Path, name: str, records: list[dict[str, Any]]) -> No
     (folder / f"{name}.json").write_text(text, "utf-8")
 
 
-def _load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Returns float32 [1797, 8, 8] in 0..1 (1: ink) and int labels [1797]."""
-    datasets: Any = importlib.import_module("sklearn.datasets")  # slow to import
-    images, labels = datasets.load_digits(return_X_y=True)
-    return (images.reshape(-1, 8, 8) / 16.0).astype(np.float32), labels.astype(int)
-
-
 def _write_mosaics(
     folder: Path,
     split: str,
@@ -255,7 +208,7 @@ def _write_mosaics(
             for row, draw in zip(digits, draws, strict=True)
         ]
     )
-    cells = _draw_cells(images, chosen.reshape(-1), rng, vary)
+    cells = draw_cells(images, chosen.reshape(-1), rng, vary)
     cells = cells.reshape(count, 2, 2, CELL_PIXELS, CELL_PIXELS)
     pixels = cells.transpose(0, 1, 3, 2, 4).reshape(count, 2 * CELL_PIXELS, 2 * CELL_PIXELS)
     mosaics = []
@@ -274,32 +227,3 @@ def _write_mosaics(
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(save, range(count)))
     return mosaics
-
-
-def _draw_cells(
-    images: np.ndarray, chosen: np.ndarray, rng: np.random.Generator, vary: bool
-) -> np.ndarray:
-    """Enlarges digits from 8 x 8 to cells of 28 x 28 pixels, light ink on dark.
-
-    Returns:
-        uint8 [len(chosen), 28, 28].
-    """
-    count = len(chosen)
-    amounts = rng.uniform(-1, 1, (count, 4)) if vary else np.zeros((count, 4))
-    turn = amounts[:, 0] * np.deg2rad(10)
-    zoom = 1.0 + 0.1 * amounts[:, 1]
-    matrices = np.zeros((count, 2, 3), np.float32)
-    matrices[:, 0, 0] = matrices[:, 1, 1] = np.cos(turn) * zoom
-    matrices[:, 0, 1], matrices[:, 1, 0] = -np.sin(turn) * zoom, np.sin(turn) * zoom
-    matrices[:, :, 2] = 0.12 * amounts[:, 2:]  # in half cells: up to 1.7 pixels
-    cells = np.empty((count, CELL_PIXELS, CELL_PIXELS), np.uint8)
-    shape = [1, CELL_PIXELS, CELL_PIXELS]
-    for start in range(0, count, 4096):
-        part = slice(start, start + 4096)
-        source = torch.from_numpy(images[chosen[part]])[:, None]
-        grid = functional.affine_grid(
-            torch.from_numpy(matrices[part]), [len(source), *shape], align_corners=False
-        )
-        drawn = functional.grid_sample(source, grid, mode="bicubic", align_corners=False)
-        cells[part] = (drawn[:, 0].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    return cells

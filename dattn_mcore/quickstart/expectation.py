@@ -15,8 +15,10 @@ from dattn_mcore.evaluation.exact_match import Tally
 
 LEAST = 0.90  # of the held-out questions, with the shipped settings
 MOST_BLIND = 0.30  # with every visual position signal off
+MOST_ABOVE_GUESS = 0.05  # of the questions about videos, without time positions
 _FREE = ("train.seed", "train.device", "parallel.cp")  # settings that change no bound
 BLIND_SETTING = "model.visual_positions"
+TIMELESS_SETTING = "model.video.time_positions"
 
 
 class ExpectationError(DattnError):
@@ -25,10 +27,17 @@ class ExpectationError(DattnError):
 
 @dataclass(frozen=True)
 class Expectation:
-    """Accuracies between which a run must end, 0 to 1."""
+    """Accuracies between which a run must end, 0 to 1.
+
+    Attributes:
+        least: of a run that must learn.
+        most: of a run that cannot know.
+        without: what a run that cannot know goes without.
+    """
 
     least: float = 0.0
     most: float = 1.0
+    without: str = "visual positions"
 
     def check(self, overall: Tally) -> None:
         """Compares.
@@ -45,8 +54,8 @@ class Expectation:
             )
         if overall.accuracy > self.most:
             raise ExpectationError(
-                f"{reached} {accuracy}; without visual positions at most {self.most:.0%} can be: "
-                "places reach the model some other way; run make test-all"
+                f"{reached} {accuracy}; without {self.without} at most {self.most:.0%} can be: "
+                "they reach the model some other way; run make test-all"
             )
 
 
@@ -62,4 +71,22 @@ def expectation(overrides: Sequence[str]) -> Expectation:
     blind = not load_config(None, list(overrides)).model.visual_positions
     if changed == {BLIND_SETTING}:
         return Expectation(most=MOST_BLIND) if blind else Expectation(least=LEAST)
+    return Expectation()
+
+
+def video_expectation(overrides: Sequence[str], guess: float) -> Expectation:
+    """The bounds of the questions about videos.
+
+    Args:
+        overrides: settings `section.key=value` on top of the shipped ones.
+        guess: accuracy of the best guess that knows what was shown and not when, 0 to 1.
+    """
+    changed = dict(override.split("=", 1) for override in overrides)
+    free = {name for name in changed if name in _FREE}
+    if set(changed) == free:
+        return Expectation(least=LEAST)
+    if set(changed) - free == {TIMELESS_SETTING}:
+        if changed[TIMELESS_SETTING].lower() == "false":
+            return Expectation(most=guess + MOST_ABOVE_GUESS, without="time positions")
+        return Expectation(least=LEAST)
     return Expectation()

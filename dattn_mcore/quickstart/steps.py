@@ -48,7 +48,11 @@ class Step:
 
 @dataclass(frozen=True)
 class QuickstartRun:
-    """The steps, and where they leave their results."""
+    """The steps, and where they leave their results.
+
+    Attributes:
+        stages: of training, whose losses are drawn.
+    """
 
     run_dir: Path
     steps: tuple[Step, ...]
@@ -57,6 +61,7 @@ class QuickstartRun:
     answers: Path
     score: Path
     picture: Path
+    stages: tuple[str, ...] = STAGES
 
     def metrics(self, stage: str) -> Path:
         """The measurements of a stage."""
@@ -113,25 +118,25 @@ def make_run(
             )
         config = load_config(ROOT / file, own)
         check_config(config)
-        steps.append(_train(stage, file, config, own, processes_of(config, processes)))
+        steps.append(train_step(stage, file, config, own, processes_of(config, processes)))
         before = run_dir / stage
     questions, exported = data / "heldout_questions.jsonl", run_dir / "hf"
     answers, score = run_dir / "answers.jsonl", run_dir / "score.json"
     return QuickstartRun(
         run_dir=run_dir,
         steps=(
-            _python(
+            python_step(
                 "data",
                 "draw mosaics of real handwritten digits",
                 ("dattn_mcore.data", "prepare-digits", "--output", str(data)),
             ),
             *steps,
-            _python(
+            python_step(
                 "convert",
                 "export to Hugging Face",
                 ("tools.checkpoint_convert", "mcore-to-hf", str(before), str(exported)),
             ),
-            _python(
+            python_step(
                 "answer",
                 "generate answers to questions about digits never trained on",
                 (
@@ -168,9 +173,10 @@ def processes_of(config: Config, processes: int = PROCESSES) -> int:
     return replica * max(1, processes // replica)
 
 
-def _train(
+def train_step(
     stage: str, file: Path, config: Config, overrides: Sequence[str], processes: int
 ) -> Step:
+    """A stage of training: `torchrun` over so many processes."""
     parallel = config.parallel
     data_parallel = processes // processes_per_replica(config)
     splits = [
@@ -199,6 +205,7 @@ def _train(
     )
 
 
-def _python(name: str, title: str, arguments: tuple[str, ...]) -> Step:
+def python_step(name: str, title: str, arguments: tuple[str, ...]) -> Step:
+    """A module of the repository, run as a command."""
     command = (sys.executable, "-m", *arguments)
     return Step(name, title, command, f"python -m {shlex.join(arguments)}")

@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.table import Table
 
 from dattn_mcore.console import cell
-from dattn_mcore.data.digits_questions import bag_of_digits_ceiling
 from dattn_mcore.evaluation.digits_score import score_digits
 from dattn_mcore.evaluation.exact_match import ExactMatch, Tally, write_score
 from dattn_mcore.quickstart.steps import QuickstartRun
@@ -25,6 +24,7 @@ def show(
     seconds: dict[str, float],
     total: float,
     console: Console,
+    without: tuple[str, str] = ("places", "where"),
 ) -> None:
     """Prints the table, the time taken and where the results are.
 
@@ -34,18 +34,20 @@ def show(
         seconds: of each step.
         total: seconds of everything.
         console: to print on.
+        without: what a guess does not know, as a noun and as a question word.
     """
-    table = Table("question", "right", "of", "accuracy", "without places")
+    table = Table("question", "right", "of", "accuracy", f"without {without[0]}")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, tally in result.categories.items():
-        table.add_row(*_row(name, tally), f"{bag_of_digits_ceiling(name):.1%}")
+        table.add_row(*_row(name, tally), _guess(result, name))
     table.add_section()
-    blind = sum(bag_of_digits_ceiling(n) * t.total for n, t in result.categories.items())
-    table.add_row(*_row("all", result.overall), f"{blind / result.overall.total:.1%}")
+    table.add_row(*_row("all", result.overall), _guess(result, "overall"))
     console.print("\n[bold]Held-out questions, exact match of the generated answer[/bold]")
     console.print(table)
-    console.print("without places: the most that is right knowing which digits, not where")
+    console.print(
+        f"without {without[0]}: the most that is right knowing which digits, not {without[1]}"
+    )
     for note in result.notes:  # expected of a blind model, a fault of any other
         console.print(cell(f"note: {note}"), soft_wrap=True)
     console.print()
@@ -54,6 +56,11 @@ def show(
     console.print(cell(f"picture   {run.run_dir / 'report.png'}"), soft_wrap=True)
     console.print(cell(f"model     {run.run_dir / 'hf'} (a Hugging Face folder)"), soft_wrap=True)
     console.print(cell(f"answers   {run.run_dir / 'answers.jsonl'}"), soft_wrap=True)
+
+
+def _guess(result: ExactMatch, name: str) -> str:
+    level = result.guessing(name)
+    return "unknown" if level is None else f"{level:.1%}"
 
 
 def _row(name: str, tally: Tally) -> tuple[str, str, str, str]:

@@ -16,6 +16,7 @@ from dattn_mcore.config.load import from_dict
 from dattn_mcore.data import digits
 from dattn_mcore.data.__main__ import main
 from dattn_mcore.data.digits import DigitsSizes, prepare_configured, prepare_digits
+from dattn_mcore.data.digits_drawing import draw_cells, load_digits
 from dattn_mcore.data.digits_questions import CELLS, bag_of_digits_ceiling
 from dattn_mcore.data.tokenizer import load_tokenizer
 from dattn_mcore.errors import DataError
@@ -165,9 +166,9 @@ def test_held_out_digits_are_in_no_training_mosaic(
 
 def test_mosaics_show_what_the_caption_says() -> None:
     # A held-out cell, shrunk again, is the digit it was made from.
-    images, labels = digits._load_digits()
+    images, labels = load_digits()
     chosen = np.array([3, 100, 500])
-    cells = digits._draw_cells(images, chosen, np.random.default_rng(0), vary=False)
+    cells = draw_cells(images, chosen, np.random.default_rng(0), vary=False)
     for cell, index in zip(cells, chosen, strict=True):
         small = np.asarray(Image.fromarray(cell).resize((8, 8), Image.Resampling.BOX)) / 255
         errors = np.abs(images - small).mean((1, 2))
