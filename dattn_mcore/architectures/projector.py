@@ -8,6 +8,8 @@ from __future__ import annotations
 from dattn_mcore.architectures.parameters import PROJECTOR, Entry, linear, norm
 from dattn_mcore.architectures.sizes import ModelConfig
 
+TIME_POSITION = "projector.time_position."  # how the names of its parameters begin
+
 
 def projector_table(model: ModelConfig) -> list[Entry]:
     """MLP, norms, and the row, column and time positions if there are any."""

@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from dattn_mcore.architectures.projector import TIME_POSITION
 from dattn_mcore.checkpoint import folders, fp8_scales, state
 from dattn_mcore.checkpoint.adapters import check_same_adapters, has_base
 from dattn_mcore.checkpoint.content import EMA, check_content, only_weights, read_object
@@ -29,6 +30,7 @@ from dattn_mcore.config.schema import Config
 from dattn_mcore.data.index.identity import difference, image_changes, same_samples
 from dattn_mcore.errors import CheckpointError, ConfigError
 from dattn_mcore.models.dattn import DattnModel
+from dattn_mcore.models.initialize import initialize_entries
 from dattn_mcore.parallel import platform
 
 logger = logging.getLogger(__name__)
@@ -112,8 +114,16 @@ def _verify(folder: Path) -> str | None:
     return next((item for item in problems if item is not None), None)
 
 
-def check_same_model(config: Config, manifest: dict[str, Any], folder: Path) -> None:
+def check_same_model(
+    config: Config, manifest: dict[str, Any], folder: Path, *, for_videos: bool = False
+) -> None:
     """Refuses a checkpoint whose model differs from the configured one.
+
+    Args:
+        config: of the run.
+        manifest: of the checkpoint.
+        folder: of the checkpoint.
+        for_videos: a model of images will do where the configured one takes videos too.
 
     Raises:
         CheckpointError: names the first setting that differs.
@@ -125,6 +135,8 @@ def check_same_model(config: Config, manifest: dict[str, Any], folder: Path) -> 
             f"{folder} is of another release: {error}; use the release that wrote it"
         ) from None
     ours, theirs = to_dict(config)["model"], to_dict(saved)["model"]
+    if for_videos and not saved.model.video.enabled:
+        theirs["video"] = ours["video"]
     for section, value in ours.items():
         pairs = value.items() if isinstance(value, dict) else [(None, value)]
         for key, want in pairs:
@@ -143,7 +155,8 @@ def load_weights(
 ) -> Path:
     """Loads the weights of a run or checkpoint, and nothing else (`checkpoint.init_from`).
 
-    Adapters of the model keep their values.
+    Adapters of the model keep their values. A model of images may become one of videos, whose
+    positions in time then start as those of a fresh model do.
 
     Raises:
         CheckpointError: none there, all damaged, another model's, or adapters alone.
@@ -155,15 +168,26 @@ def load_weights(
             "folder step_... in it"
         )
     folder, manifest = found
-    check_same_model(config, manifest, folder)
+    check_same_model(config, manifest, folder, for_videos=True)
     if has_base(manifest):
         raise CheckpointError(
             f"checkpoint.init_from={path}: {folder} holds adapters alone, beside the weights of "
             f"{manifest['base']['path']}; export it (mcore-to-hf merges them) and convert that "
             "back (hf-to-mcore), or start from the base with lora.init_from"
         )
-    content = _load(folder, state.model_state(chunks, pg_collection, "base"))
-    _put_weights(content, chunks, "base")
+    whole = state.model_state(chunks, pg_collection, "base")
+    new = ""
+    if config.model.time_positions and not saved_config(manifest["config"]).model.time_positions:
+        new = TIME_POSITION
+        whole = {
+            chunk: {name: entry for name, entry in entries.items() if not name.startswith(new)}
+            for chunk, entries in whole.items()
+        }
+        logger.info("%s has no positions in time; they start anew", folder)
+    content = _load(folder, whole)
+    _put_weights(content, chunks, "base", new)
+    if new:
+        initialize_entries(chunks, config.model, config.train.seed, prefix=new)
     return folder
 
 
@@ -413,7 +437,10 @@ def _take_own_groups(content: dict[Any, Any], optimizer: MegatronOptimizer, fold
         ]
 
 
-def _put_weights(content: dict[str, Any], chunks: list[DattnModel], kind: state.Kind) -> None:
+def _put_weights(
+    content: dict[str, Any], chunks: list[DattnModel], kind: state.Kind, new: str = ""
+) -> None:
+    """Puts weights into the model; those whose names begin with `new` are left as they are."""
     for index, chunk in enumerate(chunks):
         # A stage where nothing learns has saved nothing.
         own = content.get(f"model{index}", {})
@@ -423,6 +450,7 @@ def _put_weights(content: dict[str, Any], chunks: list[DattnModel], kind: state.
         missing = [
             name for name in missing if not name.endswith("_extra_state") and name not in others
         ]
+        missing = [name for name in missing if not (new and name.startswith(new))]
         if missing or unexpected:
             raise CheckpointError(
                 f"checkpoint lacks {missing or 'nothing'} and has {unexpected or 'nothing'} more"

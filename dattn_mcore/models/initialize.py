@@ -40,6 +40,14 @@ def initialize_adapters(
         start_magnitudes(chunk)
 
 
+def initialize_entries(
+    chunks: list[DattnModel], model: ModelConfig, seed: int, *, prefix: str
+) -> None:
+    """Fills the parameters whose names begin with `prefix`; all others stay what they are."""
+    table = [entry for entry in adapted_table(model, None) if (entry.key or "").startswith(prefix)]
+    fill(chunks, table, _drawn(model, seed), others=True)
+
+
 def _drawn(model: ModelConfig, seed: int) -> Values:
     return lambda entry, layer: initial_value(entry, layer=layer, model=model, seed=seed)
 
