@@ -4,12 +4,12 @@
     python -m benchmarks.video_reading --write-docs      # and its section of docs/video.md
 
 VP9 videos are made once. Each reader gives the same frames, one a second, resized to the same
-square by the same function; they take turns by the wall clock. Two threads decode, where a reader
-can be told (transformers' sets none); and the machine should be idle. decord2 (not among this project's packages) is left out where
-it is not installed. transformers' video processors resize with torchvision, which is not among them
-either: its reader (`transformers.video_utils.load_video`) is measured, with this project's resize.
-Exit status 1: below 0.9 of decord2's frames a second or 1.5 times transformers', or frames that
-differ.
+square by the same function; they take turns by the wall clock, and the machine should be idle. Two
+threads decode, where a reader can be told (transformers' sets none). decord2 (not among this
+project's packages) is left out where it is not installed. transformers' video processors resize
+with torchvision, which is not among them either: its reader (`transformers.video_utils.load_video`)
+is measured, with this project's resize. Exit status 1: below 0.9 of decord2's frames a second or
+1.5 times transformers', or frames that differ.
 """
 
 from __future__ import annotations
