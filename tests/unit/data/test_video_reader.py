@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -137,3 +138,20 @@ def test_a_path_is_read_as_its_bytes_are(tmp_path) -> None:
         for source in (data, tmp_path / "a.mp4")
     )
     assert torch.equal(*frames)
+
+
+def test_an_hour_is_read_in_bounded_memory() -> None:
+    """All frames together would be 800 MB, those that are kept at full size 80."""
+    process, peak = psutil.Process(), [0]
+    data = video_bytes(constant(3600, rate=1), rate=1, size=(320, 240), gop=300)
+    times = [float(n) for n in range(0, 3600, 10)]
+    assert probe_video("v", data, LIMITS).duration == pytest.approx(3600, abs=1.1)
+    before = process.memory_info().rss
+
+    def resize(frame: torch.Tensor) -> torch.Tensor:
+        peak[0] = max(peak[0], process.memory_info().rss)
+        return frame[:, ::8, ::8].clone()
+
+    frames = read_frames("v", data, times, resize=resize, limits=LIMITS)
+    assert [read_code(frame.numpy()) for frame in frames] == [n % 256 for n in range(0, 3600, 10)]
+    assert peak[0] - before < 40 * 2**20
