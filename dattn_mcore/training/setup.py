@@ -19,11 +19,11 @@ from megatron.core.utils import get_pg_rank
 
 from dattn_mcore.checkpoint.adapters import check_base, describe_base
 from dattn_mcore.checkpoint.load import (
-    check_same_run,
     choose_checkpoint,
     load_weights,
     resume,
 )
+from dattn_mcore.checkpoint.same_run import check_same_run
 from dattn_mcore.checkpoint.save import CheckpointSaver
 from dattn_mcore.config.load import from_dict
 from dattn_mcore.config.lora import adapters_of

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dattn_mcore.checkpoint.load import check_same_run
+from dattn_mcore.checkpoint.same_run import check_same_run
 from dattn_mcore.config.load import from_dict, load_config, to_dict
 from dattn_mcore.config.saved import saved_config
 from dattn_mcore.config.schema import Config

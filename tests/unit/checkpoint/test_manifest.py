@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dattn_mcore.checkpoint import folders
-from dattn_mcore.checkpoint.load import check_same_run, choose_checkpoint
+from dattn_mcore.checkpoint.load import choose_checkpoint
 from dattn_mcore.checkpoint.manifest import read_manifest
+from dattn_mcore.checkpoint.same_run import check_same_run
 from dattn_mcore.errors import CheckpointError
 from dattn_mcore.parallel.groups import single_process
 from tests.unit.checkpoint.runs import IDENTITY, seal, small_run, vouch

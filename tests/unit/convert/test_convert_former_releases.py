@@ -17,8 +17,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from dattn_mcore.checkpoint.load import check_same_model
 from dattn_mcore.checkpoint.manifest import read_manifest
+from dattn_mcore.checkpoint.same_run import check_same_model
 from dattn_mcore.config.checks import check_config
 from dattn_mcore.config.load import load_config, to_dict
 from dattn_mcore.config.saved import saved_config
