@@ -317,6 +317,15 @@ SLOW = (
     "tests/te/test_te_training.py::test_a_resumed_fp8_run_is_bitwise_the_same[delayed-",
     "tests/te/test_te_training.py::test_a_resumed_fp8_run_is_bitwise_the_same[tensorwise",
     "tests/te/test_te_training.py::test_a_resumed_fp8_run_is_bitwise_the_same[blockwise",
+    "tests/distributed/test_video_layouts.py::test_every_gradient_is_that_of_one_process[tp2-sp",
+    "tests/distributed/test_video_layouts.py::test_every_gradient_is_that_of_one_process[pp2",
+    "tests/distributed/test_video_layouts.py::test_every_gradient_is_that_of_one_process[cp4, seconds",
+    "tests/distributed/test_video_layouts.py::test_every_gradient_is_that_of_one_process[cp2-tp2-sp, tiles",
+    "tests/distributed/test_video_layouts.py::test_every_gradient_is_that_of_one_process[tp2, tiles",
+    "tests/distributed/test_video_layouts.py::test_every_gradient_is_that_of_one_process[cp2-dp2",
+    "tests/distributed/test_video_layouts.py::test_every_gradient_is_that_of_one_process[cp2-pp2",
+    "tests/distributed/test_video_layouts.py::test_every_gradient_is_that_of_one_process[cp2, adapters",
+    "tests/distributed/test_context_gradients.py::test_every_gradient_is_that_of_one_process[cp2-tp2-pp2-sp",
 )
 
 
